@@ -1,0 +1,4276 @@
+#!/usr/bin/env python3
+"""Qwen for every OpenAI client: one file, standard library only.
+
+The login that the Qwen Code CLI keeps on this machine becomes an OpenAI-compatible API on localhost:
+
+    python3 qwen_proxy.py --port 8080      then use http://localhost:8080/v1 with any key
+    python3 qwen_proxy.py --demo           the same with a built-in stand-in, no account needed
+    python3 qwen_proxy.py login            log in with the browser (writes oauth_creds.json)
+    python3 qwen_proxy.py status           which login would be used, from where, until when
+
+What it touches
+    reads     ~/.qwen/oauth_creds*.json, settings.json, trustedFolders.json and .env (QWEN_HOME moves them),
+              ~/.env, the system settings of Qwen Code, .qwen/ and .env of a trusted working directory
+    writes    ~/.qwen/oauth_creds.json (mode 0600) when the access token is refreshed, and while it does
+              so ~/.qwen/oauth_creds.lock; nothing else
+    connects  to chat.qwen.ai for log-in and refresh, and to the base URL of the provider in use, over
+              the forward proxy of HTTP(S)_PROXY if there is one; every host is in 'Constants' below
+    listens   on 127.0.0.1 and ::1, port 8080, unless told otherwise
+
+What it never does: telemetry, update checks, prompts on disk, running tools for the model, trying a key
+at a host that it was not issued for, posing as another client, deleting or blanking a file of yours.
+
+How to read on: each section uses only those above it. The life of a token is section 'Credentials'; what
+changes between client and Qwen is 'Requests' and 'Responses', two pure translations; 'Server' is the rest.
+
+To vendor it, copy the file. Importing it starts nothing:
+
+    import threading, qwen_proxy
+    server = qwen_proxy.make_server(port=0)                 # arguments: see make_server
+    threading.Thread(target=server.serve_forever).start()
+    print(server.url)                                       # http://localhost:PORT/v1
+    server.shutdown()                                       # ends serve_forever, closes the port
+"""
+from __future__ import annotations
+
+import argparse
+import atexit
+import base64
+import collections
+import contextlib
+import fnmatch
+import hashlib
+import hmac
+import http.client
+import http.server
+import io
+import ipaddress
+import json
+import logging
+import os
+import platform
+import re
+import secrets
+import select
+import signal
+import socket
+import ssl
+import stat
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import uuid
+import zlib
+from email.utils import parsedate_to_datetime
+from typing import Any, Callable, Iterable, Iterator, List, NamedTuple, Optional, Tuple
+
+__version__ = "1.0.0"
+__all__ = ["make_server", "ProxyServer", "ProxyError", "CredentialError", "UpstreamError", "main"]
+
+log = logging.getLogger("qwen_proxy")
+
+
+# ----------------------------------------------------------------------------------------------------
+# Constants
+# ----------------------------------------------------------------------------------------------------
+# Times are seconds and sizes are bytes unless the name says otherwise. No other section names a host.
+
+# OAuth of the Qwen Code CLI: device authorization (RFC 8628) with PKCE (RFC 7636), public client.
+# Qwen Code, packages/core/src/qwen/qwenOAuth2.ts.
+OAUTH_BASE_URL = "https://chat.qwen.ai"
+DEVICE_CODE_PATH = "/api/v1/oauth2/device/code"
+TOKEN_PATH = "/api/v1/oauth2/token"
+CLIENT_ID = "f0304373b74a44d2b584a3fb70ca9e56"
+SCOPE = "openid profile email model.completion"
+DEVICE_GRANT = "urn:ietf:params:oauth:grant-type:device_code"
+PORTAL_RESOURCE_URL = "portal.qwen.ai"          # where a login that names no resource_url is served
+OAUTH_MODEL = "coder-model"                     # the one model id that an OAuth login serves
+FREE_TIER_END = "2026-04-15"                    # QwenLM/qwen-code PR #3291
+
+# A provider's name on the command line: its base URL and the variable that holds its key.
+# Qwen Code, the presets of its /auth dialogue.
+PRESETS = {
+    "coding": ("https://coding.dashscope.aliyuncs.com/v1", "BAILIAN_CODING_PLAN_API_KEY"),
+    "coding-intl": ("https://coding-intl.dashscope.aliyuncs.com/v1", "BAILIAN_CODING_PLAN_API_KEY"),
+    "token-cn": ("https://token-plan.cn-beijing.maas.aliyuncs.com/compatible-mode/v1", "BAILIAN_TOKEN_PLAN_API_KEY"),
+    "token-intl": ("https://token-plan.ap-southeast-1.maas.aliyuncs.com/compatible-mode/v1",
+                   "BAILIAN_TOKEN_PLAN_API_KEY"),
+    "dashscope": ("https://dashscope.aliyuncs.com/compatible-mode/v1", "DASHSCOPE_API_KEY"),
+    "dashscope-intl": ("https://dashscope-intl.aliyuncs.com/compatible-mode/v1", "DASHSCOPE_API_KEY"),
+    "dashscope-us": ("https://dashscope-us.aliyuncs.com/compatible-mode/v1", "DASHSCOPE_API_KEY"),
+    "dashscope-hk": ("https://cn-hongkong.dashscope.aliyuncs.com/compatible-mode/v1", "DASHSCOPE_API_KEY"),
+    "openrouter": ("https://openrouter.ai/api/v1", "OPENROUTER_API_KEY"),
+    "modelscope": ("https://api-inference.modelscope.cn/v1", "MODELSCOPE_API_KEY"),
+}
+OPENAI_BASE_URL = "https://api.openai.com/v1"   # what the CLI uses for an entry that names no base URL
+
+# Endpoint families: which dialect a base URL speaks. First match of host, then of path (a gateway, a fake).
+FAMILIES_BY_HOST = (
+    (r"(^|\.)coding(-intl)?\.dashscope\.aliyuncs\.com$", "coding"),
+    (r"^token-plan\..*\.maas\.aliyuncs\.com$", "token"),
+    (r"(^|\.)dashscope(-intl|-us|-finance)?\.aliyuncs\.com$", "dashscope"),
+    (r"\.maas\.aliyuncs\.com$|\.(alibaba|aliyun)-inc\.com$|\.alicloudapi\.com$", "dashscope"),
+    (r"(^|\.)portal\.qwen\.ai$", "portal"),
+    (r"(^|\.)openrouter\.ai$", "openrouter"),
+    (r"(^|\.)modelscope\.cn$", "modelscope"),
+    (r"(^|\.)deepseek\.com$", "deepseek"),
+    (r"(^|\.)(z\.ai|bigmodel\.cn)$", "zai"),
+)
+FAMILIES_BY_VARIABLE = {"BAILIAN_CODING_PLAN_API_KEY": "coding", "BAILIAN_TOKEN_PLAN_API_KEY": "token",
+                        "DASHSCOPE_API_KEY": "dashscope", "OPENROUTER_API_KEY": "openrouter",
+                        "MODELSCOPE_API_KEY": "modelscope"}
+ALIBABA_FAMILIES = frozenset({"portal", "coding", "token", "dashscope"})
+
+# The Coding Plan and the Token Plan are asked for no list of models; these are the CLI's own presets.
+# Qwen Code 0.24.4, model-providers.
+PLAN_MODELS = {
+    "coding": ("qwen3.7-plus", "qwen3.6-plus", "qwen3.5-plus", "glm-5", "kimi-k2.5", "MiniMax-M2.5", "qwen3-coder-plus",
+               "qwen3-coder-next", "qwen3-max-2026-01-23", "glm-4.7"),
+    "token": ("qwen3.7-plus", "qwen3.6-plus", "qwen3.7-max", "qwen3.8-max", "qwen3.8-max-preview", "qwen3.6-flash",
+              "qwen3.8-flash", "deepseek-v4-pro", "deepseek-v4-flash-0731", "deepseek-v3.2", "kimi-k2.7-code",
+              "kimi-k2.6", "kimi-k2.5", "glm-5.2", "glm-5.1", "glm-5", "MiniMax-M2.5"),
+}
+DEFAULT_MODEL = "qwen3.7-max"                   # Qwen Code 0.24.4, when nothing else names one
+
+REFRESH_MARGIN = 30             # a token counts as expired this long before it is: the CLI's own margin
+REFRESH_TIMEOUT = 8             # one attempt while holding the lock: a CLI before 0.24 breaks it after 10 s
+REFRESH_PAUSE = 5               # after a failure that may pass, requests fail at once for this long
+LOCK_STALE = 35                 # Qwen Code 0.24, sharedTokenManager.ts: a lock older than this is broken
+LOCK_WAIT_FIRST, LOCK_WAIT_FACTOR, LOCK_WAIT_MOST = 0.1, 1.5, 2.0
+LOGIN_POLL_FIRST, LOGIN_POLL_MOST = 2.0, 10.0   # RFC 8628 3.5; the CLI's first interval and its ceiling
+
+CONNECT_TIMEOUT = 10
+UPSTREAM_TIMEOUT = 300          # longest silence of the upstream
+KEEP_ALIVE_INTERVAL = 15        # a streaming client hears something at least this often
+RETRIES = 2
+RETRY_DELAY_FIRST = 0.5         # doubled each time
+RETRY_DELAY_MOST = 10           # a Retry-After beyond this is the client's to wait for
+RETRY_STATUSES = frozenset({502, 503, 529})
+IDLE_CONNECTIONS = 64           # kept open to each upstream
+IDLE_CONNECTION_AGE = 30        # shorter than the idle limit of any gateway we know
+DRAIN_TIMEOUT = 1.0             # for what an upstream still sends after [DONE]
+
+MAX_CONNECTIONS = 1024
+MAX_BODY_MIB = 64
+MAX_LINE = 65536                # request line or one header line
+MAX_HEADERS = 100
+MAX_ERROR_BODY = 262_144
+MAX_EVENT = 64 * 1024 * 1024    # one event of a stream, or a whole answer that was not streamed
+MAX_JSON_DIGITS = 1000          # of one number: CPython before 3.11 takes quadratic time for more
+IDLE_TIMEOUT = 75               # a client's connection between requests
+HEADER_TIMEOUT = 20             # from the first byte of a request to the end of its headers
+BODY_TIMEOUT = 60               # for the body, and one second more for every
+BODY_RATE = 65_536              # bytes of it
+WRITE_TIMEOUT = 60              # a client that takes nothing for this long has left
+GRACE = 10                      # for running answers after Ctrl-C or SIGTERM
+RETRY_AFTER_MOST = 60           # openai-node sleeps any Retry-After, openai-python none above 60
+PIECE = 65_536                  # read at most this much of an answer at once
+
+LOCAL_ORIGINS = re.compile(r"(https?://(localhost|127\.\d+\.\d+\.\d+|\[::1\]|tauri\.localhost)(:\d+)?"
+                           r"|(app|tauri|vscode-webview)://.*)\Z", re.I)
+
+
+class ModelFacts(NamedTuple):
+    """What is known of a model: tokens of context and output, how it thinks, whether it sees images.
+
+    thinking is 'none', 'off' or 'on' (it can be switched, and is so by default), 'effort' (on, with
+    levels), 'always', or 'unknown'.
+    """
+
+    pattern: str
+    context: int | None = None
+    output: int | None = None
+    thinking: str = "unknown"
+    vision: bool | None = None
+
+
+# First match of the id without its vendor prefix, in lower case. State of 2026-11: Qwen Code 0.24.4
+# (tokenLimits.ts, modality table), Model Studio 'Deep thinking' and model pages, models.dev.
+MODELS = tuple(ModelFacts(*row) for row in (
+    ("qwen3.8-max*", 1_000_000, 131_072, "effort", True),
+    ("qwen3.8-*", 1_000_000, 131_072, "effort", True),
+    ("coder-model", 1_000_000, 65_536, "on", True),
+    ("qwen3.[567]-plus*", 1_000_000, 65_536, "on", True),
+    ("qwen3.[567]*", 1_000_000, 65_536, "on", False),
+    ("qwen3-coder-next*", 262_144, 65_536, "none", False),
+    ("qwen3-coder*", 1_000_000, 65_536, "none", False),
+    ("qwen3-vl-*", 262_144, 32_768, "off", True),
+    ("qwen3-omni*", 65_536, 16_384, "off", True),
+    ("qwen3-max*", 262_144, 65_536, "off", False),
+    ("qwen3-*", 131_072, None, "on", False),
+    ("qwen-vl-max*", 131_072, 8_192, "none", True),
+    ("qwen-vl*", 131_072, None, "none", True),
+    ("qwen-turbo*", 1_000_000, 16_384, "off", False),
+    ("qwen-plus*", 1_000_000, 32_768, "off", False),
+    ("qwen-flash*", 1_000_000, 32_768, "off", False),
+    ("qwq*", 131_072, None, "always", False),
+    ("qvq*", 131_072, None, "always", True),
+    ("kimi-k3*", 1_000_000, 131_072, "always", True),
+    ("kimi-k2.7-code*", 262_144, None, "always", True),
+    ("kimi-k2.5*", 262_144, 32_768, "on", True),
+    ("kimi-*", 262_144, None, "on", True),
+    ("glm-5.[2-9]*", 1_000_000, 131_072, "on", False),
+    ("glm-5*", 202_752, 131_072, "on", False),
+    ("glm-4.7*", 202_752, 16_384, "on", False),
+    ("deepseek-v4*", 1_000_000, 384_000, "on", False),
+    ("deepseek-v3*", 131_072, None, "off", False),
+    ("deepseek-r*", 131_072, 65_536, "always", False),
+    ("minimax-m2.5*", 196_608, 65_536, "always", False),
+    ("minimax-m3*", 1_000_000, None, "always", True),
+    ("*",),
+))
+
+
+def model_facts(model: str) -> ModelFacts:
+    """The row of MODELS for a model id; the last row, which knows nothing, for an unknown one."""
+    name = model.rsplit("/", 1)[-1].lower()
+    return next(row for row in MODELS if fnmatch.fnmatchcase(name, row.pattern))
+
+
+# ----------------------------------------------------------------------------------------------------
+# Errors
+# ----------------------------------------------------------------------------------------------------
+
+class ProxyError(Exception):
+    """A failure that is told to the client: an HTTP status and OpenAI's error object.
+
+        ProxyError
+          +-- BadRequest        400  what the client sent cannot be served
+          +-- CredentialError   401  there is no usable login
+          +-- UpstreamError     502  the other side refused, broke off or could not be reached
+
+    status: of the answer; type, code, param: of the error object; request_id: the upstream's handle for
+    its support; headers: more headers for the answer; retry: whether the same request may succeed in a
+    moment; retry_after: seconds, where the upstream said so; moves_on: whether another provider may help.
+    """
+
+    status, type, code = 500, "api_error", None
+    retry = moves_on = False
+
+    def __init__(self, message: str, status: int | None = None, code: str | None = None, type: str | None = None,
+                 param: str | None = None, request_id: str | None = None, headers: Iterable[tuple[str, str]] = (),
+                 retry: bool | None = None, retry_after: float | None = None, moves_on: bool | None = None):
+        super().__init__(message)
+        self.message, self.param, self.request_id, self.retry_after = message, param, request_id, retry_after
+        self.headers = list(headers)
+        for name, value in (("status", status), ("code", code), ("type", type), ("retry", retry),
+                            ("moves_on", moves_on)):
+            if value is not None:
+                setattr(self, name, value)
+
+    def body(self) -> dict:
+        """The error object as OpenAI shapes it, with the upstream's request_id where there is one."""
+        error = {"message": mask(self.message), "type": self.type, "param": self.param, "code": self.code}
+        return {"error": error, "request_id": self.request_id} if self.request_id else {"error": error}
+
+
+class BadRequest(ProxyError):
+    """The client's request cannot be served as it is."""
+
+    status, type = 400, "invalid_request_error"
+
+
+class CredentialError(ProxyError):
+    """There is no usable login; the message says how to get one."""
+
+    status, type, code, moves_on = 401, "authentication_error", "invalid_api_key", True
+
+
+class UpstreamError(ProxyError):
+    """The upstream refused, broke off, or could not be reached."""
+
+    status, type = 502, "upstream_error"
+
+
+class ClientGone(Exception):
+    """The client closed its connection; nobody waits for the answer any more."""
+
+
+class ShuttingDown(Exception):
+    """The server stops and this answer has used up its time of grace."""
+
+
+_secrets: dict[str, None] = {}
+_SECRET_SHAPES = re.compile(r"\b(sk|ms)-[A-Za-z0-9_-]{8,}|\beyJ[A-Za-z0-9_-]{10,}[A-Za-z0-9._-]*"
+                            r"|(?<=Bearer )[^\s\"',]{6,}")
+
+
+def keep_secret(value: str | None) -> None:
+    """From now on mask() hides this value."""
+    if value and len(value) >= 6:
+        _secrets[value] = None
+
+
+def mask(text: str) -> str:
+    """The text without secrets: what keep_secret() was told of, and anything shaped like a key."""
+    for value in list(_secrets):
+        if value in text:
+            text = text.replace(value, "***")
+    return _SECRET_SHAPES.sub("***", text)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Credentials
+# ----------------------------------------------------------------------------------------------------
+
+LOGIN_AGAIN = "run `qwen` and then /auth, or `python3 qwen_proxy.py login`"
+FREE_TIER_ENDED = ("Qwen's free OAuth tier ended on %s: a login still works, but chat does not. Configure an API key "
+                   "in the CLI (run `qwen`, then /auth), or start with --provider NAME and its key in the environment"
+                   % FREE_TIER_END)
+
+
+class Login(NamedTuple):
+    """One state of oauth_creds.json. expires_at is in seconds; fields is the whole file, for saving."""
+
+    access_token: str
+    refresh_token: str
+    expires_at: float
+    resource_url: str
+    fields: dict
+
+    def is_fresh(self) -> bool:
+        """Whether the access token can be used now (Qwen Code: until 30 s before it expires)."""
+        return time.time() < self.expires_at - REFRESH_MARGIN
+
+
+def parse_login(text: str) -> Login:
+    """The login in the text of oauth_creds.json; raises CredentialError that names what is wrong.
+
+    Qwen Code, sharedTokenManager.ts: the three strings and expiry_date, in milliseconds, are required.
+    """
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError):
+        raise CredentialError("it is not JSON") from None
+    if not isinstance(fields, dict):
+        raise CredentialError("it is not a JSON object")
+    for name in ("access_token", "refresh_token", "token_type"):
+        if not isinstance(fields.get(name), str) or not fields[name]:
+            raise CredentialError("it has no %s" % name)
+    expiry_date = fields.get("expiry_date")
+    if isinstance(expiry_date, bool) or not isinstance(expiry_date, (int, float)) or not 0 < expiry_date < 1e17:
+        raise CredentialError("its expiry_date is not a time in milliseconds")
+    resource_url = fields.get("resource_url")
+    keep_secret(fields["access_token"])
+    keep_secret(fields["refresh_token"])
+    return Login(fields["access_token"], fields["refresh_token"], expiry_date / 1000,
+                 resource_url if isinstance(resource_url, str) and resource_url else PORTAL_RESOURCE_URL, fields)
+
+
+def login_from_answer(answer: dict, before: dict) -> Login:
+    """The login after a token response (RFC 6749 5.1); fields of the file that it does not name are kept.
+
+    Kept above all: the refresh token when the answer rotates none, and resource_url, whose loss makes
+    the CLI fall back to a host that refuses the token.
+    """
+    fields = dict(before)
+    for name in ("access_token", "refresh_token", "token_type", "resource_url"):
+        if isinstance(answer.get(name), str) and answer[name]:
+            fields[name] = answer[name]
+    fields.setdefault("token_type", "Bearer")
+    fields.setdefault("resource_url", PORTAL_RESOURCE_URL)
+    expires_in = answer.get("expires_in")
+    seconds = expires_in if isinstance(expires_in, (int, float)) and 0 < expires_in < 1e9 else 3600
+    fields["expiry_date"] = int((time.time() + seconds) * 1000)
+    return parse_login(json.dumps(fields))
+
+
+def base_url_of(resource_url: str) -> str:
+    """portal.qwen.ai -> https://portal.qwen.ai/v1, as the CLI makes it."""
+    url = resource_url if "://" in resource_url else "https://" + resource_url
+    url = url.rstrip("/")
+    return url if url.endswith("/v1") else url + "/v1"
+
+
+class LockFile:
+    """The CLI's own lock on oauth_creds.json: a file that exists while somebody refreshes.
+
+    Qwen Code, sharedTokenManager.ts: created exclusively with a random UUID in it; busy ones are tried
+    again after 100 ms, each time half as long again, up to 2 s; one older than 35 s belongs to nobody
+    and is renamed away. An flock would not keep the CLI out.
+    """
+
+    _held: dict[str, LockFile] = {}
+
+    def __init__(self, path: str):
+        self.path, self._owner = path, str(uuid.uuid4())
+
+    def __enter__(self) -> LockFile:
+        if not LockFile._held:
+            atexit.register(LockFile.release_all)
+        wait, seen, seen_since = LOCK_WAIT_FIRST, None, time.monotonic()
+        while not self._create():
+            holder = self._read()
+            if holder != seen:
+                seen, seen_since = holder, time.monotonic()
+            if holder and self._age(seen_since) > LOCK_STALE:
+                self._break(holder)
+                continue
+            time.sleep(wait)
+            wait = min(wait * LOCK_WAIT_FACTOR, LOCK_WAIT_MOST)
+        LockFile._held[self._owner] = self
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """Removes the lock if it is still ours: a slow refresh may have lost it to somebody else."""
+        LockFile._held.pop(self._owner, None)
+        holder = self._read()
+        if holder and holder[0] == self._owner:
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)
+
+    @staticmethod
+    def release_all() -> None:
+        """For the end of the process: a CLI waits 29 s for a lock, but calls it stale only after 35."""
+        for lock in list(LockFile._held.values()):
+            lock.__exit__()
+
+    def _create(self) -> bool:
+        try:
+            handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            return False
+        except PermissionError:
+            if os.path.exists(self.path):       # Windows: somebody is just deleting it
+                return False
+            raise
+        with os.fdopen(handle, "w") as file:
+            file.write(self._owner)
+        return True
+
+    def _read(self) -> tuple[str, int] | None:
+        """Content and mtime (ns) of the lock as it is, or None when it is gone."""
+        try:
+            with open(self.path, encoding="utf-8", errors="replace") as file:
+                return file.read(100), os.fstat(file.fileno()).st_mtime_ns
+        except OSError:
+            return None
+
+    def _age(self, seen_since: float) -> float:
+        """Its age, or how long we have seen it unchanged: a clock that jumped back must not hang us."""
+        try:
+            return max(time.time() - os.stat(self.path).st_mtime, time.monotonic() - seen_since)
+        except OSError:
+            return 0
+
+    def _break(self, holder: tuple[str, int]) -> None:
+        """Rename a stale lock away; should it be a new one after all, put that back."""
+        away = "%s.stale.%s" % (self.path, uuid.uuid4())
+        with contextlib.suppress(OSError):
+            os.rename(self.path, away)
+            with open(away, encoding="utf-8", errors="replace") as file:
+                is_live = file.read(100) != holder[0]
+            if is_live:
+                with contextlib.suppress(OSError):
+                    os.link(away, self.path)
+            os.unlink(away)
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Refuses every redirect: urllib would take our secrets along to the new place."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+def post_form(url: str, fields: dict[str, str], headers: dict[str, str] | None = None) -> tuple[int, dict | None, str]:
+    """POST a form to the identity host: the HTTP status, the JSON object or None, and a short excerpt.
+
+    Raises UpstreamError when no answer came. Status and body are judged by the caller, since the host
+    sits behind a firewall that answers HTML with any status, which is no verdict on anything.
+    """
+    request = urllib.request.Request(url, urllib.parse.urlencode(fields).encode(), {
+        "Content-Type": "application/x-www-form-urlencoded", "Accept": "application/json",
+        # Without a User-Agent of its own choice the host answers HTML (hermes-agent #7746).
+        "User-Agent": "qwen_proxy/" + __version__, **(headers or {})})
+    opener = urllib.request.build_opener(_NoRedirect)
+    try:
+        try:
+            response = opener.open(request, timeout=REFRESH_TIMEOUT)
+        except urllib.error.HTTPError as error:
+            response = error
+        with response:
+            status, body = response.status if hasattr(response, "status") else response.code, response.read(MAX_ERROR_BODY)
+    except (OSError, http.client.HTTPException) as error:
+        raise UpstreamError("no answer from %s: %s" % (urllib.parse.urlsplit(url).netloc, reason_of(error)),
+                            retry=True) from error
+    text = body.decode("utf-8", "replace")
+    try:
+        answer = json.loads(text)
+    except (ValueError, RecursionError):
+        answer = None
+    return status, answer if isinstance(answer, dict) else None, " ".join(text.split())[:120]
+
+
+def reason_of(error: BaseException) -> str:
+    """A few words for a network failure, without Python's names for it."""
+    error = getattr(error, "reason", error) if isinstance(error, urllib.error.URLError) else error
+    if isinstance(error, socket.timeout):
+        return "timed out"
+    if isinstance(error, socket.gaierror):
+        return "the host name cannot be resolved"
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return "its TLS certificate is not trusted (%s); a private CA goes into SSL_CERT_FILE" % error.verify_message
+    if isinstance(error, ssl.SSLError):
+        return "TLS failed (%s)" % (error.reason or "connection closed")
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return str(error) or type(error).__name__
+
+
+class OAuthCredentials:
+    """The login in one oauth_creds.json, shared with the CLI and with other processes.
+
+    Any number of threads may call it. The file is read again whenever it has changed, so a new login by
+    the CLI counts at once; it is written only with a refreshed token, atomically, mode 0600.
+    """
+
+    kind = "oauth"
+
+    def __init__(self, path: str, oauth_base_url: str = OAUTH_BASE_URL):
+        self.path, self.problem = path, ""
+        self._token_url = oauth_base_url.rstrip("/") + TOKEN_PATH
+        self._refreshing, self._reading = threading.Lock(), threading.Lock()
+        self._login: Login | None = None
+        self._signature: Any = ()
+        self._refused: str | None = None        # the refresh token that the token endpoint refused
+        self._failure: tuple[float, ProxyError] | None = None   # the last failed refresh and its time
+        self.has_refreshed = False
+
+    def access_token(self, rejected: str = "") -> str:
+        """A token that is valid now and is not `rejected`, the one an upstream has just refused.
+
+        Raises CredentialError when a new login is needed, UpstreamError when the refresh may work later.
+        """
+        asked = time.monotonic()
+        login = self.login()
+        if login.is_fresh() and login.access_token != rejected:
+            return login.access_token
+        with self._refreshing:
+            login = self.login()
+            if login.is_fresh() and login.access_token != rejected:
+                return login.access_token
+            # Those who waited while one attempt failed share its outcome instead of queueing for 8 s each.
+            if self._failure and (self._failure[0] > asked or time.monotonic() - self._failure[0] < REFRESH_PAUSE):
+                raise self._failure[1]
+            try:
+                login = self._refresh_locked(rejected)
+            except UpstreamError as error:
+                self._failure = (time.monotonic(), error)
+                raise
+            self._failure = None
+            return login.access_token
+
+    def login(self) -> Login:
+        """The login as it is now: the file if it has changed, else the copy in memory.
+
+        A file that has become unreadable or is gone (the CLI deletes it when its own refresh is refused)
+        does not end a login that memory still holds.
+        """
+        with self._reading:
+            signature = self._signature_of_file()
+            if signature != self._signature:
+                self._read(signature)
+            if self._login is None:
+                raise CredentialError("no usable login in %s: %s; %s" % (self.path, self.problem, LOGIN_AGAIN))
+            return self._login
+
+    def base_url(self) -> str:
+        """Where this login is served."""
+        return base_url_of(self.login().resource_url)
+
+    def describe(self) -> dict:
+        """Facts for /health and status; nothing secret."""
+        facts = {"type": self.kind, "path": self.path, "problem": self.problem or None}
+        with contextlib.suppress(CredentialError):
+            facts["expires_at"] = int(self.login().expires_at)
+        return facts
+
+    def replace(self, login: Login) -> None:
+        """Put a new login in place of the old one, under the CLI's lock."""
+        with self._refreshing, self._locked():
+            self.save(login)
+
+    def save(self, login: Login) -> None:
+        """Write the login, by the holder of the lock; what cannot be written stays in memory, and says so."""
+        with self._reading:
+            self._login, self.problem = login, ""
+            try:
+                write_private(self.path, json.dumps(login.fields, indent=2, ensure_ascii=False))
+            except OSError as error:
+                self.problem = "it could not be saved (%s), the new token is kept in memory only" % reason_of(error)
+                log.warning("%s: %s", self.path, self.problem)
+            self._signature = self._signature_of_file()
+
+    def _signature_of_file(self) -> Any:
+        try:
+            status = os.stat(self.path)
+        except OSError as error:
+            return type(error).__name__
+        return status.st_mtime_ns, status.st_size, status.st_ino
+
+    def _read(self, signature: Any) -> None:
+        try:
+            with open(self.path, encoding="utf-8-sig") as file:
+                login = parse_login(file.read(MAX_ERROR_BODY))
+        except (OSError, UnicodeError, CredentialError) as error:
+            self.problem, self._signature = reason_of(error), signature
+            if self._login:
+                log.warning("%s: %s; the login in memory goes on", self.path, self.problem)
+            return
+        if self._login is None or login.refresh_token != self._login.refresh_token:
+            self._refused = None
+        self._login, self._signature, self._failure, self.problem = login, signature, None, ""
+
+    def _refresh_locked(self, rejected: str) -> Login:
+        """Refresh under the CLI's lock, unless somebody else has done it meanwhile."""
+        with self._locked():
+            login = self.login()
+            if login.is_fresh() and login.access_token != rejected:
+                return login
+            return self._refresh(login)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            folder = os.path.dirname(self.path)
+            try:
+                os.makedirs(folder, mode=0o700, exist_ok=True)
+                stack.enter_context(LockFile(os.path.join(folder, "oauth_creds.lock")))
+            except OSError as error:            # a read-only disk: nobody can write the file, so nobody needs the lock
+                log.warning("no lock in %s (%s); going on without", folder, reason_of(error))
+            yield
+
+    def _refresh(self, login: Login) -> Login:
+        if login.refresh_token == self._refused:
+            raise self._login_needed()
+        status, answer, excerpt = post_form(self._token_url, {
+            "grant_type": "refresh_token", "refresh_token": login.refresh_token, "client_id": CLIENT_ID})
+        if status == 200 and answer and answer.get("access_token") and not answer.get("error"):
+            refreshed = login_from_answer(answer, login.fields)
+            self.save(refreshed)
+            self.has_refreshed = True
+            log.info("refreshed the access token, valid for %d min", (refreshed.expires_at - time.time()) / 60)
+            return refreshed
+        # Only JSON is a verdict (the firewall's HTML comes with any status), and only on this refresh token.
+        if status in (400, 401) and answer is not None:
+            return self._refused_by_host(login, answer)
+        detail = (answer or {}).get("error_description") or (answer or {}).get("error") or excerpt or "no body"
+        raise UpstreamError("the token endpoint answered %d (%s); the login is kept and tried again"
+                            % (status, str(detail)[:120]), 503, "token_refresh_failed", retry=True,
+                            headers=[("Retry-After", str(REFRESH_PAUSE))])
+
+    def _refused_by_host(self, login: Login, answer: dict) -> Login:
+        """After a refusal: adopt what another process has put into the file, else remember the token as dead."""
+        current = self.login()
+        if current.refresh_token != login.refresh_token and current.is_fresh():
+            return current
+        self._refused = login.refresh_token
+        log.warning("the token endpoint refused the refresh token: %s", str(answer.get("error", "no reason given"))[:80])
+        raise self._login_needed()
+
+    def _login_needed(self) -> CredentialError:
+        return CredentialError("the login in %s has expired and its refresh token was refused; %s" % (self.path, LOGIN_AGAIN))
+
+
+def write_private(path: str, text: str) -> None:
+    """Replace a file of the user's atomically, mode 0600, whatever was there before; raises OSError.
+
+    A link is followed, so that it stays a link. The new mtime is always later than the old one: the CLI
+    reloads only then. Qwen Code, sharedTokenManager.ts.
+    """
+    path = os.path.realpath(path)
+    temporary = "%s.%s.tmp" % (path, secrets.token_hex(6))
+    try:
+        before: os.stat_result | None = os.stat(path)
+    except FileNotFoundError:
+        before = None
+    try:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        if before and hasattr(os, "chown") and (before.st_uid, before.st_gid) != (os.geteuid(), os.getegid()):
+            with contextlib.suppress(OSError):  # root must not take the file away from its user
+                os.chown(temporary, before.st_uid, before.st_gid)
+        if before and os.stat(temporary).st_mtime_ns <= before.st_mtime_ns:
+            os.utime(temporary, ns=(before.st_atime_ns, before.st_mtime_ns + 1_000_000))
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+class ApiKey:
+    """A key from settings, environment or command line, bound to the base URL of the same entry."""
+
+    kind = "api-key"
+
+    def __init__(self, value: str, source: str):
+        self._value, self.source = value, source
+        keep_secret(value)
+
+    def access_token(self, rejected: str = "") -> str:
+        """The key; raises CredentialError when the place it should be in is empty."""
+        if not self._value:
+            raise CredentialError("%s; set it in the environment, in ~/.qwen/.env, or run `qwen` and then /auth" % self.source)
+        return self._value
+
+    def describe(self) -> dict:
+        """Facts for /health and status; nothing secret."""
+        return {"type": self.kind, "source": self.source, "problem": None if self._value else self.source}
+
+
+class DeviceCode(NamedTuple):
+    """An authorization that waits for its user (RFC 8628 3.2); expires_in is in seconds."""
+
+    device_code: str
+    code_verifier: str
+    user_code: str
+    verification_uri: str
+    expires_in: float
+
+
+def pkce_pair() -> tuple[str, str]:
+    """code_verifier and its S256 code_challenge (RFC 7636 4.1, 4.2)."""
+    code_verifier = base64.urlsafe_b64encode(secrets.token_bytes(32)).rstrip(b"=").decode()
+    digest = hashlib.sha256(code_verifier.encode()).digest()
+    return code_verifier, base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
+
+
+def request_device_code(oauth_base_url: str) -> DeviceCode:
+    """Start a device authorization (RFC 8628 3.1); raises UpstreamError when the host refuses."""
+    code_verifier, code_challenge = pkce_pair()
+    status, answer, excerpt = post_form(oauth_base_url.rstrip("/") + DEVICE_CODE_PATH, {
+        "client_id": CLIENT_ID, "scope": SCOPE, "code_challenge": code_challenge, "code_challenge_method": "S256"},
+        {"x-request-id": str(uuid.uuid4())})
+    if not answer or not isinstance(answer.get("device_code"), str):
+        detail = (answer or {}).get("error_description") or (answer or {}).get("error") or excerpt
+        raise UpstreamError("the device authorization endpoint answered %d: %s" % (status, detail))
+    keep_secret(answer["device_code"])
+    expires_in = answer.get("expires_in")
+    return DeviceCode(answer["device_code"], code_verifier, str(answer.get("user_code") or ""),
+                      str(answer.get("verification_uri_complete") or answer.get("verification_uri") or ""),
+                      expires_in if isinstance(expires_in, (int, float)) and expires_in > 0 else 900)
+
+
+def poll_for_login(oauth_base_url: str, device: DeviceCode, sleep: Callable[[float], None] = time.sleep) -> Login:
+    """Wait until the user has approved (RFC 8628 3.4); raises CredentialError when that will not come.
+
+    slow_down arrives as HTTP 429 here, not as RFC 8628's 400; a 200 with access_token null is 'pending'.
+    Qwen Code, qwenOAuth2.ts.
+    """
+    interval, deadline = LOGIN_POLL_FIRST, time.monotonic() + device.expires_in
+    while time.monotonic() < deadline:
+        sleep(interval)
+        try:
+            status, answer, excerpt = post_form(oauth_base_url.rstrip("/") + TOKEN_PATH, {
+                "grant_type": DEVICE_GRANT, "client_id": CLIENT_ID, "device_code": device.device_code,
+                "code_verifier": device.code_verifier})
+        except UpstreamError as error:          # a network that comes and goes must not end the log-in
+            log.warning("%s", error)
+            continue
+        reason = (answer or {}).get("error")
+        if status == 200 and answer is not None and not reason:
+            if answer.get("access_token") and answer.get("refresh_token"):
+                return login_from_answer(answer, {})
+        elif reason == "authorization_pending":
+            interval = LOGIN_POLL_FIRST
+        elif reason == "slow_down":
+            interval = min(interval * 1.5, LOGIN_POLL_MOST)
+        elif reason == "access_denied":
+            raise CredentialError("the log-in was refused in the browser; run login again to start over")
+        elif reason == "expired_token" or status == 401:
+            raise CredentialError("the code has expired; run login again for a new one")
+        elif answer is not None or status < 500:
+            detail = (answer or {}).get("error_description") or reason or excerpt
+            raise CredentialError("the token endpoint answered %d: %s; run login again" % (status, detail))
+    raise CredentialError("nobody approved the log-in within %d minutes; run login again" % (device.expires_in / 60))
+
+
+# ----------------------------------------------------------------------------------------------------
+# Providers
+# ----------------------------------------------------------------------------------------------------
+
+class Options(NamedTuple):
+    """What the command line or make_server() says about providers."""
+
+    provider: str | None = None
+    base_url: str | None = None
+    model: str | None = None
+    aliases: tuple[tuple[str, str], ...] = ()
+    qwen_home: str | None = None
+    failover: bool = False
+
+
+class Provider:
+    """One base URL with the one credential that belongs to it, and what it is known to serve.
+
+    name: for --provider, `name/model` and x-qwen-provider; family: the dialect of its endpoints;
+    entries: model id -> generationConfig of settings.json; source: where all this was found.
+    """
+
+    def __init__(self, name: str, base_url: str, credentials: Any, source: str,
+                 entries: dict[str, dict] | None = None, family: str | None = None):
+        self.name, self.credentials, self.source, self.entries = name, credentials, source, entries or {}
+        self.family = family or family_of(base_url)
+        self._base_url = base_url.rstrip("/")
+
+    @property
+    def base_url(self) -> str:
+        """Where it is; for an OAuth login the host that its file names now."""
+        return self._base_url or self.credentials.base_url()
+
+    def host(self) -> str | None:
+        """The host of a base URL that settings or options name."""
+        return urllib.parse.urlsplit(self._base_url).hostname
+
+    def model_ids(self) -> list[str]:
+        """The models that it is known to serve; empty when only the upstream itself knows."""
+        return list(self.entries) or list(PLAN_MODELS.get(self.family, ()))
+
+    def problem(self) -> str | None:
+        """Why it cannot be used, in words; None when it can."""
+        try:
+            self.credentials.login() if self.credentials.kind == "oauth" else self.credentials.access_token()
+        except CredentialError as error:
+            return error.message
+        return None
+
+    def describe(self) -> dict:
+        """Facts for status; nothing secret."""
+        try:
+            base_url: str | None = self.base_url
+        except CredentialError:
+            base_url = None
+        return {"name": self.name, "family": self.family, "base_url": base_url, "source": self.source,
+                "models": self.model_ids(), "login": self.credentials.describe(), "problem": self.problem()}
+
+
+class Route(NamedTuple):
+    """A provider and the model id to ask it for."""
+
+    provider: Provider
+    model: str
+
+
+class Discovery(NamedTuple):
+    """All usable logins, the active one first, and the model for requests that name none."""
+
+    providers: list[Provider]
+    model: str
+    notes: list[str]                # what a person should know: skipped files, ambiguous keys
+    settings_files: list[str]
+
+
+def family_of(base_url: str, variable: str | None = None) -> str:
+    """The dialect of a base URL: by host, else by path or the key's variable, else 'other'."""
+    parts = urllib.parse.urlsplit(base_url)
+    for pattern, family in FAMILIES_BY_HOST:
+        if re.search(pattern, parts.hostname or ""):
+            return family
+    if variable in FAMILIES_BY_VARIABLE:
+        return FAMILIES_BY_VARIABLE[variable]
+    return "dashscope" if "/compatible-mode/" in parts.path + "/" else "other"
+
+
+def qwen_home(environ: dict[str, str], option: str | None = None) -> str:
+    """The folder of the CLI: --qwen-home, QWEN_HOME, ~/.qwen. Qwen Code, storage.ts."""
+    home = environ.get("HOME") or os.path.expanduser("~")
+    named = option or environ.get("QWEN_HOME")
+    if not named:
+        # Qwen Code reads QWEN_HOME from the home .env files too.
+        found = [parse_dotenv(read_text(os.path.join(home, name))).get("QWEN_HOME") for name in (".qwen/.env", ".env")]
+        named = next(filter(None, found), None)
+    if not named:
+        return os.path.join(home if os.path.isabs(home) else tempfile.gettempdir(), ".qwen")
+    if named == "~" or named.startswith(("~/", "~\\")):
+        named = home + named[1:]
+    return os.path.abspath(named)
+
+
+def read_text(path: str) -> str:
+    """The text of a small file; empty when there is none."""
+    try:
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+_DOTENV_LINE = re.compile(r"""^[ \t]*(?:export[ \t]+)?([\w.-]+)[ \t]*[=:][ \t]*
+    (?: "((?:\\.|[^"\\])*)" | '([^']*)' | `([^`]*)` | ([^#\r\n]*) )""", re.M | re.X)
+
+
+def parse_dotenv(text: str) -> dict[str, str]:
+    """NAME=value lines as the dotenv package reads them.
+
+    >>> parse_dotenv('export A=1 # note\\nB="x\\\\ny"\\nC=\\'$A\\'') == {'A': '1', 'B': 'x\\ny', 'C': '$A'}
+    True
+    """
+    values = {}
+    for match in _DOTENV_LINE.finditer(text):
+        name, double, single, back, bare = match.groups()
+        if double is not None:
+            values[name] = double.replace("\\n", "\n").replace("\\r", "\r").replace('\\"', '"')
+        else:
+            values[name] = next(value for value in (single, back, (bare or "").strip()) if value is not None)
+    return values
+
+
+_COMMENT_OR_STRING = re.compile(r'("(?:\\.|[^"\\])*")|//[^\r\n]*|/\*.*?\*/', re.S)
+
+
+def parse_settings(text: str) -> dict:
+    """The object in a settings.json, comments allowed; raises ValueError.
+
+    >>> parse_settings('{"url": "http://x" /* why */ } // end')
+    {'url': 'http://x'}
+    """
+    try:
+        settings = json.loads(_COMMENT_OR_STRING.sub(lambda match: match.group(1) or " ", text))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(settings, dict):
+        raise ValueError("it is not a JSON object")
+    return settings
+
+
+def expand_variables(value: Any, environ: dict[str, str]) -> Any:
+    """$NAME and ${NAME} replaced in every string of a JSON value; unknown names stay as they are."""
+    if isinstance(value, str):
+        return re.sub(r"\$(?:(\w+)|\{(\w+)\})",
+                      lambda match: environ.get(match.group(1) or match.group(2)) or match.group(0), value)
+    if isinstance(value, dict):
+        return {name: expand_variables(item, environ) for name, item in value.items()}
+    return [expand_variables(item, environ) for item in value] if isinstance(value, list) else value
+
+
+def merge(low: dict, high: dict) -> dict:
+    """Two settings objects merged in depth; the second one wins."""
+    merged = dict(low)
+    for name, value in high.items():
+        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = merge(merged[name], value) if both else value
+    return merged
+
+
+def dig(settings: Any, *path: str) -> Any:
+    """settings[path[0]][path[1]]..., or None where a step is missing or not an object."""
+    for name in path:
+        settings = settings.get(name) if isinstance(settings, dict) else None
+    return settings
+
+
+class CliSettings:
+    """What the CLI's settings files, .env files and the environment say together.
+
+    Qwen Code, settings.ts: system defaults < user < project < system for the files; the environment,
+    then .env files, then settings.env for variables. Files of the working directory count only where
+    trustedFolders.json trusts it: a cloned repository must not be able to send a key to its own host.
+    """
+
+    def __init__(self, home: str, environ: dict[str, str], folder: str):
+        self.home, self.environ, self.files, self.notes = home, environ, [], []
+        user_home = environ.get("HOME") or os.path.expanduser("~")
+        dotenv = [os.path.join(home, ".env"), os.path.join(user_home, ".qwen", ".env"), os.path.join(user_home, ".env")]
+        project = self._project_files(folder, user_home)
+        self.variables: dict[str, str] = {}
+        for path in [path for path in project if path.endswith(".env")] + dotenv:
+            for name, value in parse_dotenv(self._text_of(path)).items():
+                self.variables.setdefault(name, value)
+        self.values: dict = {}
+        for path in [self._system_file("system-defaults.json", "QWEN_CODE_SYSTEM_DEFAULTS_PATH"),
+                     os.path.join(home, "settings.json"), *[path for path in project if path.endswith(".json")],
+                     self._system_file("settings.json", "QWEN_CODE_SYSTEM_SETTINGS_PATH")]:
+            self.values = merge(self.values, self._settings_of(path))
+        for name, value in (dig(self.values, "env") or {}).items():
+            if isinstance(value, str):
+                self.variables.setdefault(name, value)
+
+    def variable(self, name: str) -> str:
+        """The value of a variable, '' when it is unset; a set but empty one counts as unset."""
+        return self.environ.get(name) or self.variables.get(name) or ""
+
+    def _text_of(self, path: str) -> str:
+        text = read_text(path)
+        if text and path not in self.files:
+            self.files.append(path)
+        return text
+
+    def _settings_of(self, path: str) -> dict:
+        text = self._text_of(path)
+        try:
+            return expand_variables(parse_settings(text), {**self.environ, **self.variables}) if text.strip() else {}
+        except ValueError as error:
+            self.notes.append("%s is ignored: %s" % (path, error))
+            return {}
+
+    def _system_file(self, name: str, variable: str) -> str:
+        folder = {"Darwin": "/Library/Application Support/QwenCode", "Windows": "C:\\ProgramData\\qwen-code"}
+        return self.environ.get(variable) or os.path.join(folder.get(platform.system(), "/etc/qwen-code"), name)
+
+    def _project_files(self, folder: str, user_home: str) -> list[str]:
+        """settings.json of the working directory and the nearest .env above it, where it is trusted."""
+        found = [path for path in [os.path.join(folder, ".qwen", "settings.json")] if os.path.isfile(path)]
+        above = folder
+        while not any(path.endswith(".env") for path in found):
+            for name in (os.path.join(above, ".qwen", ".env"), os.path.join(above, ".env")):
+                if os.path.isfile(name) and not any(path.endswith(".env") for path in found):
+                    found.append(name)
+            if above == os.path.dirname(above):
+                break
+            above = os.path.dirname(above)
+        own = {os.path.realpath(os.path.join(base, name)) for base in (self.home, os.path.join(user_home, ".qwen"), user_home)
+               for name in (".env", "settings.json")}
+        found = [path for path in found if os.path.realpath(path) not in own]
+        if found and not self._is_trusted(folder):
+            self.notes.append("not read, since trustedFolders.json does not trust this directory: " + ", ".join(found))
+            return []
+        return found
+
+    def _is_trusted(self, folder: str) -> bool:
+        """Qwen Code, trustedFolders.ts: a folder at or below a TRUST_FOLDER, or below a TRUST_PARENT's parent."""
+        try:
+            rules = parse_settings(read_text(os.path.join(self.home, "trustedFolders.json")))
+        except ValueError:
+            return False
+        roots = [path if level == "TRUST_FOLDER" else os.path.dirname(path) for path, level in rules.items()
+                 if level in ("TRUST_FOLDER", "TRUST_PARENT")]
+        return any(folder == root or folder.startswith(root.rstrip(os.sep) + os.sep) for root in roots)
+
+
+def preset_of(base_url: str) -> str | None:
+    """The name of the preset with this base URL."""
+    return next((name for name, (url, _) in PRESETS.items() if url == base_url.rstrip("/")), None)
+
+
+def preset_provider(name: str, settings: CliSettings) -> Provider:
+    """A provider from PRESETS, with the key of its own variable."""
+    base_url, variable = PRESETS[name]
+    return Provider(name, base_url, key_from(settings, variable), "--provider %s, %s" % (name, variable),
+                    family=family_of(base_url, variable))
+
+
+def key_from(settings: CliSettings, variable: str) -> ApiKey:
+    """The key in a variable; without one, an ApiKey that says so when it is asked."""
+    value = settings.variable(variable)
+    return ApiKey(value, variable if value else "the variable %s is not set" % variable)
+
+
+def settings_providers(settings: CliSettings) -> list[Provider]:
+    """One provider for each base URL and key variable in modelProviders, in the order of the file."""
+    providers: dict[tuple[str, str], Provider] = {}
+    protocols = dig(settings.values, "providerProtocol") or {}
+    for kind, listed in (dig(settings.values, "modelProviders") or {}).items():
+        if kind != "openai" and (not isinstance(protocols, dict) or protocols.get(kind) != "openai"):
+            continue
+        entries = listed.get("models") if isinstance(listed, dict) else listed
+        for entry in entries if isinstance(entries, list) else []:
+            if is_chat_entry(entry):
+                add_entry(providers, entry, settings)
+    return list(providers.values())
+
+
+def is_chat_entry(entry: Any) -> bool:
+    """Whether an entry of modelProviders describes a model that answers chat completions."""
+    return (isinstance(entry, dict) and isinstance(entry.get("id"), str) and bool(entry["id"])
+            and entry.get("wireApi", "chat-completions") == "chat-completions"
+            and not any(entry.get(flag) for flag in ("voiceOnly", "imageOnly", "realtimeOnly")))
+
+
+def add_entry(providers: dict[tuple[str, str], Provider], entry: dict, settings: CliSettings) -> None:
+    """Put a modelProviders entry under its provider. Key and base URL come from the entry alone.
+
+    The CLI would fall back from a missing envKey to OPENAI_API_KEY, and so send one company's key to
+    another; here a variable that is not set stays an error with its name in it.
+    """
+    variable = entry.get("envKey") if isinstance(entry.get("envKey"), str) and entry.get("envKey") else "OPENAI_API_KEY"
+    base_url = entry.get("baseUrl") if isinstance(entry.get("baseUrl"), str) and entry.get("baseUrl") else None
+    base_url = (base_url or settings.variable("OPENAI_BASE_URL") or dig(settings.values, "security", "auth", "baseUrl")
+                or OPENAI_BASE_URL).rstrip("/")
+    provider = providers.get((base_url, variable))
+    if provider is None:
+        name = preset_of(base_url) or urllib.parse.urlsplit(base_url).netloc or base_url
+        taken = sum(1 for other in providers.values() if other.name.split("#")[0] == name)
+        provider = providers[base_url, variable] = Provider(
+            "%s#%d" % (name, taken + 1) if taken else name, base_url, key_from(settings, variable),
+            "modelProviders in settings.json, %s" % variable, family=family_of(base_url, variable))
+    config = entry.get("generationConfig")
+    provider.entries.setdefault(entry["id"], config if isinstance(config, dict) else {})
+
+
+def environment_provider(settings: CliSettings, base_url: str, source: str) -> Provider:
+    """A provider at a base URL from the command line or environment, with the key that belongs to it.
+
+    That is OPENAI_API_KEY, the deprecated security.auth.apiKey, or the variable of a plan, if base_url
+    is on that plan's host.
+    """
+    host = urllib.parse.urlsplit(base_url).netloc
+    plan = next((variable for url, variable in PRESETS.values() if urllib.parse.urlsplit(url).netloc == host), None)
+    stored = dig(settings.values, "security", "auth", "apiKey")
+    if settings.variable("OPENAI_API_KEY"):
+        credentials = key_from(settings, "OPENAI_API_KEY")
+    elif plan and settings.variable(plan):
+        credentials = key_from(settings, plan)
+    elif isinstance(stored, str) and stored and dig(settings.values, "security", "auth", "baseUrl") == base_url:
+        credentials = ApiKey(stored, "security.auth.apiKey in settings.json")
+    else:
+        credentials = key_from(settings, "OPENAI_API_KEY")
+    return Provider(preset_of(base_url) or host, base_url, credentials, source)
+
+
+def provider_of_lone_key(settings: CliSettings) -> tuple[Provider | None, str]:
+    """The provider of the only key in the environment, if its host is certain; else None and a sentence."""
+    variables = sorted({variable for _, variable in PRESETS.values() if settings.variable(variable)})
+    fitting = [name for name, (_, variable) in PRESETS.items() if variable in variables]
+    if len(fitting) == 1:
+        return preset_provider(fitting[0], settings), ""
+    if variables:
+        return None, "%s is set, but its host is not certain and never guessed; choose one: %s" % (
+            " and ".join(variables), ", ".join("--provider " + name for name in fitting))
+    if settings.variable("OPENAI_API_KEY"):
+        return None, "OPENAI_API_KEY is set, but not its host; add --base-url URL or OPENAI_BASE_URL"
+    return None, ""
+
+
+def oauth_providers(home: str, settings: CliSettings, known: dict[str, OAuthCredentials]) -> list[Provider]:
+    """A provider for oauth_creds.json and for every oauth_creds*.json beside it."""
+    try:
+        names = sorted(name for name in os.listdir(home) if fnmatch.fnmatchcase(name, "oauth_creds?*.json"))
+    except OSError:
+        names = []
+    providers = []
+    for name in ["oauth_creds.json", *names]:
+        path = os.path.join(home, name)
+        if path not in known:
+            known[path] = OAuthCredentials(path, settings.variable("QWEN_OAUTH_BASE_URL") or OAUTH_BASE_URL)
+        suffix = name[len("oauth_creds"):-len(".json")].strip("._-")
+        providers.append(Provider("oauth-" + suffix if suffix else "oauth", "", known[path], path, {OAUTH_MODEL: {}}, "portal"))
+    return providers
+
+
+def wanted_model(settings: CliSettings, options: Options) -> str | None:
+    """The model that the CLI would use: --model, model.name, OPENAI_MODEL, QWEN_MODEL."""
+    stored = dig(settings.values, "model", "name") or dig(settings.values, "model")
+    if isinstance(stored, str) and stored.startswith("$runtime|"):
+        stored = stored.split("|")[-1]
+    return (options.model or (stored if isinstance(stored, str) else None) or settings.variable("OPENAI_MODEL")
+            or settings.variable("QWEN_MODEL") or None)
+
+
+def active_provider(settings: CliSettings, options: Options, listed: list[Provider],
+                    oauth: list[Provider]) -> tuple[Provider | None, str]:
+    """The provider that the command line or else the CLI's own rules choose, or None and why."""
+    if options.base_url:
+        return environment_provider(settings, options.base_url, "--base-url"), ""
+    if options.provider:
+        return named_provider(options.provider, settings, listed + oauth)
+    kind = dig(settings.values, "security", "auth", "selectedType") or dig(settings.values, "selectedAuthType")
+    base_url = settings.variable("OPENAI_BASE_URL")
+    if not kind and settings.variable("OPENAI_API_KEY") and base_url and (
+            settings.variable("OPENAI_MODEL") or settings.variable("QWEN_MODEL")):
+        kind = "openai"
+    if kind in ("anthropic", "gemini", "vertex-ai"):
+        note = "the CLI is set to %s, which has no OpenAI-compatible endpoint here" % kind
+        return next(iter(listed), None), note
+    if kind in (None, "qwen-oauth") and os.path.exists(oauth[0].credentials.path):
+        return oauth[0], ""
+    if kind == "qwen-oauth":
+        return oauth[0], ""
+    return provider_of_model(settings, options, listed, base_url)
+
+
+def provider_of_model(settings: CliSettings, options: Options, listed: list[Provider],
+                      base_url: str) -> tuple[Provider | None, str]:
+    """Qwen Code, its model resolver: the entry with the wanted id (and model.baseUrl), else the environment."""
+    model, stored_url = wanted_model(settings, options), dig(settings.values, "model", "baseUrl")
+    having = [provider for provider in listed if model in provider.entries]
+    having.sort(key=lambda provider: provider.base_url != str(stored_url or "").rstrip("/"))
+    if having:
+        return having[0], ""
+    base_url = base_url or dig(settings.values, "security", "auth", "baseUrl") or ""
+    if base_url:
+        return environment_provider(settings, base_url, "OPENAI_BASE_URL"), ""
+    if listed:
+        return next((provider for provider in listed if not provider.problem()), listed[0]), ""
+    return provider_of_lone_key(settings)
+
+
+def named_provider(name: str, settings: CliSettings, found: list[Provider]) -> tuple[Provider | None, str]:
+    """--provider NAME: by the name or host of one that was found, else a preset."""
+    for provider in found:
+        if name in (provider.name, provider.host()):
+            return provider, ""
+    if name in PRESETS:
+        return preset_provider(name, settings), ""
+    known = sorted({*PRESETS, "oauth", *(provider.name for provider in found)})
+    return None, "there is no provider %r; known are %s" % (name, ", ".join(known))
+
+
+def discover(options: Options, environ: dict[str, str], folder: str, known: dict[str, OAuthCredentials]) -> Discovery:
+    """Everything that can be used on this machine, the active provider first."""
+    home = qwen_home(environ, options.qwen_home)
+    settings = CliSettings(home, environ, folder)
+    listed, oauth = settings_providers(settings), oauth_providers(home, settings, known)
+    active, note = active_provider(settings, options, listed, oauth)
+    present = [provider for provider in oauth if os.path.exists(provider.credentials.path) or provider is active]
+    others = [provider for provider in listed + present if provider is not active]
+    notes = settings.notes + ([note] if note else [])
+    providers = ([active] if active else []) + others
+    return Discovery(providers, default_model(settings, options, active), notes, settings.files)
+
+
+def default_model(settings: CliSettings, options: Options, active: Provider | None) -> str:
+    """The model for requests that name none."""
+    wanted = wanted_model(settings, options)
+    if active is None:
+        return wanted or DEFAULT_MODEL
+    if active.credentials.kind == "oauth" and not options.model:
+        return OAUTH_MODEL          # Qwen Code: any other name falls back to it
+    known = active.model_ids()
+    return wanted or (known[0] if known else DEFAULT_MODEL)
+
+
+class Catalogue:
+    """The discovery, made anew when a file behind it changes; any thread may ask."""
+
+    def __init__(self, options: Options, environ: dict[str, str] | None = None):
+        self.options, self._environ = options, dict(os.environ if environ is None else environ)
+        self._folder, self._known = os.getcwd(), {}     # type: ignore[var-annotated]
+        self._lock, self._checked = threading.Lock(), 0.0
+        self.home = qwen_home(self._environ, options.qwen_home)
+        self._seed_login()
+        self._signature, self._discovery = self._files_now(), discover(options, self._environ, self._folder, self._known)
+
+    def current(self) -> Discovery:
+        """The discovery as of now; the disk is looked at once a second at most."""
+        with self._lock:
+            if time.monotonic() - self._checked > 1:
+                self._checked, signature = time.monotonic(), self._files_now()
+                if signature != self._signature:
+                    self._signature = signature
+                    self._discovery = discover(self.options, self._environ, self._folder, self._known)
+            return self._discovery
+
+    def routes(self, model: Any) -> list[Route]:
+        """Where a model can be had, best first: all of them with --failover, else only one.
+
+        Several OAuth logins stand in for each other in any case, since that costs nobody anything.
+        Raises BadRequest for a model that is no string, CredentialError when there is no login at all.
+        """
+        if model is not None and not isinstance(model, str):
+            raise BadRequest("model must be a string", param="model")
+        discovery = self.current()
+        model = self._unaliased(model.strip() if model else "") or discovery.model
+        if not discovery.providers:
+            raise CredentialError(" ".join(["no Qwen login on this machine: %s, or start with --provider NAME and its "
+                                            "key in the environment." % LOGIN_AGAIN, *discovery.notes]).strip())
+        listing = [Route(provider, model) for provider in discovery.providers if model in provider.entries]
+        if not listing:
+            listing = self._explicit(discovery, model) or self._by_plan(discovery, model)
+        routes = listing or [Route(discovery.providers[0], model)]
+        if self.options.failover:
+            return routes
+        if routes[0].provider.credentials.kind == "oauth":
+            return [route for route in routes if route.provider.credentials.kind == "oauth"]
+        return routes[:1]
+
+    def _unaliased(self, model: str) -> str:
+        for name, target in self.options.aliases:
+            if fnmatch.fnmatchcase(model, name):
+                return target
+        return model
+
+    @staticmethod
+    def _explicit(discovery: Discovery, model: str) -> list[Route]:
+        """provider/model"""
+        for provider in discovery.providers:
+            if model.startswith(provider.name + "/"):
+                return [Route(provider, model[len(provider.name) + 1:])]
+        return []
+
+    @staticmethod
+    def _by_plan(discovery: Discovery, model: str) -> list[Route]:
+        return [Route(provider, model) for provider in discovery.providers if model in provider.model_ids()]
+
+    def _seed_login(self) -> None:
+        """QWEN_CLI_AUTH holds the JSON of oauth_creds.json, for containers; it never replaces a file."""
+        seed, path = self._environ.get("QWEN_CLI_AUTH"), os.path.join(self.home, "oauth_creds.json")
+        if not seed or os.path.exists(path):
+            return
+        try:
+            login = parse_login(seed)
+        except CredentialError as error:
+            log.warning("QWEN_CLI_AUTH is ignored: %s", error.message)
+            return
+        base = self._environ.get("QWEN_OAUTH_BASE_URL") or OAUTH_BASE_URL
+        self._known[path] = OAuthCredentials(path, base)
+        self._known[path].replace(login)
+
+    def _files_now(self) -> list[Any]:
+        paths = [self.home, os.path.expanduser("~/.env"), *(os.path.join(self.home, name) for name in (
+            "settings.json", ".env", "trustedFolders.json")), os.path.join(self._folder, ".qwen", "settings.json"),
+            os.path.join(self._folder, ".env")]
+        return [self._stamp(path) for path in paths]
+
+    @staticmethod
+    def _stamp(path: str) -> Any:
+        try:
+            status = os.stat(path)
+        except OSError:
+            return None
+        return status.st_mtime_ns, status.st_size, status.st_ino
+
+
+# ----------------------------------------------------------------------------------------------------
+# Upstream
+# ----------------------------------------------------------------------------------------------------
+
+def readable(sockets: list[socket.socket], seconds: float) -> list[socket.socket]:
+    """Those of the sockets that can be read without waiting, after at most that many seconds."""
+    if not hasattr(select, "poll"):             # Windows; elsewhere select() fails from descriptor 1024 on
+        return select.select(sockets, [], [], seconds)[0]
+    poll = select.poll()
+    for each in sockets:
+        poll.register(each, select.POLLIN)
+    ready = [descriptor for descriptor, _ in poll.poll(max(0, seconds) * 1000)]
+    return [each for each in sockets if each.fileno() in ready] if ready else []
+
+
+class Watch:
+    """Waits for the upstream without losing sight of the client.
+
+    One thread serves one request; here it sees, while the upstream is silent, that the client has left
+    (so the upstream is dropped at once, also before the first token), that a sign of life is due, that
+    the silence has lasted too long, and that the server stops.
+    """
+
+    def __init__(self, client: socket.socket | None = None, timeout: float = UPSTREAM_TIMEOUT,
+                 interval: float = KEEP_ALIVE_INTERVAL, on_silence: Callable[[], None] | None = None):
+        self._client, self.timeout, self._interval, self._on_silence = client, timeout, interval, on_silence
+        self._upstream: socket.socket | None = None
+        self._stopping = False
+        self._last_sign = time.monotonic()
+
+    def wait(self, upstream: socket.socket) -> None:
+        """Return when the upstream can be read; raises ClientGone, ShuttingDown, UpstreamError (504)."""
+        self._upstream = upstream
+        deadline = time.monotonic() + self.timeout
+        while True:
+            if self._stopping:
+                raise ShuttingDown
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                raise UpstreamError("the upstream has sent nothing for %g s; try again, or allow more with --timeout"
+                                    % self.timeout, 504, "upstream_timeout")
+            ready = readable([upstream, self._client] if self._client else [upstream], min(self._interval, remaining))
+            if upstream in ready and not self._stopping:
+                return
+            if ready:
+                self._look_at_client()
+            self.tick()
+
+    def sleep(self, seconds: float) -> None:
+        """Wait before another attempt; raises ClientGone and ShuttingDown as wait() does."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not self._stopping:
+            if readable([self._client] if self._client else [], min(0.5, end - time.monotonic())):
+                self._look_at_client()
+            self.tick()
+        if self._stopping:
+            raise ShuttingDown
+
+    def tick(self) -> None:
+        """Give the client a sign of life if it has heard nothing for an interval."""
+        if self._on_silence and time.monotonic() - self._last_sign >= self._interval * 0.99:
+            self._on_silence()
+            self.heard()
+
+    def heard(self) -> None:
+        """The client was sent something."""
+        self._last_sign = time.monotonic()
+
+    def stop(self) -> None:
+        """From any thread: end the wait with ShuttingDown."""
+        self._stopping = True
+        if self._upstream is not None:
+            with contextlib.suppress(OSError):
+                self._upstream.shutdown(socket.SHUT_RDWR)
+
+    def _look_at_client(self) -> None:
+        if self._client is None:
+            return
+        try:
+            if not self._client.recv(1, socket.MSG_PEEK):
+                raise ClientGone
+        except OSError:
+            raise ClientGone from None
+        self._client = None     # it has sent its next request ahead: no end can be seen behind that
+
+
+class _WatchedReader(io.RawIOBase):
+    """Bytes from an upstream socket, each wait of which is a Watch's.
+
+    It sits below http.client's buffer, so it waits only when nothing is buffered, and it never blocks
+    inside recv: a TLS record that carries no data must not hide a client that leaves.
+    """
+
+    def __init__(self, owner: _WatchedSocket):
+        super().__init__()
+        self._owner, self._socket = owner, owner.socket
+        self._pending = getattr(owner.socket, "pending", None)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            if not (self._pending and self._pending()):
+                self._owner.watch.wait(self._socket)
+            try:
+                return self._socket.recv_into(buffer)
+            except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                continue
+
+    def close(self) -> None:
+        if not self.closed:
+            super().close()
+            self._owner.reader_closed()
+
+
+class _WatchedSocket:
+    """What http.client uses of a socket. It stays open until the response on it is closed too."""
+
+    def __init__(self, connected: socket.socket):
+        self.socket, self.watch = connected, Watch()
+        self._readers, self._closing = 0, False
+
+    def sendall(self, data: Any) -> None:
+        self.socket.settimeout(self.watch.timeout)
+        self.socket.sendall(data)
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        self.socket.setblocking(False)
+        self._readers += 1
+        return io.BufferedReader(_WatchedReader(self), PIECE)
+
+    def reader_closed(self) -> None:
+        self._readers -= 1
+        if self._closing:
+            self.close()
+
+    def close(self) -> None:
+        self._closing = True
+        if self._readers <= 0:
+            self.socket.close()
+
+
+class _Watched:
+    """Mixed into the connections of http.client: their reads are watched."""
+
+    def connect(self) -> None:
+        super().connect()                       # type: ignore[misc]
+        self.sock, self.idle_since = _WatchedSocket(self.sock), 0.0     # type: ignore[has-type]
+
+
+class _Connection(_Watched, http.client.HTTPConnection):
+    """A connection in clear: to a machine of one's own, or to a forward proxy."""
+
+
+class _TLSConnection(_Watched, http.client.HTTPSConnection):
+    """A connection over TLS."""
+
+
+class UpstreamResponse:
+    """An answer of the upstream: status, headers, and the body in pieces as they arrive."""
+
+    def __init__(self, response: http.client.HTTPResponse, connection: Any, pool: KeepAliveHandler, key: Any):
+        self.status, self.headers = response.status, response.headers
+        self._response, self._connection, self._pool, self._key = response, connection, pool, key
+
+    def pieces(self) -> Iterator[bytes]:
+        """The body; raises UpstreamError when the connection breaks, and what Watch.wait() raises."""
+        while True:
+            try:
+                piece = self._response.read1(PIECE)
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                raise UpstreamError("the upstream broke off in the middle of its answer (%s); try again"
+                                    % ("connection closed" if isinstance(error, http.client.HTTPException)
+                                       else reason_of(error)), code="upstream_cut") from error
+            if not piece:
+                return
+            yield piece
+
+    def read(self, limit: int) -> bytes:
+        """The body up to a limit."""
+        body = bytearray()
+        for piece in self.pieces():
+            body += piece
+            if len(body) > limit:
+                break
+        return bytes(body[:limit])
+
+    def close(self) -> None:
+        """Done with it: keep the connection if the body is at its end, else close it."""
+        if self._response.isclosed() and not self._response.will_close and self._connection.sock is not None:
+            return self._pool.put(self._key, self._connection)
+        self._response.close()
+        return self._connection.close()
+
+    def drain(self) -> None:
+        """Read what little may follow the end of the stream, so that the connection can be kept."""
+        if not self._response.isclosed() and self._connection.sock is not None:
+            self._connection.sock.watch = Watch(timeout=DRAIN_TIMEOUT)
+            with contextlib.suppress(UpstreamError):
+                self.read(PIECE)
+        self.close()
+
+
+class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
+    """urllib's documented place to open connections otherwise: here they are kept and used again.
+
+    The pool knows only put and take. A kept connection that turns out dead before it gave one byte is
+    replaced once; a fresh one that fails is an error.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._idle: dict[Any, list[Any]] = collections.defaultdict(list)
+        self._lock, self._context = threading.Lock(), None      # type: ignore[var-annotated]
+
+    def http_open(self, request: urllib.request.Request) -> UpstreamResponse:
+        return self.do_open(_Connection, request)
+
+    def https_open(self, request: urllib.request.Request) -> UpstreamResponse:
+        return self.do_open(_TLSConnection, request, context=self._tls())
+
+    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
+
+    def do_open(self, http_class: Any, request: Any, **connection_args: Any) -> UpstreamResponse:
+        """The response to a request; raises UpstreamError, and what Watch.wait() raises."""
+        key = (http_class, request.host, request._tunnel_host)
+        connection = self._take(key)
+        if connection is not None:
+            try:
+                return self._exchange(connection, request, key)
+            except (http.client.RemoteDisconnected, ConnectionError):
+                connection.close()      # closed by the upstream at the very moment of reuse
+        connection = self._connect(http_class, request, connection_args)
+        try:
+            return self._exchange(connection, request, key)
+        except (OSError, http.client.HTTPException) as error:
+            connection.close()
+            raise UpstreamError("%s gave no answer (%s); try again" % (
+                request.host, "it closed the connection" if isinstance(error, http.client.HTTPException)
+                else reason_of(error)), code="upstream_cut") from error
+
+    def put(self, key: Any, connection: Any) -> None:
+        """Keep a connection whose response was read to its end."""
+        connection.idle_since = time.monotonic()
+        with self._lock:
+            idle = self._idle[key]
+            idle.append(connection)
+            surplus = idle.pop(0) if len(idle) > IDLE_CONNECTIONS else None
+        if surplus is not None:
+            surplus.close()
+
+    def close_idle(self) -> None:
+        """Close what is kept."""
+        with self._lock:
+            kept, self._idle = self._idle, collections.defaultdict(list)
+        for connection in (connection for idle in kept.values() for connection in idle):
+            connection.close()
+
+    def _take(self, key: Any) -> Any:
+        while True:
+            with self._lock:
+                connection = self._idle[key].pop() if self._idle[key] else None
+            if connection is None:
+                return None
+            is_young = time.monotonic() - connection.idle_since < IDLE_CONNECTION_AGE
+            # Whatever can be read on an idle connection is its end, or nothing that we asked for.
+            if is_young and not readable([connection.sock.socket], 0):
+                return connection
+            connection.close()
+
+    def _connect(self, http_class: Any, request: Any, connection_args: dict) -> Any:
+        connection = http_class(request.host, timeout=min(request.timeout, CONNECT_TIMEOUT), **connection_args)
+        if request._tunnel_host:
+            secret = request.unredirected_hdrs.pop("Proxy-authorization", None) or request.headers.pop("Proxy-authorization", None)
+            connection.set_tunnel(request._tunnel_host, headers={"Proxy-Authorization": secret} if secret else {})
+        try:
+            connection.connect()
+        except (OSError, http.client.HTTPException) as error:
+            connection.close()
+            raise UpstreamError("%s cannot be reached: %s" % (request._tunnel_host or request.host, reason_of(error)),
+                                code="upstream_unreachable", retry=not isinstance(error, ssl.SSLError),
+                                moves_on=True) from error
+        return connection
+
+    def _exchange(self, connection: Any, request: Any, key: Any) -> UpstreamResponse:
+        connection.sock.watch = request.watch
+        headers = {**request.headers, **request.unredirected_hdrs}
+        try:
+            connection.request(request.get_method(), request.selector, request.data,
+                               {name.title(): value for name, value in headers.items()})
+            return UpstreamResponse(connection.getresponse(), connection, self, key)
+        except (ClientGone, ShuttingDown, UpstreamError):
+            connection.close()
+            raise
+
+    def _tls(self) -> ssl.SSLContext:
+        with self._lock:
+            if self._context is None:           # loading the trust store takes 20 ms: once, and not at start
+                self._context = ssl.create_default_context()
+            return self._context
+
+
+class Upstream:
+    """Sends requests to providers, over the forward proxy of the environment where there is one."""
+
+    def __init__(self) -> None:
+        self._connections = KeepAliveHandler()
+        self._opener = urllib.request.OpenerDirector()      # no redirects, no errors raised: both are judged here
+        for handler in (urllib.request.ProxyHandler(), self._connections, urllib.request.UnknownHandler()):
+            self._opener.add_handler(handler)
+
+    def send(self, route: Route, path: str, body: bytes | None, access_token: str, watch: Watch,
+             headers: dict[str, str] | None = None) -> UpstreamResponse:
+        """POST a body (GET without one) to a path below the provider's base URL."""
+        own = {"Authorization": "Bearer " + access_token, **(headers or {})}
+        if body is not None:
+            own["Content-Type"] = "application/json"
+        own.update(custom_headers(route))
+        try:
+            request = urllib.request.Request(route.provider.base_url + path, body, own, method="POST" if body is not None else "GET")
+        except ValueError as error:
+            raise UpstreamError("the base URL %s is unusable: %s" % (route.provider.base_url, error), 500) from error
+        request.watch = watch                               # type: ignore[attr-defined]
+        try:
+            return self._opener.open(request, timeout=watch.timeout)    # type: ignore[return-value]
+        except urllib.error.URLError as error:
+            raise UpstreamError("the base URL %s is unusable: %s" % (route.provider.base_url, reason_of(error)), 500) from error
+        except (ValueError, UnicodeError) as error:         # http.client on a key or header with odd characters
+            raise UpstreamError("the request to %s cannot be sent: the key or a header holds a character that HTTP "
+                                "does not allow" % route.provider.name, 500) from error
+
+    def close(self) -> None:
+        """Close the connections that are kept."""
+        self._connections.close_idle()
+
+
+_HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+\Z")
+
+
+def custom_headers(route: Route) -> dict[str, str]:
+    """customHeaders of the model's entry in settings.json, without what is no header."""
+    found = dig(route.provider.entries.get(route.model), "customHeaders")
+    return {name: value for name, value in (found.items() if isinstance(found, dict) else ())
+            if isinstance(value, str) and _HEADER_NAME.match(name) and value.isprintable()}
+
+
+def open_completion(routes: list[Route], attempt: Callable[[Route, str], Any], repair: Callable[[UpstreamError], bool],
+                    watch: Watch, retries: int) -> tuple[Route, Any]:
+    """The first route that answers, and its answer as attempt(route, access_token) began it.
+
+    Everything here happens before the first byte of an answer: one refresh after a 401, one repair of a
+    refused body, some retries, and with --failover the next route. attempt() raises UpstreamError for
+    whatever is not the beginning of an answer; repair() changes what the next attempt sends.
+    """
+    for route in routes:
+        try:
+            return route, _open_on(route, attempt, repair, watch, retries)
+        except ProxyError as error:
+            if route is routes[-1] or not error.moves_on:
+                raise
+            log.warning("%s: %s; trying %s", route.provider.name, mask(error.message), routes[routes.index(route) + 1].provider.name)
+    raise CredentialError("no provider")        # never: routes is not empty
+
+
+def _open_on(route: Route, attempt: Callable[[Route, str], Any], repair: Callable[[UpstreamError], bool],
+             watch: Watch, retries: int) -> Any:
+    credentials, rejected, is_repaired, delay = route.provider.credentials, "", False, RETRY_DELAY_FIRST
+    while True:
+        access_token = credentials.access_token(rejected)
+        try:
+            return attempt(route, access_token)
+        except UpstreamError as error:
+            if error.code == "invalid_api_key" and credentials.kind == "oauth":
+                if rejected:
+                    raise UpstreamError("%s. %s." % (error.message.rstrip("."), FREE_TIER_ENDED), 401, error.code, error.type,
+                                        request_id=error.request_id, moves_on=True) from error
+                rejected = access_token
+                continue
+            if not is_repaired and repair(error):
+                is_repaired = True
+                continue
+            pause = delay if error.retry_after is None else error.retry_after
+            if not error.retry or retries <= 0 or pause > RETRY_DELAY_MOST:
+                raise
+            log.info("%s: %s; again in %.1f s", route.provider.name, mask(error.message), pause)
+        retries, delay = retries - 1, delay * 2
+        watch.sleep(pause)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Event streams
+# ----------------------------------------------------------------------------------------------------
+# https://html.spec.whatwg.org/multipage/server-sent-events.html, 'Interpreting an event stream'.
+
+class Event(NamedTuple):
+    """One event: its data, its name, and the HTTP status that DashScope hides in a comment line."""
+
+    data: bytes
+    name: str = ""
+    status: int = 0
+
+
+class EventDecoder:
+    r"""Bytes in, events out; the bytes may be cut anywhere, also inside a character or a line end.
+
+    >>> decoder = EventDecoder()
+    >>> decoder.feed(b'data: a\r\ndata:b\r') + decoder.feed(b'\n\r\n: note\n\ndata: c')
+    [Event(data=b'a\nb', name='', status=0)]
+    >>> decoder.close()
+    [Event(data=b'c', name='', status=0)]
+    """
+
+    def __init__(self) -> None:
+        self._buffer, self._after_cr, self._is_first = bytearray(), False, True
+
+    def feed(self, piece: bytes) -> list[Event]:
+        """The events that are complete with this piece."""
+        if self._after_cr and piece:
+            piece, self._after_cr = piece[1:] if piece[:1] == b"\n" else piece, False
+        if b"\r" in piece:
+            self._after_cr = piece[-1:] == b"\r"
+            piece = piece.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        if not self._buffer and piece[-2:] == b"\n\n":
+            return self._events(piece[:-2])
+        searched = max(0, len(self._buffer) - 1)
+        self._buffer += piece
+        end = self._buffer.rfind(b"\n\n", searched)
+        if end < 0:
+            if len(self._buffer) > MAX_EVENT:
+                raise UpstreamError("the upstream sent an event of more than %d bytes" % MAX_EVENT)
+            return []
+        complete = bytes(self._buffer[:end])
+        del self._buffer[:end + 2]
+        return self._events(complete)
+
+    def close(self) -> list[Event]:
+        """What the stream ended with, if its last blank line is missing."""
+        rest, self._buffer = bytes(self._buffer), bytearray()
+        return self._events(rest)
+
+    def _events(self, blocks: bytes) -> list[Event]:
+        if self._is_first and blocks:
+            self._is_first = False
+            blocks = blocks[3:] if blocks.startswith(b"\xef\xbb\xbf") else blocks
+        return [event for event in map(parse_event, blocks.split(b"\n\n")) if event is not None]
+
+
+def parse_event(block: bytes) -> Event | None:
+    """The event in the lines between two blank ones; None where they hold no data."""
+    if block.startswith(b"data:") and b"\n" not in block:
+        return Event(block[6:] if block[5:6] == b" " else block[5:])
+    found, name, status = [], "", 0
+    for line in block.split(b"\n"):
+        field, _, value = line.partition(b":")
+        value = value[1:] if value[:1] == b" " else value
+        if field == b"data":
+            found.append(value)
+        elif field == b"event":
+            name = value.decode("utf-8", "replace")
+        elif not field and value.startswith(b"HTTP_STATUS/") and value[12:15].isdigit():
+            status = int(value[12:15])
+        elif line[:1] == b"{":                  # an error without its 'data:' (upstreams behind gateways)
+            found.append(line)
+    return Event(b"\n".join(found), name, status) if found else None
+
+
+def encode_event(data: bytes, name: str = "") -> bytes:
+    """One event, ready to write; the data must hold no line end."""
+    return b"event: %s\ndata: %s\n\n" % (name.encode(), data) if name else b"data: " + data + b"\n\n"
+
+
+KEEP_ALIVE = b": keep-alive\n\n"        # never ': ping': Continue takes that for the end of the stream
+DONE = b"[DONE]"
+
+
+def encode_json(value: Any) -> bytes:
+    """JSON in UTF-8, unescaped: escapes would double Chinese text, and DashScope counts bytes as sent.
+
+    Raises BadRequest for a number that JSON cannot hold, or nesting beyond what Python can write.
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    except (ValueError, RecursionError):
+        raise BadRequest("a number is out of range, or the nesting is too deep") from None
+    try:
+        return text.encode()
+    except UnicodeEncodeError:                  # half of a surrogate pair: some client cut a string in an emoji
+        return text.encode("utf-8", "replace")
+
+
+# ----------------------------------------------------------------------------------------------------
+# Requests
+# ----------------------------------------------------------------------------------------------------
+# Pure: a client's request in, the upstream's request out. Whatever no rule below names passes unchanged.
+
+class Context(NamedTuple):
+    """What the rules may look at besides the body: where it goes, and what was asked about thinking."""
+
+    family: str
+    model: str
+    facts: ModelFacts
+    config: dict                    # generationConfig of the model's entry in settings.json
+    thinking: Thinking
+
+    @property
+    def mode(self) -> str:
+        """How this model thinks at this endpoint; see ModelFacts."""
+        if self.config.get("thinkingMandatory") is True:
+            return "always"
+        # Qwen Code 0.24.4, Token Plan preset: thinking of 3.8-max cannot be switched off there.
+        return "always" if self.family == "token" and "qwen3.8-max" in self.model else self.facts.thinking
+
+    @property
+    def speaks_qwen(self) -> bool:
+        """Whether enable_thinking and its relatives are this endpoint's words for this model."""
+        own = ("openrouter", "deepseek", "zai")
+        return self.family in ALIBABA_FAMILIES or (self.family not in own and "qwen" in self.model.lower())
+
+
+class Thinking(NamedTuple):
+    """What a client asked about thinking, in whichever of the spellings; None where it did not."""
+
+    enabled: bool | None = None
+    effort: str | None = None
+    budget: int | None = None
+
+
+THINKING_FIELDS = ("enable_thinking", "thinking_budget", "reasoning_effort", "reasoning", "thinking")
+EFFORT_BUDGETS = {"low": 4096, "medium": 16_384}     # Qwen's own tokens per level; above: the model's maximum
+
+
+def asked_thinking(body: dict) -> Thinking:
+    """Read enable_thinking, thinking_budget, reasoning_effort, reasoning, thinking, chat_template_kwargs.
+
+    >>> asked_thinking({"reasoning": {"effort": "minimal"}}).enabled
+    False
+    """
+    reasoning = body.get("reasoning") if isinstance(body.get("reasoning"), dict) else {}
+    thinking = body.get("thinking") if isinstance(body.get("thinking"), dict) else {}
+    effort = body.get("reasoning_effort", reasoning.get("effort"))
+    effort = effort.lower() if isinstance(effort, str) else None
+    budget = next((value for value in (body.get("thinking_budget"), thinking.get("budget_tokens"), reasoning.get("max_tokens"))
+                   if isinstance(value, int) and not isinstance(value, bool)), None)
+    enabled = next((value for value in (body.get("enable_thinking"), reasoning.get("enabled"),
+                                        dig(body, "chat_template_kwargs", "enable_thinking")) if isinstance(value, bool)), None)
+    if enabled is None and isinstance(thinking.get("type"), str):
+        enabled = thinking["type"] != "disabled"
+    if enabled is None and effort is not None:
+        enabled = effort not in ("none", "minimal")
+    if enabled is None and budget is not None:
+        enabled = budget > 0
+    return Thinking(enabled, effort if effort not in ("none", "minimal") else None, budget if (budget or 0) > 0 else None)
+
+
+def check_chat_request(request: Any) -> None:
+    """Raise BadRequest for what no upstream could make sense of, naming the field."""
+    if not isinstance(request, dict):
+        raise BadRequest("the body must be a JSON object, not %s" % json_type(request))
+    messages = request.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise BadRequest("messages must be a list of at least one message", param="messages")
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise BadRequest("messages[%d] must be an object with a role" % index, param="messages.%d" % index)
+        if message.get("content") is not None and not isinstance(message["content"], (str, list)):
+            raise BadRequest("the content of messages[%d] must be a string or a list of parts" % index,
+                             param="messages.%d.content" % index)
+    for name, kinds in (("stream", bool), ("tools", list), ("functions", list), ("stream_options", dict), ("response_format", dict)):
+        if request.get(name) is not None and not isinstance(request[name], kinds):
+            raise BadRequest("%s must be %s" % (name, {bool: "true or false", list: "a list", dict: "an object"}[kinds]),
+                             param=name)
+
+
+def json_type(value: Any) -> str:
+    """A JSON value's type in JSON's words."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def entry_defaults(body: dict, context: Context) -> bool:
+    given = dict(body)
+    for name in ("samplingParams", "extra_body"):
+        defaults = context.config.get(name)
+        body.update(defaults if isinstance(defaults, dict) else {})
+    if context.config.get("reasoning") is False:
+        body["enable_thinking"] = False
+    for name in THINKING_FIELDS if any(name in given for name in THINKING_FIELDS) else ():
+        body.pop(name, None)        # what the client says of thinking replaces all that the entry says
+    body.update(given)
+    return len(body) > len(given)
+
+
+def without_nulls(body: dict, context: Context) -> bool:
+    nulls = [name for name, value in body.items() if value is None]
+    for name in nulls:
+        del body[name]
+    return bool(nulls)
+
+
+def functions_to_tools(body: dict, context: Context) -> bool:
+    changed = False
+    if "functions" in body:
+        functions = body.pop("functions")
+        body.setdefault("tools", [{"type": "function", "function": function} for function in functions])
+        changed = True
+    if "function_call" in body:
+        choice = body.pop("function_call")
+        body.setdefault("tool_choice", {"type": "function", "function": choice} if isinstance(choice, dict) else choice)
+        changed = True
+    calls = 0
+    for message in body["messages"]:
+        call = message.get("function_call")
+        if message["role"] == "assistant" and isinstance(call, dict) and not message.get("tool_calls"):
+            calls, changed = calls + 1, True
+            message.pop("function_call")
+            message["tool_calls"] = [{"id": "call_legacy_%d" % calls, "type": "function", "function": call}]
+        elif message["role"] == "function":
+            changed = True
+            message.update(role="tool", tool_call_id="call_legacy_%d" % calls)
+    return changed
+
+
+def developer_to_system(body: dict, context: Context) -> bool:
+    found = [message for message in body["messages"] if message["role"] == "developer"]
+    for message in found:
+        message["role"] = "system"
+    return bool(found)
+
+
+def text_of(content: Any) -> str:
+    """The text in a message's content, be it a string or parts."""
+    if isinstance(content, list):
+        return "\n".join(part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str))
+    return content if isinstance(content, str) else ""
+
+
+def parts_of(content: Any) -> list[dict]:
+    """A message's content as parts."""
+    return list(content) if isinstance(content, list) else [{"type": "text", "text": content}] if content else []
+
+
+def system_first(body: dict, context: Context) -> bool:
+    messages = body["messages"]
+    system = [message for message in messages if message["role"] == "system"]
+    if len(system) == (1 if messages[0]["role"] == "system" else 0):
+        return False
+    if any(isinstance(message.get("content"), list) for message in system):
+        content: Any = [part for message in system for part in parts_of(message.get("content"))]
+    else:
+        content = "\n\n".join(message["content"] for message in system if message.get("content"))
+    messages[:] = [{**system[0], "content": content}] + [message for message in messages if message["role"] != "system"]
+    return True
+
+
+def portal_system(body: dict, context: Context) -> bool:
+    messages = body["messages"]
+    head = messages.pop(0) if messages[0]["role"] == "system" else {"role": "system", "content": ""}
+    parts = parts_of(head.get("content")) or [{"type": "text", "text": ""}]
+    if any(isinstance(part, dict) and "cache_control" in part for part in parts):
+        messages.insert(0, {**head, "content": parts})
+        return False
+    parts[-1] = {**parts[-1], "cache_control": {"type": "ephemeral"}}
+    messages.insert(0, {**head, "content": parts})
+    return True
+
+
+def paired_tool_messages(body: dict, context: Context) -> bool:
+    """Every answer directly after its call, a stub for a call without an answer, no answer without a call."""
+    messages, answers = body["messages"], {}        # type: ignore[var-annotated]
+    if not any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
+        return False
+    for message in messages:
+        if message["role"] == "tool" and isinstance(message.get("tool_call_id"), str):
+            answers.setdefault(message["tool_call_id"], []).append(message)
+    paired: list[dict] = []
+    for message in messages:
+        if message["role"] == "tool":
+            continue
+        paired.append(message)
+        for call in message.get("tool_calls") or [] if message["role"] == "assistant" else []:
+            waiting = answers.get(call.get("id")) if isinstance(call, dict) else None
+            paired.append(waiting.pop(0) if waiting else {
+                "role": "tool", "tool_call_id": dig(call, "id"), "content": "(no result: the call was interrupted)"})
+    changed = [id(message) for message in paired] != [id(message) for message in messages]
+    messages[:] = paired
+    return changed
+
+
+def valid_tool_calls(body: dict, context: Context) -> bool:
+    changed = False
+    for message in body["messages"]:
+        calls = message.get("tool_calls")
+        if message["role"] != "assistant" or "tool_calls" not in message:
+            continue
+        if not isinstance(calls, list) or not calls:
+            del message["tool_calls"]
+            changed = True
+            continue
+        repaired = [valid_call(call) for call in calls]
+        changed = changed or repaired != calls
+        message["tool_calls"] = repaired
+    return changed
+
+
+def valid_call(call: Any) -> Any:
+    """A tool call of the history whose arguments are the text of a JSON object."""
+    arguments = dig(call, "function", "arguments")
+    if isinstance(arguments, str) and arguments:
+        try:
+            json.loads(arguments)
+            return call
+        except (ValueError, RecursionError):
+            arguments = json.dumps({"malformed_arguments": arguments}, ensure_ascii=False)
+    elif isinstance(arguments, (dict, list)):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    else:
+        arguments = "{}"
+    return {**call, "function": {**call["function"], "arguments": arguments}} if isinstance(dig(call, "function"), dict) else call
+
+
+def content_present(body: dict, context: Context) -> bool:
+    missing = [message for message in body["messages"] if message.get("content") is None]
+    for message in missing:
+        message["content"] = ""
+    return bool(missing)
+
+
+def flat_content(body: dict, context: Context) -> bool:
+    changed = False
+    for message in body["messages"]:
+        content = message.get("content")
+        if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+            message["content"], changed = text_of(content), True
+    return changed
+
+
+def media_out_of_tools(body: dict, context: Context) -> bool:
+    """Images of a tool's answer go into a user message behind the answers."""
+    messages: list[dict] = []
+    media: list[dict] = []
+    for message in body["messages"]:
+        if message["role"] != "tool" and media:
+            messages.append({"role": "user", "content": media})
+            media = []
+        content = message.get("content")
+        if message["role"] == "tool" and isinstance(content, list):
+            found = [part for part in content if isinstance(part, dict) and part.get("type") not in ("text", None)]
+            media = media + found
+            if found:
+                message["content"] = text_of(content) or "(see the next message)"
+        messages.append(message)
+    if media:
+        messages.append({"role": "user", "content": media})
+    changed = len(messages) != len(body["messages"])
+    body["messages"][:] = messages
+    return changed
+
+
+def reasoning_sent_back(body: dict, context: Context) -> bool:
+    changed = False
+    for message in body["messages"]:
+        if message["role"] == "assistant" and isinstance(message.get("reasoning"), str):
+            message.setdefault("reasoning_content", message["reasoning"])
+            del message["reasoning"]
+            changed = True
+    return changed
+
+
+def reasoning_required(body: dict, context: Context) -> bool:
+    missing = [message for message in body["messages"] if message["role"] == "assistant" and "reasoning_content" not in message]
+    for message in missing:
+        message["reasoning_content"] = ""
+    return bool(missing)
+
+
+def few_cache_markers(body: dict, context: Context) -> bool:
+    """DashScope takes four cache_control markers at most; the later ones cover the earlier ones' prefixes."""
+    marked = [part for message in body["messages"] if isinstance(message.get("content"), list)
+              for part in message["content"] if isinstance(part, dict) and "cache_control" in part]
+    surplus = {id(part) for part in (marked[1:-3] if len(marked) > 4 else ())}
+    for message in body["messages"] if surplus else ():
+        if isinstance(message.get("content"), list):
+            message["content"] = [{name: value for name, value in part.items() if name != "cache_control"}
+                                  if id(part) in surplus else part for part in message["content"]]
+    return bool(surplus)
+
+
+def max_tokens(body: dict, context: Context) -> bool:
+    before = (body.get("max_tokens"), body.get("max_completion_tokens"))
+    asked = [value for value in before if isinstance(value, int) and not isinstance(value, bool)]
+    if not asked:
+        return False
+    body.pop("max_completion_tokens", None)
+    body["max_tokens"] = min(asked + ([context.facts.output] if context.facts.output else []))
+    return (body["max_tokens"], None) != before
+
+
+def sampling_range(body: dict, context: Context) -> bool:
+    changed = False
+    if isinstance(body.get("temperature"), (int, float)) and body["temperature"] >= 2:
+        body["temperature"], changed = 1.99, True
+    if isinstance(body.get("top_p"), (int, float)) and body["top_p"] <= 0:
+        del body["top_p"]
+        changed = True
+    return changed
+
+
+def usable_tools(body: dict, context: Context) -> bool:
+    if not body.get("tools"):
+        dropped = [body.pop(name) for name in ("tools", "tool_choice", "parallel_tool_calls") if name in body]
+        return bool(dropped)
+    repaired = [usable_tool(tool, context) for tool in body["tools"]]
+    changed = repaired != body["tools"]
+    body["tools"] = repaired
+    choice = body.get("tool_choice")
+    if isinstance(choice, dict) and "function" not in choice:      # Anthropic's shapes, sent by some editors
+        named = {"type": "function", "function": {"name": choice.get("name")}} if choice.get("name") else None
+        body["tool_choice"] = named or {"any": "required", "none": "none"}.get(str(choice.get("type")), "auto")
+        return True
+    return changed
+
+
+def usable_tool(tool: Any, context: Context) -> Any:
+    """A tool with parameters and without nulls; without `strict` where that is unknown."""
+    function = dig(tool, "function")
+    if not isinstance(function, dict):
+        return tool
+    kept = {name: value for name, value in function.items()
+            if value is not None and (name != "strict" or context.family not in ALIBABA_FAMILIES)}
+    kept.setdefault("parameters", {"type": "object", "properties": {}})
+    return {**tool, "function": kept}
+
+
+# Overview page of Model Studio's OpenAI compatibility: 'ignored'; object metadata and the rest are refused
+# by models of other makers behind it (Qwen Code, dashscope.ts).
+OPENAI_ONLY = ("logit_bias", "metadata", "prediction", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
+               "service_tier", "store", "verbosity", "web_search_options")
+
+
+def without_openai_only(body: dict, context: Context) -> bool:
+    dropped = [body.pop(name) for name in OPENAI_ONLY if name in body]
+    if not isinstance(body.get("user", ""), str):
+        dropped.append(body.pop("user"))
+    if body.get("n") == 1:
+        dropped.append(body.pop("n"))
+    if body.get("modalities") == ["text"]:
+        dropped.append(body.pop("modalities"))
+    return bool(dropped)
+
+
+def web_search(body: dict, context: Context) -> bool:
+    if "web_search_options" not in body:
+        return False
+    body.setdefault("enable_search", True)
+    return True
+
+
+def qwen_thinking(body: dict, context: Context) -> bool:
+    """What the client asked about thinking, in Qwen's words and as far as the model can."""
+    asked, mode = context.thinking, context.mode
+    before = {name: body[name] for name in THINKING_FIELDS + ("chat_template_kwargs",) if name in body}
+    if not before:
+        return False
+    template = {name: value for name, value in (body.get("chat_template_kwargs") or {}).items() if name != "enable_thinking"} \
+        if isinstance(body.get("chat_template_kwargs"), dict) else {}
+    for name in before:
+        del body[name]
+    if template:
+        body["chat_template_kwargs"] = template
+    if mode == "none" or asked.enabled is None:
+        return True
+    if not asked.enabled:
+        if mode != "always":
+            thinking_off(body, context)
+    elif mode == "effort" and asked.budget is None:
+        body["reasoning_effort"] = {"low": "low", "medium": "medium", "high": "high"}.get(asked.effort or "", "xhigh")
+    else:
+        if mode != "always":
+            body["enable_thinking"] = True
+        budget = asked.budget or EFFORT_BUDGETS.get(asked.effort or "")
+        if budget:
+            body["thinking_budget"] = budget
+    return {name: body[name] for name in before if name in body} != before
+
+
+def thinking_off(body: dict, context: Context) -> None:
+    """Switch thinking off: qwen3.8 by its effort, all others by enable_thinking."""
+    for name in ("thinking_budget", "reasoning_effort", "enable_thinking"):
+        body.pop(name, None)
+    if context.mode == "effort":
+        body["reasoning_effort"] = "none"
+    else:
+        body["enable_thinking"] = False
+
+
+def other_thinking(body: dict, context: Context) -> bool:
+    """The same in the words of OpenRouter, DeepSeek and Z.AI."""
+    asked = context.thinking
+    if asked.enabled is None:
+        return False
+    for name in THINKING_FIELDS:
+        body.pop(name, None)
+    if context.family == "openrouter":
+        effort = {"effort": asked.effort} if asked.effort else {"max_tokens": asked.budget} if asked.budget else {"enabled": True}
+        body["reasoning"] = effort if asked.enabled else {"enabled": False}
+        return True
+    if not asked.enabled:
+        body["thinking"] = {"type": "disabled"}
+    elif asked.effort:
+        deepseek = {"low": "high", "medium": "high", "xhigh": "max"}
+        body["reasoning_effort"] = deepseek.get(asked.effort, asked.effort) if context.family == "deepseek" else asked.effort
+    else:
+        body["thinking"] = {"type": "enabled"}
+    return True
+
+
+def thinks(body: dict, context: Context) -> bool:
+    """Whether the model will think about this body."""
+    if body.get("enable_thinking") is False or body.get("reasoning_effort") == "none" or context.mode == "none":
+        return False
+    return bool(body.get("enable_thinking")) or "thinking_budget" in body or context.mode in ("on", "always", "effort")
+
+
+def can_stop_thinking(context: Context) -> bool:
+    """Whether thinking is only a default here, not the model's nature or the client's wish."""
+    return context.mode != "always" and not context.thinking.enabled
+
+
+def forced_tool(body: dict, context: Context) -> bool:
+    """Model Studio, 'Function calling': while thinking, tool_choice is only auto or none."""
+    choice = body.get("tool_choice")
+    if not (choice == "required" or isinstance(choice, dict)) or not thinks(body, context):
+        return False
+    if can_stop_thinking(context):
+        thinking_off(body, context)
+        return True
+    name = dig(choice, "function", "name")
+    named = [tool for tool in body["tools"] if dig(tool, "function", "name") == name]
+    body["tools"], body["tool_choice"] = named or body["tools"], "auto"
+    add_instruction(body, "Call %s now; do not answer in text." % ("the tool " + name if named else "one of the tools"))
+    return True
+
+
+def json_output(body: dict, context: Context) -> bool:
+    """Model Studio, 'Structured output': no JSON mode while thinking."""
+    kind = dig(body, "response_format", "type")
+    if kind not in ("json_object", "json_schema") or not thinks(body, context):
+        return False
+    if can_stop_thinking(context):
+        thinking_off(body, context)
+    else:
+        add_instruction(body, schema_instruction(body.pop("response_format")))
+    return True
+
+
+def json_word(body: dict, context: Context) -> bool:
+    """Refused otherwise: 'messages' must contain the word 'json' in some form."""
+    if dig(body, "response_format", "type") not in ("json_object", "json_schema"):
+        return False
+    if any("json" in text_of(message.get("content")).lower() for message in body["messages"]):
+        return False
+    add_instruction(body, "Answer in JSON.")
+    return True
+
+
+def schema_instruction(response_format: dict) -> str:
+    """The words that stand in for a response_format that cannot be sent."""
+    schema = dig(response_format, "json_schema", "schema")
+    words = "Answer with one JSON object only: no other text, no code fence."
+    return words if schema is None else words + " It must match this JSON Schema:\n" + json.dumps(schema, ensure_ascii=False)
+
+
+def add_instruction(body: dict, text: str) -> None:
+    """Append a sentence to the system message, or put one first."""
+    messages = body["messages"]
+    if messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": text})
+        return
+    content = messages[0].get("content")
+    joined = content + [{"type": "text", "text": text}] if isinstance(content, list) else (content or "") + "\n\n" + text
+    messages[0] = {**messages[0], "content": joined}
+
+
+def streamed(body: dict, context: Context) -> bool:
+    options = body.get("stream_options")
+    before = (body.get("stream"), options)
+    body["stream"] = True
+    kept = {name: value for name, value in options.items() if name != "include_obfuscation"} if isinstance(options, dict) else {}
+    body["stream_options"] = {**kept, "include_usage": True}
+    return before != (True, body["stream_options"])
+
+
+class Rule(NamedTuple):
+    """One deliberate change: what it is called, where it applies, what does it, and why."""
+
+    name: str
+    apply: Callable[[dict, Context], bool]      # changes the body; returns whether it did
+    where: Callable[[Context], bool]
+    source: str
+
+
+def _anywhere(context: Context) -> bool:
+    return True
+
+
+def _alibaba(context: Context) -> bool:
+    return context.family in ALIBABA_FAMILIES
+
+
+# In this order. `where` gates a rule by the endpoint's or the model's family, never by one host's name.
+RULES = tuple(Rule(*row) for row in (
+    ("entry-defaults", entry_defaults, _anywhere, "Qwen Code, model-providers.md: samplingParams, extra_body"),
+    ("no-nulls", without_nulls, _anywhere, "pydantic-ai and LangChain JS send null for 'not set'"),
+    ("legacy-functions", functions_to_tools, _anywhere, "OpenAI reference: functions, deprecated by tools"),
+    ("developer-role", developer_to_system, _anywhere, "DashScope 400: developer is not one of [...]"),
+    ("system-first", system_first, lambda c: _alibaba(c) or c.speaks_qwen, "400: System message must be at the beginning."),
+    ("portal-system", portal_system, lambda c: c.family == "portal", "CLIProxyAPI 29dba0399, PR #2520, #2537"),
+    ("tool-calls", valid_tool_calls, _anywhere, "DashScope 400: function.arguments must be in JSON format"),
+    ("tool-pairs", paired_tool_messages, _anywhere, "DashScope 400, both ways: qwen-code #656, #2360"),
+    ("tool-media", media_out_of_tools, _alibaba, "Qwen Code, converter.ts: splitToolMedia"),
+    ("content-present", content_present, _anywhere, "DashScope 400: Field required: input.messages.N.content"),
+    ("reasoning-name", reasoning_sent_back, lambda c: c.family != "openrouter", "Model Studio, 'Deep thinking'"),
+    ("reasoning-required", reasoning_required, lambda c: c.family == "deepseek", "DeepSeek API, thinking mode"),
+    ("flat-content", flat_content, lambda c: _alibaba(c) and "glm" in c.model.lower(), "Qwen Code, dashscope.ts: glm loses parts"),
+    ("cache-markers", few_cache_markers, _alibaba, "Model Studio, 'Context cache': at most 4"),
+    ("max-tokens", max_tokens, lambda c: c.family not in ("openrouter", "other") or c.speaks_qwen,
+     "DashScope 400: Range of max_tokens should be [1, N]"),
+    ("sampling-range", sampling_range, _alibaba, "Model Studio, chat reference: temperature [0, 2), top_p (0, 1]"),
+    ("tools", usable_tools, _anywhere, "MiniMax 400: function parameters is empty; vLLM: null tool_choice"),
+    ("web-search", web_search, lambda c: c.family == "dashscope", "Model Studio, chat reference: enable_search"),
+    ("openai-only", without_openai_only, lambda c: _alibaba(c) or c.family == "modelscope", "Model Studio, OpenAI compatibility"),
+    ("thinking", qwen_thinking, lambda c: c.speaks_qwen and c.mode != "unknown", "Model Studio, 'Deep thinking'"),
+    ("thinking-words", other_thinking, lambda c: c.family in ("openrouter", "deepseek", "zai"), "each provider's reference"),
+    ("forced-tool", forced_tool, lambda c: c.speaks_qwen, "Model Studio, 'Function calling'"),
+    ("json-output", json_output, lambda c: c.speaks_qwen, "Model Studio, 'Structured output'"),
+    ("json-word", json_word, lambda c: c.speaks_qwen, "Model Studio, 'Structured output'"),
+    ("stream", streamed, _anywhere, "one path for all: see iter_chunks"),
+))
+
+
+def to_upstream_request(request: dict, route: Route) -> tuple[dict, list[str]]:
+    """The body for the upstream, and the names of the rules that changed it. The request stays as it is."""
+    config = route.provider.entries.get(route.model) or {}
+    body = {**request, "model": route.model, "messages": [dict(message) for message in request["messages"]]}
+    facts, context, fired = model_facts(route.model), None, []
+    for rule in RULES:
+        if context is None or rule.name == "no-nulls":
+            context = Context(route.provider.family, route.model, facts, config, asked_thinking(body))
+        if rule.where(context) and rule.apply(body, context):
+            fired.append(rule.name)
+    return body, fired
+
+
+def schema_to_prompt(body: dict, match: Any) -> None:
+    wanted = body["response_format"]
+    body["response_format"] = {"type": "json_object"}
+    add_instruction(body, schema_instruction(wanted))
+
+
+def set_max_tokens(body: dict, match: Any) -> None:
+    body["max_tokens"] = min(int(match.group(1)), body.get("max_tokens") or int(match.group(1)))
+
+
+def drop_logprobs(body: dict, match: Any) -> None:
+    body.pop("logprobs", None)
+    body.pop("top_logprobs", None)
+
+
+def think_on(body: dict, match: Any) -> None:
+    body["enable_thinking"] = True
+
+
+def tool_choice_auto(body: dict, match: Any) -> None:
+    body["tool_choice"] = "auto"
+
+
+# What an upstream may refuse by name: the text of its 400, whether the body has it, and what to do about it.
+REPAIRS: tuple[tuple[str, Callable[[dict], bool], Callable[[dict, Any], None]], ...] = (
+    (r"[Rr]ange of max_tokens should be \[\d+, ?(\d+)\]", lambda body: "max_tokens" in body, set_max_tokens),
+    (r"json_schema|response_format", lambda body: dig(body, "response_format", "type") == "json_schema", schema_to_prompt),
+    (r"logprobs", lambda body: "logprobs" in body or "top_logprobs" in body, drop_logprobs),
+    (r"enable_thinking.*(restricted to True|must be True)", lambda body: body.get("enable_thinking") is False, think_on),
+    (r"tool_choice", lambda body: body.get("tool_choice") not in (None, "auto", "none"), tool_choice_auto),
+)
+
+
+def repair_request(body: dict, error: UpstreamError) -> bool:
+    """Take out of the body what the upstream has just refused by name; whether there was such a thing."""
+    for pattern, applies, repair in REPAIRS if error.status == 400 else ():
+        match = re.search(pattern, error.message, re.S)
+        if match and applies(body):
+            repair(body, match)
+            return True
+    return False
+
+
+# ----------------------------------------------------------------------------------------------------
+# Responses
+# ----------------------------------------------------------------------------------------------------
+# Pure: the upstream's events in, the client's chunks out; a refusal's text in, an UpstreamError out.
+
+class Refusal(NamedTuple):
+    """What an upstream's refusal says, whichever of its shapes it has."""
+
+    status: int
+    message: str
+    code: str = ""
+    request_id: str | None = None
+    param: str | None = None
+
+
+class Verdict(NamedTuple):
+    """What becomes of a refusal: conditions, then the answer. status 0 keeps the upstream's."""
+
+    statuses: tuple[int, ...]       # () for any
+    pattern: str                    # searched in 'code: message', ignoring case
+    status: int
+    type: str
+    code: str | None             # None keeps the upstream's
+    retry: bool = False
+    moves_on: bool = False
+
+
+# First match wins. Model Studio 'Error messages', Coding Plan FAQ, qwen-code issues; by text where the code
+# lies: insufficient_quota and Throttling.AllocationQuota are mostly a limit per minute, that recovers.
+CATALOGUE = tuple(Verdict(*row) for row in (
+    ((), r"data_?inspection_?failed|inappropriate content", 400, "invalid_request_error", "content_filter"),
+    ((), r"range of input length|maximum context length|context_length_exceeded", 400, "invalid_request_error",
+     "context_length_exceeded"),
+    ((), r"max bytes to request body|BadRequest\.TooLarge|entity too large|string value length|max data-uri", 413,
+     "invalid_request_error", "request_too_large"),
+    ((), r"arrearage|good standing|overdue|CommodityNotPurchased", 429, "insufficient_quota", "insufficient_quota", False, True),
+    ((), r"free allocated quota|free tier of the model|FreeTierOnly|(hour|week|month)\w* allocated quota|will reset at|"
+         r"daily (quota|limit)|quota_exceeded", 429, "insufficient_quota", "insufficient_quota", False, True),
+    ((403,), r"insufficient_quota", 429, "insufficient_quota", "insufficient_quota", False, True),
+    ((), r"only available for coding agents", 403, "permission_error", "client_not_accepted"),
+    ((500, 503), r"ModelServingError|ModelUnavailable|too many requests", 503, "server_error", None, True),
+    ((429,), r"", 429, "rate_limit_error", "rate_limit_exceeded", True),
+    ((), r"throttling|limit_?requests|limit_burst_rate|insufficient_quota|allocated quota exceeded|rate limit|: ?130[25]\b", 429,
+     "rate_limit_error", "rate_limit_exceeded", True),
+    ((401,), r"", 401, "authentication_error", "invalid_api_key", False, True),
+    ((403, 0), r"invalid.?api.?-?key|access token|token expired|session has expired|unauthorized", 401, "authentication_error",
+     "invalid_api_key", False, True),
+    ((403,), r"", 403, "permission_error", None),
+    ((404, 400, 0), r"model_?not_?found|model .*(not exist|not supported)|model not exist|unsupported model", 404,
+     "invalid_request_error", "model_not_found"),
+    ((404,), r"", 404, "invalid_request_error", None),
+    ((413,), r"", 413, "invalid_request_error", "request_too_large"),
+    ((504,), r"", 504, "upstream_timeout", None),
+    ((), r"RequestTimeOut|stream timeout", 504, "upstream_timeout", None),
+    ((502, 503, 529), r"", 503, "server_error", None, True),
+    ((0,), r"invalid_?parameter|invalid_request", 400, "invalid_request_error", None),
+    ((400, 405, 406, 408, 409, 411, 414, 415, 422), r"", 400, "invalid_request_error", None),
+))
+
+# A way out, by the verdict's code and the endpoint's family; '' stands for every other family.
+ADVICE = {
+    ("invalid_api_key", "coding"): "A Coding Plan key (sk-sp-...) works only at the host and region it was issued for, and "
+                                   "only while the plan runs; compare --provider coding and coding-intl",
+    ("invalid_api_key", "token"): "A Token Plan key works only in its own region; compare --provider token-cn and token-intl",
+    ("invalid_api_key", "dashscope"): "A key works only in its own region, and plan keys (sk-sp-...) not at all here; compare "
+                                      "--provider dashscope, dashscope-intl, dashscope-us and dashscope-hk",
+    ("invalid_api_key", "portal"): "",
+    ("invalid_api_key", ""): "Check the key and that it belongs to this base URL",
+    ("client_not_accepted", "coding"): "The Coding Plan accepts requests of interactive coding tools only and judges by their "
+                                       "User-Agent, which is passed on as your client sent it",
+    ("request_too_large", "dashscope"): "Send less text or fewer images; the endpoint takes about 6 MiB of text",
+}
+
+
+def refusal_of(status: int, text: str) -> Refusal:
+    """Read a refusal by its content, never by its type: JSON, JSON within SSE lines, or any text.
+
+    >>> refusal_of(400, 'data: {"code":"InvalidParameter","message":"m","request_id":"r1"}')
+    Refusal(status=400, message='m', code='InvalidParameter', request_id='r1', param=None)
+    """
+    stripped = text.strip().lstrip("\ufeff")
+    if stripped[:1] not in ("{", "<"):
+        events = [event for event in EventDecoder().feed(stripped.encode("utf-8", "replace") + b"\n\n") if event.data[:1] == b"{"]
+        if events:
+            return refusal_of(events[0].status or status, events[0].data.decode("utf-8", "replace"))
+    try:
+        value = json.loads(stripped)
+    except (ValueError, RecursionError):
+        value = None
+    if isinstance(value, dict):
+        return refusal_in(status, value)
+    if stripped[:1] == "<":
+        title = re.search(r"<title[^>]*>(.*?)</title>", stripped, re.S | re.I)
+        return Refusal(status, "a gateway answered with a web page%s instead of the API" % (
+            " ('%s')" % " ".join(title.group(1).split())[:80] if title else ""), "html")
+    return Refusal(status, " ".join(stripped.split())[:500])
+
+
+def refusal_in(status: int, value: dict) -> Refusal:
+    """The refusal in a JSON object: OpenAI's shape, the native one, a bare string, or one within another."""
+    error = value.get("error", value)
+    if isinstance(error, str):
+        error = {"message": error, "code": error} if "message" not in value else {**value, "code": value.get("code") or error}
+    if not isinstance(error, dict):
+        error = {}
+    content = dig((value.get("choices") or [None])[0] if isinstance(value.get("choices"), list) else None, "delta", "content")
+    if isinstance(content, str) and content:            # error_finish: the text of the error is the content
+        return refusal_of(status, content)
+    message = next((item for item in (error.get("message"), error.get("detail"), value.get("detail"), value.get("message"))
+                    if isinstance(item, str) and item), "")
+    code = next((str(item) for item in (error.get("code"), error.get("type")) if item not in (None, "")), "")
+    request_id = next((item for item in (value.get("request_id"), error.get("request_id"), value.get("traceId"))
+                       if isinstance(item, str)), None)
+    param = error.get("param")
+    if message.startswith(("{", "data:", "id:", "event:")):
+        inner = refusal_of(status, message)             # JSON or a frame as the message
+        return inner._replace(request_id=request_id or inner.request_id, code=inner.code or code)
+    return Refusal(status, message, code, request_id, param if isinstance(param, str) else None)
+
+
+def to_upstream_error(refusal: Refusal, family: str, retry_after: float | None = None) -> UpstreamError:
+    """The error for the client: status, type and code of the catalogue, the upstream's message, advice."""
+    text = "%s: %s" % (refusal.code, refusal.message)
+    verdict = next((row for row in CATALOGUE if (not row.statuses or refusal.status in row.statuses)
+                    and re.search(row.pattern, text, re.I)), Verdict((), "", 502, "upstream_error", None))
+    if refusal.code == "html" and refusal.status not in RETRY_STATUSES:
+        verdict = Verdict((), "", 502, "upstream_error", "upstream_html")
+    code = verdict.code or refusal.code or None
+    message = refusal.message or {404: "the upstream knows no such path (HTTP 404, empty answer); check the base URL"}.get(
+        refusal.status, "the upstream answered HTTP %d without a word" % refusal.status)
+    advice = ADVICE.get((code or "", family), ADVICE.get((code or "", ""), ""))
+    if refusal.status in range(300, 400):
+        message = "the upstream wants to redirect the request elsewhere, which is not followed with a key; check the base URL"
+    headers = []
+    if verdict.status == 429 and verdict.retry:
+        headers.append(("Retry-After", str(int(min(max(retry_after or 5, 1), RETRY_AFTER_MOST)))))
+    if verdict.code == "insufficient_quota":
+        headers.append(("x-should-retry", "false"))     # openai-python and -node would retry a 429 otherwise
+    return UpstreamError(message + (". " + advice if advice else ""), verdict.status, code, verdict.type, refusal.param,
+                         refusal.request_id, headers, verdict.retry, retry_after, verdict.moves_on)
+
+
+def retry_after_of(headers: Any) -> float | None:
+    """Seconds of retry-after-ms or Retry-After (RFC 9110 10.2.3); None without, or for what is neither."""
+    for name, scale in (("retry-after-ms", 1000), ("retry-after", 1)):
+        value = (headers.get(name) or "").strip()
+        if re.match(r"\d{1,9}(\.\d+)?\Z", value):
+            return float(value) / scale
+    return None
+
+
+class Increments:
+    """Makes increments of a text that may arrive cumulatively: each delta all of the text so far.
+
+    Some Coding Plan paths do that (qwen-code #1184, #3279, PR #3896). An increment may start with the
+    whole text so far as well: "ha" and then "haha" is the text "hahaha". The two are told apart by
+    evidence: how many characters were repeated, delta by delta, while each delta extended the one before
+    it. Only what both readings agree on is passed on until one of them is out: one delta that does not
+    start with the delta before it proves increments for good; EVIDENCE repeated characters prove a
+    cumulative stream, unless the text is one short unit over and over, which is what a model that
+    laughs or draws a line really sends. Undecidable are cumulative answers that end before that, and
+    periodic ones: they are read as increments, so real repetition is never eaten.
+    """
+
+    EVIDENCE = 24
+
+    def __init__(self) -> None:
+        self.is_settled = False         # increments for good: feed() need not be asked any more
+        self._is_cumulative = False
+        self._joined = self._latest = ""
+        self._sent = self._evidence = 0
+
+    def feed(self, text: str) -> str:
+        """The text to pass on now."""
+        if self.is_settled or not text:
+            return text
+        if self._is_cumulative:
+            return self._feed_cumulative(text)
+        if self._latest and (text == self._latest or not text.startswith(self._latest)):
+            return self._settle(self._joined + text)        # a mere repeat adds nothing to a cumulative text
+        self._evidence += len(self._latest)
+        self._joined, self._latest = self._joined + text, text
+        if self._evidence >= self.EVIDENCE and not is_periodic(text):
+            self._is_cumulative = True
+            fresh, self._sent = text[self._sent:], len(text)
+            return fresh
+        agreed = len(os.path.commonprefix([self._joined, text]))
+        fresh, self._sent = self._joined[self._sent:agreed], max(agreed, self._sent)
+        return fresh
+
+    def close(self) -> str:
+        """What was held back, when no more will come."""
+        return "" if self.is_settled or self._is_cumulative else self._settle(self._joined)
+
+    def _settle(self, joined: str) -> str:
+        self.is_settled, self._joined, self._latest = True, "", ""
+        return joined[self._sent:]
+
+    def _feed_cumulative(self, text: str) -> str:
+        if text.startswith(self._latest):
+            fresh, self._latest = text[len(self._latest):], text
+            return fresh
+        self._latest += text
+        return text
+
+
+def is_periodic(text: str) -> bool:
+    """Whether a text is one unit of at most half its length over and over, the last perhaps cut.
+
+    >>> is_periodic("hahah"), is_periodic("Hello, w")
+    (True, False)
+    """
+    return any(text.startswith(text[width:]) for width in range(1, len(text) // 2 + 1))
+
+
+THINK_TAGS = (("<think>", "</think>"), ("<thinking>", "</thinking>"))
+_FENCE = re.compile(r"\s*```[a-zA-Z0-9]*[ \t]*\n?")
+
+
+class ContentFilter:
+    """Takes out of the content what does not belong there, looking at its very beginning and end only.
+
+    Thoughts that a server left in the content (<think>...</think> first, or the lone closing tag), and,
+    where the client asked for JSON, the code fence around it. Such a word in the middle is the answer's.
+    """
+
+    def __init__(self, is_json: bool):
+        self._is_json, self._held, self._closing, self._in_fence = is_json, "", "", False
+        self.is_open = False            # nothing to look for any more: feed() need not be asked
+
+    def feed(self, text: str) -> tuple[str, str]:
+        """(reasoning, content) to pass on now."""
+        if self.is_open:
+            return "", text
+        self._held += text
+        if self._closing:
+            return self._feed_thoughts()
+        if not self._in_fence and not self._starts():
+            return "", ""
+        if self._closing:
+            return self._feed_thoughts()
+        if self._in_fence:
+            body = self._held.rstrip("` \t\r\n")
+            self._held = self._held[len(body):]
+            return "", body
+        self.is_open = True
+        text, self._held = self._held, ""
+        return "", text
+
+    def close(self) -> tuple[str, str]:
+        """(reasoning, content) that was held back, when no more will come."""
+        held, self._held = self._held, ""
+        if self._closing:
+            return held, ""
+        return ("", re.sub(r"\s*```\s*\Z", "", held)) if self._in_fence else ("", held)
+
+    def _starts(self) -> bool:
+        """Whether the beginning is known: a tag was taken off, a fence was, or it is plain."""
+        start = self._held.lstrip()
+        for opening, closing in THINK_TAGS:
+            if start.startswith(opening):
+                self._closing, self._held = closing, start[len(opening):].lstrip("\n")
+                return True
+            if start.startswith(closing):
+                self._held = start[len(closing):].lstrip()
+                return self._starts()
+        tags = [tag for pair in THINK_TAGS for tag in pair] + (["```"] if self._is_json else [])
+        if any(tag.startswith(start) for tag in tags):
+            return False
+        fence = _FENCE.match(self._held) if self._is_json else None
+        if fence and fence.end() == len(self._held) and not self._held.endswith("\n"):
+            return False                # "```js": the word may go on
+        if fence:
+            self._in_fence, self._held = True, self._held[fence.end():]
+        return True
+
+    def _feed_thoughts(self) -> tuple[str, str]:
+        thoughts, tag, rest = self._held.partition(self._closing)
+        if tag:
+            self._closing, self._held = "", ""
+            content = self.feed(rest.lstrip("\n"))
+            return thoughts + content[0], content[1]
+        keep = next((size for size in range(len(self._closing) - 1, 0, -1) if thoughts.endswith(self._closing[:size])), 0)
+        self._held = thoughts[len(thoughts) - keep:]
+        return thoughts[:len(thoughts) - keep], ""
+
+
+class ToolCall:
+    """One tool call of an answer as it was passed on so far."""
+
+    def __init__(self, index: int, upstream_index: Any, upstream_id: str):
+        self.index, self.upstream_index, self.upstream_id = index, upstream_index, upstream_id
+        self.id = upstream_id or "call_" + secrets.token_hex(12)
+        self.name, self.arguments, self._held = "", "", ""
+        self._increments = Increments()
+
+    def add(self, name: str, arguments: str) -> dict | None:
+        """The delta to pass on now: id, type and name once and first, then nothing but arguments."""
+        if arguments and arguments == self.arguments and self.is_complete():
+            arguments = ""              # the whole call once more
+        fresh = self._held + self._increments.feed(arguments)
+        is_first = not self.name and bool(name)
+        self.name = self.name or name
+        if not self.name:               # arguments before the name: nobody can use them yet
+            self._held = fresh
+            return None
+        self._held, self.arguments = "", self.arguments + fresh
+        if is_first:
+            return {"index": self.index, "id": self.id, "type": "function",
+                    "function": {"name": self.name, "arguments": fresh}}
+        return {"index": self.index, "function": {"arguments": fresh}} if fresh else None
+
+    def close(self) -> dict | None:
+        """The delta that completes it: what was held back, and {} for a call without arguments."""
+        fresh = self._increments.close()
+        if not self.arguments + fresh:
+            fresh = "{}"
+        self.arguments += fresh
+        return {"index": self.index, "function": {"arguments": fresh}} if fresh and self.name else None
+
+    def is_complete(self) -> bool:
+        """Whether the arguments are whole JSON."""
+        try:
+            json.loads(self.arguments)
+        except (ValueError, RecursionError):
+            return False
+        return True
+
+
+class ToolCalls:
+    """The tool calls of one choice, rebuilt from deltas of any shape.
+
+    Seen from upstreams: no index, index from 1, one index for two calls, id "" or null or repeated or
+    missing, name repeated, arguments null or an object or before the name. Out comes OpenAI's shape:
+    index from 0 without holes, ids unique, one entry a delta.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[ToolCall] = []
+
+    def feed(self, entries: Any) -> list[dict]:
+        """The deltas to pass on for the tool_calls of one upstream delta."""
+        deltas = []
+        for entry in entries if isinstance(entries, list) else []:
+            if not isinstance(entry, dict):
+                continue
+            function = entry.get("function") if isinstance(entry.get("function"), dict) else {}
+            name = function.get("name") if isinstance(function.get("name"), str) else ""
+            arguments = function.get("arguments")
+            if not isinstance(arguments, str):
+                arguments = "" if arguments is None else json.dumps(arguments, ensure_ascii=False)
+            call_id = entry.get("id") if isinstance(entry.get("id"), str) else ""
+            deltas.append(self._call_for(entry.get("index"), call_id, name).add(name, arguments))
+        return [delta for delta in deltas if delta]
+
+    def close(self) -> list[dict]:
+        """The deltas that complete all calls."""
+        return [delta for delta in (call.close() for call in self.calls) if delta]
+
+    def _call_for(self, index: Any, call_id: str, name: str) -> ToolCall:
+        same_index = [call for call in self.calls if call.upstream_index == index] if index is not None else []
+        if call_id:
+            for call in self.calls:
+                if call.upstream_id == call_id and (index is None or call.upstream_index in (index, None)):
+                    return call
+            if same_index and not same_index[-1].upstream_id and not same_index[-1].name:
+                return same_index[-1]                       # its id comes late: ours has not gone out yet
+            return self._new(index, call_id)
+        latest = same_index[-1] if same_index else self.calls[-1] if self.calls and index is None else None
+        if latest is None:
+            return self._new(index, "")
+        # Without an id, a name again after whole arguments is the next call, not the same one repeated.
+        if name and latest.name and latest.is_complete() and not latest.upstream_id:
+            return self._new(index, "")
+        return latest
+
+    def _new(self, index: Any, call_id: str) -> ToolCall:
+        is_taken = any(call.id == call_id for call in self.calls)
+        call = ToolCall(len(self.calls), index, call_id)
+        if is_taken:
+            call.id = "call_" + secrets.token_hex(12)
+        self.calls.append(call)
+        return call
+
+
+class ChoiceState:
+    """What the translator remembers of one choice."""
+
+    def __init__(self, is_json: bool):
+        self.content, self.reasoning = Increments(), Increments()
+        self.filter, self.tools = ContentFilter(is_json), ToolCalls()
+        self.has_role = False
+        self.finish_reason: str | None = None
+
+    def passes_text(self) -> bool:
+        """Whether content can go through as it is."""
+        return self.has_role and self.content.is_settled and self.filter.is_open and self.finish_reason is None
+
+
+KNOWN_DELTA = frozenset({"role", "content", "reasoning_content", "reasoning", "tool_calls", "function_call"})
+Translated = List[Tuple[dict, Optional[bytes]]]         # chunks, each with the bytes that it came as if unchanged
+
+
+class ChunkTranslator:
+    """Upstream chunks in, chunks as OpenAI shapes them out, for one answer.
+
+    Out come: the role in the first delta only; one id, created and model throughout; reasoning_content
+    and content never in one delta; one tool call a delta; a finish chunk whose delta is empty; usage in
+    one last chunk without choices, if the client asked for it. Raises UpstreamError for an error inside
+    the stream and for an end that is none.
+    """
+
+    def __init__(self, request: dict, route: Route):
+        self.model, self.family = route.model, route.provider.family
+        self.wants_usage = bool(dig(request, "stream_options", "include_usage"))
+        self._is_legacy = "functions" in request and "tools" not in request
+        self._is_json = dig(request, "response_format", "type") in ("json_object", "json_schema")
+        self._states: dict[int, ChoiceState] = {}
+        self._id, self._created = "", 0
+        self.usage: dict | None = None
+        self.is_done = False
+
+    def feed(self, event: Event) -> Translated:
+        """The chunks for one event."""
+        data = event.data
+        if data[:1] != b"{":
+            if data.strip() == DONE:
+                self.is_done = True
+            elif event.name == "error":
+                raise to_upstream_error(refusal_of(event.status, data.decode("utf-8", "replace")), self.family)
+            return []                                       # a keep-alive in words
+        try:
+            chunk = json.loads(data)
+        except (ValueError, RecursionError):
+            raise UpstreamError("the upstream sent a chunk that is not JSON, or was cut off in one; try again",
+                                code="upstream_cut") from None
+        choices = chunk.get("choices")
+        if event.name == "error" or chunk.get("error") or (not choices and "message" in chunk and "code" in chunk):
+            raise to_upstream_error(refusal_in(event.status, chunk), self.family)
+        is_changed = self._envelope(chunk)
+        if not isinstance(choices, list):
+            return []
+        translated: Translated = []
+        for choice in choices:
+            outputs = self._choice(choice) if isinstance(choice, dict) else []
+            if outputs is None and len(choices) == 1:
+                return [(chunk, None if is_changed or b"\n" in data else data)]
+            translated += [({**chunk, "choices": [output]}, None) for output in ([choice] if outputs is None else outputs)]
+        return translated
+
+    def close(self) -> Translated:
+        """The chunks that end the stream; raises UpstreamError when the upstream broke off."""
+        if not self._states or (not self.is_done and any(state.finish_reason is None for state in self._states.values())):
+            raise UpstreamError("the upstream ended its answer without a finish reason; try again" if self._states else
+                                "the upstream answered with an empty stream; try again", code="upstream_cut")
+        outputs = []
+        for index, state in self._states.items():
+            if state.finish_reason is None:                 # [DONE] came, so it is whole; opencode loops without a reason
+                outputs += self._finish(index, state, "stop", {})
+        chunks: Translated = [(self._chunk([output]), None) for output in outputs]
+        if self.wants_usage and self.usage:
+            chunks.append(({**self._chunk([]), "usage": self.usage}, None))
+        return chunks
+
+    def _chunk(self, choices: list[dict]) -> dict:
+        return {"id": self._id, "object": "chat.completion.chunk", "created": self._created, "model": self.model, "choices": choices}
+
+    def _envelope(self, chunk: dict) -> bool:
+        """Make id, object, created and model the same in all chunks, and take the usage out."""
+        if not self._id:
+            self._id = chunk["id"] if isinstance(chunk.get("id"), str) and chunk["id"] else "chatcmpl-" + secrets.token_hex(12)
+            created = chunk.get("created")
+            self._created = int(created) if isinstance(created, (int, float)) and created == created and 0 < created < 1e12 else 1
+        is_changed = False
+        if chunk.get("usage") is not None:
+            self.usage = clean_usage(chunk["usage"]) or self.usage
+        if "usage" in chunk:
+            is_changed = chunk.pop("usage") is not None
+        for name, value in (("id", self._id), ("object", "chat.completion.chunk"), ("created", self._created), ("model", self.model)):
+            if chunk.get(name) != value:
+                chunk[name], is_changed = value, True
+        return is_changed
+
+    def _choice(self, choice: dict) -> list[dict] | None:
+        """The choices for one upstream choice; None when it is right as it came."""
+        index = choice.get("index") if isinstance(choice.get("index"), int) else 0
+        state = self._states.get(index)
+        if state is None:
+            state = self._states[index] = ChoiceState(self._is_json)
+        delta = choice.get("delta") if isinstance(choice.get("delta"), dict) else choice.get("message")
+        delta = delta if isinstance(delta, dict) else {}
+        finish_reason = choice.get("finish_reason")
+        if len(delta) == 1 and finish_reason is None and state.passes_text() and "index" in choice \
+                and type(delta.get("content")) is str and "message" not in choice:
+            return None if delta["content"] else []
+        if finish_reason == "error_finish":
+            raise to_upstream_error(refusal_of(0, text_of(delta.get("content"))), self.family)
+        extra = {name: value for name, value in choice.items()
+                 if name not in ("index", "delta", "message", "finish_reason") and value is not None}
+        outputs = self._deltas(index, state, delta, extra)
+        if isinstance(finish_reason, str) and finish_reason not in ("", "null") and state.finish_reason is None:
+            outputs += self._finish(index, state, finish_reason, extra if not outputs else {})
+        return outputs
+
+    def _deltas(self, index: int, state: ChoiceState, delta: dict, extra: dict) -> list[dict]:
+        reasoning = delta.get("reasoning_content") or delta.get("reasoning")
+        reasoning = state.reasoning.feed(reasoning) if isinstance(reasoning, str) else ""
+        thoughts, content = state.filter.feed(state.content.feed(text_of(delta.get("content"))))
+        entries = delta.get("tool_calls")
+        if not entries and isinstance(delta.get("function_call"), dict):
+            entries = [{"index": 0, "function": delta["function_call"]}]
+        deltas: list[dict] = []
+        if reasoning or thoughts:
+            deltas.append({"reasoning_content": reasoning + thoughts})
+        others = {name: value for name, value in delta.items() if name not in KNOWN_DELTA and value is not None}
+        if content or others:
+            deltas.append({**({"content": content} if content else {}), **others})
+        if entries:
+            deltas += self._tool_deltas(state.tools.feed(entries))
+        return self._outputs(index, state, deltas, extra, isinstance(delta.get("role"), str))
+
+    def _tool_deltas(self, calls: list[dict]) -> list[dict]:
+        if not self._is_legacy:
+            return [{"tool_calls": [call]} for call in calls]
+        return [{"function_call": call["function"]} for call in calls if call["index"] == 0]
+
+    def _outputs(self, index: int, state: ChoiceState, deltas: list[dict], extra: dict, role_came: bool) -> list[dict]:
+        if not state.has_role and (deltas or role_came):
+            first = deltas[0] if deltas else {}
+            deltas[:1] = [{"role": "assistant", **({} if "content" in first or "reasoning_content" in first else {"content": ""}),
+                           **first}]
+            if "tool_calls" in first or "function_call" in first:
+                deltas[0]["content"] = None
+            state.has_role = True
+        outputs = [{"index": index, "delta": delta, "finish_reason": None} for delta in deltas]
+        if outputs:
+            outputs[-1].update(extra)
+        return outputs
+
+    def _finish(self, index: int, state: ChoiceState, finish_reason: str, extra: dict) -> list[dict]:
+        """What was held back, then the finish chunk. Precedence: tool_calls, length, stop."""
+        reasoning = state.reasoning.close()
+        thoughts, content = state.filter.feed(state.content.close())
+        last_thoughts, last_content = state.filter.close()
+        held = [{"reasoning_content": reasoning + thoughts + last_thoughts}, {"content": content + last_content}]
+        deltas = [delta for delta in held if any(delta.values())] + self._tool_deltas(state.tools.close())
+        outputs = self._outputs(index, state, deltas, {}, True)
+        called = [call for call in state.tools.calls if call.name]
+        if called and (finish_reason in ("stop", "function_call", "tool_calls")
+                       or finish_reason == "length" and called[-1].is_complete()):
+            finish_reason = "function_call" if self._is_legacy else "tool_calls"
+        state.finish_reason = finish_reason
+        return outputs + [{"index": index, "delta": {}, "finish_reason": finish_reason, **extra}]
+
+
+def clean_usage(usage: Any) -> dict | None:
+    """The usage with its three counts as integers; None for one that holds no count."""
+    if not isinstance(usage, dict):
+        return None
+    counts = {name: int(usage[name]) for name in ("prompt_tokens", "completion_tokens", "total_tokens")
+              if isinstance(usage.get(name), (int, float)) and abs(usage[name]) < 1e15}
+    if not counts:
+        return None
+    prompt, completion = counts.get("prompt_tokens", 0), counts.get("completion_tokens", 0)
+    cleaned = {**{name: value for name, value in usage.items() if value is not None}, "prompt_tokens": prompt,
+               "completion_tokens": completion, "total_tokens": counts.get("total_tokens", prompt + completion)}
+    if isinstance(usage.get("cached_tokens"), int):
+        cleaned.setdefault("prompt_tokens_details", {"cached_tokens": usage["cached_tokens"]})
+    return cleaned
+
+
+def iter_chunks(pieces: Iterable[bytes], translator: Any) -> Iterator[Translated]:
+    """The translated chunks of an answer, piece by piece; an empty list for a piece that gave none.
+
+    The body is judged by its content, not by its Content-Type: a stream, one JSON object (an error, or a
+    whole completion), or a web page with status 200.
+    """
+    decoder, head = EventDecoder(), b""
+    pieces = iter(pieces)
+    for piece in pieces:
+        head += piece
+        if head.strip(b"\xef\xbb\xbf \r\n\t"):
+            break
+    start = head.strip(b"\xef\xbb\xbf \r\n\t")[:1]
+    if start in (b"{", b"<", b"["):
+        yield translator.feed(Event(whole_answer(head, pieces, translator.family)))
+    else:
+        yield [item for event in decoder.feed(head) for item in translator.feed(event)]
+        for piece in pieces:
+            if translator.is_done:
+                break
+            yield [item for event in decoder.feed(piece) for item in translator.feed(event)]
+        if not translator.is_done:
+            yield [item for event in decoder.close() for item in translator.feed(event)]
+    yield translator.close()
+
+
+def whole_answer(head: bytes, pieces: Iterable[bytes], family: str) -> bytes:
+    """The JSON of an answer that is no stream; raises UpstreamError where it is none."""
+    body = bytearray(head)
+    for piece in pieces:
+        body += piece
+        if len(body) > MAX_EVENT:
+            raise UpstreamError("the upstream sent an answer of more than %d bytes" % MAX_EVENT)
+    text = bytes(body).decode("utf-8", "replace").strip("\ufeff \r\n\t")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if isinstance(value, dict) and value.get("choices"):
+        return text.encode()
+    refusal = refusal_of(0, text)
+    if not refusal.message:
+        refusal = refusal._replace(message="the upstream answered with something that is no completion")
+    raise to_upstream_error(refusal, family)
+
+
+class CompletionCollector:
+    """Clean chunks in, the whole chat.completion out."""
+
+    def __init__(self) -> None:
+        self._head: dict = {}
+        self._choices: dict[int, dict] = {}
+
+    def feed(self, chunk: dict) -> None:
+        """Add one chunk."""
+        if not self._head or len(chunk) > len(self._head):
+            self._head.update((name, value) for name, value in chunk.items() if name not in ("choices", "usage"))
+        for part in chunk["choices"]:
+            choice = self._choices.get(part["index"])
+            if choice is None:
+                choice = self._choices[part["index"]] = {"index": part["index"], "texts": {}, "message": {}, "calls": [],
+                                                         "finish_reason": None}
+            self._add(choice, part)
+
+    def _add(self, choice: dict, part: dict) -> None:
+        for name, value in part["delta"].items():
+            if name == "tool_calls":
+                self._add_call(choice["calls"], value[0])
+            elif name == "function_call":
+                self._add_call(choice["calls"], {"index": 0, "function": value})
+                choice["is_legacy"] = True
+            elif isinstance(value, str) and name != "role":
+                choice["texts"].setdefault(name, []).append(value)
+            elif isinstance(value, list):
+                choice["message"].setdefault(name, []).extend(value)
+            elif value is not None:
+                choice["message"][name] = value
+        for name, value in part.items():
+            if name == "logprobs" and isinstance(value, dict):
+                logprobs = choice.setdefault("logprobs", {"content": []})
+                logprobs["content"].extend(value.get("content") or [])
+            elif name not in ("index", "delta") and value is not None:
+                choice[name] = value
+
+    @staticmethod
+    def _add_call(calls: list[dict], delta: dict) -> None:
+        if delta["index"] == len(calls):
+            calls.append({"id": delta.get("id"), "type": "function", "function": {"name": "", "arguments": ""}})
+        function = calls[delta["index"]]["function"]
+        function["name"] = function["name"] or delta["function"].get("name", "")
+        function["arguments"] += delta["function"].get("arguments", "")
+
+    def completion(self, usage: dict | None) -> dict:
+        """The completion, with usage where the upstream gave it."""
+        choices = [self._finished(self._choices[index]) for index in sorted(self._choices)]
+        completion = {**self._head, "object": "chat.completion", "choices": choices}
+        return {**completion, "usage": usage} if usage else completion
+
+    @staticmethod
+    def _finished(choice: dict) -> dict:
+        texts, calls = choice.pop("texts"), choice.pop("calls")
+        message = {"role": "assistant", "content": None, **{name: "".join(value) for name, value in texts.items()},
+                   **choice["message"]}
+        if not calls and message["content"] is None:
+            message["content"] = ""
+        if calls:
+            message["content"] = message["content"] or None
+            if choice.pop("is_legacy", False):
+                message["function_call"] = calls[0]["function"]
+            else:
+                message["tool_calls"] = calls
+        return {"index": choice["index"], "message": message, "logprobs": None,
+                **{name: value for name, value in choice.items() if name not in ("index", "message")}}
+
+
+# ----------------------------------------------------------------------------------------------------
+# Server
+# ----------------------------------------------------------------------------------------------------
+
+class ServerOptions(NamedTuple):
+    """What the command line or make_server() says about serving; see `--help`. Times are seconds."""
+
+    host: str = "localhost"
+    port: int = 8080
+    api_keys: tuple[str, ...] = ()
+    no_auth: bool = False
+    allow_origins: tuple[str, ...] = ()
+    allow_hosts: tuple[str, ...] = ()
+    timeout: float = UPSTREAM_TIMEOUT
+    retries: int = RETRIES
+    max_connections: int = MAX_CONNECTIONS
+    max_body: int = MAX_BODY_MIB * 1024 * 1024
+    keep_alive: float = KEEP_ALIVE_INTERVAL
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError("%s is no JSON" % name)
+
+
+def _bounded_int(digits: str) -> int:
+    if len(digits) > MAX_JSON_DIGITS:
+        raise ValueError("a number has too many digits")
+    return int(digits)
+
+
+def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("a name occurs twice in one object")
+    return value
+
+
+def parse_json(body: bytes) -> Any:
+    """The JSON in a client's body; raises BadRequest that says what is wrong with it."""
+    try:
+        return json.loads(body.decode("utf-8-sig"), parse_constant=_no_constant, parse_int=_bounded_int,
+                          object_pairs_hook=_unique_pairs)
+    except UnicodeDecodeError:
+        raise BadRequest("the body is not UTF-8", code="invalid_json") from None
+    except RecursionError:
+        raise BadRequest("the body is nested too deeply", code="invalid_json") from None
+    except ValueError as error:
+        raise BadRequest("the body is not valid JSON: %s" % error, code="invalid_json") from None
+
+
+def split_host(value: str) -> str:
+    """The name in a Host header, in lower case and without the port.
+
+    >>> split_host("[::1]:8080"), split_host("LocalHost:80")
+    ('::1', 'localhost')
+    """
+    match = re.match(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]/\s@]*))(?::\d*)?\Z", value.strip().lower())
+    return (match.group(1) or match.group(2)).rstrip(".") if match else ""
+
+
+def is_loopback(name: str) -> bool:
+    """Whether a host name or address can only mean this machine."""
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
+class AccessPolicy:
+    """Who may use the server: the Host and Origin of browsers, and the keys of clients.
+
+    A page on the web reaches a server on loopback by DNS rebinding (stopped by Host) or by a plain
+    cross-site request (stopped by Origin and Sec-Fetch-Site). Ollama's CVE-2024-28224 was the first.
+    """
+
+    def __init__(self, options: ServerOptions):
+        self._hosts = {name.lower() for name in options.allow_hosts} | {
+            "host.docker.internal", socket.gethostname().lower(), options.host.lower()}
+        self._origins = {origin.rstrip("/").lower() for origin in options.allow_origins}
+        self._keys = [key.encode() for key in options.api_keys if key]
+        # An address cannot be rebound; where the server is open to a network it is reached by one.
+        self._any_address = not is_loopback(options.host)
+
+    def check_host(self, host: str | None, is_required: bool) -> None:
+        """Raise ProxyError unless the Host header names this machine."""
+        if host is None:
+            if is_required:
+                raise BadRequest("the Host header is missing")
+            return
+        name = split_host(host)
+        if is_loopback(name) or name in self._hosts:
+            return
+        if self._any_address:
+            with contextlib.suppress(ValueError):
+                ipaddress.ip_address(name)
+                return
+        raise ProxyError("the Host header %r does not name this machine; if it should, add --allow-host NAME" % host[:100],
+                         403, "host_not_allowed", "permission_error")
+
+    def allows_origin(self, origin: str) -> bool:
+        """Whether pages of this origin may use the server."""
+        return "*" in self._origins or origin.lower() in self._origins or bool(LOCAL_ORIGINS.match(origin))
+
+    def check_key(self, headers: dict[str, str]) -> None:
+        """Raise ProxyError unless a key is presented that is one of ours; without keys anything goes."""
+        if not self._keys:
+            return
+        scheme, _, bearer = headers.get("authorization", "").partition(" ")
+        presented = [headers.get("x-api-key", ""), headers.get("api-key", ""), bearer if scheme.lower() == "bearer" else ""]
+        matches = [hmac.compare_digest(key, value.strip().encode("latin-1", "replace")) for key in self._keys for value in presented]
+        if not any(matches):
+            raise ProxyError("this server wants an API key: one of those given with --api-key, as 'Authorization: Bearer KEY'",
+                             401, "invalid_api_key", "authentication_error", headers=[("WWW-Authenticate", "Bearer")])
+
+
+class _DeadlineReader(io.RawIOBase):
+    """Bytes from a client, none of them after the deadline: a byte a second must not hold a thread."""
+
+    def __init__(self, connection: socket.socket):
+        super().__init__()
+        self._connection, self.deadline = connection, 0.0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        remaining = self.deadline - time.monotonic()
+        if remaining <= 0:
+            raise socket.timeout("timed out")
+        self._connection.settimeout(remaining)
+        return self._connection.recv_into(buffer)
+
+
+class Completion:
+    """One request of a client on its way through the upstream: prepared, opened, read."""
+
+    def __init__(self, proxy: ProxyServer, request: dict, watch: Watch, user_agent: str):
+        self._proxy, self._request, self._watch = proxy, request, watch
+        self._headers = {"Accept": "text/event-stream", "User-Agent": user_agent}
+        self._body: dict = {}
+        self._prepared_for: Route | None = None
+
+    def open(self) -> Answer:
+        """The answer, begun: whatever can still become an HTTP status has been raised."""
+        routes = self._proxy.catalogue.routes(self._request.get("model"))
+        route, answer = open_completion(routes, self._attempt, self._repair, self._watch, self._proxy.options.retries)
+        return answer
+
+    def _attempt(self, route: Route, access_token: str) -> Answer:
+        if self._prepared_for is not route:
+            self._body, fired = to_upstream_request(self._request, route)
+            self._prepared_for = route
+            if log.isEnabledFor(logging.DEBUG):
+                log.debug("rules: %s; to %s: %s", ", ".join(fired) or "none", route.provider.name, excerpt(self._body))
+        response = self._proxy.upstream.send(route, "/chat/completions", encode_json(self._body), access_token, self._watch,
+                                             self._headers)
+        try:
+            if not 200 <= response.status < 300:
+                raise refused(response, route)
+            return Answer(response, route, ChunkTranslator(self._request, route), self._watch)
+        except BaseException:
+            response.close()
+            raise
+
+    def _repair(self, error: UpstreamError) -> bool:
+        if not repair_request(self._body, error):
+            return False
+        log.info("refused: %s; repeated once without the cause", mask(error.message))
+        return True
+
+
+def refused(response: UpstreamResponse, route: Route) -> UpstreamError:
+    """The error for an answer whose status is none of success."""
+    text = response.read(MAX_ERROR_BODY).decode("utf-8", "replace")
+    log.debug("HTTP %d from %s: %s", response.status, route.provider.name, mask(text[:2000]))
+    refusal = refusal_of(response.status, text)
+    if not refusal.request_id:
+        refusal = refusal._replace(request_id=response.headers.get("x-request-id"))
+    return to_upstream_error(refusal, route.provider.family, retry_after_of(response.headers))
+
+
+class Answer:
+    """An upstream's answer whose first chunk is there."""
+
+    def __init__(self, response: UpstreamResponse, route: Route, translator: ChunkTranslator, watch: Watch):
+        self.response, self.route, self.translator = response, route, translator
+        self.request_id = response.headers.get("x-request-id")
+        self._chunks, self._first = iter_chunks(response.pieces(), translator), []  # type: ignore[var-annotated]
+        for translated in self._chunks:
+            self._first = translated
+            if translated:
+                break
+            watch.tick()
+
+    def chunks(self) -> Iterator[Translated]:
+        """All chunks, as they come; raises UpstreamError, ClientGone, ShuttingDown."""
+        yield self._first
+        yield from self._chunks
+
+    def collected(self) -> dict:
+        """The whole completion."""
+        collector = CompletionCollector()
+        for translated in self.chunks():
+            for chunk, _ in translated:
+                if chunk["choices"]:
+                    collector.feed(chunk)
+        return collector.completion(self.translator.usage)
+
+
+def excerpt(value: Any, longest: int = 200) -> str:
+    """A JSON value for the log: long strings cut, secrets masked."""
+    def cut(item: Any) -> Any:
+        if isinstance(item, str) and len(item) > longest:
+            return "%s... (%d characters)" % (item[:longest], len(item))
+        if isinstance(item, dict):
+            return {name: cut(inner) for name, inner in item.items()}
+        return [cut(inner) for inner in item] if isinstance(item, list) else item
+    return mask(json.dumps(cut(value), ensure_ascii=False))
+
+
+# Path (without /v1), method: the method of Handler.
+ROUTES = {
+    "/chat/completions": {"POST": "post_chat_completions"},
+    "/models": {"GET": "get_models"},
+    "/models/{id}": {"GET": "get_model"},
+    "/health": {"GET": "get_health"},
+    "/": {"GET": "get_root"},
+}
+WITHOUT_KEY = ("/health", "/")
+_REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) ([\x21-\x7e]+) HTTP/(\d)\.(\d)\r\n\Z")
+_HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*\r\n\Z")
+_SINGLE = frozenset({"content-length", "transfer-encoding", "host", "authorization", "origin", "content-type", "content-encoding"})
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})\r\n\Z")
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """One connection of a client; http.server's loop over requests, with stricter parsing.
+
+    The settings of the server are on self.server.proxy. A request is answered in one of three ways:
+    _send_json, _send_stream, or _send_problem for every ProxyError.
+    """
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: Listener
+
+    # -- one request -----------------------------------------------------------------------------
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile.close()
+        self._reader = _DeadlineReader(self.connection)
+        self.rfile = io.BufferedReader(self._reader, PIECE)     # type: ignore[assignment]
+        self.proxy = self.server.proxy
+        self.is_busy = False
+        self.proxy.handlers.add(self)
+
+    def finish(self) -> None:
+        self.proxy.handlers.discard(self)
+        with contextlib.suppress(OSError):
+            super().finish()
+
+    def handle_one_request(self) -> None:
+        """Read one request and answer it; called by http.server as long as the connection is kept."""
+        self._begin()
+        try:
+            self._reader.deadline = time.monotonic() + IDLE_TIMEOUT
+            self.raw_requestline = self.rfile.readline(MAX_LINE + 1)
+            if not self.raw_requestline:
+                self.close_connection = True
+                return
+            self.is_busy = True
+            self._started = time.monotonic()
+            self._reader.deadline = self._started + HEADER_TIMEOUT
+            self.parse_request()
+            self._respond()
+        except ProxyError as error:
+            self.close_connection = True
+            self._guarded(self._send_problem, error)
+        except (OSError, ClientGone, ValueError) as error:      # ValueError: a closed file, on shutdown
+            self.close_connection = True
+            if self.is_busy and isinstance(error, socket.timeout):
+                self._guarded(self._send_problem, BadRequest("the request did not arrive in time", 408))
+        finally:
+            if self.is_busy:
+                self._log_answer()
+            self.is_busy = False
+            self.close_connection = self.close_connection or self.proxy.is_stopping
+            if self.close_connection and self._unread:
+                self._linger()
+
+    def _begin(self) -> None:
+        self.close_connection, self.command, self.path, self.headers = True, "", "", {}     # type: ignore[assignment]
+        self.status, self._unread, self._is_chunked, self._length = 0, False, False, 0
+        self._head_sent = self._is_http_1_0 = False
+        self._cors: list[tuple[str, str]] = []
+        self._note, self._watch = "", None      # type: ignore[var-annotated]
+        self._request_id = "req_" + secrets.token_hex(12)
+        self._started = time.monotonic()
+
+    def parse_request(self) -> bool:
+        """Read request line and headers; raises BadRequest for whatever RFC 9112 calls malformed."""
+        line = self.raw_requestline if self.raw_requestline != b"\r\n" else self.rfile.readline(MAX_LINE + 1)
+        match = _REQUEST_LINE.match(line)
+        if len(line) > MAX_LINE:
+            raise BadRequest("the request line is too long", 414)
+        if not match:
+            raise BadRequest("the request line is malformed")
+        self.command, self.path = match.group(1).decode(), match.group(2).decode()
+        version = (int(match.group(3)), int(match.group(4)))
+        if version not in ((1, 0), (1, 1)):
+            raise BadRequest("only HTTP/1.0 and HTTP/1.1 are spoken here", 505)
+        self._is_http_1_0 = version == (1, 0)
+        self.headers = self._read_headers()     # type: ignore[assignment]
+        self._check_framing()
+        connection = self.headers.get("connection", "").lower()
+        self.close_connection = "close" in connection or self._is_http_1_0
+        return True
+
+    def _read_headers(self) -> dict[str, str]:
+        headers: dict[str, str] = {}
+        for _ in range(MAX_HEADERS + 1):
+            line = self.rfile.readline(MAX_LINE + 1)
+            if line == b"\r\n":
+                return headers
+            match = _HEADER_LINE.match(line)
+            if len(line) > MAX_LINE:
+                raise BadRequest("a header line is too long", 431)
+            if not match:                       # obs-fold, NUL, bare CR or LF, a space before the colon
+                raise BadRequest("a header line is malformed")
+            name, value = match.group(1).decode().lower(), match.group(2).decode("latin-1")
+            if name in headers and name in _SINGLE:
+                raise BadRequest("the header %s occurs twice" % name)
+            headers[name] = headers[name] + ", " + value if name in headers else value
+        raise BadRequest("there are more than %d headers" % MAX_HEADERS, 431)
+
+    def _check_framing(self) -> None:
+        """RFC 9112 6.3: one length, digits only, and never beside Transfer-Encoding."""
+        length, coding = self.headers.get("content-length"), self.headers.get("transfer-encoding")
+        if coding is not None:
+            if length is not None or self._is_http_1_0:
+                raise BadRequest("Transfer-Encoding beside Content-Length, or in HTTP/1.0")
+            if coding.lower() != "chunked":
+                raise BadRequest("the transfer coding %r is not supported; use chunked" % coding[:40])
+            self._is_chunked = self._unread = True
+        elif length is not None:
+            if not re.match(r"[0-9]{1,18}\Z", length):
+                raise BadRequest("Content-Length must be digits")
+            self._length = int(length)
+            self._unread = self._length > 0
+
+    def _respond(self) -> None:
+        """The boundary of a request: whatever happens inside becomes an answer, or the end of the connection."""
+        try:
+            self._check_access()
+            if self.command == "OPTIONS":
+                return self._send_preflight()
+            method, needs_key = self._route()
+            if needs_key:
+                self.proxy.access.check_key(self.headers)       # type: ignore[arg-type]
+            return method()
+        except ProxyError as error:
+            self._guarded(self._send_problem, error)
+        except ShuttingDown:
+            problem = ProxyError("the server is stopping; try again in a moment", 503, "shutting_down", "server_error",
+                                 headers=[("Retry-After", "2")])
+            self.close_connection = True
+            self._guarded(self._send_problem, problem)
+        except (ClientGone, OSError) as error:
+            self.close_connection, self.status = True, 499
+            if isinstance(error, socket.timeout) and not self._head_sent and self._unread:
+                self._guarded(self._send_problem, BadRequest("the request did not arrive in time", 408))
+        except Exception as error:      # noqa: B902 - the one place: a fault of ours must not end in a traceback
+            frame = error.__traceback__
+            while frame and frame.tb_next:
+                frame = frame.tb_next
+            log.error("%s in line %d: %s; please report this", type(error).__name__, frame.tb_lineno if frame else 0,
+                      mask(str(error))[:200])
+            log.debug("%s", "traceback", exc_info=True)
+            self.close_connection = True
+            self._guarded(self._send_problem, ProxyError("an internal error of qwen_proxy (%s); its log says where"
+                                                         % type(error).__name__))
+        return None
+
+    def _guarded(self, send: Callable[..., None], *arguments: Any) -> None:
+        """Run what writes a last word to a client that may be gone."""
+        try:
+            send(*arguments)
+        except OSError:
+            self.close_connection = True
+
+    # -- access and routing ----------------------------------------------------------------------
+
+    def _check_access(self) -> None:
+        access, origin = self.proxy.access, self.headers.get("origin")
+        access.check_host(self.headers.get("host"), not self._is_http_1_0)
+        if origin is not None:
+            if not access.allows_origin(origin):
+                raise ProxyError("pages of %s may not use this server; if they should, start it with --allow-origin %s"
+                                 % (origin[:100], origin[:100]), 403, "origin_not_allowed", "permission_error")
+            self._cors = [("Access-Control-Allow-Origin", origin), ("Vary", "Origin"),
+                          ("Access-Control-Expose-Headers", "x-request-id, retry-after, retry-after-ms, x-qwen-provider")]
+            content_type = self.headers.get("content-type", "").partition(";")[0].strip().lower()
+            if self.command == "POST" and content_type != "application/json":
+                raise BadRequest("a request from a web page must be declared as Content-Type: application/json", 415)
+        elif self.headers.get("sec-fetch-site") == "cross-site" and not (
+                self.command == "GET" and self.headers.get("sec-fetch-mode") == "navigate"):
+            raise ProxyError("a request from another site, without an Origin that could be checked", 403, "origin_not_allowed",
+                             "permission_error")
+
+    def _send_preflight(self) -> None:
+        headers = [("Allow", "GET, POST, OPTIONS")]
+        if self._cors:
+            headers = [("Access-Control-Allow-Methods", "GET, POST, OPTIONS"), ("Access-Control-Max-Age", "600"),
+                       ("Access-Control-Allow-Origin", self.headers["origin"]),
+                       ("Vary", "Origin, Access-Control-Request-Headers, Access-Control-Request-Private-Network")]
+            self._cors = []
+            wanted = self.headers.get("access-control-request-headers", "")
+            if wanted:                          # echoed: any fixed list of x-stainless-* names ages (ollama#3571)
+                headers.append(("Access-Control-Allow-Headers", wanted))
+            if self.headers.get("access-control-request-private-network") == "true":
+                headers.append(("Access-Control-Allow-Private-Network", "true"))
+        self._send(204, headers, b"")
+
+    def _route(self) -> tuple[Callable[[], None], bool]:
+        """The method for path and command, and whether it needs a key; raises 400, 404, 405."""
+        path = self.path.partition("?")[0]
+        if not path.startswith("/") or path.startswith("//"):
+            raise BadRequest("the request target must be a path, such as /v1/chat/completions")
+        if path == "/v1" or path.startswith("/v1/"):
+            path = "/" + path[3:].lstrip("/")
+        path = path.rstrip("/") or "/"
+        self._model_id = urllib.parse.unquote(path[len("/models/"):]) if path.startswith("/models/") else ""
+        if self._model_id:
+            path = "/models/{id}"
+        methods = ROUTES.get(path)
+        if methods is None:
+            known = ", ".join("%s /v1%s" % (method, route) for route, methods in ROUTES.items() for method in methods
+                              if route not in WITHOUT_KEY)
+            raise BadRequest("there is no %s here; there are: %s, GET /health" % (self.path.partition("?")[0][:200], known), 404,
+                             "unknown_url")
+        command = "GET" if self.command == "HEAD" else self.command
+        if command not in methods:
+            raise BadRequest("%s is not possible on this path; use %s" % (self.command, ", ".join(methods)), 405,
+                             "method_not_allowed", headers=[("Allow", ", ".join([*methods, "OPTIONS"]))])
+        return getattr(self, methods[command]), path not in WITHOUT_KEY
+
+    # -- reading the body ------------------------------------------------------------------------
+
+    def _read_json(self) -> Any:
+        return parse_json(self._decoded(self._read_body()))
+
+    def _read_body(self) -> bytes:
+        limit = self.proxy.options.max_body
+        if self._length > limit:
+            raise self._too_large()
+        self._reader.deadline = time.monotonic() + BODY_TIMEOUT + self._length / BODY_RATE
+        if self.headers.get("expect", "").lower() == "100-continue" and self._unread:
+            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if self._is_chunked:
+            body = self._read_chunked(limit)
+        else:
+            body = self.rfile.read(self._length)
+            if len(body) < self._length:
+                raise BadRequest("the body ended after %d of %d bytes" % (len(body), self._length))
+        self._unread = False
+        return body
+
+    def _read_chunked(self, limit: int) -> bytes:
+        """RFC 9112 7.1, without extensions and trailers: nobody needs them, and smugglers do."""
+        body = bytearray()
+        while True:
+            match = _CHUNK_SIZE.match(self.rfile.readline(64))
+            if not match:
+                raise BadRequest("a chunk size is malformed")
+            size = int(match.group(1), 16)
+            if len(body) + size > limit:
+                raise self._too_large()
+            piece = self.rfile.read(size)
+            if len(piece) < size or self.rfile.readline(3) != b"\r\n":
+                raise BadRequest("a chunk is malformed, or a trailer follows")
+            self._reader.deadline += size / BODY_RATE
+            if not size:
+                return bytes(body)
+            body += piece
+
+    def _decoded(self, body: bytes) -> bytes:
+        coding = self.headers.get("content-encoding", "identity").lower()
+        if coding in ("identity", ""):
+            return body
+        if coding not in ("gzip", "x-gzip", "deflate"):
+            raise BadRequest("the content coding %r is not supported; send the body plain or as gzip" % coding[:40], 415)
+        limit = self.proxy.options.max_body
+        try:
+            decoder = zlib.decompressobj(zlib.MAX_WBITS | 32)
+            decoded = decoder.decompress(body, limit + 1)
+        except zlib.error:
+            raise BadRequest("the body is not valid %s" % coding) from None
+        if len(decoded) > limit:
+            raise self._too_large()
+        if not decoder.eof:
+            raise BadRequest("the %s body is cut off" % coding)
+        return decoded
+
+    def _too_large(self) -> BadRequest:
+        self.close_connection = True
+        return BadRequest("the body is larger than %d MiB; --max-body allows more" % (self.proxy.options.max_body >> 20), 413,
+                          "request_too_large")
+
+    def _linger(self) -> None:
+        """Take in some of a body that nobody wants: closing on unread bytes would reset the answer away."""
+        with contextlib.suppress(OSError, ValueError):
+            self.connection.shutdown(socket.SHUT_WR)
+            self._reader.deadline, rest = time.monotonic() + 2, 4_000_000
+            while rest > 0:
+                piece = self.rfile.read1(PIECE)
+                if not piece:
+                    return
+                rest -= len(piece)
+
+    # -- answering -------------------------------------------------------------------------------
+
+    def _send(self, status: int, headers: list[tuple[str, str]], body: bytes | None) -> None:
+        """Write the head and, where it is known, the body, in one go; None starts a chunked body."""
+        lines = ["HTTP/1.1 %d %s" % (status, http.client.responses.get(status, "Status"))]
+        lines += ["%s: %s" % header for header in headers + self._cors]
+        lines.append("X-Request-Id: " + self._request_id)
+        if body is None:
+            lines.append("Connection: close" if self._is_http_1_0 else "Transfer-Encoding: chunked")
+        elif status != 204:
+            lines.append("Content-Length: %d" % len(body))
+        if self._unread and body is not None:
+            self.close_connection = True
+        if body is not None and self.close_connection:
+            lines.append("Connection: close")
+        self._head_sent, self.status = True, status
+        self.connection.settimeout(WRITE_TIMEOUT)
+        head = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
+        self.wfile.write(head if self.command == "HEAD" else head + (body or b""))
+
+    def _send_json(self, status: int, value: Any, headers: Iterable[tuple[str, str]] = ()) -> None:
+        self._send(status, [("Content-Type", "application/json"), *headers], encode_json(value))
+
+    def _send_problem(self, error: ProxyError) -> None:
+        """An error: as an HTTP status while that is possible, else as the last event of the stream."""
+        self._note = mask(error.message)
+        if error.request_id and re.match(r"[\x21-\x7e]{1,200}\Z", error.request_id):
+            self._request_id = error.request_id
+        if not self._head_sent:
+            return self._send_json(error.status, error.body(), error.headers)
+        self.close_connection, self.status = True, error.status
+        self._write_piece(encode_event(encode_json(error.body())))
+        return self._write_end()                # and no [DONE]: the answer is not whole
+
+    def _start_stream(self, headers: Iterable[tuple[str, str]] = ()) -> None:
+        if not self._head_sent:
+            self._send(200, [("Content-Type", "text/event-stream; charset=utf-8"), ("Cache-Control", "no-cache"), *headers], None)
+
+    def _sign_of_life(self) -> None:
+        self._start_stream()
+        self._write_piece(KEEP_ALIVE)
+
+    def _write_piece(self, piece: bytes) -> None:
+        """Part of a stream, as one write."""
+        self.wfile.write(piece if self._is_http_1_0 else b"%x\r\n%s\r\n" % (len(piece), piece))
+
+    def _write_end(self) -> None:
+        if self._is_http_1_0:
+            self.close_connection = True
+        else:
+            self.wfile.write(b"0\r\n\r\n")
+
+    # -- the API ---------------------------------------------------------------------------------
+
+    def post_chat_completions(self) -> None:
+        request = self._read_json()
+        check_chat_request(request)
+        options, is_stream = self.proxy.options, request.get("stream") is True
+        watch = Watch(self.connection, options.timeout, options.keep_alive, self._sign_of_life if is_stream else None)
+        with self.proxy.running(watch):
+            answer = Completion(self.proxy, request, watch, self._user_agent()).open()
+            try:
+                self._note = "%s via %s" % (answer.route.model, answer.route.provider.name)
+                if answer.request_id:
+                    self._request_id = answer.request_id[:200]
+                if is_stream:
+                    self._send_stream(answer, watch)
+                else:
+                    self._send_json(200, answer.collected(), [("x-qwen-provider", answer.route.provider.name)])
+                usage = answer.translator.usage or {}
+                self._note += ", %s+%s tokens" % (usage.get("prompt_tokens", "?"), usage.get("completion_tokens", "?"))
+                answer.response.drain()
+            finally:
+                answer.response.close()
+
+    def _send_stream(self, answer: Answer, watch: Watch) -> None:
+        self._start_stream([("x-qwen-provider", answer.route.provider.name)])
+        for translated in answer.chunks():
+            for chunk, raw in translated:
+                self._write_piece(encode_event(raw or encode_json(chunk)))
+            if translated:
+                watch.heard()
+            else:
+                watch.tick()
+        self._write_piece(encode_event(DONE))
+        self._write_end()
+
+    def _user_agent(self) -> str:
+        """The client's own name, then ours: the Coding Plan refuses requests without one, and we pose as nobody."""
+        client = "".join(char for char in self.headers.get("user-agent", "") if char.isascii() and char.isprintable())
+        return (client[:200] + " qwen_proxy/" + __version__).strip()
+
+    def get_models(self) -> None:
+        self._send_json(200, {"object": "list", "data": self.proxy.models()})
+
+    def get_model(self) -> None:
+        found = next((model for model in self.proxy.models() if model["id"] == self._model_id), None)
+        if found is None:
+            raise BadRequest("the model %r is not among those of /v1/models" % self._model_id[:100], 404, "model_not_found", param="model")
+        self._send_json(200, found)
+
+    def get_health(self) -> None:
+        self._send_json(200, self.proxy.health())
+
+    def get_root(self) -> None:
+        text = ("qwen_proxy %s: Qwen's models as an OpenAI-compatible API.\n\nBase URL: %s\nAPI key: %s\nRoutes: %s\n" % (
+            __version__, self.proxy.url, "one of --api-key" if self.proxy.options.api_keys else "anything",
+            ", ".join("/v1" + path for path in ROUTES if path not in WITHOUT_KEY) + ", /health"))
+        self._send(200, [("Content-Type", "text/plain; charset=utf-8")], text.encode())
+
+    # -- the log ---------------------------------------------------------------------------------
+
+    def _log_answer(self) -> None:
+        attempt = self.headers.get("x-stainless-retry-count", "0")
+        log.info("%s %s %d %.2fs%s%s", self.command or "?", printable(self.path.partition("?")[0])[:100] or "?", self.status or 499,
+                 time.monotonic() - self._started, " " + printable(self._note)[:300] if self._note else "",
+                 " (the client's attempt %s)" % printable(attempt)[:4] if attempt != "0" else "")
+
+    def log_message(self, format: str, *args: Any) -> None:
+        log.debug(format, *args)
+
+
+def printable(text: str) -> str:
+    """The text with control characters made visible: no client may write lines into our log."""
+    return "".join(char if char.isprintable() else "\\x%02x" % ord(char) for char in text)
+
+
+class Listener(http.server.ThreadingHTTPServer):
+    """One listening socket; each connection has its thread."""
+
+    daemon_threads = True
+    request_queue_size = 1024
+    allow_reuse_address = os.name != "nt"       # there it would let two programs share the port
+
+    def __init__(self, address: tuple[str, int], proxy: ProxyServer):
+        self.proxy, self.address_family = proxy, socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        super().__init__(address, Handler)
+
+    def server_bind(self) -> None:
+        """Bind without http.server's look-up of the machine's full name, which may take seconds."""
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        if self.allow_reuse_address:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+        self.server_name, self.server_port = self.server_address[0], self.server_address[1]
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if len(self.proxy.handlers) >= self.proxy.options.max_connections:
+            log.warning("more than %d connections; one was turned away", self.proxy.options.max_connections)
+            body = encode_json(ProxyError("too many connections; try again in a moment", 503, "too_many_connections",
+                                          "server_error").body())
+            with contextlib.suppress(OSError):
+                request.settimeout(0.5)
+                request.sendall(b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
+                                b"Connection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+                request.recv(PIECE)             # its request: closing on unread bytes would reset our answer away
+            return self.shutdown_request(request)
+        return super().process_request(request, client_address)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.error("a connection ended in %s", printable(repr(sys.exc_info()[1]))[:200])
+
+
+class ProxyServer:
+    """The running proxy: its listeners, and what the handlers share. See make_server()."""
+
+    def __init__(self, catalogue: Catalogue, options: ServerOptions):
+        self.catalogue, self.options, self.upstream = catalogue, options, Upstream()
+        self.access, self.handlers, self.is_stopping = AccessPolicy(options), set(), False      # type: ignore[var-annotated]
+        for key in options.api_keys:
+            keep_secret(key)
+        self._watches: set = set()
+        self._idle, self._stopped = threading.Condition(), threading.Event()
+        self._started, self._is_serving = time.time(), False
+        self._listeners = self._listen()
+
+    @property
+    def port(self) -> int:
+        """The port it listens on, also after --port 0."""
+        return self._listeners[0].server_port
+
+    @property
+    def url(self) -> str:
+        """The base URL for clients."""
+        host = "localhost" if self.options.host in ("localhost", "0.0.0.0", "::", "") else self.options.host
+        return "http://%s:%d/v1" % ("[%s]" % host if ":" in host else host, self.port)
+
+    def _listen(self) -> list[Listener]:
+        """One listener, or for localhost two: Node resolves that to ::1 first. Raises OSError."""
+        if self.options.host != "localhost":
+            return [Listener((self.options.host, self.options.port), self)]
+        first = Listener(("127.0.0.1", self.options.port), self)
+        try:
+            return [first, Listener(("::1", first.server_port), self)]
+        except OSError as error:
+            if error.errno in (48, 98, 10048):  # EADDRINUSE: Node would reach that other program
+                first.server_close()
+                if self.options.port:
+                    raise
+                return self._listen()
+            return [first]
+
+    def serve_forever(self) -> None:
+        """Serve until shutdown() is called from another thread."""
+        self._is_serving = True
+        for listener in self._listeners[1:]:
+            threading.Thread(target=listener.serve_forever, daemon=True).start()
+        self._listeners[0].serve_forever()
+        self._stopped.wait()
+
+    def shutdown(self, grace: float = GRACE) -> None:
+        """Accept no more, give running answers that many seconds, tell the rest, and close the ports."""
+        self.is_stopping = True
+        for listener in self._listeners:
+            if self._is_serving:
+                listener.shutdown()
+            listener.server_close()
+        for handler in [handler for handler in list(self.handlers) if not handler.is_busy]:
+            with contextlib.suppress(OSError):
+                handler.connection.shutdown(socket.SHUT_RDWR)
+        self._wait_until_idle(grace)
+        for watch in list(self._watches):
+            watch.stop()
+        self._wait_until_idle(2)
+        self.upstream.close()
+        self._stopped.set()
+
+    def _wait_until_idle(self, seconds: float) -> None:
+        with self._idle:
+            self._idle.wait_for(lambda: not self._watches, seconds)
+
+    @contextlib.contextmanager
+    def running(self, watch: Watch) -> Iterator[None]:
+        """Counts an answer as running."""
+        with self._idle:
+            self._watches.add(watch)
+        try:
+            yield
+        finally:
+            with self._idle:
+                self._watches.discard(watch)
+                self._idle.notify_all()
+
+    def models(self) -> list[dict]:
+        """The objects of /v1/models, the active provider's first; an id that two have is theirs by name."""
+        found: dict[str, dict] = {}
+        discovery = self.catalogue.current()
+        for provider in discovery.providers:
+            for model in provider.model_ids() or ([discovery.model] if provider is discovery.providers[0] else []):
+                name = model if model not in found else "%s/%s" % (provider.name, model)
+                found[name] = self._model_object(name, model, provider)
+        return list(found.values())
+
+    def _model_object(self, name: str, model: str, provider: Provider) -> dict:
+        facts, config = model_facts(model), provider.entries.get(model) or {}
+        limits = {"context_length": config.get("contextWindowSize") or facts.context, "max_output_tokens": facts.output}
+        return {"id": name, "object": "model", "created": int(self._started), "owned_by": provider.name,
+                **{key: value for key, value in limits.items() if value}}
+
+    def health(self) -> dict:
+        """The object of /health; nothing secret."""
+        providers = self.catalogue.current().providers
+        login = providers[0].credentials.describe() if providers else {"type": None, "problem": "no login found"}
+        is_usable = bool(providers) and providers[0].problem() is None
+        return {"status": "ok" if is_usable else "no_login", "version": __version__,
+                "uptime_seconds": int(time.time() - self._started), "in_flight": len(self._watches),
+                "login": {name: login.get(name) for name in ("type", "expires_at") if name in login}}
+
+
+def make_server(host: str = "localhost", port: int = 8080, *, api_keys: Iterable[str] = (), no_auth: bool = False,
+                allow_origins: Iterable[str] = (), allow_hosts: Iterable[str] = (), provider: str | None = None,
+                base_url: str | None = None, model: str | None = None, aliases: dict[str, str] | None = None,
+                failover: bool = False, qwen_home: str | None = None, timeout: float = UPSTREAM_TIMEOUT,
+                retries: int = RETRIES, max_connections: int = MAX_CONNECTIONS, max_body_mib: int = MAX_BODY_MIB,
+                keep_alive: float = KEEP_ALIVE_INTERVAL, environ: dict[str, str] | None = None) -> ProxyServer:
+    """A server that is bound to its port and not yet running; the arguments are the options of `serve`.
+
+    environ stands in for os.environ. Raises ValueError for a host beyond loopback without a key, OSError
+    when the port is taken.
+    """
+    options = ServerOptions(host, port, tuple(api_keys), no_auth, tuple(allow_origins), tuple(allow_hosts), timeout, retries,
+                            max_connections, max_body_mib * 1024 * 1024, keep_alive)
+    if not (is_loopback(host) or options.api_keys or no_auth):
+        raise ValueError("listening on %s lets the network spend your quota" % host)
+    catalogue = Catalogue(Options(provider, base_url, model, tuple((aliases or {}).items()), qwen_home, failover), environ)
+    return ProxyServer(catalogue, options)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Demo upstream
+# ----------------------------------------------------------------------------------------------------
+
+DEMO_MODEL = "qwen-demo"
+DEMO_PAUSE = 0.03               # between chunks: about the pace of a model
+
+
+class DemoUpstream(http.server.BaseHTTPRequestHandler):
+    """Stands in for Qwen's endpoint, so that every client can be tried without an account."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def do_POST(self) -> None:
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for data in demo_stream(request):
+            event = encode_event(data)
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(event), event))
+            time.sleep(DEMO_PAUSE)
+        self.wfile.write(b"0\r\n\r\n")
+
+    def log_message(self, format: str, *args: Any) -> None:
+        log.debug(format, *args)
+
+
+def demo_stream(request: dict) -> Iterator[bytes]:
+    """The data of each event of an answer: some thoughts, then a tool call if tools are offered, else text."""
+    tail, answered = {"finish_reason": "stop"}, any(message["role"] == "tool" for message in request["messages"])
+    yield demo_chunk({"role": "assistant", "content": ""})
+    for word in "The user tries the demo, so I say that I am one.".split(" "):
+        yield demo_chunk({"reasoning_content": word + " "})
+    if request.get("tools") and not answered:
+        function = request["tools"][0].get("function", {})
+        arguments = json.dumps(demo_arguments(function.get("parameters", {})))
+        yield demo_chunk({"tool_calls": [{"index": 0, "id": "call_demo", "type": "function",
+                                          "function": {"name": function.get("name", "tool"), "arguments": ""}}]})
+        for start in range(0, len(arguments), 8):
+            yield demo_chunk({"tool_calls": [{"index": 0, "id": "", "function": {"arguments": arguments[start:start + 8]}}]})
+        tail = {"finish_reason": "tool_calls"}
+    else:
+        asked = text_of(request["messages"][-1].get("content"))[:200]
+        text = "This is the demo of qwen_proxy, not a model. %s: %s" % ("The tool answered" if answered else "You said", asked)
+        for word in re.findall(r"\S+\s*", text):
+            yield demo_chunk({"content": word})
+    yield demo_chunk({}, **tail)
+    size = len(json.dumps(request["messages"])) // 4
+    yield demo_chunk(None, usage={"prompt_tokens": size, "completion_tokens": 40, "total_tokens": size + 40})
+    yield DONE
+
+
+def demo_chunk(delta: dict | None, finish_reason: str | None = None, usage: dict | None = None) -> bytes:
+    """One chunk of the demo's answer."""
+    choices = [] if delta is None else [{"index": 0, "delta": delta, "finish_reason": finish_reason}]
+    return encode_json({"id": "chatcmpl-demo", "object": "chat.completion.chunk", "created": int(time.time()),
+                        "model": DEMO_MODEL, "choices": choices, "usage": usage})
+
+
+def demo_arguments(schema: dict) -> dict:
+    """Arguments that fit a tool's parameters, as far as a demo needs it."""
+    samples = {"string": "demo", "integer": 1, "number": 1.5, "boolean": True, "array": [], "object": {}}
+    properties = schema.get("properties") if isinstance(schema.get("properties"), dict) else {}
+    return {name: dig(part, "enum")[0] if dig(part, "enum") else samples.get(str(dig(part, "type")), "demo")
+            for name, part in properties.items() if name in schema.get("required", properties)}
+
+
+def start_demo() -> str:
+    """Start the stand-in on a free port of loopback; returns its base URL."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), DemoUpstream)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return "http://127.0.0.1:%d/compatible-mode/v1" % server.server_port
+
+
+# ----------------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------------
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser for all commands; `serve` is the default one."""
+    parser = argparse.ArgumentParser(
+        prog="qwen_proxy.py", usage="qwen_proxy.py [serve|login|status] [options]",
+        description="Serve Qwen's models as an OpenAI-compatible API on localhost, with the login of the Qwen Code CLI.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=100))
+    parser.add_argument("--version", action="version", version="qwen_proxy " + __version__)
+    add_serve_options(parser.add_argument_group("serve"))
+    login = parser.add_argument_group("login and status")
+    login.add_argument("--no-browser", action="store_true", help="login: print the address only")
+    login.add_argument("--json", action="store_true", help="status: print JSON")
+    return parser
+
+
+def add_serve_options(group: Any) -> None:
+    """One option a line; the README holds what --help prints."""
+    add = group.add_argument
+    add("--host", default="localhost", help="where to listen (default: localhost, that is 127.0.0.1 and ::1)")
+    add("--port", type=int, default=8080, help="0 picks a free one (default: 8080)")
+    add("--api-key", action="append", default=[], metavar="KEY",
+        help="what clients must present; may be repeated; also QWEN_PROXY_API_KEYS=KEY,KEY")
+    add("--no-auth", action="store_true", help="listen beyond localhost without a key")
+    add("--allow-origin", action="append", default=[], metavar="ORIGIN",
+        help="web pages that may use it, besides local ones; may be repeated; * for all")
+    add("--allow-host", action="append", default=[], metavar="NAME", help="another name that the Host header may carry")
+    add("--provider", metavar="NAME", help="instead of the CLI's active one: %s, oauth, or a host from settings.json" % ", ".join(PRESETS))
+    add("--base-url", metavar="URL", help="any OpenAI-compatible upstream, with the key in OPENAI_API_KEY")
+    add("--model", metavar="ID", help="for requests that name none (default: the CLI's; also OPENAI_MODEL)")
+    add("--alias", action="append", default=[], metavar="NAME=ID", help="another name for a model; gpt-*=ID is possible")
+    add("--failover", action="store_true", help="when a provider is exhausted or down, try the next that lists the model")
+    add("--qwen-home", metavar="DIR", help="the CLI's folder (default: ~/.qwen; also QWEN_HOME)")
+    add("--timeout", type=float, default=UPSTREAM_TIMEOUT, metavar="SECONDS", help="longest silence of the upstream (default: 300)")
+    add("--retries", type=int, default=RETRIES, metavar="N", help="before the first byte of an answer only (default: 2)")
+    add("--max-connections", type=int, default=MAX_CONNECTIONS, metavar="N", help="the next one gets 503 (default: 1024)")
+    add("--max-body", type=int, default=MAX_BODY_MIB, metavar="MIB", help="largest request (default: 64)")
+    add("--log-level", default="info", choices=["debug", "info", "warning", "error"],
+        help="debug shows requests and answers, secrets masked (default: info)")
+    add("--demo", action="store_true", help="a built-in stand-in answers instead of Qwen: no account needed")
+
+
+COMMANDS = ("serve", "login", "status")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns its exit code: 0, 1 when it failed, 2 when it could not start."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "serve"
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    check_options(parser, options)
+    logging.basicConfig(stream=sys.stderr, level=options.log_level.upper(), format="%(asctime)s %(levelname).1s %(message)s",
+                        datefmt="%H:%M:%S")
+    try:
+        return {"serve": cmd_serve, "login": cmd_login, "status": cmd_status}[command](options)
+    except KeyboardInterrupt:
+        say("stopped")
+        return 130
+
+
+def check_options(parser: argparse.ArgumentParser, options: Any) -> None:
+    """Ends the program with a sentence and exit code 2 for a value that cannot be meant."""
+    if not 0 <= options.port <= 65535:
+        parser.error("--port must be between 0 and 65535")
+    for name in ("timeout", "max_connections", "max_body"):
+        if not getattr(options, name) > 0:
+            parser.error("--%s must be more than 0" % name.replace("_", "-"))
+    if options.retries < 0:
+        parser.error("--retries must not be negative")
+    for alias in options.alias:
+        if not all(alias.partition("=")):
+            parser.error("--alias must be NAME=ID, not %r" % alias)
+    if options.base_url and urllib.parse.urlsplit(options.base_url).scheme not in ("http", "https"):
+        parser.error("--base-url must begin with http:// or https://")
+
+
+def say(text: str) -> None:
+    """A line for the person at the terminal."""
+    print(mask(text), file=sys.stderr, flush=True)
+
+
+def provider_options(options: Any) -> dict:
+    """The options that say which provider to use, as make_server() takes them."""
+    return {"provider": options.provider, "base_url": options.base_url, "model": options.model, "qwen_home": options.qwen_home,
+            "aliases": dict(alias.split("=", 1) for alias in options.alias), "failover": options.failover}
+
+
+def cmd_serve(options: Any) -> int:
+    """Serve until Ctrl-C or SIGTERM; running answers get some seconds then, a second signal ends at once."""
+    keys = options.api_key + [key.strip() for key in os.environ.get("QWEN_PROXY_API_KEYS", "").split(",") if key.strip()]
+    if not (is_loopback(options.host) or keys or options.no_auth):
+        say("Listening on %s lets everybody on the network spend your quota. With a key (a fresh one):\n\n"
+            "    python3 qwen_proxy.py --host %s --port %d --api-key %s\n\nor say --no-auth." % (
+                options.host, options.host, options.port, secrets.token_urlsafe(24)))
+        return 2
+    choice, environ = provider_options(options), None
+    if options.demo:
+        nowhere = os.path.join(tempfile.gettempdir(), "qwen_proxy-demo-" + secrets.token_hex(8))
+        choice.update(base_url=start_demo(), provider=None, model=options.model or DEMO_MODEL, qwen_home=nowhere)
+        environ = {"OPENAI_API_KEY": "demo", "HOME": nowhere}
+    try:
+        server = make_server(options.host, options.port, api_keys=keys, no_auth=options.no_auth, allow_origins=options.allow_origin,
+                             allow_hosts=options.allow_host, timeout=options.timeout, retries=options.retries,
+                             max_connections=options.max_connections, max_body_mib=options.max_body, environ=environ, **choice)
+    except OSError as error:
+        say("cannot listen on %s port %d: %s; choose another --port, or 0 for a free one" % (options.host, options.port, reason_of(error)))
+        return 2
+    stop_on_signals(server)
+    say(banner(server, options.demo, bool(keys)))
+    server.serve_forever()
+    say("stopped")
+    return 0
+
+
+def stop_on_signals(server: ProxyServer) -> None:
+    """Ctrl-C and SIGTERM: the first one stops gently, the second one at once."""
+    def stop(number: int, frame: Any) -> None:
+        if server.is_stopping:
+            LockFile.release_all()
+            os._exit(1)
+        server.is_stopping = True
+        say("stopping; running answers have %d s, a second signal ends at once" % GRACE)
+        threading.Thread(target=server.shutdown).start()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+
+
+def banner(server: ProxyServer, is_demo: bool, has_keys: bool) -> str:
+    """What a newcomer needs next."""
+    discovery = server.catalogue.current()
+    lines = ["qwen_proxy %s on %s" % (__version__, server.url)]
+    if is_demo:
+        lines.append("provider  the built-in demo: no model, no account, no network")
+    elif discovery.providers:
+        active = discovery.providers[0]
+        lines.append("provider  %s, from %s" % (active.name, active.source))
+        if active.problem():
+            lines.append("warning   %s" % active.problem())
+        elif active.credentials.kind == "oauth":
+            lines.append("note      " + FREE_TIER_ENDED)
+    else:
+        lines.append("warning   no Qwen login on this machine: %s, or start with --provider NAME and its key in the "
+                     "environment; until then requests get 401" % LOGIN_AGAIN)
+    lines += ["note      " + note for note in discovery.notes]
+    models = [model["id"] for model in server.models()]
+    lines.append("models    %s%s" % (", ".join(models[:12]) or "unknown until there is a login", ", ..." if len(models) > 12 else ""))
+    lines.append("try       curl %s/chat/completions %s-H 'Content-Type: application/json' -d '{\"model\": \"%s\", \"messages\": "
+                 "[{\"role\": \"user\", \"content\": \"Hello\"}]}'" % (
+                     server.url, "-H 'Authorization: Bearer YOUR_KEY' " if has_keys else "", discovery.model))
+    return "\n".join(lines)
+
+
+def cmd_login(options: Any) -> int:
+    """Device authorization in the browser; writes oauth_creds.json."""
+    import webbrowser       # here, since it costs every start 10 ms
+
+    base = os.environ.get("QWEN_OAUTH_BASE_URL") or OAUTH_BASE_URL
+    path = os.path.join(qwen_home(dict(os.environ), options.qwen_home), "oauth_creds.json")
+    say("Note: " + FREE_TIER_ENDED + ".\n")
+    try:
+        device = request_device_code(base)
+        say("Open this address and approve the log-in, within %d minutes:\n\n    %s\n" % (device.expires_in / 60, device.verification_uri))
+        if device.user_code:
+            say("The code it shows must be %s." % device.user_code)
+        if not options.no_browser:
+            webbrowser.open(device.verification_uri)
+        login = poll_for_login(base, device)
+    except ProxyError as error:
+        say("login failed: " + error.message)
+        return 1
+    credentials = OAuthCredentials(path, base)
+    credentials.replace(login)
+    if credentials.problem:
+        say("logged in, but %s cannot be written: %s" % (path, credentials.problem))
+        return 1
+    say("Logged in; %s holds the login, valid until it is refreshed %s." % (path, in_words(login.expires_at - time.time())))
+    return 0
+
+
+def in_words(seconds: float) -> str:
+    """A span of time for a person.
+
+    >>> in_words(3 * 3600 + 61), in_words(-90)
+    ('in 3 h 1 min', '1 min ago')
+    """
+    minutes = int(abs(seconds)) // 60
+    days, hours, minutes = minutes // 1440, minutes % 1440 // 60, minutes % 60
+    words = "%d d %d h" % (days, hours) if days else "%d h %d min" % (hours, minutes) if hours else "%d min" % minutes
+    return "in " + words if seconds >= 0 else words + " ago"
+
+
+def cmd_status(options: Any) -> int:
+    """Say what would be used; 0 only when a request could be served. Spends no quota."""
+    choice = provider_options(options)
+    catalogue = Catalogue(Options(choice["provider"], choice["base_url"], choice["model"], (), choice["qwen_home"]))
+    facts = status_facts(catalogue, options.port)
+    if options.json:
+        print(mask(json.dumps(facts, indent=2, ensure_ascii=False)))
+    else:
+        for name, value in facts.items():
+            for line in value if isinstance(value, list) else [value]:
+                print("%-12s %s" % (name.replace("_", " "), mask(line if isinstance(line, str) else json.dumps(line, ensure_ascii=False))))
+                name = ""
+    return 0 if facts["usable"] else 1
+
+
+def status_facts(catalogue: Catalogue, port: int) -> dict:
+    """What `status` prints, in its order."""
+    discovery = catalogue.current()
+    active = discovery.providers[0] if discovery.providers else None
+    problem = active.problem() if active else "no Qwen login on this machine: %s" % LOGIN_AGAIN
+    facts: dict = {"version": __version__, "usable": problem is None, "problem": problem, "qwen_home": catalogue.home,
+                   "settings": discovery.settings_files, "notes": discovery.notes}
+    if active:
+        described = active.describe()
+        facts.update(provider=active.name, found_in=active.source, base_url=described["base_url"], family=active.family,
+                     models=[", ".join(described["models"]) or "whatever the upstream lists"], model=discovery.model)
+        facts["also_usable"] = ["%s (%s)" % (other.name, other.problem() or "ready") for other in discovery.providers[1:]]
+        if active.credentials.kind == "oauth":
+            facts.update(oauth_facts(active.credentials))
+        if described["base_url"]:
+            facts["clock"] = clock_words(described["base_url"])
+    proxies = {name: mask_userinfo(url) for name, url in urllib.request.getproxies().items()}
+    facts["forward_proxy"] = ["%s: %s" % item for item in sorted(proxies.items())] or ["none"]
+    facts["client"] = ["base URL http://localhost:%d/v1" % (port or 8080), "API key  anything, unless --api-key is given",
+                       "model    %s" % discovery.model]
+    return {name: value for name, value in facts.items() if value not in (None, [])}
+
+
+def mask_userinfo(url: str) -> str:
+    """A proxy's address without user name and password."""
+    return re.sub(r"//[^/@]*@", "//***@", url)
+
+
+def oauth_facts(credentials: OAuthCredentials) -> dict:
+    """File, expiry, permissions and lock of an OAuth login, in words."""
+    facts = {"login": "OAuth, " + credentials.path, "free_tier": "ended on %s: log-in works, chat answers 401" % FREE_TIER_END}
+    with contextlib.suppress(CredentialError):
+        left = credentials.login().expires_at - time.time()
+        facts["expires"] = in_words(left) + ("" if left > REFRESH_MARGIN else ", refreshed at the next request")
+    with contextlib.suppress(OSError):
+        mode = stat.S_IMODE(os.stat(credentials.path).st_mode)
+        facts["permissions"] = "%03o%s" % (mode, "" if not mode & 0o077 or os.name == "nt" else
+                                           ", others can read it: chmod 600 " + credentials.path)
+    try:
+        age = time.time() - os.stat(os.path.join(os.path.dirname(credentials.path), "oauth_creds.lock")).st_mtime
+        facts["lock"] = "held for %d s%s" % (age, ", stale: the next refresh breaks it" if age > LOCK_STALE else "")
+    except OSError:
+        facts["lock"] = "free"
+    return facts
+
+
+def clock_words(base_url: str) -> str:
+    """How this clock differs from the upstream's, by the Date of an answer to a request without a key."""
+    parts = urllib.parse.urlsplit(base_url)
+    request = urllib.request.Request("%s://%s/" % (parts.scheme, parts.netloc), method="HEAD",
+                                     headers={"User-Agent": "qwen_proxy/" + __version__})
+    try:
+        try:
+            date = urllib.request.build_opener(_NoRedirect).open(request, timeout=3).headers.get("Date")
+        except urllib.error.HTTPError as error:
+            date = error.headers.get("Date")
+        skew = time.time() - parsedate_to_datetime(date).timestamp()
+    except (OSError, http.client.HTTPException, TypeError, ValueError) as error:
+        return "unknown: %s gave no time (%s)" % (parts.netloc, reason_of(error) if isinstance(error, OSError) else "no Date header")
+    return "right" if abs(skew) < 10 else "%d s %s, so tokens expire at the wrong moment" % (abs(skew), "fast" if skew > 0 else "slow")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
