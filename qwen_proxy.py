@@ -45,6 +45,7 @@ import http.client
 import http.server
 import io
 import ipaddress
+import itertools
 import json
 import logging
 import os
@@ -303,6 +304,17 @@ def keep_secret(value: str | None) -> None:
     """From now on mask() hides this value."""
     if value and len(value) >= 6:
         _secrets[value] = None
+
+
+class _MaskingFilter(logging.Filter):
+    """Masks whatever is logged, so that no log line has to think of it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = mask(record.getMessage()), ()
+        return True
+
+
+log.addFilter(_MaskingFilter())
 
 
 def mask(text: str) -> str:
@@ -1372,7 +1384,7 @@ class Watch:
             ready = readable([upstream, self._client] if self._client else [upstream], min(self._interval, remaining))
             if upstream in ready and not self._stopping:
                 return
-            if ready:
+            if self._client in ready:
                 self._look_at_client()
             self.tick()
 
@@ -1404,10 +1416,8 @@ class Watch:
                 self._upstream.shutdown(socket.SHUT_RDWR)
 
     def _look_at_client(self) -> None:
-        if self._client is None:
-            return
         try:
-            if not self._client.recv(1, socket.MSG_PEEK):
+            if not self._client.recv(1, socket.MSG_PEEK):   # type: ignore[union-attr]
                 raise ClientGone
         except OSError:
             raise ClientGone from None
@@ -1517,11 +1527,15 @@ class UpstreamResponse:
         return bytes(body[:limit])
 
     def close(self) -> None:
-        """Done with it: keep the connection if the body is at its end, else close it."""
-        if self._response.isclosed() and not self._response.will_close and self._connection.sock is not None:
-            return self._pool.put(self._key, self._connection)
+        """Done with it, once: keep the connection if the body is at its end, else close it."""
+        connection, self._connection = self._connection, None
+        if connection is None:
+            return
+        if self._response.isclosed() and not self._response.will_close and connection.sock is not None:
+            self._pool.put(self._key, connection)
+            return
         self._response.close()
-        return self._connection.close()
+        connection.close()
 
     def drain(self) -> None:
         """Read what little may follow the end of the stream, so that the connection can be kept."""
@@ -1689,7 +1703,7 @@ def open_completion(routes: list[Route], attempt: Callable[[Route, str], Any], r
         except ProxyError as error:
             if route is routes[-1] or not error.moves_on:
                 raise
-            log.warning("%s: %s; trying %s", route.provider.name, mask(error.message), routes[routes.index(route) + 1].provider.name)
+            log.warning("%s: %s; trying %s", route.provider.name, error.message, routes[routes.index(route) + 1].provider.name)
     raise CredentialError("no provider")        # never: routes is not empty
 
 
@@ -1713,7 +1727,7 @@ def _open_on(route: Route, attempt: Callable[[Route, str], Any], repair: Callabl
             pause = delay if error.retry_after is None else error.retry_after
             if not error.retry or retries <= 0 or pause > RETRY_DELAY_MOST:
                 raise
-            log.info("%s: %s; again in %.1f s", route.provider.name, mask(error.message), pause)
+            log.info("%s: %s; again in %.1f s", route.provider.name, error.message, pause)
         retries, delay = retries - 1, delay * 2
         watch.sleep(pause)
 
@@ -2652,7 +2666,7 @@ class ContentFilter:
     """
 
     def __init__(self, is_json: bool):
-        self._is_json, self._held, self._closing, self._in_fence = is_json, "", "", False
+        self._is_json, self._held, self._closing, self._in_fence, self._took_tag = is_json, "", "", False, False
         self.is_open = False            # nothing to look for any more: feed() need not be asked
 
     def feed(self, text: str) -> tuple[str, str]:
@@ -2672,24 +2686,26 @@ class ContentFilter:
             return "", body
         self.is_open = True
         text, self._held = self._held, ""
-        return "", text
+        return "", text.lstrip() if self._took_tag else text
 
     def close(self) -> tuple[str, str]:
         """(reasoning, content) that was held back, when no more will come."""
         held, self._held = self._held, ""
         if self._closing:
             return held, ""
-        return ("", re.sub(r"\s*```\s*\Z", "", held)) if self._in_fence else ("", held)
+        if self._in_fence:
+            return "", re.sub(r"\s*```\s*\Z", "", held)
+        return "", held.lstrip() if self._took_tag else held
 
     def _starts(self) -> bool:
         """Whether the beginning is known: a tag was taken off, a fence was, or it is plain."""
         start = self._held.lstrip()
         for opening, closing in THINK_TAGS:
             if start.startswith(opening):
-                self._closing, self._held = closing, start[len(opening):].lstrip("\n")
+                self._closing, self._held, self._took_tag = closing, start[len(opening):].lstrip("\n"), True
                 return True
             if start.startswith(closing):
-                self._held = start[len(closing):].lstrip()
+                self._held, self._took_tag = start[len(closing):], True
                 return self._starts()
         tags = [tag for pair in THINK_TAGS for tag in pair] + (["```"] if self._is_json else [])
         if any(tag.startswith(start) for tag in tags):
@@ -2705,7 +2721,7 @@ class ContentFilter:
         thoughts, tag, rest = self._held.partition(self._closing)
         if tag:
             self._closing, self._held = "", ""
-            content = self.feed(rest.lstrip("\n"))
+            content = self.feed(rest)
             return thoughts + content[0], content[1]
         keep = next((size for size in range(len(self._closing) - 1, 0, -1) if thoughts.endswith(self._closing[:size])), 0)
         self._held = thoughts[len(thoughts) - keep:]
@@ -2875,9 +2891,13 @@ class ChunkTranslator:
             translated += [({**chunk, "choices": [output]}, None) for output in ([choice] if outputs is None else outputs)]
         return translated
 
+    def is_finished(self) -> bool:
+        """Whether every choice has its finish reason."""
+        return bool(self._states) and all(state.finish_reason is not None for state in self._states.values())
+
     def close(self) -> Translated:
         """The chunks that end the stream; raises UpstreamError when the upstream broke off."""
-        if not self._states or (not self.is_done and any(state.finish_reason is None for state in self._states.values())):
+        if not self._states or not (self.is_done or self.is_finished()):
             raise UpstreamError("the upstream ended its answer without a finish reason; try again" if self._states else
                                 "the upstream answered with an empty stream; try again", code="upstream_cut")
         outputs = []
@@ -3012,14 +3032,24 @@ def iter_chunks(pieces: Iterable[bytes], translator: Any) -> Iterator[Translated
     if start in (b"{", b"<", b"["):
         yield translator.feed(Event(whole_answer(head, pieces, translator.family)))
     else:
-        yield [item for event in decoder.feed(head) for item in translator.feed(event)]
-        for piece in pieces:
-            if translator.is_done:
-                break
+        for piece in itertools.chain([head], until_finished(pieces, translator)):
             yield [item for event in decoder.feed(piece) for item in translator.feed(event)]
         if not translator.is_done:
             yield [item for event in decoder.close() for item in translator.feed(event)]
     yield translator.close()
+
+
+def until_finished(pieces: Iterator[bytes], translator: Any) -> Iterator[bytes]:
+    """The pieces up to [DONE]; a connection that breaks once the finish reason is there has only ended."""
+    try:
+        while not translator.is_done:
+            piece = next(pieces, b"")
+            if not piece:
+                return
+            yield piece
+    except UpstreamError:
+        if not translator.is_finished():
+            raise
 
 
 def whole_answer(head: bytes, pieces: Iterable[bytes], family: str) -> bytes:
@@ -3280,14 +3310,14 @@ class Completion:
     def _repair(self, error: UpstreamError) -> bool:
         if not repair_request(self._body, error):
             return False
-        log.info("refused: %s; repeated once without the cause", mask(error.message))
+        log.info("refused: %s; repeated once without the cause", error.message)
         return True
 
 
 def refused(response: UpstreamResponse, route: Route) -> UpstreamError:
     """The error for an answer whose status is none of success."""
     text = response.read(MAX_ERROR_BODY).decode("utf-8", "replace")
-    log.debug("HTTP %d from %s: %s", response.status, route.provider.name, mask(text[:2000]))
+    log.debug("HTTP %d from %s: %s", response.status, route.provider.name, text[:2000])
     refusal = refusal_of(response.status, text)
     if not refusal.request_id:
         refusal = refusal._replace(request_id=response.headers.get("x-request-id"))
@@ -3323,14 +3353,14 @@ class Answer:
 
 
 def excerpt(value: Any, longest: int = 200) -> str:
-    """A JSON value for the log: long strings cut, secrets masked."""
+    """A JSON value for the log, long strings cut."""
     def cut(item: Any) -> Any:
         if isinstance(item, str) and len(item) > longest:
             return "%s... (%d characters)" % (item[:longest], len(item))
         if isinstance(item, dict):
             return {name: cut(inner) for name, inner in item.items()}
         return [cut(inner) for inner in item] if isinstance(item, list) else item
-    return mask(json.dumps(cut(value), ensure_ascii=False))
+    return json.dumps(cut(value), ensure_ascii=False)
 
 
 # Path (without /v1), method: the method of Handler.
@@ -3490,7 +3520,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             while frame and frame.tb_next:
                 frame = frame.tb_next
             log.error("%s in line %d: %s; please report this", type(error).__name__, frame.tb_lineno if frame else 0,
-                      mask(str(error))[:200])
+                      str(error)[:200])
             log.debug("%s", "traceback", exc_info=True)
             self.close_connection = True
             self._guarded(self._send_problem, ProxyError("an internal error of qwen_proxy (%s); its log says where"
@@ -3658,7 +3688,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _send_problem(self, error: ProxyError) -> None:
         """An error: as an HTTP status while that is possible, else as the last event of the stream."""
-        self._note = mask(error.message)
+        self._note = error.message
         if error.request_id and re.match(r"[\x21-\x7e]{1,200}\Z", error.request_id):
             self._request_id = error.request_id
         if not self._head_sent:
@@ -3766,6 +3796,7 @@ class Listener(http.server.ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 1024
     allow_reuse_address = os.name != "nt"       # there it would let two programs share the port
+    poll_interval = 0.5                         # shutdown() takes that long at most
 
     def __init__(self, address: tuple[str, int], proxy: ProxyServer):
         self.proxy, self.address_family = proxy, socket.AF_INET6 if ":" in address[0] else socket.AF_INET
@@ -3841,8 +3872,8 @@ class ProxyServer:
         """Serve until shutdown() is called from another thread."""
         self._is_serving = True
         for listener in self._listeners[1:]:
-            threading.Thread(target=listener.serve_forever, daemon=True).start()
-        self._listeners[0].serve_forever()
+            threading.Thread(target=listener.serve_forever, args=(listener.poll_interval,), daemon=True).start()
+        self._listeners[0].serve_forever(self._listeners[0].poll_interval)
         self._stopped.wait()
 
     def shutdown(self, grace: float = GRACE) -> None:

@@ -1,0 +1,1828 @@
+"""Tests of qwen_proxy: real sockets on loopback, a fake of Qwen's endpoints as strict as the real ones.
+
+Same sections, same order as the program. Nothing here leaves the machine; HOME and QWEN_HOME are temporary.
+"""
+import ast
+import base64
+import collections
+import doctest
+import gzip
+import hashlib
+import http.client
+import http.server
+import io
+import json
+import logging
+import os
+import re
+import select
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+import urllib.parse
+
+import pytest
+
+import qwen_proxy as qp
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+PROGRAM = os.path.join(HERE, "qwen_proxy.py")
+with open(PROGRAM, encoding="utf-8") as _file:
+    SOURCE = _file.read()
+WAIT = 20                       # seconds until something that must happen counts as never happening
+CUT = object()                  # in a reply's pieces: close the connection here, without an end
+
+
+# ----------------------------------------------------------------------------------------------------
+# The fake: Qwen's identity host and endpoints
+# ----------------------------------------------------------------------------------------------------
+
+Reply = collections.namedtuple("Reply", "status headers pieces")
+
+
+def reply(status=200, body=b"", content_type="application/json", headers=()):
+    body = json.dumps(body).encode() if isinstance(body, (dict, list)) else body
+    return Reply(status, [("Content-Type", content_type), *headers], [body])
+
+
+def stream(*pieces, status=200):
+    """A chunked answer of these pieces; an Event among them is waited for, CUT breaks off."""
+    return Reply(status, [("Content-Type", "text/event-stream"), ("Transfer-Encoding", "chunked")], list(pieces))
+
+
+def chunk(delta=None, finish_reason=None, **more):
+    """One event as DashScope writes it: choices first, id last, usage null."""
+    value = {"choices": [] if delta is None else [{"delta": delta, "index": 0, "logprobs": None, "finish_reason": finish_reason}],
+             "object": "chat.completion.chunk", "usage": None, "created": 1790000000, "system_fingerprint": None,
+             "model": "qwen3.7-plus", "id": "chatcmpl-1"}
+    value.update(more)
+    return b"data: " + json.dumps(value, ensure_ascii=False).encode() + b"\n\n"
+
+
+USAGE = {"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 12}
+DONE = b"data: [DONE]\n\n"
+HELLO = (chunk({"content": "", "role": "assistant"}), chunk({"content": "Hel"}), chunk({"content": "lo, "}),
+         chunk({"content": "wörld"}), chunk({"content": ""}, "stop"), chunk(usage=USAGE), DONE)
+
+
+def tool_call(index, call_id, name=None, arguments=""):
+    function = {"arguments": arguments}
+    if name is not None:
+        function["name"] = name
+    return {"content": None, "tool_calls": [{"index": index, "id": call_id, "type": "function", "function": function}]}
+
+
+CALLS = (chunk({"content": None, "role": "assistant", "reasoning_content": "I must look."}),
+         chunk(tool_call(0, "call_a", "get_weather", None)), chunk(tool_call(0, "", None, '{"city"')),
+         chunk(tool_call(0, "", None, ': "Paris"}')), chunk(tool_call(1, "call_b", "get_time", "")),
+         chunk(tool_call(1, "", None, "{}")), chunk({"content": ""}, "stop"), chunk(usage=USAGE), DONE)
+
+
+def refusal(message, status=400, code="invalid_parameter_error", type="invalid_request_error"):
+    return reply(status, {"error": {"message": message, "type": type, "param": None, "code": code}, "request_id": "r-1"})
+
+
+class FakeQwen:
+    """Scripted replies, a strict default, everything recorded."""
+
+    def __init__(self):
+        self.requests, self.script, self.token_script = [], collections.deque(), collections.deque()
+        self.access_tokens, self.refresh_tokens = {"at_1"}, {"rt_1"}
+        self.refreshes, self.reused, self.expires_in, self.rotates = [], [], 21600, True
+        self.device_answers = collections.deque()
+        self.connections, self.gone, self.lock = 0, threading.Event(), threading.Lock()
+        self.arrived = threading.Condition()
+        fake = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True
+
+            def setup(self):
+                with fake.lock:
+                    fake.connections += 1
+                super().setup()
+
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                fake.play(self, fake.answer(self.path, self.headers, body))
+
+            def do_GET(self):
+                fake.play(self, fake.answer(self.path, self.headers, b""))
+
+            do_HEAD = do_GET
+
+            def log_message(self, *args):
+                pass
+
+        class Server(http.server.ThreadingHTTPServer):
+            daemon_threads, request_queue_size = True, 256
+
+            def handle_error(self, request, client_address):
+                pass
+
+        self.server = Server(("127.0.0.1", 0), Handler)
+        self.port = self.server.server_port
+        self.origin = "http://127.0.0.1:%d" % self.port
+        self.dashscope = self.origin + "/compatible-mode/v1"
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+    def answer(self, path, headers, body):
+        with self.arrived:
+            self.requests.append((path, headers, body))
+            self.arrived.notify_all()
+        if path.endswith("/oauth2/token"):
+            return self.token_answer(dict(urllib.parse.parse_qsl(body.decode())))
+        if path.endswith("/oauth2/device/code"):
+            return self.device_answer(dict(urllib.parse.parse_qsl(body.decode())))
+        if not path.endswith("/v1/chat/completions"):
+            return Reply(404, [("Content-Length", "0")], [])
+        return self.refuse(path, headers, body) or (self.script.popleft() if self.script else stream(*HELLO))
+
+    def wait_for_request(self, count=1):
+        with self.arrived:
+            assert self.arrived.wait_for(lambda: len(self.bodies()) >= count, WAIT)
+
+    def refuse(self, path, headers, body):
+        """What the real endpoints refuse, in their words (shape A of their error bodies)."""
+        if not headers.get("User-Agent"):
+            return reply(405, {"error": "Coding Plan is currently only available for Coding Agents"})
+        key = headers.get("Authorization", "").replace("Bearer ", "")
+        if key not in self.access_tokens and not key.startswith("sk-good"):
+            text = "invalid access token or token expired" if path.startswith("/v1") else "Incorrect API key provided."
+            return refusal(text, 401, "invalid_api_key")
+        request = json.loads(body)
+        messages, thinking = request["messages"], request.get("enable_thinking", "qwen3.7" in request["model"])
+        pending = []
+        for index, message in enumerate(messages):
+            if message["role"] not in ("system", "assistant", "user", "tool", "function"):
+                return refusal("%s is not one of ['system', 'assistant', 'user', 'tool', 'function'] - 'messages.['%d].role'"
+                               % (message["role"], index))
+            if "content" not in message:
+                return refusal("Field required: input.messages.%d.content" % index)
+            if message["role"] == "tool":
+                if message.get("tool_call_id") not in pending:
+                    return refusal('<400> InternalError.Algo.InvalidParameter: messages with role "tool" must be a response to a '
+                                   'preceeding message with "tool_calls".')
+                pending.remove(message["tool_call_id"])
+            elif pending:
+                break
+            for call in message.get("tool_calls") or []:
+                pending.append(call["id"])
+                try:
+                    json.loads(call["function"]["arguments"])
+                except ValueError:
+                    return refusal('The "function.arguments" parameter of the code model must be in JSON format.')
+        if pending:
+            return refusal('An assistant message with "tool_calls" must be followed by tool messages responding to each '
+                           '"tool_call_id". The following tool_call_ids did not have response messages: ' + pending[0])
+        if path.startswith("/v1/") and (messages[0]["role"] != "system" or not isinstance(messages[0]["content"], list)
+                                        or not any("cache_control" in part for part in messages[0]["content"])):
+            return refusal("bad request")
+        if thinking and request.get("tool_choice", "auto") not in ("auto", "none"):
+            return refusal('tool_choice is one of the strings that should be ["none", "auto"]')
+        if dig(request, "response_format", "type") == "json_object":
+            if thinking:
+                return refusal("Json mode response is not supported when enable_thinking is true")
+            if "json" not in json.dumps(messages).lower():
+                return refusal("'messages' must contain the word 'json' in some form, to use 'response_format' of type 'json_object'.")
+        if request.get("max_tokens", 1) > 65536:
+            return refusal("Range of max_tokens should be [1, 65536]")
+        if request.get("temperature", 0) >= 2:
+            return refusal("temperature must be in [0, 2)")
+        if request.get("stream") is not True or not dig(request, "stream_options", "include_usage"):
+            return refusal("This model only support stream mode, please enable the stream parameter")
+        if any(name in request for name in ("functions", "metadata", "store")) or request.get("tools") == []:
+            return refusal("unknown field")
+        return None
+
+    def token_answer(self, form):
+        with self.lock:
+            if self.token_script:
+                scripted = self.token_script.popleft()
+                return scripted(form) if callable(scripted) else scripted
+            if form.get("grant_type") == qp.DEVICE_GRANT:
+                return self.device_answers.popleft()
+            if form.get("client_id") != qp.CLIENT_ID:
+                return reply(401, {"error": "invalid_client", "error_description": "Invalid client credentials"})
+            used = form.get("refresh_token")
+            if used not in self.refresh_tokens:
+                self.reused.append(used)
+                return reply(400, {"error": "invalid_request", "error_description": "Invalid refresh token"})
+            number = len(self.refreshes) + 2
+            self.refreshes.append(used)
+            answer = {"access_token": "at_%d" % number, "token_type": "Bearer", "expires_in": self.expires_in}
+            if self.rotates:
+                self.refresh_tokens = {"rt_%d" % number}
+                answer["refresh_token"] = "rt_%d" % number
+            self.access_tokens.add(answer["access_token"])
+            return reply(200, answer)
+
+    def device_answer(self, form):
+        self.challenge = form.get("code_challenge")
+        if form.get("client_id") != qp.CLIENT_ID or form.get("code_challenge_method") != "S256":
+            return reply(401, {"error": "invalid_client", "error_description": "Invalid client credentials"})
+        return reply(200, {"device_code": "dc_1", "user_code": "ABCD-EFGH", "verification_uri": self.origin + "/authorize",
+                           "verification_uri_complete": self.origin + "/authorize?user_code=ABCD-EFGH&client=qwen-code",
+                           "expires_in": 900})
+
+    def play(self, handler, answer):
+        handler.send_response_only(answer.status)
+        handler.send_header("Date", handler.date_time_string())
+        framed = any(name == "Transfer-Encoding" for name, _ in answer.headers)
+        body = b"" if framed else b"".join(answer.pieces)
+        for name, value in answer.headers:
+            handler.send_header(name, value)
+        if not framed and not any(name == "Content-Length" for name, _ in answer.headers):
+            handler.send_header("Content-Length", str(len(body)))
+        if answer.pieces and isinstance(answer.pieces[0], threading.Event):      # silence before the first byte
+            if not self.pause(handler, answer.pieces.pop(0)):
+                return
+        handler.end_headers()
+        if not framed:
+            handler.wfile.write(body)
+            return
+        for piece in answer.pieces:
+            if piece is CUT:
+                handler.close_connection = True
+                handler.connection.shutdown(socket.SHUT_RDWR)
+                return
+            if isinstance(piece, threading.Event):
+                if not self.pause(handler, piece):
+                    return
+            elif piece:
+                handler.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+        handler.wfile.write(b"0\r\n\r\n")
+
+    def pause(self, handler, event):
+        """Wait for the event; False, and self.gone set, when the proxy has closed the connection meanwhile."""
+        end = time.monotonic() + WAIT
+        while not event.is_set() and time.monotonic() < end:
+            if select.select([handler.connection], [], [], 0.02)[0] and not handler.connection.recv(1, socket.MSG_PEEK):
+                handler.close_connection = True
+                self.gone.set()
+                return False
+        return True
+
+    def bodies(self):
+        return [json.loads(body) for path, _, body in self.requests if path.endswith("/chat/completions")]
+
+
+def dig(value, *path):
+    for name in path:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+# ----------------------------------------------------------------------------------------------------
+# Fixtures and helpers
+# ----------------------------------------------------------------------------------------------------
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """A HOME with an empty ~/.qwen; no variable of the real one leaks in."""
+    for name in list(os.environ):
+        if name.startswith(("QWEN_", "OPENAI_", "DASHSCOPE_", "BAILIAN_", "OPENROUTER_", "MODELSCOPE_")) or name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    folder = tmp_path / "home" / ".qwen"
+    folder.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    monkeypatch.setenv("QWEN_CODE_SYSTEM_SETTINGS_PATH", str(tmp_path / "none"))
+    monkeypatch.setenv("QWEN_CODE_SYSTEM_DEFAULTS_PATH", str(tmp_path / "none"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(qp.Listener, "poll_interval", 0.02)
+    return folder
+
+
+@pytest.fixture()
+def upstream(monkeypatch):
+    fake = FakeQwen()
+    monkeypatch.setenv("QWEN_OAUTH_BASE_URL", fake.origin)
+    yield fake
+    fake.close()
+
+
+def write_login(home, upstream, expires_in=3600, name="oauth_creds.json", **fields):
+    path, temporary = home / name, home / (name + ".new")       # as the CLI: atomically
+    temporary.write_text(json.dumps({"access_token": "at_1", "refresh_token": "rt_1", "token_type": "Bearer",
+                                     "resource_url": upstream.origin, "expiry_date": int((time.time() + expires_in) * 1000), **fields}))
+    temporary.chmod(0o600)
+    os.replace(str(temporary), str(path))
+    return path
+
+
+@pytest.fixture()
+def login(home, upstream):
+    return write_login(home, upstream)
+
+
+@pytest.fixture()
+def serve():
+    """Start servers; they are stopped at the end."""
+    running = []
+
+    def start(**arguments):
+        arguments.setdefault("port", 0)
+        server = qp.make_server(**arguments)
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        running.append((server, thread))
+        return server
+
+    yield start
+    for server, thread in running:
+        server.shutdown(grace=0)
+        thread.join(WAIT)
+        assert not thread.is_alive()
+
+
+@pytest.fixture()
+def key_server(serve, upstream, monkeypatch):
+    """A proxy in front of the fake's DashScope endpoint."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-key-123456")
+    return serve(base_url=upstream.dashscope, model="qwen3-max")
+
+
+def ask(server, body=None, method="POST", path="/v1/chat/completions", headers=None):
+    """One request on a connection of its own: status, headers, body bytes."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=WAIT)
+    try:
+        data = body if isinstance(body, (bytes, type(None))) else json.dumps(body).encode()
+        connection.request(method, path, data, {"Content-Type": "application/json", **(headers or {})})
+        response = connection.getresponse()
+        return response.status, response.headers, response.read()
+    finally:
+        connection.close()
+
+
+def chat(server, stream=False, **more):
+    """A chat request: (status, headers, JSON) or, streamed, (status, headers, list of data strings)."""
+    body = {"messages": [{"role": "user", "content": "Hi"}], "stream": stream, **more}
+    status, headers, answer = ask(server, body)
+    if not headers["Content-Type"].startswith("text/event-stream"):
+        return status, headers, json.loads(answer)
+    return status, headers, data_of(answer)
+
+
+def data_of(body):
+    blocks = body.decode().split("\n\n")
+    assert blocks.pop() == ""
+    return [block[len("data: "):] for block in blocks if not block.startswith(":")]
+
+
+def raw(server, request, family=socket.AF_INET):
+    """Send bytes as they are; everything that comes back until the connection ends."""
+    with socket.create_connection(("127.0.0.1" if family == socket.AF_INET else "::1", server.port), timeout=WAIT) as connection:
+        connection.sendall(request)
+        received = b""
+        while True:
+            try:
+                piece = connection.recv(65536)
+            except ConnectionResetError:
+                return received
+            if not piece:
+                return received
+            received += piece
+
+
+def translate(pieces, request=None, model="qwen3.7-plus", family="dashscope"):
+    """The chunks of an answer, translated without any socket."""
+    provider = qp.Provider("test", "http://127.0.0.1/compatible-mode/v1", None, "test", family=family)
+    translator = qp.ChunkTranslator(request or {"stream_options": {"include_usage": True}}, qp.Route(provider, model))
+    return [chunk for translated in qp.iter_chunks(pieces, translator) for chunk, _ in translated]
+
+
+def collect(chunks):
+    collector = qp.CompletionCollector()
+    for value in chunks:
+        if value["choices"]:
+            collector.feed(value)
+    return collector.completion(next((value["usage"] for value in chunks if value.get("usage")), None))
+
+
+def text_in(chunks, name="content"):
+    return "".join(choice["delta"].get(name) or "" for value in chunks for choice in value["choices"])
+
+
+# ----------------------------------------------------------------------------------------------------
+# Audit: what a reader of the file is promised
+# ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.skipif(sys.version_info < (3, 10), reason="needs sys.stdlib_module_names")
+def test_imports_are_of_the_standard_library_only():
+    names = set()
+    for node in ast.walk(ast.parse(SOURCE)):
+        names |= {alias.name.split(".")[0] for alias in node.names} if isinstance(node, ast.Import) else set()
+        names |= {node.module.split(".")[0]} if isinstance(node, ast.ImportFrom) else set()
+    assert names and names <= set(sys.stdlib_module_names) | {"__future__"}
+
+
+def hosts_in_constants():
+    start = SOURCE.index("# Constants\n")
+    return set(re.findall(r'(?:https://|")((?:[\w-]+\.)+(?:ai|cn|com))\b', SOURCE[start:SOURCE.index("# Errors\n", start)]))
+
+
+def test_every_host_in_the_file_is_a_constant():
+    code = "".join(line.partition("#")[0] + "\n" for line in SOURCE.splitlines())
+    assert set(re.findall(r"https?://([\w-]+\.[\w.-]*\w)", code)) - {"127.0.0.1"} <= hosts_in_constants()
+
+
+def readme():
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+        return file.read()
+
+
+def test_readme_names_every_host_and_holds_the_help(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        qp.main(["--help"])
+    text = " ".join(readme().split())
+    options = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
+    assert len(options) > 15
+    assert [option for option in sorted(options) if option not in text] == []
+    assert [host for host in sorted(hosts_in_constants()) if host not in text] == []
+
+
+def test_doctests_pass():
+    assert doctest.testmod(qp).attempted > 5
+    assert doctest.testmod(qp).failed == 0
+
+
+def test_import_starts_nothing_and_needs_no_home():
+    code = "import threading, qwen_proxy; print(threading.active_count())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, env={"PATH": ""}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          timeout=WAIT)
+    assert (done.stdout.strip(), done.stderr) == (b"1", b"")
+
+
+def test_no_secret_reaches_log_answers_or_status(home, upstream, serve, caplog, capsys, monkeypatch):
+    caplog.set_level(logging.DEBUG, "qwen_proxy")
+    secrets = ["MARK-access-1", "MARK-refresh-1", "MARK-client-1", "sk-MARKprovider1"]
+    write_login(home, upstream, access_token=secrets[0], refresh_token=secrets[1])
+    upstream.refresh_tokens = {secrets[1]}
+    upstream.token_script.append(refusal("no such token MARK-refresh-1", 400))
+    server = serve(api_keys=[secrets[2]])
+    said = [ask(server, {"messages": [{"role": "user", "content": "x"}]}, headers={"Authorization": "Bearer " + key})
+            for key in (secrets[2], "wrong")]
+    said += [ask(server, method="GET", path="/health"), ask(server, method="GET", path="/v1/models")]
+    monkeypatch.setenv("OPENAI_API_KEY", secrets[3])
+    upstream.script.append(refusal("your key sk-MARKprovider1 is bad", 401))
+    keyed = serve(base_url=upstream.dashscope, model="m")
+    upstream.access_tokens.add(secrets[3])
+    said.append(ask(keyed, {"messages": [{"role": "user", "content": "x"}]}))
+    qp.main(["status", "--json"])
+    output = capsys.readouterr()
+    everything = caplog.text + output.out + output.err + "".join(str(headers) + body.decode() for _, headers, body in said)
+    assert "status" in everything or "usable" in everything
+    assert [secret for secret in secrets if secret in everything] == []
+
+
+# ----------------------------------------------------------------------------------------------------
+# Credentials
+# ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text, words", [
+    ("", "not JSON"), ("[]", "not a JSON object"), ('{"access_token": "a"}', "refresh_token"),
+    ('{"access_token":"a","refresh_token":"b","token_type":"Bearer"}', "expiry_date"),
+    ('{"access_token":"a","refresh_token":"b","token_type":"Bearer","expiry_date":true}', "expiry_date"),
+    ('{"access_token":"a","refresh_token":"b","token_type":"Bearer","expiry_date":"soon"}', "expiry_date"),
+    ('{"access_token":"","refresh_token":"b","token_type":"Bearer","expiry_date":1}', "access_token"),
+])
+def test_incomplete_login_is_named(text, words):
+    with pytest.raises(qp.CredentialError, match=words):
+        qp.parse_login(text)
+
+
+@pytest.mark.parametrize("resource_url, base_url", [
+    ("portal.qwen.ai", "https://portal.qwen.ai/v1"), ("https://x.y/", "https://x.y/v1"), ("http://127.0.0.1:1/v1", "http://127.0.0.1:1/v1"),
+])
+def test_base_url_of_resource_url(resource_url, base_url):
+    assert qp.base_url_of(resource_url) == base_url
+
+
+def test_fresh_token_is_used_without_refresh(login, upstream):
+    assert qp.OAuthCredentials(str(login), upstream.origin).access_token() == "at_1"
+    assert upstream.requests == []
+
+
+def test_refresh_30_seconds_before_expiry_keeps_unknown_fields_and_mode(home, upstream):
+    path = write_login(home, upstream, expires_in=29, note={"of": "another program"})
+    path.chmod(0o644)
+    before = path.stat().st_mtime_ns
+    assert qp.OAuthCredentials(str(path), upstream.origin).access_token() == "at_2"
+    fields = json.loads(path.read_text())
+    assert (fields["refresh_token"], fields["note"], fields["resource_url"]) == ("rt_2", {"of": "another program"}, upstream.origin)
+    assert abs(fields["expiry_date"] / 1000 - time.time() - 21600) < 60
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600 and path.stat().st_mtime_ns > before
+    assert sorted(os.listdir(str(home))) == ["oauth_creds.json"]
+
+
+def test_refresh_without_a_new_refresh_token_keeps_the_old_one(home, upstream):
+    upstream.rotates = False
+    path = write_login(home, upstream, expires_in=-5)
+    qp.OAuthCredentials(str(path), upstream.origin).access_token()
+    assert json.loads(path.read_text())["refresh_token"] == "rt_1"
+
+
+def test_forced_refresh_names_the_rejected_token_and_spares_a_newer_one(login, upstream):
+    credentials = qp.OAuthCredentials(str(login), upstream.origin)
+    assert credentials.access_token(rejected="at_0") == "at_1"
+    assert credentials.access_token(rejected="at_1") == "at_2"
+    assert credentials.access_token(rejected="at_1") == "at_2"
+    assert upstream.refreshes == ["rt_1"]
+
+
+def test_one_refresh_for_twenty_threads(home, upstream):
+    credentials = qp.OAuthCredentials(str(write_login(home, upstream, expires_in=0)), upstream.origin)
+    results, barrier = [], threading.Barrier(20)
+
+    def run():
+        barrier.wait(WAIT)
+        results.append(credentials.access_token())
+
+    threads = [threading.Thread(target=run) for _ in range(20)]
+    [thread.start() for thread in threads]
+    [thread.join(WAIT) for thread in threads]
+    assert (results, upstream.refreshes) == (["at_2"] * 20, ["rt_1"])
+
+
+def test_login_refreshed_by_another_process_while_waiting_for_the_lock_is_adopted(home, upstream):
+    path = write_login(home, upstream, expires_in=0)
+    credentials, lock, result = qp.OAuthCredentials(str(path), upstream.origin), home / "oauth_creds.lock", []
+    lock.write_text("somebody")
+    thread = threading.Thread(target=lambda: result.append(credentials.access_token()))
+    thread.start()
+    write_login(home, upstream, access_token="at_other", refresh_token="rt_other")
+    lock.unlink()
+    thread.join(WAIT)
+    assert (result, upstream.refreshes) == (["at_other"], [])
+
+
+@pytest.mark.parametrize("age, is_broken", [(36, True), (11, False)])
+def test_lock_is_broken_only_when_stale(home, age, is_broken):
+    path = home / "oauth_creds.lock"
+    path.write_text("somebody")
+    os.utime(str(path), (time.time() - age, time.time() - age))
+    entered, left = threading.Event(), threading.Event()
+
+    def run():
+        with qp.LockFile(str(path)):
+            entered.set()
+        left.set()
+
+    threading.Thread(target=run, daemon=True).start()
+    assert entered.wait(5 if is_broken else 0.5) is is_broken
+    if not is_broken:
+        path.unlink()
+    assert left.wait(WAIT)
+    assert os.listdir(str(home)) == []
+
+
+def test_lock_that_is_not_ours_any_more_is_left_alone(home):
+    path = home / "oauth_creds.lock"
+    with qp.LockFile(str(path)):
+        path.write_text("thief")
+    assert path.read_text() == "thief"
+
+
+def test_lock_waits_no_longer_than_stale_when_the_clock_jumped(home, monkeypatch):
+    path = home / "oauth_creds.lock"
+    path.write_text("from the future")
+    os.utime(str(path), (time.time() + 1e6, time.time() + 1e6))
+    monkeypatch.setattr(qp, "LOCK_STALE", 0.3)
+    with qp.LockFile(str(path)):
+        assert path.read_text() != "from the future"
+
+
+HTML = reply(403, b"<html><title>aliyun_waf</title></html>", "text/html")
+
+
+@pytest.mark.parametrize("answer", [HTML, reply(400, b"<html>", "text/html"), reply(500, {"error": "x"}), reply(200, b"{cut"),
+                                    reply(200, {"error": "server_error"}), reply(429, {"error": "slow"}), reply(200, {"access_token": None})])
+def test_trouble_at_the_token_endpoint_is_no_verdict(home, upstream, answer, monkeypatch):
+    path = write_login(home, upstream, expires_in=0)
+    before = path.read_text()
+    credentials = qp.OAuthCredentials(str(path), upstream.origin)
+    upstream.token_script.append(answer)
+    with pytest.raises(qp.UpstreamError) as caught:
+        credentials.access_token()
+    assert caught.value.status == 503 and path.read_text() == before
+    monkeypatch.setattr(qp, "REFRESH_PAUSE", 0)
+    assert credentials.access_token() == "at_2"
+
+
+@pytest.mark.parametrize("status", [400, 401])
+def test_refused_refresh_token_is_dead_until_the_file_changes(home, upstream, status):
+    path = write_login(home, upstream, expires_in=0)
+    before = path.read_text()
+    credentials = qp.OAuthCredentials(str(path), upstream.origin)
+    upstream.token_script.append(reply(status, {"error": "invalid_request"}))
+    for _ in range(3):
+        with pytest.raises(qp.CredentialError, match="/auth"):
+            credentials.access_token()
+    assert len(upstream.requests) == 1 and path.read_text() == before
+    upstream.refresh_tokens = {"rt_new"}
+    write_login(home, upstream, expires_in=0, refresh_token="rt_new")
+    assert credentials.access_token() == "at_2"
+
+
+def test_refused_refresh_adopts_what_another_process_wrote_meanwhile(home, upstream):
+    path = write_login(home, upstream, expires_in=0)
+
+    def another_was_faster(form):
+        write_login(home, upstream, access_token="at_other", refresh_token="rt_other")
+        return reply(400, {"error": "invalid_request"})
+
+    upstream.token_script.append(another_was_faster)
+    assert qp.OAuthCredentials(str(path), upstream.origin).access_token() == "at_other"
+
+
+def test_new_login_is_picked_up(home, upstream, login):
+    credentials = qp.OAuthCredentials(str(login), upstream.origin)
+    credentials.access_token()
+    write_login(home, upstream, access_token="at_new_login")
+    assert credentials.access_token() == "at_new_login"
+
+
+@pytest.mark.parametrize("spoil", ["delete", "garbage", "directory"])
+def test_login_in_memory_outlives_the_file(login, upstream, spoil):
+    credentials = qp.OAuthCredentials(str(login), upstream.origin)
+    credentials.access_token()
+    login.unlink()
+    if spoil == "garbage":
+        login.write_text("{cut")
+    elif spoil == "directory":
+        login.mkdir()
+    assert credentials.access_token() == "at_1" and credentials.problem
+
+
+def test_unwritable_file_is_said_and_served_from_memory(home, upstream, monkeypatch):
+    path = write_login(home, upstream, expires_in=0)
+    credentials = qp.OAuthCredentials(str(path), upstream.origin)
+
+    def refuse(*arguments):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(qp.os, "replace", refuse)
+    assert credentials.access_token() == "at_2" and "read-only" in credentials.problem
+    assert credentials.access_token() == "at_2" and json.loads(path.read_text())["access_token"] == "at_1"
+    assert os.listdir(str(home)) == ["oauth_creds.json"]
+
+
+def test_crash_between_write_and_rename_leaves_the_old_file_whole(home, upstream, monkeypatch):
+    path = write_login(home, upstream)
+    before = path.read_text()
+
+    def crash(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(qp.os, "replace", crash)
+    with pytest.raises(KeyboardInterrupt):
+        qp.write_private(str(path), "{}")
+    assert path.read_text() == before
+    assert all(stat.S_IMODE(entry.stat().st_mode) == 0o600 for entry in home.iterdir())
+
+
+def test_a_link_stays_a_link(home, upstream, tmp_path):
+    target = write_login(home, upstream, name="real.json")
+    (home / "oauth_creds.json").symlink_to(target)
+    qp.write_private(str(home / "oauth_creds.json"), "{}")
+    assert (home / "oauth_creds.json").is_symlink() and target.read_text() == "{}"
+
+
+RACER = """
+import sys, threading, time, urllib.request
+sys.path.insert(0, sys.argv[1])
+import qwen_proxy
+credentials = qwen_proxy.OAuthCredentials(sys.argv[2], sys.argv[3])
+failures, end = [], time.monotonic() + float(sys.argv[4])
+def run():
+    while time.monotonic() < end:
+        try:
+            credentials.access_token()
+        except Exception as error:
+            failures.append(repr(error))
+        time.sleep(0.01)
+threads = [threading.Thread(target=run) for _ in range(8)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+print(len(failures), failures[:1])
+"""
+
+
+def test_processes_racing_on_single_use_refresh_tokens(home, upstream):
+    upstream.expires_in = 31                    # fresh for one second
+    path = write_login(home, upstream, expires_in=0)
+    processes = [subprocess.Popen([sys.executable, "-c", RACER, HERE, str(path), upstream.origin, "4"], stdout=subprocess.PIPE)
+                 for _ in range(4)]
+    said = [process.communicate(timeout=60)[0].strip() for process in processes]
+    assert said == [b"0 []"] * 4
+    assert upstream.reused == [] and len(upstream.refreshes) >= 3
+    assert len(set(upstream.refreshes)) == len(upstream.refreshes)
+    assert os.listdir(str(home)) == ["oauth_creds.json"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
+def test_kill_in_the_middle_of_a_refresh_harms_nobody(home, upstream):
+    path, never, asked = write_login(home, upstream, expires_in=0), threading.Event(), threading.Event()
+    before = path.read_text()
+
+    def hang(form):
+        asked.set()
+        return Reply(200, [("Content-Type", "application/json")], [never])
+
+    upstream.token_script.append(hang)
+    process = subprocess.Popen([sys.executable, "-c", RACER, HERE, str(path), upstream.origin, "60"], stdout=subprocess.DEVNULL)
+    assert asked.wait(WAIT)
+    process.kill()
+    process.wait(WAIT)
+    lock = home / "oauth_creds.lock"
+    assert path.read_text() == before and lock.exists()
+    os.utime(str(lock), (time.time() - 36, time.time() - 36))
+    assert qp.OAuthCredentials(str(path), upstream.origin).access_token() == "at_2"
+    assert not lock.exists()
+
+
+def test_pkce_challenge_is_the_hash_of_the_verifier():
+    verifier, challenge = qp.pkce_pair()
+    assert len(verifier) == 43 and "=" not in verifier + challenge
+    assert base64.urlsafe_b64decode(challenge + "=") == hashlib.sha256(verifier.encode()).digest()
+
+
+PENDING = reply(400, {"error": "authorization_pending", "error_description": "wait"})
+SUCCESS = reply(200, {"access_token": "at_9", "refresh_token": "rt_9", "token_type": "Bearer", "expires_in": 21600,
+                      "resource_url": "portal.qwen.ai"})
+
+
+@pytest.mark.parametrize("answers, slept", [
+    ([SUCCESS], [2]), ([PENDING, SUCCESS], [2, 2]), ([reply(429, {"error": "slow_down"}), SUCCESS], [2, 3]),
+    ([reply(400, {"error": "slow_down"}), PENDING, SUCCESS], [2, 3, 2]), ([reply(200, {"access_token": None}), SUCCESS], [2, 2]),
+    ([HTML._replace(status=503), SUCCESS], [2, 2]),
+])
+def test_device_authorization_waits_until_approved(upstream, answers, slept):
+    upstream.device_answers.extend(answers)
+    device, pauses = qp.request_device_code(upstream.origin), []
+    login = qp.poll_for_login(upstream.origin, device, pauses.append)
+    assert (login.access_token, pauses) == ("at_9", slept)
+    form = dict(urllib.parse.parse_qsl(upstream.requests[-1][2].decode()))
+    digest = hashlib.sha256(form["code_verifier"].encode()).digest()
+    assert base64.urlsafe_b64encode(digest).rstrip(b"=").decode() == upstream.challenge
+
+
+@pytest.mark.parametrize("answer, words", [
+    (reply(400, {"error": "access_denied"}), "refused"), (reply(400, {"error": "expired_token"}), "expired"),
+    (reply(401, {"error": "x"}), "expired"), (reply(429, {"error": "too_many"}), "429"), (HTML, "403"),
+])
+def test_device_authorization_that_fails_says_why(upstream, answer, words):
+    upstream.device_answers.append(answer)
+    with pytest.raises(qp.CredentialError, match=words):
+        qp.poll_for_login(upstream.origin, qp.request_device_code(upstream.origin), lambda seconds: None)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Providers
+# ----------------------------------------------------------------------------------------------------
+
+SETTINGS = """\ufeff// written by hand
+{ "$version": %d, /* keys */ "env": {"BAILIAN_CODING_PLAN_API_KEY": "sk-sp-invented"},
+  "modelProviders": {"openai": %s, "gemini": [{"id": "gemini-x"}], "mine": [{"id": "m", "baseUrl": "http://h/v1", "envKey": "MY_KEY"}]},
+  "providerProtocol": {"mine": "openai"},
+  "security": {"auth": {"selectedType": "openai"}}, "model": {"name": "qwen3.7-plus"} }"""
+ENTRIES = json.dumps([
+    {"id": "qwen3.6-plus", "baseUrl": "${HOST}/compatible-mode/v1", "envKey": "DASHSCOPE_API_KEY"},
+    {"id": "qwen3.7-plus", "baseUrl": "https://coding-intl.dashscope.aliyuncs.com/v1", "envKey": "BAILIAN_CODING_PLAN_API_KEY",
+     "generationConfig": {"contextWindowSize": 5, "extra_body": {"enable_thinking": True}}},
+    {"id": "old", "wireApi": "responses", "baseUrl": "http://h/v1"}, {"id": "tts", "voiceOnly": True}, {"no": "id"}, "junk"])
+
+
+def catalogue(home, options=None, **environ):
+    environ = {"HOME": str(home.parent), "QWEN_CODE_SYSTEM_SETTINGS_PATH": "/none", "QWEN_CODE_SYSTEM_DEFAULTS_PATH": "/none", **environ}
+    return qp.Catalogue(options or qp.Options(), environ)
+
+
+@pytest.mark.parametrize("version, form", [(3, "%s"), (4, "%s"), (5, '{"models": %s}')])
+def test_settings_give_providers_and_the_active_one(home, version, form):
+    (home / "settings.json").write_text(SETTINGS % (version, form % ENTRIES), encoding="utf-8")
+    discovery = catalogue(home, HOST="http://gateway:1").current()
+    assert [provider.name for provider in discovery.providers] == ["coding-intl", "gateway:1", "h"]
+    active, other, mine = discovery.providers
+    assert (active.credentials.access_token(), active.family, discovery.model) == ("sk-sp-invented", "coding", "qwen3.7-plus")
+    assert active.entries["qwen3.7-plus"]["extra_body"] == {"enable_thinking": True}
+    assert (other.base_url, other.family) == ("http://gateway:1/compatible-mode/v1", "dashscope")
+    assert "DASHSCOPE_API_KEY is not set" in other.problem() and "MY_KEY" in mine.problem()
+
+
+def test_key_precedence_environment_dotenv_settings(home):
+    (home / "settings.json").write_text(SETTINGS % (4, ENTRIES), encoding="utf-8")
+    assert catalogue(home).current().providers[0].credentials.access_token() == "sk-sp-invented"
+    (home / ".env").write_text('export BAILIAN_CODING_PLAN_API_KEY="sk-sp-dotenv" # mine\n')
+    assert catalogue(home).current().providers[0].credentials.access_token() == "sk-sp-dotenv"
+    (home.parent / ".env").write_text("BAILIAN_CODING_PLAN_API_KEY=sk-sp-second\n")
+    assert catalogue(home).current().providers[0].credentials.access_token() == "sk-sp-dotenv"
+    from_environment = catalogue(home, BAILIAN_CODING_PLAN_API_KEY="sk-sp-env").current()
+    assert from_environment.providers[0].credentials.access_token() == "sk-sp-env"
+    empty = catalogue(home, BAILIAN_CODING_PLAN_API_KEY="").current()
+    assert empty.providers[0].credentials.access_token() == "sk-sp-dotenv"
+
+
+def test_missing_variable_is_never_filled_with_another_key(home):
+    (home / "settings.json").write_text(SETTINGS.replace("BAILIAN_CODING_PLAN_API_KEY\": \"sk", "UNUSED\": \"sk") % (4, ENTRIES),
+                                        encoding="utf-8")
+    provider = catalogue(home, OPENAI_API_KEY="sk-openai-key").current().providers[0]
+    with pytest.raises(qp.CredentialError, match="BAILIAN_CODING_PLAN_API_KEY is not set"):
+        provider.credentials.access_token()
+
+
+def test_broken_settings_are_said_and_skipped(home):
+    (home / "settings.json").write_text('{"a": 1,}')
+    assert "settings.json is ignored" in catalogue(home).current().notes[0]
+
+
+@pytest.mark.parametrize("environ, name, words", [
+    ({"OPENROUTER_API_KEY": "sk-or-1"}, "openrouter", ""),
+    ({"DASHSCOPE_API_KEY": "sk-1"}, None, "--provider dashscope-intl"),
+    ({"OPENAI_API_KEY": "sk-1"}, None, "--base-url"),
+    ({"OPENAI_API_KEY": "sk-1", "OPENAI_BASE_URL": "http://h:1/v1"}, "h:1", ""),
+    ({"BAILIAN_CODING_PLAN_API_KEY": "sk-sp-1", "OPENAI_BASE_URL": "https://coding.dashscope.aliyuncs.com/v1"}, "coding", ""),
+    ({}, None, ""),
+])
+def test_a_lone_key_is_enough_if_its_host_is_certain(home, environ, name, words):
+    discovery = catalogue(home, **environ).current()
+    assert [provider.name for provider in discovery.providers] == ([name] if name else [])
+    assert words in " ".join(discovery.notes)
+
+
+@pytest.mark.parametrize("name", sorted(qp.PRESETS))
+def test_presets(home, name):
+    base_url, variable = qp.PRESETS[name]
+    provider = catalogue(home, qp.Options(provider=name), **{variable: "sk-x"}).current().providers[0]
+    assert (provider.name, provider.base_url, provider.credentials.access_token()) == (name, base_url, "sk-x")
+
+
+def test_unknown_provider_is_named(home):
+    assert "no provider 'x'" in catalogue(home, qp.Options(provider="x")).current().notes[0]
+
+
+def test_oauth_file_is_active_when_nothing_is_selected(home, upstream, login):
+    discovery = catalogue(home).current()
+    assert (discovery.providers[0].name, discovery.model) == ("oauth", "coder-model")
+
+
+@pytest.mark.parametrize("environ, expected", [
+    ({"QWEN_HOME": "/a/b"}, "/a/b"), ({"QWEN_HOME": "~/q"}, "{home}/q"), ({"QWEN_HOME": "~"}, "{home}"), ({}, "{home}/.qwen"),
+])
+def test_qwen_home_as_the_cli_resolves_it(home, environ, expected):
+    environ["HOME"] = str(home.parent)
+    assert qp.qwen_home(environ) == expected.format(home=home.parent)
+
+
+def test_qwen_cli_auth_seeds_the_file_once(home, upstream):
+    seed = json.dumps({"access_token": "at_seed", "refresh_token": "rt_seed", "token_type": "Bearer", "expiry_date": 9e12})
+    catalogue(home, QWEN_CLI_AUTH=seed)
+    path = home / "oauth_creds.json"
+    assert json.loads(path.read_text())["access_token"] == "at_seed" and stat.S_IMODE(path.stat().st_mode) == 0o600
+    write_login(home, upstream)
+    catalogue(home, QWEN_CLI_AUTH=seed)
+    assert json.loads(path.read_text())["access_token"] == "at_1"
+
+
+def test_files_of_an_untrusted_directory_are_not_read(home, tmp_path):
+    (tmp_path / ".env").write_text("OPENAI_BASE_URL=http://evil/v1\n")
+    environ = {"OPENAI_API_KEY": "sk-1"}
+    discovery = catalogue(home, **environ).current()
+    assert discovery.providers == [] and "not trust" in discovery.notes[0]
+    (home / "trustedFolders.json").write_text(json.dumps({str(tmp_path): "TRUST_FOLDER"}))
+    assert catalogue(home, **environ).current().providers[0].base_url == "http://evil/v1"
+
+
+def test_aliases_and_explicit_providers(home):
+    (home / "settings.json").write_text(SETTINGS % (4, ENTRIES), encoding="utf-8")
+    names = catalogue(home, qp.Options(aliases=(("gpt-*", "qwen3.6-plus"),)), HOST="http://gateway:1")
+    assert names.routes("gpt-4o")[0].provider.name == "gateway:1"
+    assert names.routes(None)[0].model == "qwen3.7-plus"
+    assert names.routes("h/anything")[0] [1] == "anything"
+    assert names.routes("unknown-model")[0].provider.name == "coding-intl"
+    with pytest.raises(qp.BadRequest):
+        names.routes(5)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Upstream
+# ----------------------------------------------------------------------------------------------------
+
+def test_upstream_connection_is_kept(key_server, upstream):
+    for _ in range(5):
+        assert chat(key_server)[0] == 200
+        assert chat(key_server, stream=True)[0] == 200
+    assert upstream.connections == 1
+
+
+def test_kept_connection_that_died_is_replaced(key_server, upstream):
+    upstream.script.append(stream(*HELLO, CUT))
+    assert chat(key_server)[0] == 200
+    assert chat(key_server)[0] == 200
+    assert upstream.connections == 2
+
+
+@pytest.mark.parametrize("status", [429, 502, 503, 529])
+def test_retries_before_the_first_byte(key_server, upstream, status, monkeypatch):
+    monkeypatch.setattr(qp, "RETRY_DELAY_FIRST", 0.01)
+    text = "Requests rate limit exceeded, please try again later."
+    upstream.script.extend([refusal(text, status, "limit_requests")] * 2)
+    assert chat(key_server)[0] == 200 and len(upstream.bodies()) == 3
+
+
+def test_retry_after_is_honoured_or_passed_on(key_server, upstream):
+    upstream.script.append(refusal("slow", 429)._replace(headers=[("Retry-After", "0")]))
+    assert chat(key_server)[0] == 200
+    upstream.script.append(refusal("slow", 429)._replace(headers=[("Retry-After", "300")]))
+    status, headers, body = chat(key_server)
+    assert (status, headers["Retry-After"], body["error"]["code"]) == (429, "60", "rate_limit_exceeded")
+
+
+def test_no_retry_for_hard_quota(key_server, upstream):
+    upstream.script.append(refusal("Free allocated quota exceeded.", 429, "insufficient_quota"))
+    status, headers, body = chat(key_server)
+    assert (status, headers["x-should-retry"], body["error"]["code"]) == (429, "false", "insufficient_quota")
+    assert len(upstream.bodies()) == 1 and body["request_id"] == "r-1"
+
+
+def test_unreachable_upstream_is_502(serve, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-x-123456")
+    monkeypatch.setattr(qp, "RETRY_DELAY_FIRST", 0.01)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        server = serve(base_url="http://127.0.0.1:%d/v1" % free.getsockname()[1])
+        status, _, body = chat(server)
+    assert (status, body["error"]["code"]) == (502, "upstream_unreachable")
+
+
+def test_silent_upstream_is_504(serve, upstream, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
+    server = serve(base_url=upstream.dashscope, model="m", timeout=0.3)
+    upstream.script.append(Reply(200, [("Content-Type", "text/event-stream"), ("Transfer-Encoding", "chunked")], [threading.Event()]))
+    assert chat(server)[0] == 504
+    assert upstream.gone.wait(WAIT)
+
+
+def test_redirect_is_not_followed(key_server, upstream):
+    upstream.script.append(reply(302, b"", headers=[("Location", upstream.origin + "/elsewhere")]))
+    status, _, body = chat(key_server)
+    assert status == 502 and "redirect" in body["error"]["message"] and len(upstream.requests) == 1
+
+
+def test_401_forces_one_refresh_and_one_repeat(login, upstream, serve):
+    upstream.access_tokens = set()
+    status, _, body = chat(serve())
+    assert status == 200 and upstream.refreshes == ["rt_1"]
+    assert [headers["Authorization"] for path, headers, _ in upstream.requests if path.endswith("completions")] == [
+        "Bearer at_1", "Bearer at_2"]
+
+
+def test_401_after_a_refresh_says_that_the_free_tier_ended(login, upstream, serve):
+    upstream.script.extend([refusal("invalid access token or token expired", 401, "invalid_api_key")] * 2)
+    status, _, body = chat(serve())
+    assert status == 401 and "2026-04-15" in body["error"]["message"] and "/auth" in body["error"]["message"]
+    assert len(upstream.refreshes) == 1 and len(upstream.bodies()) == 2
+
+
+@pytest.mark.parametrize("answer, status, code, words", [
+    (reply(405, {"error": "Coding Plan is currently only available for Coding Agents"}), 403, "client_not_accepted", "Coding Agents"),
+    (refusal("Incorrect API key provided. For details, see: x", 401, "invalid_api_key"), 401, "invalid_api_key", "region"),
+    (refusal("<400> InternalError.Algo.InvalidParameter: Range of input length should be [1, 983616]"), 400, "context_length_exceeded", "983616"),
+    (refusal("Exceeded limit on max bytes to request body : 6291456"), 413, "request_too_large", "6 MiB"),
+    (reply(400, {"code": "InvalidParameter", "message": "m1", "request_id": "r-1"}), 400, "InvalidParameter", "m1"),
+    (reply(400, b'data: {"error":{"message":"m2","code":"c2"},"request_id":"r-1"}'), 400, "c2", "m2"),
+    (reply(400, {"error": {"message": '{"request_id":"r0","code":"C3","message":"m3"}', "code": "x"}, "request_id": "r-1"}), 400, "C3", "m3"),
+    (refusal("Input data may contain inappropriate content.", 400, "data_inspection_failed"), 400, "content_filter", "inappropriate"),
+    (refusal("Access denied, please make sure your account is in good standing.", 400, "Arrearage"), 429, "insufficient_quota", "good standing"),
+    (refusal("hour allocated quota exceeded", 429, "insufficient_quota"), 429, "insufficient_quota", "hour"),
+    (refusal("The model `x` does not exist", 404, "model_not_found"), 404, "model_not_found", "does not exist"),
+    (Reply(404, [], []), 404, None, "base URL"),
+    (reply(200, b"<html><title>WAF</title></html>", "text/html"), 502, "upstream_html", "WAF"),
+    (reply(200, b"", "text/event-stream"), 502, "upstream_cut", "empty"),
+    (reply(200, {"error": {"message": "m4", "code": "Throttling.AllocationQuota"}}), 429, "rate_limit_exceeded", "m4"),
+    (stream(b'id:1\nevent:error\n:HTTP_STATUS/400\ndata:{"request_id":"r-1","code":"InvalidParameter","message":"m5"}\n\n'), 400,
+     "InvalidParameter", "m5"),
+    (stream(chunk({"content": 'id:1\nevent:error\n:HTTP_STATUS/429\ndata:{"code":"X","message":"Free allocated quota exceeded."}'},
+                  "error_finish")), 429, "insufficient_quota", "Free allocated"),
+    (reply(500, {"error": {"message": "boom", "code": "internal_error"}}), 502, "internal_error", "boom"),
+])
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_refusals_become_clear_statuses(serve, upstream, monkeypatch, answer, status, code, words, is_stream):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
+    server = serve(base_url=upstream.dashscope, model="m", retries=0)
+    upstream.script.append(answer)
+    got, headers, body = chat(server, stream=is_stream)
+    assert (got, body["error"]["code"], headers["Content-Type"]) == (status, code, "application/json")
+    assert words in body["error"]["message"] and set(body["error"]) == {"message", "type", "param", "code"}
+
+
+def test_named_refusal_is_repaired_once(serve, upstream, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
+    server = serve(base_url=upstream.dashscope, model="some-model")
+    assert chat(server, max_tokens=100000)[0] == 200
+    assert [body["max_tokens"] for body in upstream.bodies()] == [100000, 65536]
+
+
+# ----------------------------------------------------------------------------------------------------
+# Event streams
+# ----------------------------------------------------------------------------------------------------
+
+TRICKY = ("\ufeff: comment\r\n\r\ndata:{\"a\":1}\r\n\r\nid:1\nevent:x\ndata: one\ndata: twö\u2028\n\n\n\rdata: c\r\rretry:5\n\ndata\n\n"
+          ":HTTP_STATUS/429\nevent:error\ndata:{}\n\n{\"bare\":1}\n\ndata: last").encode()
+TRICKY_EVENTS = [(b'{"a":1}', "", 0), ("one\ntwö\u2028".encode(), "x", 0), (b"c", "", 0), (b"", "", 0), (b"{}", "error", 429),
+                 (b'{"bare":1}', "", 0), (b"last", "", 0)]
+
+
+def events_of(pieces):
+    decoder = qp.EventDecoder()
+    return [tuple(event) for piece in pieces for event in decoder.feed(piece)] + [tuple(event) for event in decoder.close()]
+
+
+def test_events_are_the_same_however_the_bytes_are_cut():
+    assert events_of([TRICKY]) == TRICKY_EVENTS
+    for cut in range(len(TRICKY) + 1):
+        assert events_of([TRICKY[:cut], TRICKY[cut:]]) == TRICKY_EVENTS
+    assert events_of([TRICKY[at:at + 1] for at in range(len(TRICKY))]) == TRICKY_EVENTS
+
+
+def test_large_event_arrives_in_one_piece():
+    event = b"data: " + b"x" * 3_000_000 + b"\n\n"
+    decoder, found = qp.EventDecoder(), []
+    for at in range(0, len(event), 8192):
+        found += decoder.feed(event[at:at + 8192])
+    assert [len(event.data) for event in found] == [3_000_000]
+
+
+# ----------------------------------------------------------------------------------------------------
+# Requests
+# ----------------------------------------------------------------------------------------------------
+
+def to_upstream(request, model="qwen3-max", family="dashscope", config=None):
+    provider = qp.Provider("t", "http://h/v1", None, "t", {model: config or {}}, family)
+    request = {"messages": [{"role": "user", "content": "Hi"}], **request}
+    before = json.dumps(request)
+    body, fired = qp.to_upstream_request(request, qp.Route(provider, model))
+    assert json.dumps(request) == before        # the client's request is not changed: failover needs it again
+    return body, fired
+
+
+EVERYTHING = {
+    "model": "qwen3-max", "messages": [
+        {"role": "system", "content": "Be brief. Grüße 你好 \u2028"},
+        {"role": "user", "name": "u", "content": [{"type": "text", "text": "look"},
+                                                  {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA", "detail": "low"}}]},
+        {"role": "assistant", "content": "", "reasoning_content": "hm", "tool_calls": [
+            {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{\"a\": 1.50}"}}]},
+        {"role": "tool", "tool_call_id": "c1", "content": "ok"}],
+    "temperature": 0, "top_p": 0.5, "top_k": 1, "max_tokens": 7, "n": 2, "seed": 0, "stop": ["a", "b"], "presence_penalty": 0,
+    "frequency_penalty": -1.5, "logprobs": True, "top_logprobs": 0, "parallel_tool_calls": False, "tool_choice": "none",
+    "tools": [{"type": "function", "function": {"name": "f", "description": "", "parameters": {"type": "object", "properties": {
+        "a": {"type": ["number", "null"], "default": None, "enum": [None, 1.0]}}}}}],
+    "response_format": {"type": "text"}, "enable_search": False, "repetition_penalty": 1.05, "user": "me", "vl_high_resolution_images": True,
+    "x_unknown": {"deep": [None, {"a": 1e-7}]}, "zahl": 12345678901234567890, "stream": True, "stream_options": {"include_usage": True},
+}
+
+
+def test_everything_passes_unchanged(key_server, upstream):
+    status, _, _ = ask(key_server, EVERYTHING)
+    assert status == 200 and upstream.bodies()[0] == EVERYTHING
+    assert "Grüße 你好".encode() in upstream.requests[0][2]
+
+
+def test_everything_passes_unknown_endpoints_untouched():
+    request = {**EVERYTHING, "store": True, "metadata": {"a": "b"}, "service_tier": "auto"}
+    assert to_upstream(request, "any/model", "other")[0] == {**request, "model": "any/model"}
+
+
+@pytest.mark.parametrize("request_, changed, rule", [
+    ({"max_completion_tokens": 5, "max_tokens": 9}, {"max_tokens": 5}, "max-tokens"),
+    ({"max_tokens": 10 ** 6}, {"max_tokens": 65536}, "max-tokens"),
+    ({"temperature": 2}, {"temperature": 1.99}, "sampling-range"),
+    ({"temperature": None}, {}, "no-nulls"),
+    ({"store": False, "metadata": {}, "service_tier": "auto", "logit_bias": {}}, {}, "openai-only"),
+    ({"tools": [], "tool_choice": "auto"}, {}, "tools"),
+    ({"tools": [{"type": "function", "function": {"name": "f", "strict": True, "description": None}}]},
+     {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]}, "tools"),
+    ({"web_search_options": {}}, {"enable_search": True}, "web-search"),
+    ({"functions": [{"name": "f", "parameters": {}}], "function_call": {"name": "f"}},
+     {"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
+      "tool_choice": {"type": "function", "function": {"name": "f"}}}, "legacy-functions"),
+])
+def test_rules_on_fields(request_, changed, rule):
+    body, fired = to_upstream(request_)
+    for name in ("model", "messages", "stream", "stream_options"):
+        body.pop(name)
+    assert body == changed and rule in fired
+
+
+@pytest.mark.parametrize("request_, model, family, changed", [
+    ({"reasoning_effort": "low"}, "qwen3.7-plus", "coding", {"enable_thinking": True, "thinking_budget": 4096}),
+    ({"reasoning": {"effort": "none"}}, "qwen3.7-plus", "coding", {"enable_thinking": False}),
+    ({"thinking": {"type": "enabled", "budget_tokens": 99}}, "qwen3.7-plus", "coding", {"enable_thinking": True, "thinking_budget": 99}),
+    ({"chat_template_kwargs": {"enable_thinking": False}}, "qwen3.7-plus", "portal", {"enable_thinking": False}),
+    ({"reasoning_effort": "max"}, "qwen3.8-max", "dashscope", {"reasoning_effort": "xhigh"}),
+    ({"reasoning_effort": "none"}, "qwen3.8-max", "token", {}),
+    ({"reasoning_effort": "none"}, "qwen3.8-flash", "dashscope", {"reasoning_effort": "none"}),
+    ({"reasoning_effort": "high"}, "qwen3-coder-plus", "coding", {}),
+    ({"reasoning_effort": "high"}, "qwen/qwen3.7-plus", "openrouter", {"reasoning": {"effort": "high"}}),
+    ({"reasoning_effort": "low"}, "deepseek-v4-pro", "deepseek", {"reasoning_effort": "high"}),
+    ({"enable_thinking": True}, "unknown", "dashscope", {"enable_thinking": True}),
+])
+def test_thinking_in_every_spelling(request_, model, family, changed):
+    body, _ = to_upstream(request_, model, family)
+    assert {name: body[name] for name in qp.THINKING_FIELDS + ("chat_template_kwargs",) if name in body} == changed
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+
+
+@pytest.mark.parametrize("request_", [
+    {"tools": [TOOL], "tool_choice": "required"}, {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "f"}}},
+    {"response_format": {"type": "json_object"}}, {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}},
+    {"tools": [TOOL], "tool_choice": "required", "enable_thinking": True}, {"response_format": {"type": "json_object"}, "reasoning_effort": "high"},
+    {"messages": [{"role": "developer", "content": "d"}, {"role": "user", "content": "u"}, {"role": "system", "content": "s"}]},
+    {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": None, "tool_calls": [
+        {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{cut"}}]}, {"role": "user", "content": "again"}]},
+    {"messages": [{"role": "tool", "tool_call_id": "x", "content": "orphan"}, {"role": "user", "content": "u"}]},
+    {"messages": [{"role": "assistant", "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "f", "arguments": ""}}]},
+                  {"role": "user", "content": "between"}, {"role": "tool", "tool_call_id": "c1", "content": "late"}]},
+    {"functions": [{"name": "f"}], "function_call": "auto"}, {"max_tokens": 200000, "temperature": 2.0},
+    {"store": True, "metadata": {"a": "b"}, "tools": []},
+])
+@pytest.mark.parametrize("kind", ["portal", "dashscope"])
+def test_normal_openai_requests_pass_the_strict_fake(login, upstream, serve, monkeypatch, request_, kind):
+    if kind == "dashscope":
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
+    server = serve(model="qwen3.7-plus", base_url=upstream.dashscope if kind == "dashscope" else None)
+    status, _, body = chat(server, **request_)
+    assert status == 200, body
+
+
+def test_explicit_wish_for_thinking_wins_over_forced_tool():
+    body, fired = to_upstream({"tools": [TOOL, {"type": "function", "function": {"name": "g"}}], "enable_thinking": True,
+                               "tool_choice": {"type": "function", "function": {"name": "f"}}}, "qwen3.7-plus")
+    assert (body["tool_choice"], body["enable_thinking"], body["tools"]) == ("auto", True, [TOOL])
+    assert "forced-tool" in fired and "f" in body["messages"][0]["content"]
+
+
+def test_system_messages_are_one_with_all_their_text():
+    body, _ = to_upstream({"messages": [{"role": "developer", "content": "a"}, {"role": "user", "content": "u"},
+                                        {"role": "system", "content": "b"}]})
+    assert body["messages"] == [{"role": "system", "content": "a\n\nb"}, {"role": "user", "content": "u"}]
+
+
+def test_portal_gets_one_marked_system_message_and_images_stay():
+    body, _ = to_upstream({"messages": EVERYTHING["messages"]}, "coder-model", "portal")
+    assert body["messages"][0]["content"] == [{"type": "text", "text": "Be brief. Grüße 你好 \u2028", "cache_control": {"type": "ephemeral"}}]
+    assert body["messages"][1] == EVERYTHING["messages"][1]
+
+
+def test_settings_entry_gives_defaults_that_the_client_overrides():
+    config = {"samplingParams": {"temperature": 0.1, "top_p": 0.2}, "extra_body": {"top_p": 0.3, "enable_thinking": True}}
+    body, _ = to_upstream({"temperature": 0, "reasoning_effort": "none"}, "qwen3.7-plus", config=config)
+    assert (body["temperature"], body["top_p"], body["enable_thinking"]) == (0, 0.3, False)
+
+
+def test_custom_headers_of_the_entry_win(home, upstream, serve, monkeypatch):
+    entry = {"id": "qwen3-max", "baseUrl": upstream.dashscope, "envKey": "K", "generationConfig": {
+        "customHeaders": {"X-Team": "blue", "User-Agent": "mine", "Bad\nName": "x", "X-Bad": "a\r\nb"}}}
+    (home / "settings.json").write_text(json.dumps({"modelProviders": {"openai": [entry]}, "env": {"K": "sk-good-1"}}))
+    assert chat(serve())[0] == 200
+    headers = upstream.requests[0][1]
+    assert (headers["X-Team"], headers["User-Agent"], headers["X-Bad"]) == ("blue", "mine", None)
+
+
+def test_user_agent_is_the_clients_and_ours(key_server, upstream):
+    ask(key_server, {"messages": [{"role": "user", "content": "x"}]}, headers={"User-Agent": "OpenAI/JS 6"})
+    assert upstream.requests[0][1]["User-Agent"] == "OpenAI/JS 6 qwen_proxy/" + qp.__version__
+
+
+# ----------------------------------------------------------------------------------------------------
+# Responses
+# ----------------------------------------------------------------------------------------------------
+
+def test_clean_stream_has_the_canonical_shape():
+    chunks = translate([b"".join(HELLO)])
+    assert [value["choices"][0]["delta"] for value in chunks[:-1]] == [
+        {"role": "assistant", "content": ""}, {"content": "Hel"}, {"content": "lo, "}, {"content": "wörld"}, {}]
+    assert chunks[-2]["choices"][0]["finish_reason"] == "stop"
+    assert (chunks[-1]["choices"], chunks[-1]["usage"]) == ([], USAGE)
+    assert {(value["id"], value["created"], value["model"], value["object"]) for value in chunks} == {
+        ("chatcmpl-1", 1790000000, "qwen3.7-plus", "chat.completion.chunk")}
+
+
+def test_unchanged_chunks_go_out_as_the_bytes_that_came(key_server, upstream):
+    odd = b'{"model":"qwen3-max", "id":"i","object":"chat.completion.chunk","created":1,"x":0.10,"choices":[{"index":0,"delta":{"content":"%s"}}]}'
+    pieces = [b"data: %s\n\n" % (odd % word) for word in (b"one", b"two", b"\\u0074hree")]
+    upstream.script.append(stream(pieces[0].replace(b'{"content"', b'{"role":"assistant","content"'), *pieces[1:],
+                                  chunk({}, "stop", id="i", created=1), DONE))
+    _, _, data = chat(key_server, stream=True)
+    assert data[2] == (odd % b"\\u0074hree").decode()
+
+
+TOOL_DELTAS = {
+    "as documented": CALLS,
+    "no index, id repeated": [chunk({"role": "assistant", "tool_calls": [{"id": i, "function": {"name": n, "arguments": a}}]})
+                              for i, n, a in (("call_a", "get_weather", '{"city"'), ("call_a", "get_weather", ': "Paris"}'),
+                                              ("call_b", "get_time", "{}"))] + [chunk({}, "tool_calls"), DONE],
+    "one index for two calls": [chunk(tool_call(0, "call_a", "get_weather", '{"city": "Paris"}')),
+                                chunk(tool_call(0, "call_b", "get_time", "{}")), chunk({}, "stop"), DONE],
+    "index from 1": [chunk(tool_call(1, "call_a", "get_weather", '{"city": "Paris"}')), chunk(tool_call(2, "call_b", "get_time", "")),
+                     chunk({}, "stop"), DONE],
+    "two in one chunk": [chunk({"tool_calls": tool_call(0, "call_a", "get_weather", '{"city": "Paris"}')["tool_calls"]
+                                + tool_call(1, "call_b", "get_time", "{}")["tool_calls"]}), chunk({}, "stop"), DONE],
+    "same index in one chunk": [chunk({"tool_calls": tool_call(0, "call_a", "get_weather", '{"city": "Paris"}')["tool_calls"]
+                                       + tool_call(0, "call_b", "get_time", "{}")["tool_calls"]}), chunk({}, "stop"), DONE],
+    "arguments before the name": [chunk(tool_call(0, "call_a", None, '{"city"')), chunk(tool_call(0, "", "get_weather", ': "Paris"}')),
+                                  chunk(tool_call(1, "call_b", "get_time", None)), chunk({}, "stop"), DONE],
+    "arguments as an object": [chunk(tool_call(0, "call_a", "get_weather", {"city": "Paris"})), chunk(tool_call(1, "call_b", "get_time", {})),
+                               chunk({}, "stop"), DONE],
+    "the whole call replayed": [chunk(tool_call(0, "call_a", "get_weather", '{"city": "Paris"}'))] * 2
+                               + [chunk(tool_call(1, "call_b", "get_time", "{}")), chunk({}, "stop"), DONE],
+    "in the finish chunk": [chunk({"tool_calls": tool_call(0, "call_a", "get_weather", '{"city": "Paris"}')["tool_calls"]
+                                   + tool_call(1, "call_b", "get_time", "{}")["tool_calls"]}, "stop"), DONE],
+    "truncated by length, but whole": [chunk(tool_call(0, "call_a", "get_weather", '{"city": "Paris"}')),
+                                       chunk(tool_call(1, "call_b", "get_time", "{}")), chunk({}, "length"), DONE],
+}
+
+
+@pytest.mark.parametrize("name", sorted(TOOL_DELTAS))
+def test_tool_calls_are_rebuilt(name):
+    chunks = translate([b"".join(TOOL_DELTAS[name])])
+    deltas = [choice["delta"]["tool_calls"] for value in chunks for choice in value["choices"] if "tool_calls" in choice["delta"]]
+    assert all(len(entries) == 1 for entries in deltas)
+    firsts = [entries[0] for entries in deltas if "id" in entries[0]]
+    assert [(entry["index"], entry["id"], entry["type"], entry["function"]["name"]) for entry in firsts] == [
+        (0, "call_a", "function", "get_weather"), (1, "call_b", "function", "get_time")]
+    assert all(set(entries[0]) == {"index", "function"} and set(entries[0]["function"]) == {"arguments"}
+               for entries in deltas if "id" not in entries[0])
+    choice = collect(chunks)["choices"][0]
+    assert [json.loads(call["function"]["arguments"]) for call in choice["message"]["tool_calls"]] == [{"city": "Paris"}, {}]
+    assert choice["finish_reason"] == "tool_calls"
+
+
+def test_missing_and_duplicate_ids_become_unique():
+    chunks = translate([chunk(tool_call(0, None, "f", "{}")), chunk(tool_call(1, "same", "g", "{}")), chunk(tool_call(2, "same", "h", "{}")),
+                        chunk({}, "stop"), DONE])
+    ids = [call["id"] for call in collect(chunks)["choices"][0]["message"]["tool_calls"]]
+    assert len(set(ids)) == 3 and all(ids)
+
+
+def test_legacy_functions_come_back_as_function_call():
+    completion = collect(translate([chunk(tool_call(0, "a", "f", "{}")), chunk({}, "stop"), DONE], {"functions": [{"name": "f"}]}))
+    assert completion["choices"][0]["message"]["function_call"] == {"name": "f", "arguments": "{}"}
+    assert completion["choices"][0]["finish_reason"] == "function_call"
+
+
+def test_thinking_comes_first_and_never_beside_text():
+    chunks = translate([chunk({"role": "assistant", "content": None, "reasoning_content": "a"}), chunk({"reasoning": "b", "content": ""}),
+                        chunk({"reasoning_content": "c", "content": "d"}), chunk({"content": "e"}, "stop"), DONE])
+    assert (text_in(chunks, "reasoning_content"), text_in(chunks)) == ("abc", "de")
+    assert all(not {"content", "reasoning_content"} <= set(choice["delta"]) for value in chunks for choice in value["choices"])
+    message = collect(chunks)["choices"][0]["message"]
+    assert (message["reasoning_content"], message["content"]) == ("abc", "de")
+
+
+def deltas_of(*texts):
+    return [chunk({"content": text}) for text in texts] + [chunk({}, "stop"), DONE]
+
+
+@pytest.mark.parametrize("texts, expected", [
+    (["ha", "haha", "!"], "hahaha!"), (["ha", "haha"], "hahaha"), (["1", "10", "100"], "110100"), (["=", "==", "===="] * 9, "=======" * 9),
+    (["\n", "\n\n", "x"], "\n\n\nx"), (["na ", "na ", "na ", "batman"], "na na na batman"),
+    (["The", "The quick", "The quick brown", "The quick brown fox jumps", "The quick brown fox jumps over"], "The quick brown fox jumps over"),
+    (["A longer beginning of a text", "A longer beginning of a text, and", "A longer beginning of a text, and", "A longer beginning of a text, and end"],
+     "A longer beginning of a text, and end"),
+    (["Hello", " world", "Hello world, again"], "Hello worldHello world, again"),
+])
+def test_cumulative_deltas_become_increments_and_repetition_survives(texts, expected):
+    assert text_in(translate([b"".join(deltas_of(*texts))])) == expected
+
+
+@pytest.mark.parametrize("texts, thoughts, content", [
+    (["<th", "ink>a", "b</thi", "nk>\n\nc"], "ab", "c"), (["</think>", "\n", "c"], "", "c"), (["<", "b>"], "", "<b>"),
+    (["say ", "<think>x</think>"], "", "say <think>x</think>"), (["<think>never closed"], "never closed", ""),
+])
+def test_thoughts_left_in_the_content_are_taken_out(texts, thoughts, content):
+    chunks = translate([b"".join(deltas_of(*texts))])
+    assert (text_in(chunks, "reasoning_content"), text_in(chunks)) == (thoughts, content)
+
+
+@pytest.mark.parametrize("texts", [["```js", "on\n{\"a\":", " 1}\n", "```\n"], ["{\"a\": 1}"], ["<think>x</think>", "```\n{\"a\": 1}```"]])
+def test_json_output_loses_its_fence(texts):
+    chunks = translate([b"".join(deltas_of(*texts))], {"response_format": {"type": "json_object"}})
+    assert json.loads(text_in(chunks)) == {"a": 1}
+
+
+@pytest.mark.parametrize("pieces, usage", [
+    ([chunk({"content": "a"}, usage=USAGE), chunk({"content": "b"}, "stop", usage=USAGE), DONE], USAGE),
+    ([chunk({"content": "a"}), chunk(usage=USAGE), chunk({}, "stop"), DONE], USAGE),
+    ([chunk({"content": "a"}), chunk({}, "stop"), chunk(usage={"prompt_tokens": 1.0, "completion_tokens": 2, "total_tokens": None}), DONE],
+     {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}),
+    ([chunk({"content": "a"}), chunk({}, "stop", usage={}), DONE], None),
+])
+def test_usage_comes_once_and_last_if_asked_for(pieces, usage):
+    chunks = translate([b"".join(pieces)])
+    assert [value["usage"] for value in chunks if "usage" in value] == ([usage] if usage else [])
+    assert "usage" in chunks[-1] or usage is None
+    assert not any("usage" in value for value in translate([b"".join(pieces)], {"stream": True}))
+
+
+@pytest.mark.parametrize("dirty", [
+    b'data: {"choices":null}\n\n', b'data: {"object":"x"}\n\n', b"data:\n\n", b"data: ping\n\n", b": x\n\n", b'data: {"choices":[null]}\n\n',
+    b'data: {"choices":[{"delta":null,"index":0,"finish_reason":""}]}\n\n', chunk({"content": None}, "null"),
+])
+def test_dirt_in_a_stream_does_not_reach_the_client(dirty):
+    clean = [value for value in translate([b"".join(HELLO)])]
+    assert translate([HELLO[0], dirty, *HELLO[1:]]) == clean
+
+
+def test_message_instead_of_delta_and_whole_completion_with_200():
+    whole = {"choices": [{"index": 0, "message": {"role": "assistant", "content": "Hi", "tool_calls": None}, "finish_reason": "stop"}],
+             "id": "x", "created": 1, "model": "m", "object": "chat.completion", "usage": USAGE}
+    chunks = translate([json.dumps(whole).encode()])
+    assert (text_in(chunks), chunks[-1]["usage"]) == ("Hi", USAGE)
+
+
+@pytest.mark.parametrize("name, pieces", [("hello", HELLO), ("calls", CALLS), ("thoughts", [
+    chunk({"reasoning_content": "ü"}), chunk({"content": "ö"}), chunk({}, "length"), DONE])])
+def test_every_stream_cut_at_every_byte(name, pieces):
+    """Split anywhere it is the same; ended anywhere it is an error, unless the finish reason had come."""
+    whole = b"".join(pieces)
+    expected = translate([whole])
+    finished = whole.index(b'"finish_reason": "') if b'"finish_reason": "' in whole else 0
+    for cut in range(len(whole) + 1):
+        assert translate([whole[:cut], whole[cut:]]) == expected
+        try:
+            chunks = translate([whole[:cut]])
+        except qp.UpstreamError:
+            continue
+        assert cut > finished
+        assert chunks[-1]["choices"] == [] or chunks[-1]["choices"][0]["finish_reason"] in ("stop", "tool_calls", "length")
+
+
+# ----------------------------------------------------------------------------------------------------
+# Server
+# ----------------------------------------------------------------------------------------------------
+
+def test_chat_answers_whole_and_streamed_alike(login, upstream, serve):
+    server = serve()
+    for script in (HELLO, CALLS):
+        upstream.script.extend([stream(*script), stream(*script)])
+        _, headers, completion = chat(server)
+        _, _, data = chat(server, stream=True, stream_options={"include_usage": True})
+        assert data.pop() == "[DONE]"
+        streamed = collect([json.loads(value) for value in data])
+        assert streamed == completion
+        assert completion["object"] == "chat.completion" and completion["usage"] == USAGE
+        assert headers["x-qwen-provider"] == "oauth"
+    assert [call["function"]["name"] for call in completion["choices"][0]["message"]["tool_calls"]] == ["get_weather", "get_time"]
+
+
+def test_stream_is_framed_as_whole_events(key_server, upstream):
+    body = {"messages": [{"role": "user", "content": "x"}], "stream": True}
+    data = json.dumps(body).encode()
+    received = raw(key_server, b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s"
+                   % (len(data), data))
+    head, _, rest = received.partition(b"\r\n\r\n")
+    assert b"text/event-stream; charset=utf-8" in head and b"Transfer-Encoding: chunked" in head
+    pieces = []
+    while rest:
+        size, _, rest = rest.partition(b"\r\n")
+        pieces.append(rest[:int(size, 16)])
+        rest = rest[int(size, 16) + 2:]
+    assert pieces.pop() == b"" and all(piece.startswith(b"data: ") and piece.endswith(b"\n\n") for piece in pieces)
+    assert pieces[-1] == DONE
+
+
+@pytest.mark.parametrize("pieces", [HELLO[:3], HELLO[:3] + (CUT,), HELLO[:3] + (b"data: {cut\n\n",),
+                                    HELLO[:3] + (b'data: {"error":{"message":"late","code":"x"}}\n\n',)])
+def test_broken_stream_ends_in_an_error_and_no_done(key_server, upstream, pieces):
+    upstream.script.append(stream(*pieces))
+    status, _, data = chat(key_server, stream=True)
+    assert status == 200 and "error" in json.loads(data[-1]) and "[DONE]" not in data
+    upstream.script.append(stream(*pieces))
+    assert chat(key_server)[0] in (502,)
+
+
+@pytest.mark.parametrize("pieces", [HELLO[:5], HELLO[:5] + (CUT,), HELLO[:6], HELLO])
+def test_finished_stream_without_done_gets_it(key_server, upstream, pieces):
+    upstream.script.append(stream(*pieces))
+    _, _, data = chat(key_server, stream=True)
+    assert data[-1] == "[DONE]" and json.loads(data[-2])["choices"][0]["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("pieces", [[], HELLO[:2]])
+def test_client_that_leaves_stops_the_upstream_at_once(key_server, upstream, pieces):
+    never = threading.Event()
+    upstream.script.append(Reply(200, [("Content-Type", "text/event-stream"), ("Transfer-Encoding", "chunked")], [*pieces, never]))
+    data = json.dumps({"messages": [{"role": "user", "content": "x"}], "stream": True}).encode()
+    with socket.create_connection(("127.0.0.1", key_server.port), timeout=WAIT) as client:
+        client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" % (len(data), data))
+        upstream.wait_for_request()
+        if pieces:
+            assert client.recv(1)
+    assert upstream.gone.wait(WAIT)
+
+
+def test_silence_is_filled_with_comments(serve, upstream, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
+    server, go = serve(base_url=upstream.dashscope, model="m", keep_alive=0.05), threading.Event()
+    upstream.script.append(Reply(200, [("Content-Type", "text/event-stream"), ("Transfer-Encoding", "chunked")], [go, *HELLO]))
+    threading.Timer(0.5, go.set).start()
+    _, _, body = ask(server, {"messages": [{"role": "user", "content": "x"}], "stream": True})
+    assert body.startswith(qp.KEEP_ALIVE * 3) and body.endswith(DONE)
+
+
+def test_error_after_a_comment_is_an_error_event(serve, upstream, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
+    server, go = serve(base_url=upstream.dashscope, model="m", keep_alive=0.05), threading.Event()
+    late = json.dumps({"error": {"message": "late refusal", "code": "x"}}).encode()
+    upstream.script.append(Reply(400, [("Transfer-Encoding", "chunked")], [go, late]))
+    threading.Timer(0.3, go.set).start()
+    status, _, data = chat(server, stream=True)
+    assert status == 200 and json.loads(data[-1])["error"]["message"] == "late refusal" and "[DONE]" not in data
+
+
+def test_models_health_root(login, upstream, serve):
+    server = serve(api_keys=["k-123456"])
+    key = {"Authorization": "Bearer k-123456"}
+    models = json.loads(ask(server, method="GET", path="/v1/models", headers=key)[2])
+    assert [(model["id"], model["object"], model["owned_by"]) for model in models["data"]] == [("coder-model", "model", "oauth")]
+    assert ask(server, method="GET", path="/models/coder%2Dmodel", headers=key)[0] == 200
+    assert json.loads(ask(server, method="GET", path="/v1/models/nope", headers=key)[2])["error"]["code"] == "model_not_found"
+    assert ask(server, method="GET", path="/v1/models")[0] == 401
+    health = json.loads(ask(server, method="GET", path="/health")[2])
+    assert health["status"] == "ok" and health["login"]["type"] == "oauth" and "path" not in health["login"]
+    assert b"/v1/chat/completions" in ask(server, method="GET", path="/")[2]
+    assert ask(server, method="HEAD", path="/")[2] == b""
+
+
+def test_model_ids_may_contain_slashes(home, upstream, serve):
+    entry = {"id": "qwen/qwen3 x", "baseUrl": upstream.dashscope, "envKey": "K"}
+    (home / "settings.json").write_text(json.dumps({"modelProviders": {"openai": [entry]}, "env": {"K": "sk-good-1"}}))
+    assert ask(serve(), method="GET", path="/v1/models/qwen%2Fqwen3%20x")[0] == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/chat/completions", "/v1/chat/completions/", "/v1//chat/completions",
+                                  "/v1/chat/completions?beta=true"])
+def test_base_url_may_be_wrong_in_the_usual_ways(key_server, path):
+    assert ask(key_server, {"messages": [{"role": "user", "content": "x"}]}, path=path)[0] == 200
+
+
+def test_no_login_says_what_to_do(serve):
+    status, _, body = chat(serve())
+    assert status == 401 and "/auth" in body["error"]["message"] and body["error"]["type"] == "authentication_error"
+
+
+@pytest.mark.parametrize("header", [{"Authorization": "Bearer k-1"}, {"X-API-Key": "k-2"}, {"api-key": "k-1"}, {"Authorization": "bearer k-2"}])
+def test_keys_open_the_door(serve, login, header):
+    server = serve(api_keys=["k-1", "k-2"])
+    assert ask(server, method="GET", path="/v1/models", headers=header)[0] == 200
+
+
+@pytest.mark.parametrize("header", [{}, {"Authorization": "Bearer "}, {"Authorization": "k-1"}, {"X-API-Key": "k-11"}, {"Authorization": "Bearer ü"}])
+def test_wrong_keys_do_not(serve, login, header):
+    status, _, body = ask(serve(api_keys=["k-1"]), {"messages": []}, headers={name: value.encode("latin-1") for name, value in header.items()})
+    assert (status, json.loads(body)["error"]["code"]) == (401, "invalid_api_key")
+
+
+def test_empty_bearer_is_fine_without_keys(key_server):
+    assert ask(key_server, {"messages": [{"role": "user", "content": "x"}]}, headers={"Authorization": "Bearer "})[0] == 200
+
+
+@pytest.mark.parametrize("host, status", [("localhost", 200), ("127.0.0.1:1", 200), ("[::1]:8080", 200), ("app.localhost", 200),
+                                          ("host.docker.internal:8080", 200), ("evil.example", 403), ("127.0.0.1.evil.example", 403),
+                                          ("friend.example", 200), ("1.2.3.4", 403), ("a b", 403), ("", 403)])
+def test_host_must_name_this_machine(serve, login, host, status):
+    server = serve(allow_hosts=["friend.example"])
+    assert ask(server, method="GET", path="/health", headers={"Host": host})[0] == status
+
+
+@pytest.mark.parametrize("headers, status", [
+    ({"Origin": "http://localhost:3000"}, 200), ({"Origin": "vscode-webview://abc"}, 200), ({"Origin": "https://good.example"}, 200),
+    ({"Origin": "https://evil.example"}, 403), ({"Origin": "null"}, 403), ({"Origin": "http://localhost.evil.example"}, 403),
+    ({"Sec-Fetch-Site": "cross-site"}, 403), ({"Sec-Fetch-Site": "same-origin"}, 200),
+    ({"Origin": "http://localhost:3000", "Content-Type": "text/plain"}, 415), ({"Content-Type": "application/x-www-form-urlencoded"}, 200),
+])
+def test_pages_of_other_sites_cannot_spend_the_quota(serve, upstream, monkeypatch, headers, status):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
+    server = serve(base_url=upstream.dashscope, model="m", allow_origins=["https://good.example"])
+    got, answered, _ = ask(server, {"messages": [{"role": "user", "content": "x"}]}, headers=headers)
+    assert got == status and len(upstream.bodies()) == (status == 200)
+    assert answered["Access-Control-Allow-Origin"] == (headers.get("Origin") if status in (200, 415) else None)
+
+
+def test_preflight_echoes_headers_to_allowed_origins_only(key_server):
+    wanted = {"Access-Control-Request-Headers": "authorization, x-stainless-new", "Access-Control-Request-Method": "POST"}
+    status, headers, body = ask(key_server, method="OPTIONS", headers={"Origin": "http://localhost:1", **wanted})
+    assert (status, headers["Access-Control-Allow-Headers"], body) == (204, "authorization, x-stainless-new", b"")
+    assert headers["Access-Control-Allow-Credentials"] is None
+    assert ask(key_server, method="OPTIONS", headers={"Origin": "https://evil.example", **wanted})[0] == 403
+
+
+def test_errors_carry_cors_headers(key_server):
+    _, headers, _ = ask(key_server, {"messages": []}, headers={"Origin": "http://localhost:1"})
+    assert headers["Access-Control-Allow-Origin"] == "http://localhost:1"
+
+
+BODIES = {
+    "empty": b"", "no JSON": b"{", "string": b'"x"', "list": b"[]", "number": b"1", "null": b"null", "NaN": b'{"messages": NaN}',
+    "Infinity": b'{"messages": -Infinity}', "depth": b'{"messages":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "digits": b'{"messages": [{"role":"user","content":"x"}], "n": ' + b"9" * 100_000 + b"}", "UTF-8": b'{"messages": "\xff"}',
+    "twice": b'{"messages": [], "messages": []}', "overflow": b'{"messages": [{"role":"user","content":"x"}], "x": 1e999}',
+    "no messages": b"{}", "messages empty": b'{"messages": []}', "message string": b'{"messages": ["x"]}', "no role": b'{"messages": [{}]}',
+    "content": b'{"messages": [{"role":"user","content":{}}]}', "model": b'{"model": 5, "messages": [{"role":"user","content":"x"}]}',
+    "stream": b'{"stream": "yes", "messages": [{"role":"user","content":"x"}]}',
+    "tools": b'{"tools": {}, "messages": [{"role":"user","content":"x"}]}',
+}
+
+
+@pytest.mark.parametrize("name", sorted(BODIES))
+def test_malformed_bodies_get_a_clear_400(key_server, upstream, name):
+    status, headers, body = ask(key_server, BODIES[name])
+    assert (status, json.loads(body)["error"]["type"]) == (400, "invalid_request_error") and upstream.requests == []
+    assert chat(key_server)[0] == 200
+
+
+def test_half_a_surrogate_pair_is_no_reason_to_fail(key_server, upstream):
+    assert ask(key_server, b'{"messages": [{"role":"user","content":"cut \\ud83d"}]}')[0] == 200
+
+
+POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+RAW = {
+    "two lengths": (POST + b"Content-Length: 2\r\nContent-Length: 2\r\n\r\n{}", 400),
+    "length and chunked": (POST + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+    "length with sign": (POST + b"Content-Length: +2\r\n\r\n{}", 400), "length with underscore": (POST + b"Content-Length: 1_0\r\n\r\n", 400),
+    "length with space": (POST + b"Content-Length: 1 0\r\n\r\n", 400), "length negative": (POST + b"Content-Length: -1\r\n\r\n", 400),
+    "length too large": (POST + b"Content-Length: 99999999999\r\n\r\n", 413),
+    "chunk size": (POST + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n", 400),
+    "chunk extension": (POST + b"Transfer-Encoding: chunked\r\n\r\n2;a=b\r\n{}\r\n0\r\n\r\n", 400),
+    "chunk trailer": (POST + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\nX: y\r\n\r\n", 400),
+    "other coding": (POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", 400),
+    "folded header": (POST + b"X: a\r\n b\r\n\r\n", 400), "space before colon": (POST + b"X : a\r\n\r\n", 400),
+    "NUL": (POST + b"X: a\0b\r\n\r\n", 400), "bare CR": (POST + b"X: a\rb\r\n\r\n", 400), "bare LF": (POST + b"X: a\n\r\n", 400),
+    "no Host": (b"GET /health HTTP/1.1\r\nConnection: close\r\n\r\n", 400), "two Hosts": (b"GET /health HTTP/1.1\r\nHost: localhost\r\nHost: evil\r\n\r\n", 400),
+    "too many headers": (POST + b"".join(b"X-%d: a\r\n" % n for n in range(200)) + b"\r\n", 431),
+    "long request line": (b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", 414),
+    "long header": (POST + b"X: " + b"a" * 100_000 + b"\r\n\r\n", 431),
+    "HTTP/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505), "HTTP/0.9": (b"GET /\r\n\r\n", 400), "no HTTP": (b"\x16\x03\x01\x00\r\n\r\n", 400),
+    "double slash": (b"GET //v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", 400),
+    "absolute": (b"GET http://localhost/v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", 400),
+    "dots": (b"GET /v1/%2e%2e/x HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", 404),
+    "unknown path": (b"GET /x HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", 404),
+    "wrong method": (b"GET /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", 405),
+    "zstd": (POST + b"Content-Encoding: zstd\r\nConnection: close\r\nContent-Length: 2\r\n\r\n{}", 415),
+    "no gzip": (POST + b"Content-Encoding: gzip\r\nConnection: close\r\nContent-Length: 2\r\n\r\n{}", 400),
+}
+
+
+@pytest.mark.parametrize("name", sorted(RAW))
+def test_malformed_requests(key_server, upstream, name):
+    request, status = RAW[name]
+    received = raw(key_server, request)
+    assert received.startswith(b"HTTP/1.1 %d " % status), received[:200]
+    assert "error" in json.loads(received.partition(b"\r\n\r\n")[2]) and upstream.requests == []
+    assert ask(key_server, method="GET", path="/health")[0] == 200
+
+
+def test_a_slow_sender_is_cut_off(key_server, monkeypatch):
+    monkeypatch.setattr(qp, "HEADER_TIMEOUT", 0.3)
+    monkeypatch.setattr(qp, "BODY_TIMEOUT", 0.3)
+    assert raw(key_server, b"POST /v1/chat/completions HTTP/1.1\r\nHost:").startswith(b"HTTP/1.1 408 ")
+    assert raw(key_server, POST + b"Content-Length: 10\r\n\r\n{").startswith(b"HTTP/1.1 408 ")
+
+
+def test_bodies_chunked_gzipped_expected_and_one_after_the_other(key_server):
+    body = json.dumps({"messages": [{"role": "user", "content": "x"}]}).encode()
+    packed = gzip.compress(body)
+    requests = [POST + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(body), body),
+                POST + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n%s" % (len(packed), packed),
+                POST + b"Expect: 100-continue\r\nUpgrade: h2c\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body),
+                POST + b"Content-Length: 2\r\n\r\n{}",
+                POST + b"Connection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)]
+    received = raw(key_server, b"".join(requests))
+    assert re.findall(rb"HTTP/1.1 (\d+) ", received) == [b"200", b"200", b"100", b"200", b"400", b"200"]
+
+
+def test_gzip_bomb_is_413(serve, upstream, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
+    server = serve(base_url=upstream.dashscope, max_body_mib=1)
+    status, _, body = ask(server, gzip.compress(b" " * 50_000_000), headers={"Content-Encoding": "gzip"})
+    assert (status, json.loads(body)["error"]["code"]) == (413, "request_too_large")
+
+
+def test_http_1_0_gets_an_unframed_stream(key_server):
+    body = json.dumps({"messages": [{"role": "user", "content": "x"}], "stream": True}).encode()
+    received = raw(key_server, b"POST /v1/chat/completions HTTP/1.0\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+    assert b"chunked" not in received and received.endswith(DONE)
+
+
+def test_both_loopback_addresses_answer(key_server):
+    with socket.socket(socket.AF_INET6) as probe:
+        try:
+            probe.bind(("::1", 0))
+        except OSError:
+            pytest.skip("no IPv6 here")
+    request = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    assert raw(key_server, request, socket.AF_INET6).startswith(b"HTTP/1.1 200 ")
+
+
+def test_too_many_connections_get_503(serve, login):
+    server = serve(max_connections=1)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=WAIT) as first:
+        first.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert first.recv(100)
+        received = raw(server, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert received.startswith(b"HTTP/1.1 503 ") and b"Retry-After" in received
+
+
+def test_fault_of_ours_is_a_500_without_traceback(key_server, monkeypatch, caplog):
+    monkeypatch.setattr(qp, "check_chat_request", lambda request: 1 // 0)
+    status, _, body = ask(key_server, b"{}")
+    assert status == 500 and "ZeroDivisionError" in json.loads(body)["error"]["message"]
+    assert "Traceback" not in "".join(record.getMessage() for record in caplog.records if record.levelno > logging.DEBUG)
+
+
+def test_log_lines_cannot_be_forged(key_server, caplog):
+    caplog.set_level(logging.INFO, "qwen_proxy")
+    ask(key_server, {"messages": [{"role": "user", "content": "secret prompt"}], "model": "a\nfake line\x1b[31m"})
+    end = time.monotonic() + WAIT               # the line is written after the answer
+    while not caplog.records and time.monotonic() < end:
+        time.sleep(0.01)
+    assert caplog.records and not any("\nfake" in record.getMessage() or "\x1b" in record.getMessage() for record in caplog.records)
+    assert "secret prompt" not in caplog.text
+
+
+def test_beyond_loopback_needs_a_key():
+    with pytest.raises(ValueError, match="quota"):
+        qp.make_server("0.0.0.0", 0)
+
+
+def test_vendored_server_runs_in_a_thread_and_stops(login, upstream):
+    server = qp.make_server(port=0)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    assert chat(server)[0] == 200 and server.url == "http://localhost:%d/v1" % server.port
+    server.shutdown()
+    thread.join(WAIT)
+    assert not thread.is_alive()
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.1", server.port), timeout=1).close()
+
+
+def test_running_streams_end_in_an_error_event_at_shutdown(upstream, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
+    server, never, result = qp.make_server(port=0, base_url=upstream.dashscope, model="m"), threading.Event(), []
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    upstream.script.append(stream(*HELLO[:2], never))
+    client = threading.Thread(target=lambda: result.append(chat(server, stream=True)))
+    client.start()
+    upstream.wait_for_request()
+    server.shutdown(grace=0.2)
+    client.join(WAIT)
+    thread.join(WAIT)
+    status, headers, data = result[0]
+    final = json.loads(data[-1]) if status == 200 else data
+    assert final["error"]["code"] == "shutting_down"
+
+
+# ----------------------------------------------------------------------------------------------------
+# Demo upstream and command line
+# ----------------------------------------------------------------------------------------------------
+
+class Process:
+    """The program as a person runs it."""
+
+    def __init__(self, *arguments, **environ):
+        env = {name: value for name, value in os.environ.items()}
+        env.update(environ)
+        self.popen = subprocess.Popen([sys.executable, PROGRAM, *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
+        self.lines, self.is_up = [], threading.Event()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self):
+        for line in io.TextIOWrapper(self.popen.stderr, encoding="utf-8"):
+            self.lines.append(line)
+            if line.startswith("try "):
+                self.is_up.set()
+
+    @property
+    def port(self):
+        assert self.is_up.wait(WAIT), self.lines
+        return int(re.search(r"http://localhost:(\d+)/v1", self.lines[0]).group(1))
+
+
+def test_demo_serves_thoughts_a_tool_call_and_its_result():
+    process = Process("--demo", "--port", "0")
+    try:
+        tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}]
+        _, _, first = chat(process, tools=tools)
+        message = first["choices"][0]["message"]
+        assert message["reasoning_content"] and message["tool_calls"][0]["function"] == {"name": "f", "arguments": '{"city": "demo"}'}
+        messages = [{"role": "user", "content": "q"}, message, {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "42"}]
+        _, _, data = chat(process, stream=True, messages=messages, tools=tools, stream_options={"include_usage": True})
+        assert data[-1] == "[DONE]" and json.loads(data[-2])["usage"]["total_tokens"]
+        assert "42" in text_in([json.loads(value) for value in data[:-1]])
+    finally:
+        process.popen.terminate()
+        assert process.popen.wait(WAIT) == 0
+
+
+def test_start_says_what_a_newcomer_needs(login, upstream):
+    process = Process("--port", "0")
+    try:
+        assert process.port
+        said = "".join(process.lines)
+        for words in ("qwen_proxy " + qp.__version__, "oauth_creds.json", "coder-model", "curl http://localhost"):
+            assert words in said
+        assert chat(process)[0] == 200
+    finally:
+        process.popen.terminate()
+        assert process.popen.wait(WAIT) == 0
+    process.reader.join(WAIT)
+    assert "Traceback" not in "".join(process.lines)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+def test_second_signal_ends_at_once(home, upstream, login):
+    upstream.script.append(stream(*HELLO[:2], threading.Event()))
+    process = Process("--port", "0")
+    client = threading.Thread(target=lambda: pytest.raises(Exception, chat, process, stream=True), daemon=True)
+    assert process.port
+    client.start()
+    upstream.wait_for_request()
+    process.popen.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.popen.wait(0.5)
+    process.popen.send_signal(signal.SIGTERM)
+    assert process.popen.wait(WAIT) == 1
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--port", "99999"], "--port must be"), (["--nonsense"], "unrecognized"), (["--alias", "x"], "NAME=ID"), (["--timeout", "0"], "--timeout"),
+    (["--base-url", "ftp://x"], "--base-url"), (["--host", "0.0.0.0", "--port", "0"], "--api-key"),
+])
+def test_bad_options_are_a_sentence_and_exit_code_2(arguments, words):
+    done = subprocess.run([sys.executable, PROGRAM, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=WAIT)
+    assert done.returncode == 2 and words in done.stderr.decode() and b"Traceback" not in done.stderr
+
+
+def test_taken_port_is_a_sentence_and_exit_code_2():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = subprocess.run([sys.executable, PROGRAM, "--port", str(taken.getsockname()[1])], stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, timeout=WAIT)
+    assert done.returncode == 2 and b"choose another --port" in done.stderr and b"Traceback" not in done.stderr
+
+
+def test_login_writes_the_file(home, upstream, monkeypatch, capsys):
+    monkeypatch.setattr(qp, "LOGIN_POLL_FIRST", 0.01)
+    upstream.device_answers.extend([PENDING, SUCCESS])
+    assert qp.main(["login", "--no-browser"]) == 0
+    said = capsys.readouterr().err
+    assert "2026-04-15" in said and "ABCD-EFGH" in said and "client=qwen-code" in said and "at_9" not in said
+    path = home / "oauth_creds.json"
+    assert json.loads(path.read_text())["access_token"] == "at_9" and stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_login_ended_by_ctrl_c_or_refusal_leaves_nothing(home, upstream, monkeypatch, capsys):
+    monkeypatch.setattr(qp, "LOGIN_POLL_FIRST", 0.01)
+    upstream.device_answers.append(reply(400, {"error": "access_denied"}))
+    assert qp.main(["login", "--no-browser"]) == 1
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(qp, "poll_for_login", interrupt)
+    assert qp.main(["login", "--no-browser"]) == 130
+    assert os.listdir(str(home)) == [] and "Traceback" not in capsys.readouterr().err
+
+
+def test_status_tells_a_usable_login(login, upstream, capsys):
+    (login.parent / "oauth_creds.lock").write_text("x")
+    assert qp.main(["status"]) == 0
+    said = capsys.readouterr().out
+    for words in ("oauth_creds.json", "in 59 min", "600", "held for", "coder-model", "http://localhost:8080/v1", "right", "none"):
+        assert words in said, words
+    assert "at_1" not in said and upstream.bodies() == [] and upstream.refreshes == []
+
+
+def test_status_of_nothing_is_exit_code_1(capsys):
+    assert qp.main(["status", "--json"]) == 1
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["usable"] is False and "/auth" in facts["problem"]
