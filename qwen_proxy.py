@@ -153,7 +153,7 @@ RETRY_DELAY_MOST = 10           # a Retry-After beyond this is the client's to w
 RETRY_STATUSES = frozenset({502, 503, 529})
 IDLE_CONNECTIONS = 64           # kept open to each upstream
 IDLE_CONNECTION_AGE = 30        # shorter than the idle limit of any gateway we know
-DRAIN_TIMEOUT = 1.0             # for what an upstream still sends after [DONE]
+DRAIN_TIMEOUT = 0.25            # for what an upstream still sends after [DONE]
 
 MAX_CONNECTIONS = 1024
 MAX_BODY_MIB = 64
@@ -296,7 +296,7 @@ class ShuttingDown(Exception):
 
 
 _secrets: dict[str, None] = {}
-_SECRET_SHAPES = re.compile(r"\b(sk|ms)-[A-Za-z0-9_-]{8,}|\beyJ[A-Za-z0-9_-]{10,}[A-Za-z0-9._-]*"
+_SECRET_SHAPES = re.compile(r"(?<=://)[^/@\s]+(?=@)|\b(sk|ms)-[A-Za-z0-9_-]{8,}|\beyJ[A-Za-z0-9_-]{10,}[A-Za-z0-9._-]*"
                             r"|(?<=Bearer )[^\s\"',]{6,}")
 
 
@@ -408,8 +408,8 @@ class LockFile:
 
     _held: dict[str, LockFile] = {}
 
-    def __init__(self, path: str):
-        self.path, self._owner = path, str(uuid.uuid4())
+    def __init__(self, path: str, pause: Callable[[float], None] = time.sleep):
+        self.path, self._owner, self._pause = path, str(uuid.uuid4()), pause
 
     def __enter__(self) -> LockFile:
         if not LockFile._held:
@@ -419,10 +419,10 @@ class LockFile:
             holder = self._read()
             if holder != seen:
                 seen, seen_since = holder, time.monotonic()
-            if holder and self._age(seen_since) > LOCK_STALE:
+            if self._age(seen_since) > LOCK_STALE:
                 self._break(holder)
                 continue
-            time.sleep(wait)
+            self._pause(wait)
             wait = min(wait * LOCK_WAIT_FACTOR, LOCK_WAIT_MOST)
         LockFile._held[self._owner] = self
         return self
@@ -447,7 +447,7 @@ class LockFile:
         except FileExistsError:
             return False
         except PermissionError:
-            if os.path.exists(self.path):       # Windows: somebody is just deleting it
+            if os.name == "nt" and os.path.exists(self.path):   # somebody is just deleting it
                 return False
             raise
         with os.fdopen(handle, "w") as file:
@@ -465,20 +465,23 @@ class LockFile:
     def _age(self, seen_since: float) -> float:
         """Its age, or how long we have seen it unchanged: a clock that jumped back must not hang us."""
         try:
-            return max(time.time() - os.stat(self.path).st_mtime, time.monotonic() - seen_since)
+            return max(time.time() - os.lstat(self.path).st_mtime, time.monotonic() - seen_since)
         except OSError:
             return 0
 
-    def _break(self, holder: tuple[str, int]) -> None:
-        """Rename a stale lock away; should it be a new one after all, put that back."""
+    def _break(self, holder: tuple[str, int] | None) -> None:
+        """Rename a stale lock away; should it be a new one after all, put that back. Raises OSError."""
         away = "%s.stale.%s" % (self.path, uuid.uuid4())
-        with contextlib.suppress(OSError):
+        try:
             os.rename(self.path, away)
+        except FileNotFoundError:
+            return
+        with contextlib.suppress(OSError):
             with open(away, encoding="utf-8", errors="replace") as file:
-                is_live = file.read(100) != holder[0]
+                is_live = holder is not None and file.read(100) != holder[0]
             if is_live:
-                with contextlib.suppress(OSError):
-                    os.link(away, self.path)
+                os.link(away, self.path)
+        with contextlib.suppress(OSError):
             os.unlink(away)
 
 
@@ -495,10 +498,14 @@ def post_form(url: str, fields: dict[str, str], headers: dict[str, str] | None =
     Raises UpstreamError when no answer came. Status and body are judged by the caller, since the host
     sits behind a firewall that answers HTML with any status, which is no verdict on anything.
     """
-    request = urllib.request.Request(url, urllib.parse.urlencode(fields).encode(), {
-        "Content-Type": "application/x-www-form-urlencoded", "Accept": "application/json",
-        # Without a User-Agent of its own choice the host answers HTML (hermes-agent #7746).
-        "User-Agent": "qwen_proxy/" + __version__, **(headers or {})})
+    try:
+        data = urllib.parse.urlencode(fields).encode()
+        request = urllib.request.Request(url, data, {
+            "Content-Type": "application/x-www-form-urlencoded", "Accept": "application/json",
+            # Without a User-Agent of its own choice the host answers HTML (hermes-agent #7746).
+            "User-Agent": "qwen_proxy/" + __version__, **(headers or {})})
+    except ValueError as error:
+        raise UpstreamError("the address %s or the login cannot be used: %s" % (url, error)) from error
     opener = urllib.request.build_opener(_NoRedirect)
     try:
         try:
@@ -515,7 +522,7 @@ def post_form(url: str, fields: dict[str, str], headers: dict[str, str] | None =
         answer = json.loads(text)
     except (ValueError, RecursionError):
         answer = None
-    return status, answer if isinstance(answer, dict) else None, " ".join(text.split())[:120]
+    return status, answer if isinstance(answer, dict) else None, mask(" ".join(text.split()))[:120]
 
 
 def reason_of(error: BaseException) -> str:
@@ -551,18 +558,21 @@ class OAuthCredentials:
         self._signature: Any = ()
         self._refused: str | None = None        # the refresh token that the token endpoint refused
         self._failure: tuple[float, ProxyError] | None = None   # the last failed refresh and its time
-        self.has_refreshed = False
+        self.useless_token = ""                 # fresh from a refresh and refused all the same: no use in another one
 
-    def access_token(self, rejected: str = "") -> str:
+    def access_token(self, rejected: str = "", pause: Callable[[float], None] = time.sleep) -> str:
         """A token that is valid now and is not `rejected`, the one an upstream has just refused.
 
-        Raises CredentialError when a new login is needed, UpstreamError when the refresh may work later.
+        pause(seconds) is called while somebody else refreshes; it may raise to give up. Raises
+        CredentialError when a new login is needed, UpstreamError when the refresh may work later.
         """
         asked = time.monotonic()
         login = self.login()
         if login.is_fresh() and login.access_token != rejected:
             return login.access_token
-        with self._refreshing:
+        while not self._refreshing.acquire(timeout=LOCK_WAIT_FIRST):
+            pause(0)
+        try:
             login = self.login()
             if login.is_fresh() and login.access_token != rejected:
                 return login.access_token
@@ -570,12 +580,14 @@ class OAuthCredentials:
             if self._failure and (self._failure[0] > asked or time.monotonic() - self._failure[0] < REFRESH_PAUSE):
                 raise self._failure[1]
             try:
-                login = self._refresh_locked(rejected)
+                login = self._refresh_locked(rejected, pause)
             except UpstreamError as error:
                 self._failure = (time.monotonic(), error)
                 raise
             self._failure = None
             return login.access_token
+        finally:
+            self._refreshing.release()
 
     def login(self) -> Login:
         """The login as it is now: the file if it has changed, else the copy in memory.
@@ -590,6 +602,10 @@ class OAuthCredentials:
             if self._login is None:
                 raise CredentialError("no usable login in %s: %s; %s" % (self.path, self.problem, LOGIN_AGAIN))
             return self._login
+
+    def is_there(self) -> bool:
+        """Whether there is a file, or was one that memory still holds."""
+        return self._login is not None or os.path.exists(self.path)
 
     def base_url(self) -> str:
         """Where this login is served."""
@@ -638,21 +654,21 @@ class OAuthCredentials:
             self._refused = None
         self._login, self._signature, self._failure, self.problem = login, signature, None, ""
 
-    def _refresh_locked(self, rejected: str) -> Login:
+    def _refresh_locked(self, rejected: str, pause: Callable[[float], None]) -> Login:
         """Refresh under the CLI's lock, unless somebody else has done it meanwhile."""
-        with self._locked():
+        with self._locked(pause):
             login = self.login()
             if login.is_fresh() and login.access_token != rejected:
                 return login
             return self._refresh(login)
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _locked(self, pause: Callable[[float], None] = time.sleep) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             folder = os.path.dirname(self.path)
             try:
                 os.makedirs(folder, mode=0o700, exist_ok=True)
-                stack.enter_context(LockFile(os.path.join(folder, "oauth_creds.lock")))
+                stack.enter_context(LockFile(os.path.join(folder, "oauth_creds.lock"), pause))
             except OSError as error:            # a read-only disk: nobody can write the file, so nobody needs the lock
                 log.warning("no lock in %s (%s); going on without", folder, reason_of(error))
             yield
@@ -665,7 +681,6 @@ class OAuthCredentials:
         if status == 200 and answer and answer.get("access_token") and not answer.get("error"):
             refreshed = login_from_answer(answer, login.fields)
             self.save(refreshed)
-            self.has_refreshed = True
             log.info("refreshed the access token, valid for %d min", (refreshed.expires_at - time.time()) / 60)
             return refreshed
         # Only JSON is a verdict (the firewall's HTML comes with any status), and only on this refresh token.
@@ -673,7 +688,7 @@ class OAuthCredentials:
             return self._refused_by_host(login, answer)
         detail = (answer or {}).get("error_description") or (answer or {}).get("error") or excerpt or "no body"
         raise UpstreamError("the token endpoint answered %d (%s); the login is kept and tried again"
-                            % (status, str(detail)[:120]), 503, "token_refresh_failed", retry=True,
+                            % (status, mask(str(detail))[:120]), 503, "token_refresh_failed", retry=True,
                             headers=[("Retry-After", str(REFRESH_PAUSE))])
 
     def _refused_by_host(self, login: Login, answer: dict) -> Login:
@@ -682,7 +697,7 @@ class OAuthCredentials:
         if current.refresh_token != login.refresh_token and current.is_fresh():
             return current
         self._refused = login.refresh_token
-        log.warning("the token endpoint refused the refresh token: %s", str(answer.get("error", "no reason given"))[:80])
+        log.warning("the token endpoint refused the refresh token: %s", mask(str(answer.get("error", "no reason given")))[:80])
         raise self._login_needed()
 
     def _login_needed(self) -> CredentialError:
@@ -727,7 +742,7 @@ class ApiKey:
         self._value, self.source = value, source
         keep_secret(value)
 
-    def access_token(self, rejected: str = "") -> str:
+    def access_token(self, rejected: str = "", pause: Callable[[float], None] = time.sleep) -> str:
         """The key; raises CredentialError when the place it should be in is empty."""
         if not self._value:
             raise CredentialError("%s; set it in the environment, in ~/.qwen/.env, or run `qwen` and then /auth" % self.source)
@@ -838,9 +853,9 @@ class Provider:
         """Where it is; for an OAuth login the host that its file names now."""
         return self._base_url or self.credentials.base_url()
 
-    def host(self) -> str | None:
+    def host(self) -> str:
         """The host of a base URL that settings or options name."""
-        return urllib.parse.urlsplit(self._base_url).hostname
+        return host_of(self._base_url)
 
     def model_ids(self) -> list[str]:
         """The models that it is known to serve; empty when only the upstream itself knows."""
@@ -882,13 +897,12 @@ class Discovery(NamedTuple):
 
 def family_of(base_url: str, variable: str | None = None) -> str:
     """The dialect of a base URL: by host, else by path or the key's variable, else 'other'."""
-    parts = urllib.parse.urlsplit(base_url)
     for pattern, family in FAMILIES_BY_HOST:
-        if re.search(pattern, parts.hostname or ""):
+        if re.search(pattern, host_of(base_url)):
             return family
     if variable in FAMILIES_BY_VARIABLE:
         return FAMILIES_BY_VARIABLE[variable]
-    return "dashscope" if "/compatible-mode/" in parts.path + "/" else "other"
+    return "dashscope" if "/compatible-mode/" in base_url + "/" else "other"
 
 
 def qwen_home(environ: dict[str, str], option: str | None = None) -> str:
@@ -972,6 +986,25 @@ def merge(low: dict, high: dict) -> dict:
     return merged
 
 
+def as_object(value: Any) -> dict:
+    """The value if it is an object, else an empty one: a wrong type in settings.json must not stop the start."""
+    return value if isinstance(value, dict) else {}
+
+
+def as_text(value: Any) -> str:
+    """The value if it is a string, else an empty one."""
+    return value if isinstance(value, str) else ""
+
+
+def host_of(url: str, with_port: bool = False) -> str:
+    """The host of a URL, empty where it has none that can be read."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        return (parts.netloc.rpartition("@")[2] if with_port else parts.hostname) or ""
+    except ValueError:
+        return ""
+
+
 def dig(settings: Any, *path: str) -> Any:
     """settings[path[0]][path[1]]..., or None where a step is missing or not an object."""
     for name in path:
@@ -1001,7 +1034,7 @@ class CliSettings:
                      os.path.join(home, "settings.json"), *[path for path in project if path.endswith(".json")],
                      self._system_file("settings.json", "QWEN_CODE_SYSTEM_SETTINGS_PATH")]:
             self.values = merge(self.values, self._settings_of(path))
-        for name, value in (dig(self.values, "env") or {}).items():
+        for name, value in as_object(dig(self.values, "env")).items():
             if isinstance(value, str):
                 self.variables.setdefault(name, value)
 
@@ -1078,9 +1111,9 @@ def key_from(settings: CliSettings, variable: str) -> ApiKey:
 def settings_providers(settings: CliSettings) -> list[Provider]:
     """One provider for each base URL and key variable in modelProviders, in the order of the file."""
     providers: dict[tuple[str, str], Provider] = {}
-    protocols = dig(settings.values, "providerProtocol") or {}
-    for kind, listed in (dig(settings.values, "modelProviders") or {}).items():
-        if kind != "openai" and (not isinstance(protocols, dict) or protocols.get(kind) != "openai"):
+    protocols = as_object(dig(settings.values, "providerProtocol"))
+    for kind, listed in as_object(dig(settings.values, "modelProviders")).items():
+        if kind != "openai" and protocols.get(kind) != "openai":
             continue
         entries = listed.get("models") if isinstance(listed, dict) else listed
         for entry in entries if isinstance(entries, list) else []:
@@ -1102,19 +1135,17 @@ def add_entry(providers: dict[tuple[str, str], Provider], entry: dict, settings:
     The CLI would fall back from a missing envKey to OPENAI_API_KEY, and so send one company's key to
     another; here a variable that is not set stays an error with its name in it.
     """
-    variable = entry.get("envKey") if isinstance(entry.get("envKey"), str) and entry.get("envKey") else "OPENAI_API_KEY"
-    base_url = entry.get("baseUrl") if isinstance(entry.get("baseUrl"), str) and entry.get("baseUrl") else None
-    base_url = (base_url or settings.variable("OPENAI_BASE_URL") or dig(settings.values, "security", "auth", "baseUrl")
-                or OPENAI_BASE_URL).rstrip("/")
+    variable = as_text(entry.get("envKey")) or "OPENAI_API_KEY"
+    base_url = (as_text(entry.get("baseUrl")) or settings.variable("OPENAI_BASE_URL")
+                or as_text(dig(settings.values, "security", "auth", "baseUrl")) or OPENAI_BASE_URL).rstrip("/")
     provider = providers.get((base_url, variable))
     if provider is None:
-        name = preset_of(base_url) or urllib.parse.urlsplit(base_url).netloc or base_url
+        name = preset_of(base_url) or host_of(base_url, with_port=True) or "unnamed"
         taken = sum(1 for other in providers.values() if other.name.split("#")[0] == name)
         provider = providers[base_url, variable] = Provider(
             "%s#%d" % (name, taken + 1) if taken else name, base_url, key_from(settings, variable),
             "modelProviders in settings.json, %s" % variable, family=family_of(base_url, variable))
-    config = entry.get("generationConfig")
-    provider.entries.setdefault(entry["id"], config if isinstance(config, dict) else {})
+    provider.entries.setdefault(entry["id"], as_object(entry.get("generationConfig")))
 
 
 def environment_provider(settings: CliSettings, base_url: str, source: str) -> Provider:
@@ -1123,8 +1154,8 @@ def environment_provider(settings: CliSettings, base_url: str, source: str) -> P
     That is OPENAI_API_KEY, the deprecated security.auth.apiKey, or the variable of a plan, if base_url
     is on that plan's host.
     """
-    host = urllib.parse.urlsplit(base_url).netloc
-    plan = next((variable for url, variable in PRESETS.values() if urllib.parse.urlsplit(url).netloc == host), None)
+    host = host_of(base_url, with_port=True)
+    plan = next((variable for url, variable in PRESETS.values() if host_of(url) == host), None)
     stored = dig(settings.values, "security", "auth", "apiKey")
     if settings.variable("OPENAI_API_KEY"):
         credentials = key_from(settings, "OPENAI_API_KEY")
@@ -1191,9 +1222,7 @@ def active_provider(settings: CliSettings, options: Options, listed: list[Provid
     if kind in ("anthropic", "gemini", "vertex-ai"):
         note = "the CLI is set to %s, which has no OpenAI-compatible endpoint here" % kind
         return next(iter(listed), None), note
-    if kind in (None, "qwen-oauth") and os.path.exists(oauth[0].credentials.path):
-        return oauth[0], ""
-    if kind == "qwen-oauth":
+    if kind == "qwen-oauth" or (kind is None and oauth[0].credentials.is_there()):
         return oauth[0], ""
     return provider_of_model(settings, options, listed, base_url)
 
@@ -1206,7 +1235,7 @@ def provider_of_model(settings: CliSettings, options: Options, listed: list[Prov
     having.sort(key=lambda provider: provider.base_url != str(stored_url or "").rstrip("/"))
     if having:
         return having[0], ""
-    base_url = base_url or dig(settings.values, "security", "auth", "baseUrl") or ""
+    base_url = base_url or as_text(dig(settings.values, "security", "auth", "baseUrl"))
     if base_url:
         return environment_provider(settings, base_url, "OPENAI_BASE_URL"), ""
     if listed:
@@ -1231,10 +1260,12 @@ def discover(options: Options, environ: dict[str, str], folder: str, known: dict
     settings = CliSettings(home, environ, folder)
     listed, oauth = settings_providers(settings), oauth_providers(home, settings, known)
     active, note = active_provider(settings, options, listed, oauth)
-    present = [provider for provider in oauth if os.path.exists(provider.credentials.path) or provider is active]
+    present = [provider for provider in oauth if provider.credentials.is_there() or provider is active]
     others = [provider for provider in listed + present if provider is not active]
     notes = settings.notes + ([note] if note else [])
-    providers = ([active] if active else []) + others
+    if active is None and options.provider:
+        raise ValueError(note)
+    providers = [active, *others] if active else []     # none is chosen in the place of one that was meant
     return Discovery(providers, default_model(settings, options, active), notes, settings.files)
 
 
@@ -1283,10 +1314,7 @@ class Catalogue:
         if not discovery.providers:
             raise CredentialError(" ".join(["no Qwen login on this machine: %s, or start with --provider NAME and its "
                                             "key in the environment." % LOGIN_AGAIN, *discovery.notes]).strip())
-        listing = [Route(provider, model) for provider in discovery.providers if model in provider.entries]
-        if not listing:
-            listing = self._explicit(discovery, model) or self._by_plan(discovery, model)
-        routes = listing or [Route(discovery.providers[0], model)]
+        routes = self._explicit(discovery, model) or self._listing(discovery, model) or [Route(discovery.providers[0], model)]
         if self.options.failover:
             return routes
         if routes[0].provider.credentials.kind == "oauth":
@@ -1303,13 +1331,16 @@ class Catalogue:
     def _explicit(discovery: Discovery, model: str) -> list[Route]:
         """provider/model"""
         for provider in discovery.providers:
-            if model.startswith(provider.name + "/"):
+            if model.startswith(provider.name + "/") and not any(model in other.entries for other in discovery.providers):
                 return [Route(provider, model[len(provider.name) + 1:])]
         return []
 
-    @staticmethod
-    def _by_plan(discovery: Discovery, model: str) -> list[Route]:
-        return [Route(provider, model) for provider in discovery.providers if model in provider.model_ids()]
+    def _listing(self, discovery: Discovery, model: str) -> list[Route]:
+        """Those that list the model; one chosen on the command line comes first, whatever it lists."""
+        first, *others = discovery.providers
+        is_chosen = self.options.base_url is not None or self.options.provider is not None
+        listing = [Route(first, model)] if is_chosen or model in first.model_ids() else []
+        return listing + [Route(provider, model) for provider in others if model in provider.model_ids()]
 
     def _seed_login(self) -> None:
         """QWEN_CLI_AUTH holds the JSON of oauth_creds.json, for containers; it never replaces a file."""
@@ -1326,7 +1357,8 @@ class Catalogue:
         self._known[path].replace(login)
 
     def _files_now(self) -> list[Any]:
-        paths = [self.home, os.path.expanduser("~/.env"), *(os.path.join(self.home, name) for name in (
+        user_home = self._environ.get("HOME") or os.path.expanduser("~")
+        paths = [self.home, os.path.join(user_home, ".env"), os.path.join(user_home, ".qwen", ".env"), *(os.path.join(self.home, name) for name in (
             "settings.json", ".env", "trustedFolders.json")), os.path.join(self._folder, ".qwen", "settings.json"),
             os.path.join(self._folder, ".env")]
         return [self._stamp(path) for path in paths]
@@ -1347,8 +1379,8 @@ class Catalogue:
 def readable(sockets: list[socket.socket], seconds: float) -> list[socket.socket]:
     """Those of the sockets that can be read without waiting, after at most that many seconds."""
     if not hasattr(select, "poll"):             # Windows; elsewhere select() fails from descriptor 1024 on
-        return select.select(sockets, [], [], seconds)[0]
-    poll = select.poll()
+        return select.select(sockets, [], [], seconds)[0] if sockets else time.sleep(seconds) or []
+    poll = select.poll()        # without sockets it only waits
     for each in sockets:
         poll.register(each, select.POLLIN)
     ready = [descriptor for descriptor, _ in poll.poll(max(0, seconds) * 1000)]
@@ -1391,12 +1423,15 @@ class Watch:
     def sleep(self, seconds: float) -> None:
         """Wait before another attempt; raises ClientGone and ShuttingDown as wait() does."""
         end = time.monotonic() + seconds
-        while time.monotonic() < end and not self._stopping:
-            if readable([self._client] if self._client else [], min(0.5, end - time.monotonic())):
+        while True:
+            if self._stopping:
+                raise ShuttingDown
+            remaining = end - time.monotonic()
+            if readable([self._client] if self._client else [], min(0.5, max(0, remaining))):
                 self._look_at_client()
             self.tick()
-        if self._stopping:
-            raise ShuttingDown
+            if remaining <= 0:
+                return
 
     def tick(self) -> None:
         """Give the client a sign of life if it has heard nothing for an interval."""
@@ -1539,10 +1574,12 @@ class UpstreamResponse:
 
     def drain(self) -> None:
         """Read what little may follow the end of the stream, so that the connection can be kept."""
-        if not self._response.isclosed() and self._connection.sock is not None:
-            self._connection.sock.watch = Watch(timeout=DRAIN_TIMEOUT)
+        if not self._response.isclosed() and self._connection is not None and self._connection.sock is not None:
+            self._connection.sock.watch, end = Watch(timeout=DRAIN_TIMEOUT), time.monotonic() + DRAIN_TIMEOUT
             with contextlib.suppress(UpstreamError):
-                self.read(PIECE)
+                for _ in self.pieces():
+                    if time.monotonic() > end:
+                        break
         self.close()
 
 
@@ -1573,13 +1610,11 @@ class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
         if connection is not None:
             try:
                 return self._exchange(connection, request, key)
-            except (http.client.RemoteDisconnected, ConnectionError):
-                connection.close()      # closed by the upstream at the very moment of reuse
-        connection = self._connect(http_class, request, connection_args)
+            except (OSError, http.client.HTTPException):
+                log.debug("a kept connection to %s was dead", request.host)
         try:
-            return self._exchange(connection, request, key)
+            return self._exchange(self._connect(http_class, request, connection_args), request, key)
         except (OSError, http.client.HTTPException) as error:
-            connection.close()
             raise UpstreamError("%s gave no answer (%s); try again" % (
                 request.host, "it closed the connection" if isinstance(error, http.client.HTTPException)
                 else reason_of(error)), code="upstream_cut") from error
@@ -1614,16 +1649,16 @@ class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
             connection.close()
 
     def _connect(self, http_class: Any, request: Any, connection_args: dict) -> Any:
-        connection = http_class(request.host, timeout=min(request.timeout, CONNECT_TIMEOUT), **connection_args)
-        if request._tunnel_host:
-            secret = request.unredirected_hdrs.pop("Proxy-authorization", None) or request.headers.pop("Proxy-authorization", None)
-            connection.set_tunnel(request._tunnel_host, headers={"Proxy-Authorization": secret} if secret else {})
         try:
+            connection = http_class(request.host, timeout=min(request.timeout, CONNECT_TIMEOUT), **connection_args)
+            if request._tunnel_host:
+                secret = (request.unredirected_hdrs.pop("Proxy-authorization", None)
+                          or request.headers.pop("Proxy-authorization", None))
+                connection.set_tunnel(request._tunnel_host, headers={"Proxy-Authorization": secret} if secret else {})
             connection.connect()
         except (OSError, http.client.HTTPException) as error:
-            connection.close()
             raise UpstreamError("%s cannot be reached: %s" % (request._tunnel_host or request.host, reason_of(error)),
-                                code="upstream_unreachable", retry=not isinstance(error, ssl.SSLError),
+                                code="upstream_unreachable", retry=not isinstance(error, (ssl.SSLError, http.client.HTTPException)),
                                 moves_on=True) from error
         return connection
 
@@ -1634,7 +1669,7 @@ class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
             connection.request(request.get_method(), request.selector, request.data,
                                {name.title(): value for name, value in headers.items()})
             return UpstreamResponse(connection.getresponse(), connection, self, key)
-        except (ClientGone, ShuttingDown, UpstreamError):
+        except BaseException:
             connection.close()
             raise
 
@@ -1711,12 +1746,13 @@ def _open_on(route: Route, attempt: Callable[[Route, str], Any], repair: Callabl
              watch: Watch, retries: int) -> Any:
     credentials, rejected, is_repaired, delay = route.provider.credentials, "", False, RETRY_DELAY_FIRST
     while True:
-        access_token = credentials.access_token(rejected)
+        access_token = credentials.access_token(rejected, watch.sleep)
         try:
             return attempt(route, access_token)
         except UpstreamError as error:
             if error.code == "invalid_api_key" and credentials.kind == "oauth":
-                if rejected:
+                if rejected or access_token == credentials.useless_token:
+                    credentials.useless_token = access_token
                     raise UpstreamError("%s. %s." % (error.message.rstrip("."), FREE_TIER_ENDED), 401, error.code, error.type,
                                         request_id=error.request_id, moves_on=True) from error
                 rejected = access_token
@@ -2023,7 +2059,7 @@ def paired_tool_messages(body: dict, context: Context) -> bool:
             continue
         paired.append(message)
         for call in message.get("tool_calls") or [] if message["role"] == "assistant" else []:
-            waiting = answers.get(call.get("id")) if isinstance(call, dict) else None
+            waiting = answers.get(str(dig(call, "id")))
             paired.append(waiting.pop(0) if waiting else {
                 "role": "tool", "tool_call_id": dig(call, "id"), "content": "(no result: the call was interrupted)"})
     changed = [id(message) for message in paired] != [id(message) for message in messages]
@@ -2280,7 +2316,7 @@ def forced_tool(body: dict, context: Context) -> bool:
         thinking_off(body, context)
         return True
     name = dig(choice, "function", "name")
-    named = [tool for tool in body["tools"] if dig(tool, "function", "name") == name]
+    named = [tool for tool in body["tools"] if isinstance(name, str) and dig(tool, "function", "name") == name]
     body["tools"], body["tool_choice"] = named or body["tools"], "auto"
     add_instruction(body, "Call %s now; do not answer in text." % ("the tool " + name if named else "one of the tools"))
     return True
@@ -2403,7 +2439,7 @@ def schema_to_prompt(body: dict, match: Any) -> None:
 
 
 def set_max_tokens(body: dict, match: Any) -> None:
-    body["max_tokens"] = min(int(match.group(1)), body.get("max_tokens") or int(match.group(1)))
+    body["max_tokens"] = int(match.group(1))
 
 
 def drop_logprobs(body: dict, match: Any) -> None:
@@ -2574,7 +2610,9 @@ def to_upstream_error(refusal: Refusal, family: str, retry_after: float | None =
         message = "the upstream wants to redirect the request elsewhere, which is not followed with a key; check the base URL"
     headers = []
     if verdict.status == 429 and verdict.retry:
-        headers.append(("Retry-After", str(int(min(max(retry_after or 5, 1), RETRY_AFTER_MOST)))))
+        headers.append(("Retry-After", str(int(min(max(5 if retry_after is None else retry_after, 1), RETRY_AFTER_MOST)))))
+    elif verdict.status == 503 and retry_after is not None:
+        headers.append(("Retry-After", str(int(min(max(retry_after, 1), RETRY_AFTER_MOST)))))
     if verdict.code == "insufficient_quota":
         headers.append(("x-should-retry", "false"))     # openai-python and -node would retry a 429 otherwise
     return UpstreamError(message + (". " + advice if advice else ""), verdict.status, code, verdict.type, refusal.param,
@@ -2587,7 +2625,10 @@ def retry_after_of(headers: Any) -> float | None:
         value = (headers.get(name) or "").strip()
         if re.match(r"\d{1,9}(\.\d+)?\Z", value):
             return float(value) / scale
-    return None
+    try:
+        return max(0.0, parsedate_to_datetime(headers.get("retry-after")).timestamp() - time.time())
+    except (TypeError, ValueError, IndexError):
+        return None
 
 
 class Increments:
@@ -2731,8 +2772,8 @@ class ContentFilter:
 class ToolCall:
     """One tool call of an answer as it was passed on so far."""
 
-    def __init__(self, index: int, upstream_index: Any, upstream_id: str):
-        self.index, self.upstream_index, self.upstream_id = index, upstream_index, upstream_id
+    def __init__(self, number: Callable[[], int], upstream_index: Any, upstream_id: str):
+        self.index, self.upstream_index, self.upstream_id, self._number = -1, upstream_index, upstream_id, number
         self.id = upstream_id or "call_" + secrets.token_hex(12)
         self.name, self.arguments, self._held = "", "", ""
         self._increments = Increments()
@@ -2749,6 +2790,7 @@ class ToolCall:
             return None
         self._held, self.arguments = "", self.arguments + fresh
         if is_first:
+            self.index = self._number()
             return {"index": self.index, "id": self.id, "type": "function",
                     "function": {"name": self.name, "arguments": fresh}}
         return {"index": self.index, "function": {"arguments": fresh}} if fresh else None
@@ -2780,6 +2822,7 @@ class ToolCalls:
 
     def __init__(self) -> None:
         self.calls: list[ToolCall] = []
+        self._number = itertools.count().__next__       # given out as names come, so that there are no holes
 
     def feed(self, entries: Any) -> list[dict]:
         """The deltas to pass on for the tool_calls of one upstream delta."""
@@ -2819,7 +2862,7 @@ class ToolCalls:
 
     def _new(self, index: Any, call_id: str) -> ToolCall:
         is_taken = any(call.id == call_id for call in self.calls)
-        call = ToolCall(len(self.calls), index, call_id)
+        call = ToolCall(self._number, index, call_id)
         if is_taken:
             call.id = "call_" + secrets.token_hex(12)
         self.calls.append(call)
@@ -2841,6 +2884,7 @@ class ChoiceState:
 
 
 KNOWN_DELTA = frozenset({"role", "content", "reasoning_content", "reasoning", "tool_calls", "function_call"})
+_CHUNKS = json.JSONDecoder(parse_constant=lambda name: None)    # a log probability of -Infinity is no JSON
 Translated = List[Tuple[dict, Optional[bytes]]]         # chunks, each with the bytes that it came as if unchanged
 
 
@@ -2856,7 +2900,7 @@ class ChunkTranslator:
     def __init__(self, request: dict, route: Route):
         self.model, self.family = route.model, route.provider.family
         self.wants_usage = bool(dig(request, "stream_options", "include_usage"))
-        self._is_legacy = "functions" in request and "tools" not in request
+        self._is_legacy = bool(request.get("functions")) and not request.get("tools")
         self._is_json = dig(request, "response_format", "type") in ("json_object", "json_schema")
         self._states: dict[int, ChoiceState] = {}
         self._id, self._created = "", 0
@@ -2873,7 +2917,7 @@ class ChunkTranslator:
                 raise to_upstream_error(refusal_of(event.status, data.decode("utf-8", "replace")), self.family)
             return []                                       # a keep-alive in words
         try:
-            chunk = json.loads(data)
+            chunk = _CHUNKS.decode(data.decode("utf-8", "replace"))
         except (ValueError, RecursionError):
             raise UpstreamError("the upstream sent a chunk that is not JSON, or was cut off in one; try again",
                                 code="upstream_cut") from None
@@ -3317,7 +3361,7 @@ class Completion:
 def refused(response: UpstreamResponse, route: Route) -> UpstreamError:
     """The error for an answer whose status is none of success."""
     text = response.read(MAX_ERROR_BODY).decode("utf-8", "replace")
-    log.debug("HTTP %d from %s: %s", response.status, route.provider.name, text[:2000])
+    log.debug("HTTP %d from %s: %s", response.status, route.provider.name, mask(text)[:2000])
     refusal = refusal_of(response.status, text)
     if not refusal.request_id:
         refusal = refusal._replace(request_id=response.headers.get("x-request-id"))
@@ -3356,11 +3400,14 @@ def excerpt(value: Any, longest: int = 200) -> str:
     """A JSON value for the log, long strings cut."""
     def cut(item: Any) -> Any:
         if isinstance(item, str) and len(item) > longest:
-            return "%s... (%d characters)" % (item[:longest], len(item))
+            return "%s... (%d characters)" % (mask(item)[:longest], len(item))
         if isinstance(item, dict):
             return {name: cut(inner) for name, inner in item.items()}
         return [cut(inner) for inner in item] if isinstance(item, list) else item
-    return json.dumps(cut(value), ensure_ascii=False)
+    try:
+        return json.dumps(cut(value), ensure_ascii=False)
+    except RecursionError:
+        return "(nested too deeply to show)"
 
 
 # Path (without /v1), method: the method of Handler.
@@ -3689,13 +3736,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _send_problem(self, error: ProxyError) -> None:
         """An error: as an HTTP status while that is possible, else as the last event of the stream."""
         self._note = error.message
-        if error.request_id and re.match(r"[\x21-\x7e]{1,200}\Z", error.request_id):
-            self._request_id = error.request_id
+        self._adopt_request_id(error.request_id)
         if not self._head_sent:
             return self._send_json(error.status, error.body(), error.headers)
         self.close_connection, self.status = True, error.status
         self._write_piece(encode_event(encode_json(error.body())))
         return self._write_end()                # and no [DONE]: the answer is not whole
+
+    def _adopt_request_id(self, request_id: str | None) -> None:
+        """Answer with the upstream's own handle, if it fits into a header."""
+        if request_id and re.match(r"[\x21-\x7e]{1,200}\Z", request_id):
+            self._request_id = request_id
 
     def _start_stream(self, headers: Iterable[tuple[str, str]] = ()) -> None:
         if not self._head_sent:
@@ -3726,8 +3777,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             answer = Completion(self.proxy, request, watch, self._user_agent()).open()
             try:
                 self._note = "%s via %s" % (answer.route.model, answer.route.provider.name)
-                if answer.request_id:
-                    self._request_id = answer.request_id[:200]
+                self._adopt_request_id(answer.request_id)
                 if is_stream:
                     self._send_stream(answer, watch)
                 else:
@@ -3838,7 +3888,7 @@ class ProxyServer:
         for key in options.api_keys:
             keep_secret(key)
         self._watches: set = set()
-        self._idle, self._stopped = threading.Condition(), threading.Event()
+        self._stopped = threading.Event()
         self._started, self._is_serving = time.time(), False
         self._listeners = self._listen()
 
@@ -3889,25 +3939,23 @@ class ProxyServer:
         self._wait_until_idle(grace)
         for watch in list(self._watches):
             watch.stop()
-        self._wait_until_idle(2)
+        self._wait_until_idle(2)                # for their last words
         self.upstream.close()
         self._stopped.set()
 
     def _wait_until_idle(self, seconds: float) -> None:
-        with self._idle:
-            self._idle.wait_for(lambda: not self._watches, seconds)
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and any(handler.is_busy for handler in list(self.handlers)):
+            time.sleep(0.02)
 
     @contextlib.contextmanager
     def running(self, watch: Watch) -> Iterator[None]:
         """Counts an answer as running."""
-        with self._idle:
-            self._watches.add(watch)
+        self._watches.add(watch)
         try:
             yield
         finally:
-            with self._idle:
-                self._watches.discard(watch)
-                self._idle.notify_all()
+            self._watches.discard(watch)
 
     def models(self) -> list[dict]:
         """The objects of /v1/models, the active provider's first; an id that two have is theirs by name."""
@@ -4139,14 +4187,29 @@ def cmd_serve(options: Any) -> int:
         server = make_server(options.host, options.port, api_keys=keys, no_auth=options.no_auth, allow_origins=options.allow_origin,
                              allow_hosts=options.allow_host, timeout=options.timeout, retries=options.retries,
                              max_connections=options.max_connections, max_body_mib=options.max_body, environ=environ, **choice)
+    except ValueError as error:
+        say(str(error))
+        return 2
     except OSError as error:
         say("cannot listen on %s port %d: %s; choose another --port, or 0 for a free one" % (options.host, options.port, reason_of(error)))
         return 2
     stop_on_signals(server)
+    raise_file_limit()
     say(banner(server, options.demo, bool(keys)))
     server.serve_forever()
     say("stopped")
     return 0
+
+
+def raise_file_limit() -> None:
+    """A stream takes two descriptors; the usual soft limit of 1024 ends at 500 streams."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource         # not on Windows
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = 4 * MAX_CONNECTIONS if hard == resource.RLIM_INFINITY else min(hard, 4 * MAX_CONNECTIONS)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def stop_on_signals(server: ProxyServer) -> None:
@@ -4229,7 +4292,11 @@ def in_words(seconds: float) -> str:
 def cmd_status(options: Any) -> int:
     """Say what would be used; 0 only when a request could be served. Spends no quota."""
     choice = provider_options(options)
-    catalogue = Catalogue(Options(choice["provider"], choice["base_url"], choice["model"], (), choice["qwen_home"]))
+    try:
+        catalogue = Catalogue(Options(choice["provider"], choice["base_url"], choice["model"], (), choice["qwen_home"]))
+    except ValueError as error:
+        say(str(error))
+        return 2
     facts = status_facts(catalogue, options.port)
     if options.json:
         print(mask(json.dumps(facts, indent=2, ensure_ascii=False)))
@@ -4289,17 +4356,17 @@ def oauth_facts(credentials: OAuthCredentials) -> dict:
 
 def clock_words(base_url: str) -> str:
     """How this clock differs from the upstream's, by the Date of an answer to a request without a key."""
-    parts = urllib.parse.urlsplit(base_url)
-    request = urllib.request.Request("%s://%s/" % (parts.scheme, parts.netloc), method="HEAD",
-                                     headers={"User-Agent": "qwen_proxy/" + __version__})
+    host = host_of(base_url, with_port=True)
     try:
+        request = urllib.request.Request(urllib.parse.urljoin(base_url, "/"), method="HEAD",
+                                         headers={"User-Agent": "qwen_proxy/" + __version__})
         try:
             date = urllib.request.build_opener(_NoRedirect).open(request, timeout=3).headers.get("Date")
         except urllib.error.HTTPError as error:
             date = error.headers.get("Date")
         skew = time.time() - parsedate_to_datetime(date).timestamp()
     except (OSError, http.client.HTTPException, TypeError, ValueError) as error:
-        return "unknown: %s gave no time (%s)" % (parts.netloc, reason_of(error) if isinstance(error, OSError) else "no Date header")
+        return "unknown: %s gave no time (%s)" % (host, reason_of(error) if isinstance(error, OSError) else "no Date header")
     return "right" if abs(skew) < 10 else "%d s %s, so tokens expire at the wrong moment" % (abs(skew), "fast" if skew > 0 else "slow")
 
 

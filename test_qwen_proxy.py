@@ -594,6 +594,14 @@ def test_lock_that_is_not_ours_any_more_is_left_alone(home):
     assert path.read_text() == "thief"
 
 
+def test_lock_that_cannot_be_read_is_broken_too(home, monkeypatch):
+    monkeypatch.setattr(qp, "LOCK_STALE", 0.2)
+    (home / "oauth_creds.lock").symlink_to(home / "nowhere")
+    with qp.LockFile(str(home / "oauth_creds.lock")):
+        pass
+    assert os.listdir(str(home)) == []
+
+
 def test_lock_waits_no_longer_than_stale_when_the_clock_jumped(home, monkeypatch):
     path = home / "oauth_creds.lock"
     path.write_text("from the future")
@@ -869,7 +877,23 @@ def test_presets(home, name):
 
 
 def test_unknown_provider_is_named(home):
-    assert "no provider 'x'" in catalogue(home, qp.Options(provider="x")).current().notes[0]
+    with pytest.raises(ValueError, match="no provider 'x'"):
+        catalogue(home, qp.Options(provider="x"))
+
+
+def test_provider_of_the_command_line_is_never_overruled(home):
+    (home / "settings.json").write_text(SETTINGS % (4, ENTRIES), encoding="utf-8")
+    for options in (qp.Options(base_url="http://chosen:1/v1"), qp.Options(provider="openrouter")):
+        names = catalogue(home, options, HOST="http://gateway:1", OPENAI_API_KEY="sk-1")
+        assert [route.provider for route in names.routes("qwen3.7-plus")] == names.current().providers[:1]
+
+
+@pytest.mark.parametrize("text", ['{"env":["a"]}', '{"modelProviders":[1]}', '{"security":{"auth":{"baseUrl":5,"selectedType":"openai"}}}',
+                                  '{"modelProviders":{"openai":[{"id":"x","baseUrl":"http://[::1"}]}}', '{"model":{"name":{}}}'])
+def test_odd_settings_do_not_stop_the_start(home, text):
+    (home / "settings.json").write_text(text)
+    for provider in catalogue(home).current().providers:
+        provider.describe()
 
 
 def test_oauth_file_is_active_when_nothing_is_selected(home, upstream, login):
@@ -993,6 +1017,12 @@ def test_401_after_a_refresh_says_that_the_free_tier_ended(login, upstream, serv
     status, _, body = chat(serve())
     assert status == 401 and "2026-04-15" in body["error"]["message"] and "/auth" in body["error"]["message"]
     assert len(upstream.refreshes) == 1 and len(upstream.bodies()) == 2
+
+
+def test_useless_login_is_not_refreshed_for_every_request(login, upstream, serve):
+    upstream.script.extend([refusal("invalid access token or token expired", 401, "invalid_api_key")] * 5)
+    server = serve()
+    assert [chat(server)[0] for _ in range(4)] == [401] * 4 and len(upstream.refreshes) == 1
 
 
 @pytest.mark.parametrize("answer, status, code, words", [
@@ -1250,6 +1280,8 @@ TOOL_DELTAS = {
                                chunk({}, "stop"), DONE],
     "the whole call replayed": [chunk(tool_call(0, "call_a", "get_weather", '{"city": "Paris"}'))] * 2
                                + [chunk(tool_call(1, "call_b", "get_time", "{}")), chunk({}, "stop"), DONE],
+    "a name that comes late": [chunk(tool_call(5, "call_x", None, "")), chunk(tool_call(0, "call_a", "get_weather", '{"city": "Paris"}')),
+                               chunk(tool_call(1, "call_b", "get_time", "{}")), chunk({}, "stop"), DONE],
     "in the finish chunk": [chunk({"tool_calls": tool_call(0, "call_a", "get_weather", '{"city": "Paris"}')["tool_calls"]
                                    + tool_call(1, "call_b", "get_time", "{}")["tool_calls"]}, "stop"), DONE],
     "truncated by length, but whole": [chunk(tool_call(0, "call_a", "get_weather", '{"city": "Paris"}')),
@@ -1421,6 +1453,22 @@ def test_finished_stream_without_done_gets_it(key_server, upstream, pieces):
     upstream.script.append(stream(*pieces))
     _, _, data = chat(key_server, stream=True)
     assert data[-1] == "[DONE]" and json.loads(data[-2])["choices"][0]["finish_reason"] == "stop"
+
+
+def test_client_that_leaves_while_the_lock_is_held_is_let_go(home, upstream, serve):
+    write_login(home, upstream, expires_in=0)
+    (home / "oauth_creds.lock").write_text("somebody")
+    server = serve()
+    data = json.dumps({"messages": [{"role": "user", "content": "x"}]}).encode()
+    with socket.create_connection(("127.0.0.1", server.port), timeout=WAIT) as client:
+        client.sendall(POST + b"Content-Length: %d\r\n\r\n%s" % (len(data), data))
+        end = time.monotonic() + WAIT
+        while not server.health()["in_flight"] and time.monotonic() < end:
+            time.sleep(0.01)
+        assert server.health()["in_flight"] == 1
+    while server.health()["in_flight"] and time.monotonic() < end:
+        time.sleep(0.01)
+    assert server.health()["in_flight"] == 0
 
 
 @pytest.mark.parametrize("pieces", [[], HELLO[:2]])
@@ -1595,6 +1643,14 @@ def test_malformed_requests(key_server, upstream, name):
     assert received.startswith(b"HTTP/1.1 %d " % status), received[:200]
     assert "error" in json.loads(received.partition(b"\r\n\r\n")[2]) and upstream.requests == []
     assert ask(key_server, method="GET", path="/health")[0] == 200
+
+
+def test_many_clients_at_once_share_connections(key_server, upstream):
+    results = []
+    threads = [threading.Thread(target=lambda: results.extend(chat(key_server)[0] for _ in range(10))) for _ in range(8)]
+    [thread.start() for thread in threads]
+    [thread.join(WAIT) for thread in threads]
+    assert results == [200] * 80 and upstream.connections <= 16
 
 
 def test_a_slow_sender_is_cut_off(key_server, monkeypatch):
