@@ -589,16 +589,17 @@ class OAuthCredentials:
         finally:
             self._refreshing.release()
 
-    def login(self) -> Login:
+    def login(self, in_memory: bool = False) -> Login:
         """The login as it is now: the file if it has changed, else the copy in memory.
 
         A file that has become unreadable or is gone (the CLI deletes it when its own refresh is refused)
         does not end a login that memory still holds.
         """
         with self._reading:
-            signature = self._signature_of_file()
-            if signature != self._signature:
-                self._read(signature)
+            if self._login is None or not in_memory:
+                signature = self._signature_of_file()
+                if signature != self._signature:
+                    self._read(signature)
             if self._login is None:
                 raise CredentialError("no usable login in %s: %s; %s" % (self.path, self.problem, LOGIN_AGAIN))
             return self._login
@@ -609,7 +610,7 @@ class OAuthCredentials:
 
     def base_url(self) -> str:
         """Where this login is served."""
-        return base_url_of(self.login().resource_url)
+        return base_url_of(self.login(in_memory=True).resource_url)
 
     def describe(self) -> dict:
         """Facts for /health and status; nothing secret."""
@@ -1387,6 +1388,29 @@ def readable(sockets: list[socket.socket], seconds: float) -> list[socket.socket
     return [each for each in sockets if each.fileno() in ready] if ready else []
 
 
+def send_all(connection: socket.socket, data: bytes, seconds: float) -> None:
+    """Send on a socket that does not block; raises socket.timeout when it takes nothing for that long.
+
+    Sockets with a timeout cost one more system call for each send, and a stream is little else.
+    """
+    view = memoryview(data)
+    while view:
+        try:
+            view = view[connection.send(view):]
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            if not writable(connection, seconds):
+                raise socket.timeout("timed out") from None
+
+
+def writable(connection: socket.socket, seconds: float) -> bool:
+    """Whether the socket takes bytes, after at most that many seconds."""
+    if not hasattr(select, "poll"):
+        return bool(select.select([], [connection], [], seconds)[1])
+    poll = select.poll()
+    poll.register(connection, select.POLLOUT)
+    return bool(poll.poll(seconds * 1000))
+
+
 class Watch:
     """Waits for the upstream without losing sight of the client.
 
@@ -1404,7 +1428,8 @@ class Watch:
 
     def wait(self, upstream: socket.socket) -> None:
         """Return when the upstream can be read; raises ClientGone, ShuttingDown, UpstreamError (504)."""
-        self._upstream = upstream
+        if self._upstream is not upstream:
+            self._upstream = upstream
         deadline = time.monotonic() + self.timeout
         while True:
             if self._stopping:
@@ -1494,14 +1519,15 @@ class _WatchedSocket:
 
     def __init__(self, connected: socket.socket):
         self.socket, self.watch = connected, Watch()
-        self._readers, self._closing = 0, False
+        self.socket.setblocking(False)
+        self._readers, self._closing, self._unsent = 0, False, b""
 
     def sendall(self, data: Any) -> None:
-        self.socket.settimeout(self.watch.timeout)
-        self.socket.sendall(data)
+        self._unsent += bytes(data)             # http.client sends head and body apart: here they go as one
 
     def makefile(self, mode: str) -> io.BufferedReader:
-        self.socket.setblocking(False)
+        data, self._unsent = self._unsent, b""
+        send_all(self.socket, data, self.watch.timeout)
         self._readers += 1
         return io.BufferedReader(_WatchedReader(self), PIECE)
 
@@ -1642,9 +1668,9 @@ class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
                 connection = self._idle[key].pop() if self._idle[key] else None
             if connection is None:
                 return None
-            is_young = time.monotonic() - connection.idle_since < IDLE_CONNECTION_AGE
+            age = time.monotonic() - connection.idle_since
             # Whatever can be read on an idle connection is its end, or nothing that we asked for.
-            if is_young and not readable([connection.sock.socket], 0):
+            if age < 0.5 or (age < IDLE_CONNECTION_AGE and not readable([connection.sock.socket], 0)):
                 return connection
             connection.close()
 
@@ -2903,7 +2929,8 @@ class ChunkTranslator:
         self._is_legacy = bool(request.get("functions")) and not request.get("tools")
         self._is_json = dig(request, "response_format", "type") in ("json_object", "json_schema")
         self._states: dict[int, ChoiceState] = {}
-        self._id, self._created = "", 0
+        self._id, self._created, self._their_model = "", 0, None
+        self._model_bytes: list[tuple[bytes, bytes]] = []
         self.usage: dict | None = None
         self.is_done = False
 
@@ -2924,14 +2951,17 @@ class ChunkTranslator:
         choices = chunk.get("choices")
         if event.name == "error" or chunk.get("error") or (not choices and "message" in chunk and "code" in chunk):
             raise to_upstream_error(refusal_in(event.status, chunk), self.family)
+        came_from = chunk.get("model")
         is_changed = self._envelope(chunk)
+        if not is_changed and came_from != self.model:
+            data = self._with_model(data, came_from)
         if not isinstance(choices, list):
             return []
         translated: Translated = []
         for choice in choices:
             outputs = self._choice(choice) if isinstance(choice, dict) else []
             if outputs is None and len(choices) == 1:
-                return [(chunk, None if is_changed or b"\n" in data else data)]
+                return [(chunk, None if is_changed or b"\n" in data else data or None)]
             translated += [({**chunk, "choices": [output]}, None) for output in ([choice] if outputs is None else outputs)]
         return translated
 
@@ -2967,10 +2997,22 @@ class ChunkTranslator:
             self.usage = clean_usage(chunk["usage"]) or self.usage
         if "usage" in chunk:
             is_changed = chunk.pop("usage") is not None
-        for name, value in (("id", self._id), ("object", "chat.completion.chunk"), ("created", self._created), ("model", self.model)):
+        for name, value in (("id", self._id), ("object", "chat.completion.chunk"), ("created", self._created)):
             if chunk.get(name) != value:
                 chunk[name], is_changed = value, True
+        chunk["model"] = self.model
         return is_changed
+
+    def _with_model(self, data: bytes, came_from: Any) -> bytes:
+        """The bytes with our model in the place of the upstream's; b"" where that is not certain."""
+        if came_from != self._their_model:
+            self._their_model, name = came_from, encode_json(came_from)
+            self._model_bytes = [(b'"model":%s%s' % (space, name), b'"model":%s%s' % (space, encode_json(self.model)))
+                                 for space in (b"", b" ")]
+        for theirs, ours in self._model_bytes if data.count(b'"model"') == 1 else ():
+            if theirs in data:
+                return data.replace(theirs, ours)
+        return b""
 
     def _choice(self, choice: dict) -> list[dict] | None:
         """The choices for one upstream choice; None when it is right as it came."""
@@ -3313,11 +3355,12 @@ class _DeadlineReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        remaining = self.deadline - time.monotonic()
-        if remaining <= 0:
-            raise socket.timeout("timed out")
-        self._connection.settimeout(remaining)
-        return self._connection.recv_into(buffer)
+        while True:
+            remaining = self.deadline - time.monotonic()
+            if remaining <= 0 or not readable([self._connection], remaining):
+                raise socket.timeout("timed out")
+            with contextlib.suppress(BlockingIOError):
+                return self._connection.recv_into(buffer)
 
 
 class Completion:
@@ -3441,6 +3484,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def setup(self) -> None:
         super().setup()
         self.rfile.close()
+        self.connection.setblocking(False)
         self._reader = _DeadlineReader(self.connection)
         self.rfile = io.BufferedReader(self._reader, PIECE)     # type: ignore[assignment]
         self.proxy = self.server.proxy
@@ -3648,7 +3692,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise self._too_large()
         self._reader.deadline = time.monotonic() + BODY_TIMEOUT + self._length / BODY_RATE
         if self.headers.get("expect", "").lower() == "100-continue" and self._unread:
-            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
         if self._is_chunked:
             body = self._read_chunked(limit)
         else:
@@ -3726,9 +3770,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if body is not None and self.close_connection:
             lines.append("Connection: close")
         self._head_sent, self.status = True, status
-        self.connection.settimeout(WRITE_TIMEOUT)
         head = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
-        self.wfile.write(head if self.command == "HEAD" else head + (body or b""))
+        self._write(head if self.command == "HEAD" else head + (body or b""))
 
     def _send_json(self, status: int, value: Any, headers: Iterable[tuple[str, str]] = ()) -> None:
         self._send(status, [("Content-Type", "application/json"), *headers], encode_json(value))
@@ -3758,13 +3801,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _write_piece(self, piece: bytes) -> None:
         """Part of a stream, as one write."""
-        self.wfile.write(piece if self._is_http_1_0 else b"%x\r\n%s\r\n" % (len(piece), piece))
+        self._write(piece if self._is_http_1_0 else b"%x\r\n%s\r\n" % (len(piece), piece))
 
     def _write_end(self) -> None:
         if self._is_http_1_0:
             self.close_connection = True
         else:
-            self.wfile.write(b"0\r\n\r\n")
+            self._write(b"0\r\n\r\n")
+
+    def _write(self, data: bytes) -> None:
+        send_all(self.connection, data, WRITE_TIMEOUT)
 
     # -- the API ---------------------------------------------------------------------------------
 
