@@ -238,7 +238,7 @@ class FakeQwen:
         handler.send_response_only(answer.status)
         handler.send_header("Date", handler.date_time_string())
         framed = any(name == "Transfer-Encoding" for name, _ in answer.headers)
-        body = b"" if framed else b"".join(answer.pieces)
+        body = b"" if framed else b"".join(piece for piece in answer.pieces if isinstance(piece, bytes))
         for name, value in answer.headers:
             handler.send_header(name, value)
         if not framed and not any(name == "Content-Length" for name, _ in answer.headers):
