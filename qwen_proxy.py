@@ -2003,6 +2003,7 @@ def json_type(value: Any) -> str:
 
 
 def entry_defaults(body: dict, context: Context) -> bool:
+    """samplingParams and extra_body of the settings entry, where the client says nothing."""
     given = dict(body)
     for name in ("samplingParams", "extra_body"):
         defaults = context.config.get(name)
@@ -2016,6 +2017,7 @@ def entry_defaults(body: dict, context: Context) -> bool:
 
 
 def without_nulls(body: dict, context: Context) -> bool:
+    """No null at the top level: it means "not set" there."""
     nulls = [name for name, value in body.items() if value is None]
     for name in nulls:
         del body[name]
@@ -2023,6 +2025,7 @@ def without_nulls(body: dict, context: Context) -> bool:
 
 
 def functions_to_tools(body: dict, context: Context) -> bool:
+    """The deprecated functions and function_call, also in the history, as tools."""
     changed = False
     if "functions" in body:
         functions = body.pop("functions")
@@ -2046,6 +2049,7 @@ def functions_to_tools(body: dict, context: Context) -> bool:
 
 
 def developer_to_system(body: dict, context: Context) -> bool:
+    """The role developer is called system by Qwen."""
     found = [message for message in body["messages"] if message["role"] == "developer"]
     for message in found:
         message["role"] = "system"
@@ -2065,6 +2069,7 @@ def parts_of(content: Any) -> list[dict]:
 
 
 def system_first(body: dict, context: Context) -> bool:
+    """One system message, first, with the text of all."""
     messages = body["messages"]
     system = [message for message in messages if message["role"] == "system"]
     if len(system) == (1 if messages[0]["role"] == "system" else 0):
@@ -2078,6 +2083,7 @@ def system_first(body: dict, context: Context) -> bool:
 
 
 def portal_system(body: dict, context: Context) -> bool:
+    """The system message as parts, the last one with a cache_control marker."""
     messages = body["messages"]
     head = messages.pop(0) if messages[0]["role"] == "system" else {"role": "system", "content": ""}
     parts = parts_of(head.get("content")) or [{"type": "text", "text": ""}]
@@ -2112,6 +2118,7 @@ def paired_tool_messages(body: dict, context: Context) -> bool:
 
 
 def valid_tool_calls(body: dict, context: Context) -> bool:
+    """Tool calls of the history with arguments that are JSON; no empty lists of them."""
     changed = False
     for message in body["messages"]:
         calls = message.get("tool_calls")
@@ -2144,6 +2151,7 @@ def valid_call(call: Any) -> Any:
 
 
 def content_present(body: dict, context: Context) -> bool:
+    """Every message has content, if only an empty one."""
     missing = [message for message in body["messages"] if message.get("content") is None]
     for message in missing:
         message["content"] = ""
@@ -2151,6 +2159,7 @@ def content_present(body: dict, context: Context) -> bool:
 
 
 def flat_content(body: dict, context: Context) -> bool:
+    """Content that is nothing but text parts as one string."""
     changed = False
     for message in body["messages"]:
         content = message.get("content")
@@ -2182,6 +2191,7 @@ def media_out_of_tools(body: dict, context: Context) -> bool:
 
 
 def reasoning_sent_back(body: dict, context: Context) -> bool:
+    """Thoughts that a client sends back are called reasoning_content."""
     changed = False
     for message in body["messages"]:
         if message["role"] == "assistant" and isinstance(message.get("reasoning"), str):
@@ -2192,6 +2202,7 @@ def reasoning_sent_back(body: dict, context: Context) -> bool:
 
 
 def reasoning_required(body: dict, context: Context) -> bool:
+    """Every assistant message has reasoning_content, if only an empty one."""
     missing = [message for message in body["messages"] if message["role"] == "assistant" and "reasoning_content" not in message]
     for message in missing:
         message["reasoning_content"] = ""
@@ -2211,6 +2222,7 @@ def few_cache_markers(body: dict, context: Context) -> bool:
 
 
 def max_tokens(body: dict, context: Context) -> bool:
+    """One limit under its old name, the smaller if there are two, and no more than the model has."""
     before = (body.get("max_tokens"), body.get("max_completion_tokens"))
     asked = [value for value in before if isinstance(value, int) and not isinstance(value, bool)]
     if not asked:
@@ -2221,6 +2233,7 @@ def max_tokens(body: dict, context: Context) -> bool:
 
 
 def sampling_range(body: dict, context: Context) -> bool:
+    """temperature below 2, top_p above 0."""
     changed = False
     if isinstance(body.get("temperature"), (int, float)) and body["temperature"] >= 2:
         body["temperature"], changed = 1.99, True
@@ -2231,6 +2244,7 @@ def sampling_range(body: dict, context: Context) -> bool:
 
 
 def usable_tools(body: dict, context: Context) -> bool:
+    """No empty list of tools and nothing that needs one; tools with parameters; tool_choice in OpenAI's shape."""
     if not body.get("tools"):
         dropped = [body.pop(name) for name in ("tools", "tool_choice", "parallel_tool_calls") if name in body]
         return bool(dropped)
@@ -2263,6 +2277,7 @@ OPENAI_ONLY = ("logit_bias", "metadata", "prediction", "prompt_cache_key", "prom
 
 
 def without_openai_only(body: dict, context: Context) -> bool:
+    """Fields that only OpenAI itself knows are left out."""
     dropped = [body.pop(name) for name in OPENAI_ONLY if name in body]
     if not isinstance(body.get("user", ""), str):
         dropped.append(body.pop("user"))
@@ -2274,6 +2289,7 @@ def without_openai_only(body: dict, context: Context) -> bool:
 
 
 def web_search(body: dict, context: Context) -> bool:
+    """web_search_options asks for the search of the endpoint."""
     if "web_search_options" not in body:
         return False
     body.setdefault("enable_search", True)
@@ -2407,6 +2423,7 @@ def add_instruction(body: dict, text: str) -> None:
 
 
 def streamed(body: dict, context: Context) -> bool:
+    """The upstream always streams and always counts."""
     options = body.get("stream_options")
     before = (body.get("stream"), options)
     body["stream"] = True
@@ -2477,25 +2494,30 @@ def to_upstream_request(request: dict, route: Route) -> tuple[dict, list[str]]:
 
 
 def schema_to_prompt(body: dict, match: Any) -> None:
+    """A JSON schema that was refused goes into the prompt."""
     wanted = body["response_format"]
     body["response_format"] = {"type": "json_object"}
     add_instruction(body, schema_instruction(wanted))
 
 
 def set_max_tokens(body: dict, match: Any) -> None:
+    """The limit that the refusal names."""
     body["max_tokens"] = int(match.group(1))
 
 
 def drop_logprobs(body: dict, match: Any) -> None:
+    """No log probabilities."""
     body.pop("logprobs", None)
     body.pop("top_logprobs", None)
 
 
 def think_on(body: dict, match: Any) -> None:
+    """Thinking that cannot be switched off stays on."""
     body["enable_thinking"] = True
 
 
 def tool_choice_auto(body: dict, match: Any) -> None:
+    """A choice that was refused is left to the model."""
     body["tool_choice"] = "auto"
 
 
@@ -4137,10 +4159,18 @@ def demo_arguments(schema: dict) -> dict:
             for name, part in properties.items() if name in schema.get("required", properties)}
 
 
+class DemoServer(http.server.ThreadingHTTPServer):
+    """Runs the stand-in; that the proxy leaves in the middle of an answer is no error."""
+
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.debug("demo: %s", sys.exc_info()[1])
+
+
 def start_demo() -> str:
     """Start the stand-in on a free port of loopback; returns its base URL."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), DemoUpstream)
-    server.daemon_threads = True
+    server = DemoServer(("127.0.0.1", 0), DemoUpstream)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return "http://127.0.0.1:%d/compatible-mode/v1" % server.server_port
 
@@ -4368,9 +4398,8 @@ def cmd_status(options: Any) -> int:
         print(mask(json.dumps(facts, indent=2, ensure_ascii=False)))
     else:
         for name, value in facts.items():
-            for line in value if isinstance(value, list) else [value]:
-                print("%-12s %s" % (name.replace("_", " "), mask(line if isinstance(line, str) else json.dumps(line, ensure_ascii=False))))
-                name = ""
+            lines = [line if isinstance(line, str) else json.dumps(line) for line in (value if isinstance(value, list) else [value])]
+            print("%-13s %s" % (name.replace("_", " "), mask(("\n" + " " * 14).join(lines))))
     return 0 if facts["usable"] else 1
 
 

@@ -1793,9 +1793,15 @@ def test_demo_serves_thoughts_a_tool_call_and_its_result():
         _, _, data = chat(process, stream=True, messages=messages, tools=tools, stream_options={"include_usage": True})
         assert data[-1] == "[DONE]" and json.loads(data[-2])["usage"]["total_tokens"]
         assert "42" in text_in([json.loads(value) for value in data[:-1]])
+        with socket.create_connection(("127.0.0.1", process.port), timeout=WAIT) as client:      # one who leaves at once
+            body = b'{"stream": true, "messages": [{"role": "user", "content": "Hi"}]}'
+            client.sendall(POST + b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
+            assert client.recv(1)
     finally:
         process.popen.terminate()
         assert process.popen.wait(WAIT) == 0
+    process.reader.join(WAIT)
+    assert "Traceback" not in "".join(process.lines)
 
 
 def test_start_says_what_a_newcomer_needs(login, upstream):
