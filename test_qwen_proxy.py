@@ -266,11 +266,18 @@ class FakeQwen:
         """Wait for the event; False, and self.gone set, when the proxy has closed the connection meanwhile."""
         end = time.monotonic() + WAIT
         while not event.is_set() and time.monotonic() < end:
-            if select.select([handler.connection], [], [], 0.02)[0] and not handler.connection.recv(1, socket.MSG_PEEK):
+            if select.select([handler.connection], [], [], 0.02)[0] and self.has_left(handler.connection):
                 handler.close_connection = True
                 self.gone.set()
                 return False
         return True
+
+    @staticmethod
+    def has_left(connection):
+        try:
+            return not connection.recv(1, socket.MSG_PEEK)
+        except ConnectionResetError:            # closed on bytes that it had not read
+            return True
 
     def bodies(self):
         return [json.loads(body) for path, _, body in self.requests if path.endswith("/chat/completions")]
