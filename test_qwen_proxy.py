@@ -307,6 +307,7 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv("QWEN_CODE_SYSTEM_DEFAULTS_PATH", str(tmp_path / "none"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(qp.Listener, "poll_interval", 0.02)
+    monkeypatch.setattr(qp, "FILE_CHECK_INTERVAL", 0)
     return folder
 
 
