@@ -2977,6 +2977,7 @@ class ChunkTranslator:
         self.model, self.family = route.model, route.provider.family
         self.wants_usage = bool(dig(request, "stream_options", "include_usage"))
         self._is_legacy = bool(request.get("functions")) and not request.get("tools")
+        self._is_stream = bool(request.get("stream"))       # else nobody asks for the bytes
         self._is_json = dig(request, "response_format", "type") in ("json_object", "json_schema")
         self._states: dict[int, ChoiceState] = {}
         self._id, self._created, self._their_model = "", 0, None
@@ -3003,7 +3004,7 @@ class ChunkTranslator:
             raise to_upstream_error(refusal_in(event.status, chunk), self.family)
         came_from = chunk.get("model")
         is_changed = self._envelope(chunk)
-        if not is_changed and came_from != self.model:
+        if self._is_stream and not is_changed and came_from != self.model:
             data = self._with_model(data, came_from)
         if not isinstance(choices, list):
             return []
@@ -3213,11 +3214,13 @@ class CompletionCollector:
 
     def __init__(self) -> None:
         self._head: dict = {}
+        self._head_size = 0
         self._choices: dict[int, dict] = {}
 
     def feed(self, chunk: dict) -> None:
         """Add one chunk."""
-        if not self._head or len(chunk) > len(self._head):
+        if len(chunk) > self._head_size:        # later chunks may name more than the first, seldom something else
+            self._head_size = len(chunk)
             self._head.update((name, value) for name, value in chunk.items() if name not in ("choices", "usage"))
         for part in chunk["choices"]:
             choice = self._choices.get(part["index"])
@@ -3899,7 +3902,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _user_agent(self) -> str:
         """The client's own name, then ours: the Coding Plan refuses requests without one, and we pose as nobody."""
-        client = "".join(char for char in self.headers.get("user-agent", "") if char.isascii() and char.isprintable())
+        client = self.headers.get("user-agent", "")
+        if not (client.isascii() and client.isprintable()):
+            client = ""
         return (client[:200] + " qwen_proxy/" + __version__).strip()
 
     def get_models(self) -> None:
@@ -3934,6 +3939,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 def printable(text: str) -> str:
     """The text with control characters made visible: no client may write lines into our log."""
+    if text.isprintable():
+        return text
     return "".join(char if char.isprintable() else "\\x%02x" % ord(char) for char in text)
 
 
