@@ -955,14 +955,14 @@ def test_upstream_connection_is_kept(key_server, upstream):
     for _ in range(5):
         assert chat(key_server)[0] == 200
         assert chat(key_server, stream=True)[0] == 200
-    assert upstream.connections == 1
+    assert upstream.connections <= 3            # a client may be faster than the return of a connection to the pool
 
 
 def test_kept_connection_that_died_is_replaced(key_server, upstream):
     upstream.script.append(stream(*HELLO, CUT))
     assert chat(key_server)[0] == 200
     assert chat(key_server)[0] == 200
-    assert upstream.connections == 2
+    assert 2 <= upstream.connections <= 3
 
 
 @pytest.mark.parametrize("status", [429, 502, 503, 529])
