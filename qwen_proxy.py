@@ -1512,99 +1512,168 @@ class Watch:
         self._both = Readiness([self._upstream] if self._upstream is not None else [])
 
 
-class _WatchedReader(io.RawIOBase):
-    """Bytes from an upstream socket, each wait of which is a Watch's.
+class Connection:
+    """A connection to an upstream, each wait of which is a Watch's.
 
-    It sits below http.client's buffer, so it waits only when nothing is buffered, and it never blocks
-    inside recv: a TLS record that carries no data must not hide a client that leaves.
+    It never blocks inside recv: a TLS record that carries no data must not hide a client that leaves.
     """
 
-    def __init__(self, owner: _WatchedSocket):
-        super().__init__()
-        self._owner, self._socket = owner, owner.socket
-        self._pending = getattr(owner.socket, "pending", None)
+    def __init__(self, connected: http.client.HTTPConnection):
+        self._connected, self.socket = connected, connected.sock
+        self.socket.setblocking(False)
+        self._pending = getattr(self.socket, "pending", None)
+        self.watch, self.idle_since, self.has_received = Watch(), 0.0, False
 
-    def readable(self) -> bool:
-        return True
+    def send(self, data: bytes) -> None:
+        """Send it all; raises OSError."""
+        self.has_received = False
+        send_all(self.socket, data, self.watch.timeout)
 
-    def readinto(self, buffer: Any) -> int:
+    def receive(self) -> bytes:
+        """What arrives next, empty at the end; raises OSError, and what Watch.wait() raises."""
         while True:
             if not (self._pending and self._pending()):
-                self._owner.watch.wait(self._socket)
+                self.watch.wait(self.socket)
             try:
-                return self._socket.recv_into(buffer)
+                received = self.socket.recv(PIECE)
             except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
                 continue
+            self.has_received = self.has_received or bool(received)
+            return received
 
     def close(self) -> None:
-        if not self.closed:
-            super().close()
-            self._owner.reader_closed()
+        """Close it; may be called more than once."""
+        self._connected.close()
 
 
-class _WatchedSocket:
-    """What http.client uses of a socket. It stays open until the response on it is closed too."""
-
-    def __init__(self, connected: socket.socket):
-        self.socket, self.watch = connected, Watch()
-        self.socket.setblocking(False)
-        self._readers, self._closing, self._unsent = 0, False, b""
-
-    def sendall(self, data: Any) -> None:
-        self._unsent += bytes(data)             # http.client sends head and body apart: here they go as one
-
-    def makefile(self, mode: str) -> io.BufferedReader:
-        data, self._unsent = self._unsent, b""
-        send_all(self.socket, data, self.watch.timeout)
-        self._readers += 1
-        return io.BufferedReader(_WatchedReader(self), PIECE)
-
-    def reader_closed(self) -> None:
-        self._readers -= 1
-        if self._closing:
-            self.close()
-
-    def close(self) -> None:
-        self._closing = True
-        if self._readers <= 0:
-            self.socket.close()
+_HEAD_END = re.compile(rb"\r?\n\r?\n")
+_STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-5]\d\d)(?: |\Z)")
 
 
-class _Watched:
-    """Mixed into the connections of http.client: their reads are watched."""
+def parse_head(head: bytes) -> tuple[int, dict[str, str], bool]:
+    """Status, headers (names in lower case) and whether the connection stays open (RFC 9112 4, 5, 9.3).
 
-    def connect(self) -> None:
-        super().connect()                       # type: ignore[misc]
-        self.sock, self.idle_since = _WatchedSocket(self.sock), 0.0     # type: ignore[has-type]
+    http.client's own parser is the e-mail package's, and half the cost of a small answer. Raises
+    http.client.BadStatusLine.
+    """
+    status_line, *lines = head.decode("latin-1").split("\n")
+    match = _STATUS_LINE.match(status_line.rstrip("\r"))
+    if not match:
+        raise http.client.BadStatusLine(status_line[:100])
+    headers: dict[str, str] = {}
+    for line in lines:
+        name, _, value = line.partition(":")
+        name, value = name.strip().lower(), value.strip()
+        headers[name] = headers[name] + ", " + value if name in headers else value
+    connection = headers.get("connection", "").lower()
+    return int(match.group(2)), headers, "close" not in connection and (match.group(1) == "1" or "keep-alive" in connection)
 
 
-class _Connection(_Watched, http.client.HTTPConnection):
-    """A connection in clear: to a machine of one's own, or to a forward proxy."""
+class BodyDecoder:
+    """Takes the framing off a response's body: chunked, of a known length, or up to the end (RFC 9112 6.3).
 
+    >>> decoder = BodyDecoder(200, {"transfer-encoding": "chunked"})
+    >>> decoder.feed(b"3\\r\\nabc\\r\\n2\\r"), decoder.feed(b"\\nde\\r\\n0\\r\\n\\r\\n"), decoder.is_done
+    (b'abc', b'de', True)
+    """
 
-class _TLSConnection(_Watched, http.client.HTTPSConnection):
-    """A connection over TLS."""
+    def __init__(self, status: int, headers: dict[str, str]):
+        self._is_chunked = "chunked" in headers.get("transfer-encoding", "").lower()
+        length = headers.get("content-length", "")
+        self.ends_with_connection = not self._is_chunked and not length.isdecimal()
+        self._left = int(length) if length.isdecimal() and not self._is_chunked else 0
+        self._line, self._is_last, self.surplus = b"", False, b""
+        self.is_done = status in (204, 304) or not (self._is_chunked or self._left or self.ends_with_connection)
+
+    def feed(self, received: bytes) -> bytes:
+        """The content in what was received; raises ValueError for a chunk size that is none."""
+        if self.ends_with_connection:
+            return received
+        if self._is_chunked:
+            return self._dechunked(received)
+        content, self.surplus = received[:self._left], received[self._left:]
+        self._left -= len(content)
+        self.is_done = not self._left
+        return content
+
+    def _dechunked(self, received: bytes) -> bytes:
+        found, at = [], 0
+        if self._line:
+            received, self._line = self._line + received, b""
+        while at < len(received) and not self.is_done:
+            if self._left:
+                found.append(received[at:at + self._left])
+                self._left, at = self._left - len(found[-1]), at + len(found[-1])
+                continue
+            end = received.find(b"\n", at)
+            if end < 0:
+                self._line = received[at:]
+                if len(self._line) > MAX_LINE:
+                    raise ValueError("a chunk size without an end")
+                break
+            self._take_line(received[at:end].strip())
+            at = end + 1
+        self.surplus = received[at:] if self.is_done else b""
+        return found[0] if len(found) == 1 else b"".join(found)
+
+    def _take_line(self, line: bytes) -> None:
+        """A chunk's size, the empty end of the chunk before, or after the last one a trailer."""
+        if self._is_last:
+            self.is_done = not line
+        elif line:
+            self._left = int(line.partition(b";")[0], 16)
+            self._is_last = not self._left
+            if self._left < 0:
+                raise ValueError("a negative chunk size")
 
 
 class UpstreamResponse:
     """An answer of the upstream: status, headers, and the body in pieces as they arrive."""
 
-    def __init__(self, response: http.client.HTTPResponse, connection: Any, pool: KeepAliveHandler, key: Any):
-        self.status, self.headers = response.status, response.headers
-        self._response, self._connection, self._pool, self._key = response, connection, pool, key
+    def __init__(self, connection: Connection, pool: KeepAliveHandler, key: Any):
+        self._connection: Connection | None = connection
+        self._pool, self._key = pool, key
+        self.status, self.headers, self._stays_open = self._read_head(connection)
+        self._body = BodyDecoder(self.status, self.headers)
+        if self._body.is_done:
+            self._body.surplus = self._received
+
+    def _read_head(self, connection: Connection) -> tuple[int, dict[str, str], bool]:
+        self._received = b""
+        while True:
+            end = _HEAD_END.search(self._received)
+            if end:
+                head, self._received = self._received[:end.start()], self._received[end.end():]
+                parsed = parse_head(head)
+                if parsed[0] >= 200:
+                    return parsed
+                continue                        # 100 Continue, 103 Early Hints: the answer is still to come
+            piece = connection.receive()
+            if not piece or len(self._received) > MAX_ERROR_BODY:
+                raise http.client.RemoteDisconnected
+            self._received += piece
 
     def pieces(self) -> Iterator[bytes]:
         """The body; raises UpstreamError when the connection breaks, and what Watch.wait() raises."""
-        while True:
-            try:
-                piece = self._response.read1(PIECE)
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                raise UpstreamError("the upstream broke off in the middle of its answer (%s); try again"
-                                    % ("connection closed" if isinstance(error, http.client.HTTPException)
-                                       else reason_of(error)), code="upstream_cut") from error
-            if not piece:
-                return
-            yield piece
+        received, self._received = self._received, b""
+        try:
+            while not self._body.is_done:
+                content = self._body.feed(received) if received else b""
+                if content:
+                    yield content
+                if self._body.is_done:
+                    return
+                received = self._connection.receive() if self._connection else b""
+                if not received:
+                    self._end_of_connection()
+        except (OSError, ValueError) as error:
+            raise UpstreamError("the upstream broke off in the middle of its answer (%s); try again" % reason_of(error),
+                                code="upstream_cut") from error
+
+    def _end_of_connection(self) -> None:
+        if not self._body.ends_with_connection:
+            raise ConnectionError("connection closed")
+        self._body.is_done, self._stays_open = True, False
 
     def read(self, limit: int) -> bytes:
         """The body up to a limit."""
@@ -1620,21 +1689,31 @@ class UpstreamResponse:
         connection, self._connection = self._connection, None
         if connection is None:
             return
-        if self._response.isclosed() and not self._response.will_close and connection.sock is not None:
+        if self._body.is_done and self._stays_open and not self._body.surplus:
             self._pool.put(self._key, connection)
-            return
-        self._response.close()
-        connection.close()
+        else:
+            connection.close()
 
     def drain(self) -> None:
         """Read what little may follow the end of the stream, so that the connection can be kept."""
-        if not self._response.isclosed() and self._connection is not None and self._connection.sock is not None:
-            self._connection.sock.watch, end = Watch(timeout=DRAIN_TIMEOUT), time.monotonic() + DRAIN_TIMEOUT
+        if not self._body.is_done and self._connection is not None:
+            self._connection.watch, end = Watch(timeout=DRAIN_TIMEOUT), time.monotonic() + DRAIN_TIMEOUT
             with contextlib.suppress(UpstreamError):
                 for _ in self.pieces():
                     if time.monotonic() > end:
                         break
         self.close()
+
+
+def request_head(request: Any) -> bytes:
+    """Request line and headers; raises ValueError for a character that would end a line early."""
+    headers = {**request.headers, **request.unredirected_hdrs, "Accept-encoding": "identity"}
+    lines = ["%s %s HTTP/1.1" % (request.get_method(), request.selector)]
+    lines += ["%s: %s" % (name.title(), value) for name, value in headers.items()]
+    head = "\r\n".join(lines)
+    if head.count("\n") != len(headers) or head.count("\r") != len(headers) or "\0" in head or " " in request.selector:
+        raise ValueError("a line end in the request's head")
+    return (head + "\r\n\r\n").encode("latin-1")
 
 
 class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
@@ -1650,10 +1729,10 @@ class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
         self._lock, self._context = threading.Lock(), None      # type: ignore[var-annotated]
 
     def http_open(self, request: urllib.request.Request) -> UpstreamResponse:
-        return self.do_open(_Connection, request)
+        return self.do_open(http.client.HTTPConnection, request)
 
     def https_open(self, request: urllib.request.Request) -> UpstreamResponse:
-        return self.do_open(_TLSConnection, request, context=self._tls())
+        return self.do_open(http.client.HTTPSConnection, request, context=self._tls())
 
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
@@ -1661,17 +1740,19 @@ class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
         """The response to a request; raises UpstreamError, and what Watch.wait() raises."""
         key = (http_class, request.host, request._tunnel_host)
         connection = self._take(key)
-        if connection is not None:
+        is_fresh = connection is None
+        while True:
+            if connection is None:
+                connection, is_fresh = self._connect(http_class, request, connection_args), True
             try:
                 return self._exchange(connection, request, key)
-            except (OSError, http.client.HTTPException):
+            except (OSError, http.client.HTTPException) as error:
+                if is_fresh or connection.has_received:
+                    raise UpstreamError("%s gave no answer (%s); try again" % (
+                        request.host, "it closed the connection" if isinstance(error, http.client.HTTPException)
+                        else reason_of(error)), code="upstream_cut") from error
                 log.debug("a kept connection to %s was dead", request.host)
-        try:
-            return self._exchange(self._connect(http_class, request, connection_args), request, key)
-        except (OSError, http.client.HTTPException) as error:
-            raise UpstreamError("%s gave no answer (%s); try again" % (
-                request.host, "it closed the connection" if isinstance(error, http.client.HTTPException)
-                else reason_of(error)), code="upstream_cut") from error
+                connection = None
 
     def put(self, key: Any, connection: Any) -> None:
         """Keep a connection whose response was read to its end."""
@@ -1698,7 +1779,7 @@ class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
                 return None
             age = time.monotonic() - connection.idle_since
             # Whatever can be read on an idle connection is its end, or nothing that we asked for.
-            if age < 0.5 or (age < IDLE_CONNECTION_AGE and not readable(connection.sock.socket, 0)):
+            if age < 0.5 or (age < IDLE_CONNECTION_AGE and not readable(connection.socket, 0)):
                 return connection
             connection.close()
 
@@ -1710,19 +1791,17 @@ class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
                           or request.headers.pop("Proxy-authorization", None))
                 connection.set_tunnel(request._tunnel_host, headers={"Proxy-Authorization": secret} if secret else {})
             connection.connect()
+            return Connection(connection)
         except (OSError, http.client.HTTPException) as error:
             raise UpstreamError("%s cannot be reached: %s" % (request._tunnel_host or request.host, reason_of(error)),
                                 code="upstream_unreachable", retry=not isinstance(error, (ssl.SSLError, http.client.HTTPException)),
                                 moves_on=True) from error
-        return connection
 
-    def _exchange(self, connection: Any, request: Any, key: Any) -> UpstreamResponse:
-        connection.sock.watch = request.watch
-        headers = {**request.headers, **request.unredirected_hdrs}
+    def _exchange(self, connection: Connection, request: Any, key: Any) -> UpstreamResponse:
+        connection.watch = request.watch
         try:
-            connection.request(request.get_method(), request.selector, request.data,
-                               {name.title(): value for name, value in headers.items()})
-            return UpstreamResponse(connection.getresponse(), connection, self, key)
+            connection.send(request_head(request) + (request.data or b""))
+            return UpstreamResponse(connection, self, key)
         except BaseException:
             connection.close()
             raise
