@@ -2049,6 +2049,8 @@ def asked_thinking(body: dict) -> Thinking:
     >>> asked_thinking({"reasoning": {"effort": "minimal"}}).enabled
     False
     """
+    if not any(name in body for name in THINKING_FIELDS) and "chat_template_kwargs" not in body:
+        return Thinking()
     reasoning = body.get("reasoning") if isinstance(body.get("reasoning"), dict) else {}
     thinking = body.get("thinking") if isinstance(body.get("thinking"), dict) else {}
     effort = body.get("reasoning_effort", reasoning.get("effort"))
@@ -2569,16 +2571,23 @@ RULES = tuple(Rule(*row) for row in (
 ))
 
 
+@functools.lru_cache(maxsize=256)
+def rules_for(family: str, model: str, thinking_mandatory: bool) -> list[Rule]:
+    """The rules that apply at an endpoint to a model: no gate looks at the body."""
+    context = Context(family, model, model_facts(model), {"thinkingMandatory": thinking_mandatory}, Thinking())
+    return [rule for rule in RULES if rule.where(context)]
+
+
 def to_upstream_request(request: dict, route: Route) -> tuple[dict, list[str]]:
     """The body for the upstream, and the names of the rules that changed it. The request stays as it is."""
-    config = route.provider.entries.get(route.model) or {}
+    family, config = route.provider.family, route.provider.entries.get(route.model) or {}
     body = {**request, "model": route.model, "messages": [dict(message) for message in request["messages"]]}
-    facts, context, fired = model_facts(route.model), None, []
-    for rule in RULES:
-        if context is None or rule.name == "no-nulls":
-            context = Context(route.provider.family, route.model, facts, config, asked_thinking(body))
-        if rule.where(context) and rule.apply(body, context):
+    context, fired = Context(family, route.model, model_facts(route.model), config, Thinking()), []
+    for rule in rules_for(family, route.model, config.get("thinkingMandatory") is True):
+        if rule.apply(body, context):
             fired.append(rule.name)
+        if rule.name == "no-nulls":             # now the body says all that is known of thinking
+            context = context._replace(thinking=asked_thinking(body))
     return body, fired
 
 
