@@ -59,6 +59,7 @@ import signal
 import socket
 import ssl
 import stat
+import struct
 import sys
 import tempfile
 import threading
@@ -68,6 +69,7 @@ import urllib.parse
 import urllib.request
 import uuid
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from email.utils import parsedate_to_datetime
 from typing import Any, Callable, Iterable, Iterator, List, NamedTuple, Optional, Tuple
 
@@ -154,9 +156,31 @@ RETRIES = 2
 RETRY_DELAY_FIRST = 0.5         # doubled each time
 RETRY_DELAY_MOST = 10           # a Retry-After beyond this is the client's to wait for
 RETRY_STATUSES = frozenset({502, 503, 529})
+PATIENCE = 30                   # no retry and no failover begins later than this: clients have timeouts too
+REST_AFTER_FAILURE = 60         # a provider that another one stood in for comes last for so long
 IDLE_CONNECTIONS = 64           # kept open to each upstream
 IDLE_CONNECTION_AGE = 30        # shorter than the idle limit of any gateway we know
 DRAIN_TIMEOUT = 0.25            # for what an upstream still sends after [DONE]
+
+MODELS_AGE = 300                # a live list of models is asked for again after this long
+MODELS_AGE_FAILED = 30          # and after this long if there was none to be had
+MODELS_WAIT = 0.8               # GET /v1/models waits no longer for one: LibreChat gives it 5 s, Claude Code 3
+MODELS_TIMEOUT = 5              # what such a request itself may take; Qwen Code's own limits
+MODELS_SIZE = 1_048_576
+UNLISTED_FAMILIES = frozenset({"portal", "coding"})     # no dependable /models: Coding Plan FAQ
+
+# Texts in one request to /embeddings. Model Studio, 'Text embedding'; langchain4j #1140 for v1 and v2.
+EMBEDDING_BATCHES = (("text-embedding-v[12]*", 25), ("*", 10))
+MAX_EMBEDDING_INPUTS = 2048     # OpenAI reference, embeddings
+PARALLEL_BATCHES = 4
+
+# What a family of endpoints is known not to have, and the way out.
+UNSERVED = {
+    ("/embeddings", "portal"): "an OAuth login serves chat only; embeddings need a standard key (--provider dashscope)",
+    ("/embeddings", "coding"): "the Coding Plan has no embeddings; they need a standard key (--provider dashscope)",
+    ("/completions", "portal"): "an OAuth login serves chat only; use /v1/chat/completions",
+    ("/completions", "coding"): "the Coding Plan has no text completions; use /v1/chat/completions",
+}
 
 MAX_CONNECTIONS = 1024
 MAX_BODY_MIB = 64
@@ -861,6 +885,7 @@ class Provider:
         self.name, self.credentials, self.source, self.entries = name, credentials, source, entries or {}
         self.family = family or family_of(base_url)
         self._base_url = base_url.rstrip("/")
+        self.rests_until = 0.0      # monotonic; another provider goes first until then
 
     @property
     def base_url(self) -> str:
@@ -1857,26 +1882,30 @@ def custom_headers(route: Route) -> dict[str, str]:
             if isinstance(value, str) and _HEADER_NAME.match(name) and value.isprintable()}
 
 
-def open_completion(routes: list[Route], attempt: Callable[[Route, str], Any], repair: Callable[[UpstreamError], bool],
-                    watch: Watch, retries: int) -> tuple[Route, Any]:
-    """The first route that answers, and its answer as attempt(route, access_token) began it.
+def open_answer(routes: list[Route], attempt: Callable[[Route, str], Any], repair: Callable[[UpstreamError], bool],
+                watch: Watch, retries: int) -> Any:
+    """The first answer that one of the routes gives, as attempt(route, access_token) began it.
 
     Everything here happens before the first byte of an answer: one refresh after a 401, one repair of a
-    refused body, some retries, and with --failover the next route. attempt() raises UpstreamError for
-    whatever is not the beginning of an answer; repair() changes what the next attempt sends.
+    refused body, some retries, and the next route. attempt() raises UpstreamError for whatever is not the
+    beginning of an answer; repair() changes what the next attempt sends. All of it ends with PATIENCE.
     """
-    for route in routes:
+    now = time.monotonic()
+    routes = sorted(routes, key=lambda route: route.provider.rests_until > now)
+    for index, route in enumerate(routes):
         try:
-            return route, _open_on(route, attempt, repair, watch, retries)
+            return _open_on(route, attempt, repair, watch, retries, now + PATIENCE)
         except ProxyError as error:
-            if route is routes[-1] or not error.moves_on:
+            if index + 1 == len(routes) or not error.moves_on or time.monotonic() > now + PATIENCE:
                 raise
-            log.warning("%s: %s; trying %s", route.provider.name, error.message, routes[routes.index(route) + 1].provider.name)
+            if not isinstance(error, BadRequest):
+                route.provider.rests_until = time.monotonic() + REST_AFTER_FAILURE
+            log.warning("%s: %s; trying %s", route.provider.name, error.message, routes[index + 1].provider.name)
     raise CredentialError("no provider")        # never: routes is not empty
 
 
 def _open_on(route: Route, attempt: Callable[[Route, str], Any], repair: Callable[[UpstreamError], bool],
-             watch: Watch, retries: int) -> Any:
+             watch: Watch, retries: int, deadline: float) -> Any:
     credentials, rejected, is_repaired, delay = route.provider.credentials, "", False, RETRY_DELAY_FIRST
     while True:
         access_token = credentials.access_token(rejected, watch.sleep)
@@ -1894,11 +1923,74 @@ def _open_on(route: Route, attempt: Callable[[Route, str], Any], repair: Callabl
                 is_repaired = True
                 continue
             pause = delay if error.retry_after is None else error.retry_after
-            if not error.retry or retries <= 0 or pause > RETRY_DELAY_MOST:
+            if not error.retry or retries <= 0 or pause > RETRY_DELAY_MOST or time.monotonic() + pause > deadline:
                 raise
             log.info("%s: %s; again in %.1f s", route.provider.name, error.message, pause)
         retries, delay = retries - 1, delay * 2
         watch.sleep(pause)
+
+
+class ModelLists:
+    """The live lists of models, asked for in the background and kept; any thread may ask.
+
+    A list that is old is given out all the same while a new one is asked for, and one that cannot be had
+    any more stays: a picker of models that is empty for a moment makes clients forget their choice.
+    """
+
+    def __init__(self, upstream: Upstream):
+        self._upstream, self._lock = upstream, threading.Lock()
+        self._lists: dict[tuple[str, str], list[str]] = {}
+        self._asked: dict[tuple[str, str], float] = {}
+        self._running: dict[tuple[str, str], threading.Thread] = {}
+
+    def get(self, providers: list[Provider], seconds: float) -> list[list[str]]:
+        """The list of each provider, empty where none is known, after waiting at most that long."""
+        end, keys = time.monotonic() + seconds, [(provider.name, provider.host()) for provider in providers]
+        threads = [None if provider.family in UNLISTED_FAMILIES else self._refresh(provider, key)
+                   for provider, key in zip(providers, keys)]
+        for key, thread in zip(keys, threads):
+            if thread is not None and key not in self._lists:
+                thread.join(max(0.0, end - time.monotonic()))
+        return [self._lists.get(key, []) for key in keys]
+
+    def _refresh(self, provider: Provider, key: tuple[str, str]) -> threading.Thread | None:
+        """The thread that asks for a list, begun if the one at hand is old; None when it is new enough."""
+        with self._lock:
+            if key in self._running:
+                return self._running[key]
+            if time.monotonic() - self._asked.get(key, float("-inf")) < MODELS_AGE:
+                return None
+            self._asked[key] = time.monotonic()
+            thread = self._running[key] = threading.Thread(target=self._ask, args=(provider, key), daemon=True)
+            thread.start()
+            return thread
+
+    def _ask(self, provider: Provider, key: tuple[str, str]) -> None:
+        ids: list[str] = []
+        try:
+            ids = self._listed(provider)
+        except ProxyError as error:
+            log.debug("%s has no list of models: %s", provider.name, error.message)
+        with self._lock:
+            if ids:
+                self._lists[key] = ids
+            else:
+                self._asked[key] -= MODELS_AGE - MODELS_AGE_FAILED
+            del self._running[key]
+
+    def _listed(self, provider: Provider) -> list[str]:
+        access_token = provider.credentials.access_token()
+        response = self._upstream.send(Route(provider, ""), "/models", None, access_token, Watch(timeout=MODELS_TIMEOUT),
+                                       {"User-Agent": "qwen_proxy/" + __version__, "Accept": "application/json"})
+        try:
+            listed = json.loads(response.read(MODELS_SIZE)) if response.status == 200 else None
+        except (ValueError, RecursionError):
+            listed = None
+        finally:
+            response.close()
+        entries = dig(listed, "data")
+        return [entry["id"] for entry in (entries if isinstance(entries, list) else [])
+                if isinstance(entry, dict) and isinstance(entry.get("id"), str) and entry["id"]]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -2458,31 +2550,31 @@ def can_stop_thinking(context: Context) -> bool:
     return context.mode != "always" and not context.thinking.enabled
 
 
-def forced_tool(body: dict, context: Context) -> bool:
+def forced_tool(body: dict, context: Context) -> bool | str:
     """Model Studio, 'Function calling': while thinking, tool_choice is only auto or none."""
     choice = body.get("tool_choice")
     if not (choice == "required" or isinstance(choice, dict)) or not thinks(body, context):
         return False
     if can_stop_thinking(context):
         thinking_off(body, context)
-        return True
+        return "no thinking, since a tool call is forced"
     name = dig(choice, "function", "name")
     named = [tool for tool in body["tools"] if isinstance(name, str) and dig(tool, "function", "name") == name]
     body["tools"], body["tool_choice"] = named or body["tools"], "auto"
     add_instruction(body, "Call %s now; do not answer in text." % ("the tool " + name if named else "one of the tools"))
-    return True
+    return "the tool call is asked for in words only, since the model thinks"
 
 
-def json_output(body: dict, context: Context) -> bool:
+def json_output(body: dict, context: Context) -> bool | str:
     """Model Studio, 'Structured output': no JSON mode while thinking."""
     kind = dig(body, "response_format", "type")
     if kind not in ("json_object", "json_schema") or not thinks(body, context):
         return False
     if can_stop_thinking(context):
         thinking_off(body, context)
-    else:
-        add_instruction(body, schema_instruction(body.pop("response_format")))
-    return True
+        return "no thinking, since JSON is asked for"
+    add_instruction(body, schema_instruction(body.pop("response_format")))
+    return "JSON is asked for in words only, since the model thinks"
 
 
 def json_word(body: dict, context: Context) -> bool:
@@ -2527,7 +2619,7 @@ class Rule(NamedTuple):
     """One deliberate change: what it is called, where it applies, what does it, and why."""
 
     name: str
-    apply: Callable[[dict, Context], bool]      # changes the body; returns whether it did
+    apply: Callable[[dict, Context], bool | str]    # changes the body; says whether, or what was given up
     where: Callable[[Context], bool]
     source: str
 
@@ -2578,17 +2670,88 @@ def rules_for(family: str, model: str, thinking_mandatory: bool) -> list[Rule]:
     return [rule for rule in RULES if rule.where(context)]
 
 
-def to_upstream_request(request: dict, route: Route) -> tuple[dict, list[str]]:
-    """The body for the upstream, and the names of the rules that changed it. The request stays as it is."""
+def to_upstream_request(request: dict, route: Route) -> tuple[dict, dict[str, str]]:
+    """The body for the upstream, and the rules that changed it. The request stays as it is.
+
+    The rules are names, each with what the client does not get because of it, mostly nothing.
+    """
     family, config = route.provider.family, route.provider.entries.get(route.model) or {}
     body = {**request, "model": route.model, "messages": [dict(message) for message in request["messages"]]}
-    context, fired = Context(family, route.model, model_facts(route.model), config, Thinking()), []
+    context, fired = Context(family, route.model, model_facts(route.model), config, Thinking()), {}
     for rule in rules_for(family, route.model, config.get("thinkingMandatory") is True):
-        if rule.apply(body, context):
-            fired.append(rule.name)
+        changed = rule.apply(body, context)
+        if changed:
+            fired[rule.name] = changed if isinstance(changed, str) else ""
         if rule.name == "no-nulls":             # now the body says all that is known of thinking
             context = context._replace(thinking=asked_thinking(body))
     return body, fired
+
+
+def check_text_request(request: Any) -> None:
+    """Raise BadRequest for what is no request for a text completion."""
+    if not isinstance(request, dict):
+        raise BadRequest("the body must be a JSON object, not %s" % json_type(request))
+    if not isinstance(request.get("prompt"), (str, list)):
+        raise BadRequest("prompt must be a string or a list", param="prompt")
+    for name, kind, words in (("stream", bool, "true or false"), ("stream_options", dict, "an object")):
+        if request.get(name) is not None and not isinstance(request[name], kind):
+            raise BadRequest("%s must be %s" % (name, words), param=name)
+
+
+def fill_in_the_middle(body: dict, context: Context) -> bool:
+    """prompt and suffix as one prompt with Qwen's marks."""
+    if not isinstance(body.get("suffix"), str) or not isinstance(body["prompt"], str):
+        return False
+    body["prompt"] = "<|fim_prefix|>%s<|fim_suffix|>%s<|fim_middle|>" % (body["prompt"], body.pop("suffix"))
+    return True
+
+
+TEXT_RULES = (*(rule for rule in RULES if rule.name in (
+    "entry-defaults", "no-nulls", "max-tokens", "sampling-range", "openai-only", "stream")),
+    Rule("fill-in-the-middle", fill_in_the_middle, _alibaba, "Model Studio, 'Completions': there is no suffix parameter"))
+
+
+def to_upstream_text_request(request: dict, route: Route) -> tuple[dict, dict[str, str]]:
+    """The same for a text completion."""
+    family, config = route.provider.family, route.provider.entries.get(route.model) or {}
+    body, context = {**request, "model": route.model}, Context(family, route.model, model_facts(route.model), config, Thinking())
+    return body, {rule.name: "" for rule in TEXT_RULES if rule.where(context) and rule.apply(body, context)}
+
+
+def embedding_texts(request: Any) -> list[str]:
+    """The texts of a request for embeddings; raises BadRequest that names what is wrong with them."""
+    if not isinstance(request, dict):
+        raise BadRequest("the body must be a JSON object, not %s" % json_type(request))
+    if not isinstance(request.get("model"), str) or not request["model"].strip():
+        raise BadRequest("model must be named, such as text-embedding-v4", param="model")
+    if request.get("encoding_format") not in (None, "float", "base64"):
+        raise BadRequest("encoding_format must be float or base64", param="encoding_format")
+    texts = [request["input"]] if isinstance(request.get("input"), str) else request.get("input")
+    if not isinstance(texts, list) or not texts:
+        raise BadRequest("input must be a string or a list of strings", param="input")
+    if isinstance(texts[0], (int, list)):
+        raise BadRequest("token array input is not supported, since the tokens are another model's; send text (in LangChain: "
+                         "OpenAIEmbeddings(check_embedding_ctx_length=False))", param="input")
+    if len(texts) > MAX_EMBEDDING_INPUTS:
+        raise BadRequest("input may hold %d texts, not %d" % (MAX_EMBEDDING_INPUTS, len(texts)), param="input")
+    wrong = next((index for index, text in enumerate(texts) if not isinstance(text, str) or not text), None)
+    if wrong is not None:
+        raise BadRequest("input[%d] must be a string that is not empty" % wrong, param="input.%d" % wrong)
+    return texts
+
+
+def embedding_batch_size(route: Route) -> int:
+    """How many texts a request to this route may hold."""
+    if route.provider.family not in ALIBABA_FAMILIES:
+        return MAX_EMBEDDING_INPUTS
+    return next(size for pattern, size in EMBEDDING_BATCHES if fnmatch.fnmatchcase(route.model.lower(), pattern))
+
+
+def to_embedding_request(request: dict, texts: list[str], route: Route) -> dict:
+    """The upstream's request for some of the texts: always floats, since Model Studio documents nothing else."""
+    dropped = ("user",) if route.provider.family in ALIBABA_FAMILIES else ()
+    body = {name: value for name, value in request.items() if value is not None and name not in dropped}
+    return {**body, "model": route.model, "input": texts, "encoding_format": "float"}
 
 
 def schema_to_prompt(body: dict, match: Any) -> None:
@@ -2693,7 +2856,7 @@ CATALOGUE = tuple(Verdict(*row) for row in (
     ((413,), r"", 413, "invalid_request_error", "request_too_large"),
     ((504,), r"", 504, "upstream_timeout", None),
     ((), r"RequestTimeOut|stream timeout", 504, "upstream_timeout", None),
-    ((502, 503, 529), r"", 503, "server_error", None, True),
+    ((502, 503, 529), r"", 503, "server_error", None, True, True),
     ((0,), r"invalid_?parameter|invalid_request", 400, "invalid_request_error", None),
     ((400, 405, 406, 408, 409, 411, 414, 415, 422), r"", 400, "invalid_request_error", None),
 ))
@@ -3061,6 +3224,8 @@ class ChunkTranslator:
     the stream and for an end that is none.
     """
 
+    OBJECT = "chat.completion.chunk"
+
     def __init__(self, request: dict, route: Route):
         self.model, self.family = route.model, route.provider.family
         self.wants_usage = bool(dig(request, "stream_options", "include_usage"))
@@ -3123,7 +3288,7 @@ class ChunkTranslator:
         return chunks
 
     def _chunk(self, choices: list[dict]) -> dict:
-        return {"id": self._id, "object": "chat.completion.chunk", "created": self._created, "model": self.model, "choices": choices}
+        return {"id": self._id, "object": self.OBJECT, "created": self._created, "model": self.model, "choices": choices}
 
     def _envelope(self, chunk: dict) -> bool:
         """Make id, object, created and model the same in all chunks, and take the usage out."""
@@ -3136,7 +3301,7 @@ class ChunkTranslator:
             self.usage = clean_usage(chunk["usage"]) or self.usage
         if "usage" in chunk:
             is_changed = chunk.pop("usage") is not None
-        for name, value in (("id", self._id), ("object", "chat.completion.chunk"), ("created", self._created)):
+        for name, value in (("id", self._id), ("object", self.OBJECT), ("created", self._created)):
             if chunk.get(name) != value:
                 chunk[name], is_changed = value, True
         chunk["model"] = self.model
@@ -3155,10 +3320,7 @@ class ChunkTranslator:
 
     def _choice(self, choice: dict) -> list[dict] | None:
         """The choices for one upstream choice; None when it is right as it came."""
-        index = choice.get("index") if isinstance(choice.get("index"), int) else 0
-        state = self._states.get(index)
-        if state is None:
-            state = self._states[index] = ChoiceState(self._is_json)
+        index, state = self._state_of(choice)
         delta = choice.get("delta") if isinstance(choice.get("delta"), dict) else choice.get("message")
         delta = delta if isinstance(delta, dict) else {}
         finish_reason = choice.get("finish_reason")
@@ -3173,6 +3335,13 @@ class ChunkTranslator:
         if isinstance(finish_reason, str) and finish_reason not in ("", "null") and state.finish_reason is None:
             outputs += self._finish(index, state, finish_reason, extra if not outputs else {})
         return outputs
+
+    def _state_of(self, choice: dict) -> tuple[int, ChoiceState]:
+        index = choice.get("index") if isinstance(choice.get("index"), int) else 0
+        state = self._states.get(index)
+        if state is None:
+            state = self._states[index] = ChoiceState(self._is_json)
+        return index, state
 
     def _deltas(self, index: int, state: ChoiceState, delta: dict, extra: dict) -> list[dict]:
         reasoning = delta.get("reasoning_content") or delta.get("reasoning")
@@ -3225,6 +3394,29 @@ class ChunkTranslator:
         return outputs + [{"index": index, "delta": {}, "finish_reason": finish_reason, **extra}]
 
 
+class TextTranslator(ChunkTranslator):
+    """The same for text completions: text instead of deltas, no roles, no calls."""
+
+    OBJECT = "text_completion"
+
+    def _choice(self, choice: dict) -> list[dict] | None:
+        index, state = self._state_of(choice)
+        text, finish_reason = text_of(choice.get("text")), choice.get("finish_reason")
+        if finish_reason == "error_finish":
+            raise to_upstream_error(refusal_of(0, text), self.family)
+        if not isinstance(finish_reason, str) or finish_reason in ("", "null"):
+            finish_reason = None
+        if state.finish_reason is not None or not (text or finish_reason):
+            return []
+        state.finish_reason = finish_reason
+        right = {"index": index, "text": text, "finish_reason": finish_reason, "logprobs": choice.get("logprobs")}
+        return None if choice == right else [{**choice, **right}]
+
+    def _finish(self, index: int, state: ChoiceState, finish_reason: str, extra: dict) -> list[dict]:
+        state.finish_reason = finish_reason
+        return [{"index": index, "text": "", "finish_reason": finish_reason, "logprobs": None}]
+
+
 def clean_usage(usage: Any) -> dict | None:
     """The usage with its three counts as integers; None for one that holds no count."""
     if not isinstance(usage, dict):
@@ -3258,10 +3450,23 @@ def iter_chunks(pieces: Iterable[bytes], translator: Any) -> Iterator[Translated
         yield translator.feed(Event(whole_answer(head, pieces, translator.family)))
     else:
         for piece in itertools.chain([head], until_finished(pieces, translator)):
-            yield [item for event in decoder.feed(piece) for item in translator.feed(event)]
+            yield from translated_events(decoder.feed(piece), translator)
         if not translator.is_done:
-            yield [item for event in decoder.close() for item in translator.feed(event)]
+            yield from translated_events(decoder.close(), translator)
     yield translator.close()
+
+
+def translated_events(events: list[Event], translator: Any) -> Iterator[Translated]:
+    """The chunks of some events, all in one; those before an error come out before it is raised."""
+    chunks: Translated = []
+    try:
+        for event in events:
+            chunks += translator.feed(event)
+    except UpstreamError:
+        if chunks:
+            yield chunks
+        raise
+    yield chunks
 
 
 def until_finished(pieces: Iterator[bytes], translator: Any) -> Iterator[bytes]:
@@ -3300,6 +3505,8 @@ def whole_answer(head: bytes, pieces: Iterable[bytes], family: str) -> bytes:
 class CompletionCollector:
     """Clean chunks in, the whole chat.completion out."""
 
+    OBJECT = "chat.completion"
+
     def __init__(self) -> None:
         self._head: dict = {}
         self._head_size = 0
@@ -3330,11 +3537,16 @@ class CompletionCollector:
                 choice["message"].setdefault(name, []).extend(value)
             elif value is not None:
                 choice["message"][name] = value
+        self._add_fields(choice, part)
+
+    @staticmethod
+    def _add_fields(choice: dict, part: dict) -> None:
         for name, value in part.items():
             if name == "logprobs" and isinstance(value, dict):
-                logprobs = choice.setdefault("logprobs", {"content": []})
-                logprobs["content"].extend(value.get("content") or [])
-            elif name not in ("index", "delta") and value is not None:
+                for kind, values in value.items():
+                    if isinstance(values, list):
+                        choice.setdefault("logprobs", {}).setdefault(kind, []).extend(values)
+            elif name not in ("index", "delta", "text") and value is not None:
                 choice[name] = value
 
     @staticmethod
@@ -3348,7 +3560,7 @@ class CompletionCollector:
     def completion(self, usage: dict | None) -> dict:
         """The completion, with usage where the upstream gave it."""
         choices = [self._finished(self._choices[index]) for index in sorted(self._choices)]
-        completion = {**self._head, "object": "chat.completion", "choices": choices}
+        completion = {**self._head, "object": self.OBJECT, "choices": choices}
         return {**completion, "usage": usage} if usage else completion
 
     @staticmethod
@@ -3366,6 +3578,70 @@ class CompletionCollector:
                 message["tool_calls"] = calls
         return {"index": choice["index"], "message": message, "logprobs": None,
                 **{name: value for name, value in choice.items() if name not in ("index", "message")}}
+
+
+class TextCollector(CompletionCollector):
+    """The same for text completions."""
+
+    OBJECT = "text_completion"
+
+    def _add(self, choice: dict, part: dict) -> None:
+        choice["texts"].setdefault("text", []).append(part["text"])
+        self._add_fields(choice, part)
+
+    @staticmethod
+    def _finished(choice: dict) -> dict:
+        return {"index": choice["index"], "text": "".join(choice["texts"]["text"]), "logprobs": choice.get("logprobs"),
+                "finish_reason": choice["finish_reason"]}
+
+
+class Kind(NamedTuple):
+    """What differs between chat completions and text completions on the one path of both."""
+
+    path: str
+    check: Callable[[Any], None]
+    to_upstream: Callable[[dict, Route], tuple[dict, dict[str, str]]]
+    translator: Callable[[dict, Route], Any]
+    collector: Callable[[], Any]
+
+
+CHAT = Kind("/chat/completions", check_chat_request, to_upstream_request, ChunkTranslator, CompletionCollector)
+TEXT = Kind("/completions", check_text_request, to_upstream_text_request, TextTranslator, TextCollector)
+
+
+def vectors_of(body: bytes, count: int, family: str) -> tuple[list[list[float]], dict]:
+    """The vectors of one answer of /embeddings, in the order of the texts, and its usage; raises UpstreamError."""
+    text = body.decode("utf-8", "replace")
+    try:
+        answer = json.loads(text)
+    except (ValueError, RecursionError):
+        answer = None
+    entries = dig(answer, "data")
+    if not isinstance(entries, list):
+        raise to_upstream_error(refusal_of(0, text), family)
+    found = {entry.get("index", place): entry.get("embedding") for place, entry in enumerate(entries) if isinstance(entry, dict)}
+    vectors = [found.get(place) for place in range(count)]
+    if len(entries) != count or not all(isinstance(vector, list) for vector in vectors):
+        raise UpstreamError("the upstream answered %d texts with %d embeddings; try again" % (count, len(entries)))
+    usage = dig(answer, "usage")
+    return vectors, usage if isinstance(usage, dict) else {}    # type: ignore[return-value]
+
+
+def embeddings_answer(model: str, batches: list[tuple[list[list[float]], dict]], encoding_format: str | None) -> dict:
+    """The answer for the client: all batches in order, usage summed; base64 is little-endian float32."""
+    vectors = [vector for batch, _ in batches for vector in batch]
+    encode = base64_of if encoding_format == "base64" else list
+    usage = {name: sum(int(used.get(name) or 0) for _, used in batches) for name in ("prompt_tokens", "total_tokens")}
+    return {"object": "list", "model": model, "usage": usage, "data": [
+        {"object": "embedding", "index": index, "embedding": encode(vector)} for index, vector in enumerate(vectors)]}
+
+
+def base64_of(vector: list[float]) -> str:
+    """A vector as the OpenAI SDKs want it: openai-node reads floats as an empty vector."""
+    try:
+        return base64.b64encode(struct.pack("<%df" % len(vector), *vector)).decode()
+    except struct.error:
+        raise UpstreamError("the upstream sent an embedding that is no list of numbers") from None
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -3508,8 +3784,8 @@ class _DeadlineReader(io.RawIOBase):
 class Completion:
     """One request of a client on its way through the upstream: prepared, opened, read."""
 
-    def __init__(self, proxy: ProxyServer, request: dict, watch: Watch, user_agent: str):
-        self._proxy, self._request, self._watch = proxy, request, watch
+    def __init__(self, proxy: ProxyServer, kind: Kind, request: dict, watch: Watch, user_agent: str):
+        self._proxy, self._kind, self._request, self._watch = proxy, kind, request, watch
         self._headers = {"Accept": "text/event-stream", "User-Agent": user_agent}
         self._body: dict = {}
         self._prepared_for: Route | None = None
@@ -3517,30 +3793,81 @@ class Completion:
     def open(self) -> Answer:
         """The answer, begun: whatever can still become an HTTP status has been raised."""
         routes = self._proxy.catalogue.routes(self._request.get("model"))
-        route, answer = open_completion(routes, self._attempt, self._repair, self._watch, self._proxy.options.retries)
-        return answer
+        return open_answer(routes, self._attempt, self._repair, self._watch, self._proxy.options.retries)
 
     def _attempt(self, route: Route, access_token: str) -> Answer:
         if self._prepared_for is not route:
-            self._body, fired = to_upstream_request(self._request, route)
-            self._prepared_for = route
-            if log.isEnabledFor(logging.DEBUG):
-                log.debug("rules: %s; to %s: %s", ", ".join(fired) or "none", route.provider.name, excerpt(self._body))
-        response = self._proxy.upstream.send(route, "/chat/completions", encode_json(self._body), access_token, self._watch,
+            self._prepare(route)
+        response = self._proxy.upstream.send(route, self._kind.path, encode_json(self._body), access_token, self._watch,
                                              self._headers)
         try:
             if not 200 <= response.status < 300:
                 raise refused(response, route)
-            return Answer(response, route, ChunkTranslator(self._request, route), self._watch)
+            return Answer(response, route, self._kind.translator(self._request, route), self._kind.collector(), self._watch)
         except BaseException:
             response.close()
             raise
+
+    def _prepare(self, route: Route) -> None:
+        refuse_unserved(self._kind.path, route)
+        self._body, fired = self._kind.to_upstream(self._request, route)
+        self._prepared_for = route
+        for given_up in filter(None, fired.values()):
+            log.info("%s: %s", route.model, given_up)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("rules: %s; to %s: %s", ", ".join(fired) or "none", route.provider.name, excerpt(self._body))
 
     def _repair(self, error: UpstreamError) -> bool:
         if not repair_request(self._body, error):
             return False
         log.info("refused: %s; repeated once without the cause", error.message)
         return True
+
+
+def refuse_unserved(path: str, route: Route) -> None:
+    """Raise BadRequest where a provider is known not to have an endpoint, instead of its empty 404."""
+    words = UNSERVED.get((path, route.provider.family))
+    if words:
+        raise BadRequest(words, code="unsupported_endpoint", moves_on=True)
+
+
+class EmbeddingBatch:
+    """Some texts of a request for embeddings on their way through the upstream."""
+
+    def __init__(self, proxy: ProxyServer, request: dict, texts: list[str], watch: Watch, user_agent: str):
+        self._proxy, self._request, self._texts, self._watch = proxy, request, texts, watch
+        self._headers = {"Accept": "application/json", "User-Agent": user_agent}
+        self.route: Route | None = None
+
+    def fetch(self, routes: list[Route]) -> tuple[list[list[float]], dict]:
+        """Vectors and usage."""
+        return open_answer(routes, self._attempt, lambda error: False, self._watch, self._proxy.options.retries)
+
+    def _attempt(self, route: Route, access_token: str) -> tuple[list[list[float]], dict]:
+        refuse_unserved("/embeddings", route)
+        self.route, body = route, encode_json(to_embedding_request(self._request, self._texts, route))
+        response = self._proxy.upstream.send(route, "/embeddings", body, access_token, self._watch, self._headers)
+        try:
+            if not 200 <= response.status < 300:
+                raise refused(response, route)
+            return vectors_of(response.read(MAX_EVENT), len(self._texts), route.provider.family)
+        finally:
+            response.close()
+
+
+def fetch_batches(batches: list[EmbeddingBatch], routes: list[Route], stop: Callable[[], None]) -> list[tuple[list[list[float]], dict]]:
+    """What all batches bring, in their order, a few of them at a time; stop() is called when one fails."""
+    if len(batches) == 1:
+        return [batches[0].fetch(routes)]
+    with ThreadPoolExecutor(PARALLEL_BATCHES) as pool:
+        futures = [pool.submit(batch.fetch, routes) for batch in batches]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            stop()
+            raise
 
 
 def refused(response: UpstreamResponse, route: Route) -> UpstreamError:
@@ -3556,8 +3883,9 @@ def refused(response: UpstreamResponse, route: Route) -> UpstreamError:
 class Answer:
     """An upstream's answer whose first chunk is there."""
 
-    def __init__(self, response: UpstreamResponse, route: Route, translator: ChunkTranslator, watch: Watch):
-        self.response, self.route, self.translator = response, route, translator
+    def __init__(self, response: UpstreamResponse, route: Route, translator: ChunkTranslator, collector: CompletionCollector,
+                 watch: Watch):
+        self.response, self.route, self.translator, self._collector = response, route, translator, collector
         self.request_id = response.headers.get("x-request-id")
         self._chunks, self._first = iter_chunks(response.pieces(), translator), []  # type: ignore[var-annotated]
         for translated in self._chunks:
@@ -3573,12 +3901,11 @@ class Answer:
 
     def collected(self) -> dict:
         """The whole completion."""
-        collector = CompletionCollector()
         for translated in self.chunks():
             for chunk, _ in translated:
                 if chunk["choices"]:
-                    collector.feed(chunk)
-        return collector.completion(self.translator.usage)
+                    self._collector.feed(chunk)
+        return self._collector.completion(self.translator.usage)
 
 
 def excerpt(value: Any, longest: int = 200) -> str:
@@ -3598,6 +3925,8 @@ def excerpt(value: Any, longest: int = 200) -> str:
 # Path (without /v1), method: the method of Handler.
 ROUTES = {
     "/chat/completions": {"POST": "post_chat_completions"},
+    "/completions": {"POST": "post_completions"},
+    "/embeddings": {"POST": "post_embeddings"},
     "/models": {"GET": "get_models"},
     "/models/{id}": {"GET": "get_model"},
     "/health": {"GET": "get_health"},
@@ -3957,12 +4286,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # -- the API ---------------------------------------------------------------------------------
 
     def post_chat_completions(self) -> None:
-        request = self._read_json()
-        check_chat_request(request)
+        self._complete(CHAT, self._read_json())
+
+    def post_completions(self) -> None:
+        self._complete(TEXT, self._read_json())
+
+    def _complete(self, kind: Kind, request: Any) -> None:
+        kind.check(request)
         options, is_stream = self.proxy.options, request.get("stream") is True
         watch = Watch(self.connection, options.timeout, options.keep_alive, self._sign_of_life if is_stream else None)
         with self.proxy.running(watch):
-            answer = Completion(self.proxy, request, watch, self._user_agent()).open()
+            answer = Completion(self.proxy, kind, request, watch, self._user_agent()).open()
             try:
                 self._note = "%s via %s" % (answer.route.model, answer.route.provider.name)
                 self._adopt_request_id(answer.request_id)
@@ -3987,6 +4321,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 watch.tick()
         self._write_piece(encode_event(DONE))
         self._write_end()
+
+    def post_embeddings(self) -> None:
+        request = self._read_json()
+        texts, routes = embedding_texts(request), self.proxy.catalogue.routes(request["model"])
+        size = min(embedding_batch_size(route) for route in routes)
+        parts = [texts[start:start + size] for start in range(0, len(texts), size)]
+        watches = [Watch(self.connection, self.proxy.options.timeout) for _ in parts]
+        batches = [EmbeddingBatch(self.proxy, request, part, watch, self._user_agent()) for part, watch in zip(parts, watches)]
+        with self.proxy.running(*watches):
+            fetched = fetch_batches(batches, routes, lambda: [watch.stop() for watch in watches])
+        route = batches[0].route or routes[0]
+        answer = embeddings_answer(route.model, fetched, request.get("encoding_format"))
+        self._note = "%s via %s, %d texts, %d tokens" % (route.model, route.provider.name, len(texts), answer["usage"]["total_tokens"])
+        self._send_json(200, answer, [("x-qwen-provider", route.provider.name)])
 
     def _user_agent(self) -> str:
         """The client's own name, then ours: the Coding Plan refuses requests without one, and we pose as nobody."""
@@ -4080,6 +4428,7 @@ class ProxyServer:
         for key in options.api_keys:
             keep_secret(key)
         self._watches: set = set()
+        self._lists = ModelLists(self.upstream)
         self._stopped = threading.Event()
         self._started, self._is_serving = time.time(), False
         self._listeners = self._listen()
@@ -4141,21 +4490,29 @@ class ProxyServer:
             time.sleep(0.02)
 
     @contextlib.contextmanager
-    def running(self, watch: Watch) -> Iterator[None]:
-        """Counts an answer as running."""
-        self._watches.add(watch)
+    def running(self, *watches: Watch) -> Iterator[None]:
+        """Counts an answer as running, with all that it waits for."""
+        self._watches.update(watches)
         try:
             yield
         finally:
-            self._watches.discard(watch)
+            self._watches.difference_update(watches)
 
-    def models(self) -> list[dict]:
-        """The objects of /v1/models, the active provider's first; an id that two have is theirs by name."""
+    def models(self, seconds: float = MODELS_WAIT) -> list[dict]:
+        """The objects of /v1/models, the active provider's first, after waiting at most that long for live lists.
+
+        An id belongs to the first provider whose settings list it. Of the other providers, what only the
+        live list names is there as `provider/model`: no request moves to another key without being told.
+        """
         found: dict[str, dict] = {}
         discovery = self.catalogue.current()
-        for provider in discovery.providers:
-            for model in provider.model_ids() or ([discovery.model] if provider is discovery.providers[0] else []):
-                name = model if model not in found else "%s/%s" % (provider.name, model)
+        lists = self._lists.get(discovery.providers, seconds)
+        for provider, listed in zip(discovery.providers, lists):
+            is_active = provider is discovery.providers[0]
+            known = provider.model_ids() or ([discovery.model] if is_active and not listed else [])
+            for model in dict.fromkeys([*known, *listed]):
+                is_plain = model not in found and (is_active or model in known)
+                name = model if is_plain else "%s/%s" % (provider.name, model)
                 found[name] = self._model_object(name, model, provider)
         return list(found.values())
 
@@ -4208,8 +4565,13 @@ class DemoUpstream(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
+    def do_GET(self) -> None:
+        self._send_json(200, {"object": "list", "data": [{"id": DEMO_MODEL, "object": "model", "created": 1, "owned_by": "demo"}]})
+
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if not self.path.endswith("/chat/completions"):
+            return self._send_json(404, {"error": {"message": "the demo answers chat only", "code": "not_in_demo"}})
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")
@@ -4219,6 +4581,15 @@ class DemoUpstream(http.server.BaseHTTPRequestHandler):
             self.wfile.write(b"%x\r\n%s\r\n" % (len(event), event))
             time.sleep(DEMO_PAUSE)
         self.wfile.write(b"0\r\n\r\n")
+        return None
+
+    def _send_json(self, status: int, value: Any) -> None:
+        body = encode_json(value)
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
         log.debug(format, *args)
@@ -4449,7 +4820,7 @@ def banner(server: ProxyServer, is_demo: bool, has_keys: bool) -> str:
         lines.append("warning   no Qwen login on this machine: %s, or start with --provider NAME and its key in the "
                      "environment; until then requests get 401" % LOGIN_AGAIN)
     lines += ["note      " + note for note in discovery.notes]
-    models = [model["id"] for model in server.models()]
+    models = [model["id"] for model in server.models(0)]
     lines.append("models    %s%s" % (", ".join(models[:12]) or "unknown until there is a login", ", ..." if len(models) > 12 else ""))
     lines.append("try       curl %s/chat/completions %s-H 'Content-Type: application/json' -d '{\"model\": \"%s\", \"messages\": "
                  "[{\"role\": \"user\", \"content\": \"Hello\"}]}'" % (
