@@ -3122,6 +3122,11 @@ class ToolCall:
                     "function": {"name": self.name, "arguments": fresh}}
         return {"index": self.index, "function": {"arguments": fresh}} if fresh else None
 
+    def is_followed_by(self, name: str, arguments: str) -> bool:
+        """Whether a delta with this one's id is another call all the same: some give one id to all."""
+        return bool(name and self.name) and (name != self.name or bool(arguments) and arguments != self.arguments
+                                             and self.is_complete())
+
     def close(self) -> dict | None:
         """The delta that completes it: what was held back, and {} for a call without arguments."""
         fresh = self._increments.close()
@@ -3163,18 +3168,19 @@ class ToolCalls:
             if not isinstance(arguments, str):
                 arguments = "" if arguments is None else json.dumps(arguments, ensure_ascii=False)
             call_id = entry.get("id") if isinstance(entry.get("id"), str) else ""
-            deltas.append(self._call_for(entry.get("index"), call_id, name).add(name, arguments))
+            deltas.append(self._call_for(entry.get("index"), call_id, name, arguments).add(name, arguments))
         return [delta for delta in deltas if delta]
 
     def close(self) -> list[dict]:
         """The deltas that complete all calls."""
         return [delta for delta in (call.close() for call in self.calls) if delta]
 
-    def _call_for(self, index: Any, call_id: str, name: str) -> ToolCall:
+    def _call_for(self, index: Any, call_id: str, name: str, arguments: str) -> ToolCall:
         same_index = [call for call in self.calls if call.upstream_index == index] if index is not None else []
         if call_id:
             for call in self.calls:
-                if call.upstream_id == call_id and (index is None or call.upstream_index in (index, None)):
+                if call.upstream_id == call_id and (index is None or call.upstream_index in (index, None)) \
+                        and not call.is_followed_by(name, arguments):
                     return call
             if same_index and not same_index[-1].upstream_id and not same_index[-1].name:
                 return same_index[-1]                       # its id comes late: ours has not gone out yet

@@ -69,6 +69,14 @@ HELLO = (chunk({"content": "", "role": "assistant"}), chunk({"content": "Hel"}),
          chunk({"content": "wörld"}), chunk({"content": ""}, "stop"), chunk(usage=USAGE), DONE)
 
 
+def text_chunk(text, finish_reason=None, **more):
+    return b"data: " + json.dumps({"id": "cmpl-1", "object": "text_completion", "created": 1790000000, "model": "qwen-coder-turbo", "choices": [
+        {"index": 0, "text": text, "logprobs": None, "finish_reason": finish_reason}], "usage": None, **more}).encode() + b"\n\n"
+
+
+TEXT = (text_chunk("def "), text_chunk("f():"), text_chunk("", "stop"), text_chunk("", choices=[], usage=USAGE), DONE)
+
+
 def tool_call(index, call_id, name=None, arguments=""):
     function = {"arguments": arguments}
     if name is not None:
@@ -93,7 +101,7 @@ class FakeQwen:
         self.requests, self.script, self.token_script = [], collections.deque(), collections.deque()
         self.access_tokens, self.refresh_tokens = {"at_1"}, {"rt_1"}
         self.refreshes, self.reused, self.expires_in, self.rotates = [], [], 21600, True
-        self.device_answers = collections.deque()
+        self.device_answers, self.models = collections.deque(), None
         self.connections, self.gone, self.lock = 0, threading.Event(), threading.Lock()
         self.arrived = threading.Condition()
         fake = self
@@ -143,9 +151,38 @@ class FakeQwen:
             return self.token_answer(dict(urllib.parse.parse_qsl(body.decode())))
         if path.endswith("/oauth2/device/code"):
             return self.device_answer(dict(urllib.parse.parse_qsl(body.decode())))
+        if path.endswith("/v1/models") and self.models is not None:
+            return self.models() if callable(self.models) else reply(200, {"object": "list", "data": [
+                {"id": name, "object": "model", "created": 1790000000, "owned_by": "system"} for name in self.models]})
+        if path.endswith("/v1/embeddings"):
+            return self.refuse_key(path, headers) or self.embeddings(json.loads(body))
+        if path.endswith("/v1/completions"):
+            return self.refuse_key(path, headers) or self.refuse_text(json.loads(body)) or (
+                self.script.popleft() if self.script else stream(*TEXT))
         if not path.endswith("/v1/chat/completions"):
-            return Reply(404, [("Content-Length", "0")], [])
+            return Reply(404, [("Content-Length", "0")], [])        # as the real one: without a word
         return self.refuse(path, headers, body) or (self.script.popleft() if self.script else stream(*HELLO))
+
+    @staticmethod
+    def embeddings(request):
+        """text-embedding-v4: ten texts at most, floats only. The vector says which text it is."""
+        texts = request["input"] if isinstance(request["input"], list) else [request["input"]]
+        if not all(isinstance(text, str) for text in texts):
+            return refusal("<400> InternalError.Algo.InvalidParameter: contents is neither str nor list of str.: input.contents")
+        if len(texts) > 10:
+            return refusal("<400> InternalError.Algo.InvalidParameter: Value error, batch size is invalid, it should not be larger "
+                           "than 10.: input.contents")
+        if request.get("encoding_format") != "float" or "user" in request:
+            return refusal("encoding_format must be float")
+        return reply(200, {"object": "list", "model": request["model"], "id": "r-1", "data": [
+            {"object": "embedding", "index": index, "embedding": [len(text) / 2, 0.25]} for index, text in enumerate(texts)][::-1],
+            "usage": {"prompt_tokens": len(texts), "total_tokens": len(texts)}})
+
+    @staticmethod
+    def refuse_text(request):
+        if request.get("stream") is not True or "suffix" in request or any(value is None for value in request.values()):
+            return refusal("unknown field")
+        return None
 
     def wait_for_request(self, count=1):
         with self.arrived:
@@ -153,13 +190,28 @@ class FakeQwen:
 
     def refuse(self, path, headers, body):
         """What the real endpoints refuse, in their words (shape A of their error bodies)."""
+        return self.refuse_key(path, headers) or self.refuse_chat(path, json.loads(body), body)
+
+    def refuse_key(self, path, headers):
         if not headers.get("User-Agent"):
             return reply(405, {"error": "Coding Plan is currently only available for Coding Agents"})
         key = headers.get("Authorization", "").replace("Bearer ", "")
         if key not in self.access_tokens and not key.startswith("sk-good"):
             text = "invalid access token or token expired" if path.startswith("/v1") else "Incorrect API key provided."
             return refusal(text, 401, "invalid_api_key")
-        request = json.loads(body)
+        return None
+
+    @staticmethod
+    def refuse_chat(path, request, body):
+        if len(body) > 6_291_456:
+            return refusal("Exceeded limit on max bytes to request body : 6291456")
+        if not request["messages"]:
+            return refusal("[] is too short - 'messages'")
+        if any(not re.match(r"[A-Za-z0-9_-]{1,64}$", tool["function"]["name"]) or "parameters" not in tool["function"]
+               for tool in request.get("tools", [])):
+            return refusal("function parameters is empty (2013)")
+        if not 0 < request.get("thinking_budget", 1) <= 262144 or {"thinking_budget", "reasoning_effort"} <= set(request):
+            return refusal("The thinking_budget parameter must be a positive integer and not greater than 262144")
         messages, thinking = request["messages"], request.get("enable_thinking", "qwen3.7" in request["model"])
         pending = []
         for index, message in enumerate(messages):
@@ -1336,6 +1388,221 @@ def test_thinking_comes_first_and_never_beside_text():
 
 def deltas_of(*texts):
     return [chunk({"content": text}) for text in texts] + [chunk({}, "stop"), DONE]
+
+
+def event(value, **more):
+    """An event of exactly this JSON: nothing of chunk()'s good manners."""
+    return b"data: " + json.dumps({**value, **more}, ensure_ascii=False).encode() + b"\n\n"
+
+
+def bare(delta, finish_reason=None, **more):
+    return event({"id": "x", "object": "chat.completion.chunk", "created": 1, "model": "m",
+                  "choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}], **more})
+
+
+def without(data, *names):
+    """The event without some of its names, of the chunk and of its choice."""
+    value = json.loads(data[len(b"data: "):])
+    for part in (value, value["choices"][0]):
+        for name in names:
+            part.pop(name, None)
+    return event(value)
+
+
+def whole(message=None, finish_reason="stop", **more):
+    """A completion that was not streamed."""
+    value = {"id": "x", "object": "chat.completion", "created": 1, "model": "m", "usage": USAGE, "choices": [
+        {"index": 0, "message": message or {"role": "assistant", "content": "Hello, wörld"}, "finish_reason": finish_reason}]}
+    value.update(more)
+    return [json.dumps({name: item for name, item in value.items() if item != "absent"}, ensure_ascii=False).encode()]
+
+
+END = [chunk({"content": ""}, "stop"), chunk(usage=USAGE), DONE]
+TEXT_PIECES = ["Hel", "lo, ", "wörld"]
+DELTAS = [chunk({"content": text}) for text in TEXT_PIECES]
+ROLE = chunk({"role": "assistant", "content": ""})
+NATIVE = b'id:1\nevent:error\n:HTTP_STATUS/429\ndata:{"request_id":"r-1","code":"Throttling.AllocationQuota","message":"%s"}\n\n'
+MINUTE, FREE = b"Allocated quota exceeded, please increase your quota limit.", b"Free allocated quota exceeded."
+ERROR_FINISH = {"content": (NATIVE % FREE).decode().strip()}
+CALL = tool_call(0, "call_a", "get_weather", '{"city": "Paris"}')
+
+# What upstreams send instead of a clean answer, and what must come of it: by default the text and usage of HELLO.
+# Sources: Model Studio's streaming pages, qwen-code and hermes-agent issues; each has been seen somewhere.
+DIRTY = {
+    # ordinary answers in DashScope's ways
+    "plain": (HELLO, {}),
+    "thoughts with content null": ([chunk({"role": "assistant", "content": None, "reasoning_content": "Hm"}), *DELTAS, *END], {"reasoning": "Hm"}),
+    "thoughts with content empty": ([chunk({"role": "assistant", "content": "", "reasoning_content": "Hm"}), *DELTAS, *END], {"reasoning": "Hm"}),
+    "thoughts called reasoning": ([chunk({"role": "assistant", "reasoning": "Hm"}), *DELTAS, *END], {"reasoning": "Hm"}),
+    "thoughts and text in one delta": ([chunk({"reasoning_content": "Hm", "content": "Hel"}), *DELTAS[1:], *END], {"reasoning": "Hm"}),
+    "model of another name": ([event(json.loads(data[6:]), model="glm-4.7") if data != DONE else data for data in HELLO], {}),
+    "usage before the finish": ([*DELTAS, chunk(usage=USAGE), chunk({}, "stop"), DONE], {}),
+    "usage on the finish chunk": ([*DELTAS, chunk({}, "stop", usage=USAGE), DONE], {}),
+    "usage on every chunk": ([chunk({"content": text}, usage={**USAGE, "completion_tokens": 1}) for text in TEXT_PIECES]
+                             + [chunk({}, "stop", usage=USAGE), chunk(usage=USAGE), DONE], {}),
+    "usage in floats, a part missing": ([*DELTAS, chunk({}, "stop"), chunk(usage={"prompt_tokens": 9.0, "completion_tokens": 3.0}), DONE], {}),
+    "usage empty": ([*DELTAS, chunk({}, "stop", usage={}), DONE], {"usage": None}),
+    "cached tokens at the top": ([*DELTAS, chunk({}, "stop"), chunk(usage={**USAGE, "cached_tokens": 4}), DONE],
+                                 {"usage": {**USAGE, "cached_tokens": 4, "prompt_tokens_details": {"cached_tokens": 4}}}),
+    "finish reason as the word null": ([chunk({"content": text}, "null") for text in TEXT_PIECES] + END, {}),
+    "finish reason empty": ([chunk({"content": text}, "") for text in TEXT_PIECES] + END, {}),
+    "several finish chunks": ([*DELTAS, chunk({}, "stop"), chunk({"content": ""}, "stop"), chunk(usage=USAGE), DONE], {}),
+    "text in the finish chunk": ([*DELTAS[:2], chunk({"content": "wörld"}, "stop"), chunk(usage=USAGE), DONE], {}),
+    "length": ([*DELTAS, chunk({}, "length"), chunk(usage=USAGE), DONE], {"finish_reason": "length"}),
+    "content filter": ([*DELTAS, chunk({}, "content_filter"), chunk(usage=USAGE), DONE], {"finish_reason": "content_filter"}),
+    # content
+    "cumulative text": ([chunk({"content": "The quick brown fox jumps over the lazy dog"[:end]}) for end in (9, 15, 25, 34, 43)] + END,
+                        {"content": "The quick brown fox jumps over the lazy dog"}),
+    "cumulative thoughts": ([chunk({"reasoning_content": "Let me think about the question"[:end]}) for end in (8, 15, 25, 31)] + DELTAS + END,
+                            {"reasoning": "Let me think about the question"}),
+    "a think tag": (deltas_of("<think>", "Hm", "</think>", *TEXT_PIECES)[:-2] + END, {"reasoning": "Hm"}),
+    "a thinking tag, cut": (deltas_of("<thin", "king>H", "m</think", "ing>\n\n", *TEXT_PIECES)[:-2] + END, {"reasoning": "Hm"}),
+    "a lone closing tag": (deltas_of("</think>\n\n", *TEXT_PIECES)[:-2] + END, {}),
+    "content null throughout": ([chunk({"role": "assistant", "content": None}), chunk({"content": None}, "stop"), chunk(usage=USAGE), DONE],
+                                {"content": ""}),
+    "content as parts": ([chunk({"content": [{"type": "text", "text": "Hello, wörld"}]}), *END], {}),
+    # framing
+    "no space after data": ([data.replace(b"data: ", b"data:") for data in HELLO], {}),
+    "CRLF": ([b"".join(HELLO).replace(b"\n", b"\r\n")], {}),
+    "CR": ([b"".join(HELLO).replace(b"\n", b"\r")], {}),
+    "comments, ids, names, retry": ([b": keep-alive\n\nretry: 100\n\nid:%d\nevent:result\n:HTTP_STATUS/200\n" % number + data
+                                     for number, data in enumerate(HELLO)], {}),
+    "BOM": ([b"\xef\xbb\xbf" + b"".join(HELLO)], {}),
+    "keep-alives in words and empty data": ([b"data: ping\n\n", b"data:\n\n", *HELLO], {}),
+    "one event in several data lines": ([HELLO[0].replace(b'"index": 0,', b'"index": 0,\ndata: '), *HELLO[1:]], {}),
+    "no DONE": (HELLO[:-1], {}),
+    "no finish chunk, but DONE": ([*DELTAS, chunk(usage=USAGE), DONE], {}),
+    "no blank line at the end": ([*HELLO[:-1], DONE.strip()], {}),
+    # chunks that lack something
+    "no choices in some chunk": ([event({"id": "x"}), *HELLO], {}),
+    "choices null": ([event({"id": "x", "choices": None}), *HELLO], {}),
+    "choices empty at first": ([event({"id": "x", "choices": []}), *HELLO], {}),
+    "no index": ([without(data, "index") for data in DELTAS] + END, {}),
+    "no object, created, model, id": ([without(data, "object", "created", "model", "id") for data in DELTAS] + END, {}),
+    "id a number, created a float": ([event(json.loads(data[6:]), id=7, created=1790000000.5) for data in DELTAS] + END, {}),
+    "no delta": ([event({"choices": [{"index": 0, "finish_reason": None}]}), *HELLO], {}),
+    "delta null": ([event({"choices": [{"index": 0, "delta": None}]}), *HELLO], {}),
+    "no role": ([*DELTAS, *END], {}),
+    "role empty on every delta": ([chunk({"role": "", "content": text}) for text in TEXT_PIECES] + END, {}),
+    "role on every delta": ([chunk({"role": "assistant", "content": text}) for text in TEXT_PIECES] + END, {}),
+    "delta and message": ([event({"choices": [{"index": 0, "delta": {"content": text}, "message": {"content": text}}]}) for text in TEXT_PIECES]
+                          + END, {}),
+    # answers that are no streams
+    "a whole completion": (whole(), {}),
+    "whole: id a number, created a string, no object, no model": (whole(id=7, created="x", object="absent", model="absent"), {}),
+    "whole: no index, no role": (whole(choices=[{"message": {"content": "Hello, wörld"}, "finish_reason": "stop"}]), {}),
+    "whole: content as a list": (whole({"role": "assistant", "content": [{"type": "text", "text": "Hello, wörld"}]}), {}),
+    "whole: content missing": (whole({"role": "assistant"}), {"content": ""}),
+    "whole: no usage": (whole(usage="absent"), {"usage": None}),
+    "whole: usage null": (whole(usage=None), {"usage": None}),
+    "whole: unknown finish reason": (whole(finish_reason="eos"), {"finish_reason": "eos"}),
+    "whole: more fields": (whole({"role": "assistant", "content": "Hello, wörld", "reasoning_content": "Hm", "timings": 1}), {"reasoning": "Hm"}),
+    "whole: a call without id, type and arguments": (whole({"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}),
+                                                     {"content": None, "calls": [("f", {})], "finish_reason": "tool_calls"}),
+    "whole: arguments an object": (whole({"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": "f", "arguments": {"a": 1}}}]}),
+                                   {"content": None, "calls": [("f", {"a": 1})], "finish_reason": "tool_calls"}),
+    "whole: two calls with one id": (whole({"role": "assistant", "tool_calls": [
+        {"id": "a", "type": "function", "function": {"name": name, "arguments": "{}"}} for name in "fg"]}, "tool_calls"),
+        {"content": None, "calls": [("f", {}), ("g", {})], "finish_reason": "tool_calls"}),
+    # errors that come with status 200
+    "native error frame, soft": ([NATIVE % MINUTE], {"error": (429, "rate_limit_exceeded")}),
+    "native error frame, hard": ([NATIVE % FREE], {"error": (429, "insufficient_quota")}),
+    "native error frame later": ([*DELTAS, NATIVE % MINUTE], {"error": (429, "rate_limit_exceeded")}),
+    "error_finish": ([chunk(ERROR_FINISH, "error_finish")], {"error": (429, "insufficient_quota")}),
+    "error_finish later": ([*DELTAS, chunk(ERROR_FINISH, "error_finish")], {"error": (429, "insufficient_quota")}),
+    "error object": ([event({"error": {"code": "invalid_parameter_error", "message": "m"}})], {"error": (400, "invalid_parameter_error")}),
+    "error string": ([event({"error": "boom"})], {"error": (502, "boom")}),
+    "bare JSON error line": ([*DELTAS, b'{"error":{"message":"m","code":"internal_error"}}\n\n'], {"error": (502, "internal_error")}),
+    "JSON error": ([b'{"code":"InvalidParameter","message":"m","request_id":"r-1"}'], {"error": (400, "InvalidParameter")}),
+    "HTML": ([b"<!doctype html><html><title>Error</title></html>"], {"error": (502, "upstream_html")}),
+    "a list": ([b"[]"], {"error": (502, None)}),
+    "no body": ([], {"error": (502, "upstream_cut")}),
+    "choices missing": (whole(choices="absent"), {"error": (502, None)}),
+    "choices null in a whole answer": (whole(choices=None), {"error": (502, None)}),
+    "choices empty in a whole answer": (whole(choices=[]), {"error": (502, None)}),
+    "no finish reason, no DONE": (DELTAS, {"error": (502, "upstream_cut")}),
+    "garbage": ([*DELTAS, b"data: {not json\n\n"], {"error": (502, "upstream_cut")}),
+}
+DIRTY.update({"tools: " + name: (pieces, {"content": None, "calls": [("get_weather", {"city": "Paris"}), ("get_time", {})], "finish_reason": "tool_calls",
+                                          "usage": USAGE if chunk(usage=USAGE) in pieces else None,
+                                          **({"reasoning": "I must look."} if pieces is CALLS else {})})
+              for name, pieces in TOOL_DELTAS.items()})
+
+
+@pytest.fixture()
+def same_ids(monkeypatch):
+    """Ids that are made up are the same in every run."""
+    def restart():
+        numbers = iter(range(1000))
+        monkeypatch.setattr(qp.secrets, "token_hex", lambda size: "%024d" % next(numbers))
+    return restart
+
+
+def check_canonical(chunks):
+    """The shape of a stream that every client takes."""
+    assert len({(value["id"], value["created"], value["model"], value["object"]) for value in chunks}) == 1
+    assert isinstance(chunks[0]["id"], str) and isinstance(chunks[0]["created"], int)
+    choices = [choice for value in chunks for choice in value["choices"]]
+    assert all(value["choices"] or "usage" in value for value in chunks)
+    assert ["role" in choice["delta"] for choice in choices] == [True] + [False] * (len(choices) - 1)
+    assert all("index" in choice and "finish_reason" in choice and "message" not in choice for choice in choices)
+    assert not any({"content", "reasoning_content"} <= set(choice["delta"]) for choice in choices)
+    assert all(len(choice["delta"].get("tool_calls", [0])) == 1 for choice in choices)
+    assert [choice["finish_reason"] is not None for choice in choices] == [False] * (len(choices) - 1) + [True]
+    assert choices[-1]["delta"] == {} and sum("usage" in value for value in chunks) <= 1
+
+
+def check_completion(completion, expected):
+    choice = completion["choices"][0]
+    message = choice["message"]
+    assert {"id", "object", "created", "model", "choices"} <= set(completion) and completion["object"] == "chat.completion"
+    assert (choice["index"], message["role"], choice["finish_reason"]) == (0, "assistant", expected.get("finish_reason", "stop"))
+    assert message["content"] == expected.get("content", "Hello, wörld")
+    assert message.get("reasoning_content", "") == expected.get("reasoning", "")
+    calls = message.get("tool_calls", [])
+    assert [(call["function"]["name"], json.loads(call["function"]["arguments"])) for call in calls] == expected.get("calls", [])
+    assert len({call["id"] for call in calls}) == len(calls) and all(call["type"] == "function" for call in calls)
+    assert completion.get("usage") == expected.get("usage", USAGE)
+
+
+@pytest.mark.parametrize("name", sorted(DIRTY))
+def test_dirty_answers_come_out_clean_wherever_the_bytes_are_cut(name, same_ids):
+    pieces, expected = DIRTY[name]
+    whole_answer = b"".join(pieces)
+
+    def outcome(parts):
+        same_ids()
+        try:
+            return translate(parts)
+        except qp.UpstreamError as error:
+            return error.status, error.code
+    clean = outcome([whole_answer])
+    if "error" in expected:
+        assert clean == expected["error"]
+    else:
+        check_canonical(clean)
+        check_completion(collect(clean), expected)
+    for cut in range(len(whole_answer) + 1):
+        assert outcome([whole_answer[:cut], whole_answer[cut:]]) == clean
+
+
+@pytest.mark.parametrize("name", sorted(DIRTY))
+def test_dirty_answers_reach_the_client_clean_streamed_and_not(key_server, upstream, name):
+    pieces, expected = DIRTY[name]
+    is_stream = pieces and pieces[0][:1] not in (b"{", b"<", b"[")
+    answer = stream(*pieces) if is_stream else reply(200, b"".join(pieces))
+    upstream.script.extend([answer] * 8)        # what may be repeated, is
+    key_server.options = key_server.options._replace(retries=0)
+    status, _, completion = chat(key_server)
+    _, _, data = chat(key_server, stream=True, stream_options={"include_usage": True})
+    if "error" not in expected:
+        check_completion(completion, expected)
+        assert data.pop() == "[DONE]"
+        check_completion(collect([json.loads(value) for value in data]), expected)
+        return
+    assert (status, completion["error"]["code"]) == expected["error"]
+    last = data if isinstance(data, dict) else json.loads(data[-1])     # never [DONE], which is no JSON
+    assert last["error"]["code"] == expected["error"][1]
 
 
 @pytest.mark.parametrize("texts, expected", [
