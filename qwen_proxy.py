@@ -1944,13 +1944,13 @@ class ModelLists:
         self._running: dict[tuple[str, str], threading.Thread] = {}
 
     def get(self, providers: list[Provider], seconds: float) -> list[list[str]]:
-        """The list of each provider, empty where none is known, after waiting at most that long."""
-        end, keys = time.monotonic() + seconds, [(provider.name, provider.host()) for provider in providers]
+        """The list of each provider, empty where none is known that long after it was asked for."""
+        keys = [(provider.name, provider.host()) for provider in providers]
         threads = [None if provider.family in UNLISTED_FAMILIES else self._refresh(provider, key)
                    for provider, key in zip(providers, keys)]
         for key, thread in zip(keys, threads):
             if thread is not None and key not in self._lists:
-                thread.join(max(0.0, end - time.monotonic()))
+                thread.join(max(0.0, self._asked[key] + seconds - time.monotonic()))
         return [self._lists.get(key, []) for key in keys]
 
     def _refresh(self, provider: Provider, key: tuple[str, str]) -> threading.Thread | None:

@@ -19,6 +19,7 @@ import select
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import threading
@@ -137,7 +138,7 @@ class FakeQwen:
         self.port = self.server.server_port
         self.origin = "http://127.0.0.1:%d" % self.port
         self.dashscope = self.origin + "/compatible-mode/v1"
-        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.005,), daemon=True).start()
 
     def close(self):
         self.server.shutdown()
@@ -358,7 +359,7 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv("QWEN_CODE_SYSTEM_SETTINGS_PATH", str(tmp_path / "none"))
     monkeypatch.setenv("QWEN_CODE_SYSTEM_DEFAULTS_PATH", str(tmp_path / "none"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(qp.Listener, "poll_interval", 0.02)
+    monkeypatch.setattr(qp.Listener, "poll_interval", 0.005)
     monkeypatch.setattr(qp, "FILE_CHECK_INTERVAL", 0)
     return folder
 
@@ -2028,6 +2029,485 @@ def test_running_streams_end_in_an_error_event_at_shutdown(upstream, monkeypatch
     status, headers, data = result[0]
     final = json.loads(data[-1]) if status == 200 else data
     assert final["error"]["code"] == "shutting_down"
+
+
+# ----------------------------------------------------------------------------------------------------
+# What clients need: one test for each thing that some client fails without
+# ----------------------------------------------------------------------------------------------------
+
+HI = [{"role": "user", "content": "Hi"}]
+
+
+def get(server, path, **headers):
+    status, _, body = ask(server, method="GET", path=path, headers=headers)
+    return status, json.loads(body)
+
+
+def stream_lines(server, **more):
+    """The raw lines of a streamed answer."""
+    return ask(server, {"messages": HI, "stream": True, **more})[2].decode().split("\n")
+
+
+def settings(home, upstream, *entries, **more):
+    entries = [{"envKey": "K", "baseUrl": upstream.dashscope, **entry} for entry in entries]
+    (home / "settings.json").write_text(json.dumps({"modelProviders": {"openai": entries}, "env": {"K": "sk-good-1"},
+                                                    "security": {"auth": {"selectedType": "openai"}}, **more}))
+
+
+def test_client_01_models_come_at_once_with_their_four_fields_with_and_without_a_key(key_server, upstream):
+    never = threading.Event()
+    upstream.models = lambda: Reply(200, [("Transfer-Encoding", "chunked")], [never])     # it hangs: nobody waits for it
+    for headers in ({}, {"Authorization": "Bearer x"}):
+        began = time.monotonic()
+        status, models = get(key_server, "/v1/models", **headers)
+        assert status == 200 and models["object"] == "list" and time.monotonic() - began < 3
+        assert [(model["id"], model["object"], type(model["created"]), type(model["owned_by"])) for model in models["data"]] == [
+            ("qwen3-max", "model", int, str)]
+    never.set()
+
+
+def test_client_02_a_model_is_found_by_its_encoded_id(home, upstream, serve):
+    settings(home, upstream, {"id": "qwen/qwen3 x"})
+    server = serve()
+    assert get(server, "/v1/models/qwen%2Fqwen3%20x")[1]["id"] == "qwen/qwen3 x"
+    status, body = get(server, "/v1/models/nope")
+    assert (status, body["error"]["code"], body["error"]["param"]) == (404, "model_not_found", "model")
+
+
+def test_client_03_wrong_base_urls_work_and_wrong_paths_are_json(key_server):
+    assert ask(key_server, {"messages": HI}, path="/chat/completions/")[0] == 200
+    for method, path, expected in (("GET", "/v1/nothing", 404), ("GET", "/v1/chat/completions", 405), ("POST", "/v1/batches", 404),
+                                   ("POST", "/v1/files", 404), ("POST", "/v1/audio/speech", 404), ("POST", "/v1/images/generations", 404)):
+        status, _, body = ask(key_server, {} if method == "POST" else None, method, path)
+        message = json.loads(body)["error"]["message"]
+        assert status == expected and (status == 405 or "/v1/chat/completions" in message and "/v1/embeddings" in message)
+
+
+def test_client_04_a_completion_has_every_field(key_server):
+    _, headers, completion = chat(key_server)
+    choice = completion["choices"][0]
+    assert headers["Content-Type"] == "application/json" and isinstance(completion["created"], int)
+    assert (completion["object"], type(completion["id"]), completion["model"]) == ("chat.completion", str, "qwen3-max")
+    assert (choice["index"], choice["message"], choice["finish_reason"]) == (0, {"role": "assistant", "content": "Hello, wörld"}, "stop")
+    assert completion["usage"] == USAGE
+
+
+def test_client_05_the_body_decides_about_streaming_not_the_accept_header(key_server):
+    _, headers, _ = ask(key_server, {"messages": HI, "stream": True}, headers={"Accept": "application/json"})
+    assert headers["Content-Type"].startswith("text/event-stream")
+
+
+def test_client_06_a_stream_has_the_canonical_shape(key_server):
+    lines = stream_lines(key_server)
+    assert lines[-3:] == ["data: [DONE]", "", ""] and lines[1::2] == [""] * (len(lines) // 2) and "\r" not in "".join(lines)
+    check_canonical([json.loads(line[6:]) for line in lines[:-4:2]])
+
+
+@pytest.mark.parametrize("options, count", [({"include_usage": True}, 1), ({"include_usage": False}, 0), (None, 0)])
+def test_client_07_usage_comes_once_or_never(key_server, options, count):
+    _, _, data = chat(key_server, stream=True, stream_options=options)
+    assert [json.loads(value)["choices"] for value in data[:-1] if json.loads(value).get("usage")] == [[]] * count
+
+
+def test_client_08_usage_on_every_chunk_is_folded(key_server, upstream):
+    upstream.script.append(stream(*DIRTY["usage on every chunk"][0]))
+    _, _, data = chat(key_server, stream=True, stream_options={"include_usage": True})
+    chunks = [json.loads(value) for value in data[:-1]]
+    assert [value["usage"] for value in chunks if "usage" in value] == [USAGE] and text_in(chunks) == "Hello, wörld"
+
+
+def test_client_09_chunks_without_choices_do_not_get_through(key_server, upstream):
+    for name in ("no choices in some chunk", "choices null", "usage empty", "delta and message"):
+        upstream.script.append(stream(*DIRTY[name][0]))
+        check_canonical([json.loads(value) for value in chat(key_server, stream=True)[2][:-1]])
+
+
+def test_client_10_an_end_without_a_finish_reason_is_an_error(key_server, upstream):
+    upstream.script.append(stream(*DELTAS))
+    assert json.loads(chat(key_server, stream=True)[2][-1])["error"]["code"] == "upstream_cut"
+
+
+def test_client_11_an_error_in_mid_stream_is_the_last_event(key_server, upstream):
+    upstream.script.append(stream(*DELTAS, NATIVE % FREE, *DELTAS, DONE))
+    _, _, data = chat(key_server, stream=True)
+    assert set(json.loads(data[-1])["error"]) == {"message", "type", "param", "code"} and len(data) == 4
+
+
+@pytest.mark.parametrize("status, code", [(400, "invalid_parameter_error"), (401, "invalid_api_key"), (429, "limit_requests"), (500, "internal_error")])
+def test_client_12_a_refusal_before_the_first_event_is_an_http_status(key_server, upstream, status, code):
+    key_server.options = key_server.options._replace(retries=0)
+    upstream.script.append(refusal("no", status, code))
+    got, headers, body = chat(key_server, stream=True)
+    assert (got, headers["Content-Type"]) == ({500: 502}.get(status, status), "application/json") and "no" in body["error"]["message"]
+
+
+def test_client_13_native_errors_come_in_openais_shape(key_server, upstream):
+    upstream.script.append(reply(400, {"code": "InvalidParameter", "message": "the original text", "request_id": "r-7"}))
+    _, headers, body = chat(key_server)
+    assert body == {"error": {"message": "the original text", "type": "invalid_request_error", "param": None, "code": "InvalidParameter"},
+                    "request_id": "r-7"} and headers["X-Request-Id"] == "r-7"
+
+
+def test_client_14_framed_errors_become_json(key_server, upstream):
+    upstream.script.append(reply(400, b'data: {"error":{"message":"m","code":"c"}}\n\n'))
+    assert chat(key_server, stream=True)[2]["error"]["message"] == "m"
+
+
+def test_client_15_silence_is_filled_with_plain_comments(serve, upstream, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
+    server, go = serve(base_url=upstream.dashscope, model="m", keep_alive=0.05), threading.Event()
+    upstream.script.append(stream(HELLO[0], go, *HELLO[1:]))
+    threading.Timer(0.4, go.set).start()
+    lines = [line for line in stream_lines(server) if line]
+    assert lines.count(": keep-alive") >= 3 and all(line == ": keep-alive" or line[:7] in ("data: {", "data: [") for line in lines)
+
+
+def test_client_16_no_character_is_ever_split_between_writes(key_server, upstream):
+    whole_answer = b"".join(HELLO)
+    at = whole_answer.index("ö".encode()) + 1
+    upstream.script.append(stream(whole_answer[:at], whole_answer[at:]))
+    connection = http.client.HTTPConnection("127.0.0.1", key_server.port, timeout=WAIT)
+    connection.request("POST", "/v1/chat/completions", json.dumps({"messages": HI, "stream": True}))
+    response, pieces = connection.getresponse(), []
+    while True:
+        size = int(response.fp.readline(), 16)
+        pieces.append(response.fp.read(size))
+        response.fp.read(2)
+        if not size:
+            break
+    connection.close()
+    assert "wörld" in "".join(piece.decode() for piece in pieces) and all(piece.endswith(b"\n\n") for piece in pieces[:-1])
+
+
+@pytest.mark.parametrize("name", ["as documented", "no index, id repeated", "index from 1", "one index for two calls", "two in one chunk",
+                                  "arguments before the name", "arguments as an object"])
+def test_client_17_18_19_21_22_tool_calls_are_rebuilt(key_server, upstream, name):
+    """Complete first deltas, indexes from 0, one call a chunk, arguments as text, finish_reason tool_calls."""
+    upstream.script.append(stream(*TOOL_DELTAS[name]))
+    _, _, data = chat(key_server, stream=True, tools=[TOOL])
+    chunks = [json.loads(value) for value in data[:-1]]
+    check_canonical(chunks)
+    calls = [choice["delta"]["tool_calls"][0] for value in chunks for choice in value["choices"] if "tool_calls" in choice["delta"]]
+    assert [call["index"] for call in calls if "id" in call] == [0, 1] and chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+    assert all(set(call) == {"index", "function"} and set(call["function"]) == {"arguments"} for call in calls if "id" not in call)
+    assert all(isinstance(call["function"]["arguments"], str) for call in calls)
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_client_20_calls_without_id_and_type_get_them(key_server, upstream, is_stream):
+    entries = [{"index": index, "function": {"name": "f", "arguments": "{}"}} for index in (0, 1)]
+    upstream.script.append(stream(chunk({"tool_calls": entries[:1]}), chunk({"tool_calls": entries[1:]}), *END))
+    _, _, answer = chat(key_server, stream=is_stream, tools=[TOOL])
+    calls = collect([json.loads(value) for value in answer[:-1]]) if is_stream else answer
+    calls = calls["choices"][0]["message"]["tool_calls"]
+    assert len({call["id"] for call in calls}) == 2 and {call["type"] for call in calls} == {"function"}
+
+
+def test_client_23_roles_are_qwens_and_all_text_is_kept(key_server, upstream):
+    messages = [{"role": "developer", "content": "a"}, *HI, *HI, {"role": "system", "content": "b"}]
+    assert chat(key_server, messages=messages)[0] == 200
+    assert upstream.bodies()[0]["messages"] == [{"role": "system", "content": "a\n\nb"}, *HI, *HI]
+
+
+@pytest.mark.parametrize("fields", [{"content": None}, {}, {"content": ""}, {"content": None, "reasoning_content": "hm"}, {"content": "", "reasoning": "hm"}])
+def test_client_24_histories_of_agents_are_accepted(key_server, upstream, fields):
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    status, _, _ = chat(key_server, messages=[*HI, {"role": "assistant", "tool_calls": [call], **fields},
+                                              {"role": "tool", "tool_call_id": "c", "content": [{"type": "text", "text": "ok"}]}])
+    assert status == 200 and upstream.bodies()[0]["messages"][1]["content"] == ""
+
+
+def test_client_25_what_an_abort_left_behind_is_mended(key_server, upstream):
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    status, _, _ = chat(key_server, messages=[*HI, {"role": "assistant", "content": "", "tool_calls": [call]},
+                                              {"role": "tool", "tool_call_id": "gone", "content": "x"}, *HI])
+    assert status == 200 and [message["role"] for message in upstream.bodies()[0]["messages"]] == ["user", "assistant", "tool", "user"]
+
+
+def test_client_26_parameters_of_openai_alone_do_not_reach_the_upstream(key_server, upstream):
+    only = {"store": True, "metadata": {"a": "b"}, "service_tier": "auto", "prediction": {}, "logit_bias": {"1": 1}, "verbosity": "low",
+            "prompt_cache_key": "k", "prompt_cache_retention": "24h", "safety_identifier": "s", "modalities": ["text"], "n": 1,
+            "user": {"name": "me"}, "seed": None, "stop": None, "tools": None, "tool_choice": None, "response_format": None, "temperature": 0.5,
+            "parallel_tool_calls": True, "stream_options": {"include_obfuscation": False}}
+    assert chat(key_server, **only)[0] == 200
+    assert set(upstream.bodies()[0]) == {"model", "messages", "stream", "stream_options", "temperature"}
+    assert upstream.bodies()[0]["stream_options"] == {"include_usage": True}
+
+
+@pytest.mark.parametrize("asked, sent", [({"max_tokens": 320000}, {"max_tokens": 65536}), ({"max_completion_tokens": 320000}, {"max_tokens": 65536}),
+                                         ({"temperature": 2, "top_p": 0}, {"temperature": 1.99})])
+def test_client_27_limits_are_kept(key_server, upstream, asked, sent):
+    assert chat(key_server, **asked)[0] == 200
+    body = upstream.bodies()[0]
+    assert {name: body[name] for name in ("max_tokens", "max_completion_tokens", "temperature", "top_p") if name in body} == sent
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "f"}}, {"type": "any"}, {"type": "tool", "name": "f"}])
+@pytest.mark.parametrize("model", ["qwen3.7-plus", "qwq-plus"])
+def test_client_28_a_forced_tool_is_no_400_while_thinking(key_server, upstream, caplog, choice, model):
+    caplog.set_level(logging.INFO, "qwen_proxy")
+    upstream.script.append(stream(*CALLS))
+    status, _, completion = chat(key_server, model=model, tools=[TOOL], tool_choice=choice)
+    assert status == 200 and completion["choices"][0]["message"]["tool_calls"]
+    assert "no thinking" in caplog.text or "in words only" in caplog.text      # what was given up is said
+
+
+@pytest.mark.parametrize("function", [{"strict": True}, {"description": None}, {}, {"parameters": {"$schema": "s", "type": "object", "properties": {
+    "a": {"type": "number", "exclusiveMinimum": 0, "description": None}}}}])
+def test_client_29_tools_in_every_clients_spelling(key_server, function):
+    assert chat(key_server, tools=[{"type": "function", "function": {"name": "f", **function}}])[0] == 200
+
+
+@pytest.mark.parametrize("texts", [["```json\n", "{\"a\": 1}\n", "```"], ["<think>", "hm</think>", "{\"a\"", ": 1}"], ["{\"a\": 1}"]])
+@pytest.mark.parametrize("kind", ["json_object", "json_schema"])
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_client_30_json_comes_bare(key_server, upstream, texts, kind, is_stream):
+    upstream.script.append(stream(*[chunk({"content": text}) for text in texts], *END))
+    response_format = {"type": kind, "json_schema": {"name": "x", "schema": {"type": "object"}}}
+    _, _, answer = chat(key_server, stream=is_stream, model="qwen3.7-plus", response_format=response_format)
+    completion = collect([json.loads(value) for value in answer[:-1]]) if is_stream else answer
+    assert json.loads(completion["choices"][0]["message"]["content"]) == {"a": 1}
+
+
+def test_client_31_thinking_works_without_streaming(key_server, upstream):
+    upstream.script.append(stream(*DIRTY["thoughts with content null"][0]))
+    _, _, completion = chat(key_server, model="qwen3.7-plus", enable_thinking=True, stream=False)
+    message = completion["choices"][0]["message"]
+    assert (message["reasoning_content"], message["content"]) == ("Hm", "Hello, wörld")
+    assert upstream.bodies()[0]["stream"] is True and upstream.bodies()[0]["enable_thinking"] is True
+
+
+def test_client_32_thoughts_come_first_and_apart(key_server, upstream):
+    upstream.script.append(stream(*DIRTY["thoughts and text in one delta"][0]))
+    chunks = [json.loads(value) for value in chat(key_server, stream=True)[2][:-1]]
+    check_canonical(chunks)
+    assert ["reasoning_content" in value["choices"][0]["delta"] for value in chunks] == [True] + [False] * (len(chunks) - 1)
+
+
+@pytest.mark.parametrize("encoding", [None, "float", "base64"])
+def test_client_33_embeddings_come_as_asked(key_server, encoding):
+    status, _, body = ask(key_server, {"model": "text-embedding-v4", "input": "four", "encoding_format": encoding, "user": "me"},
+                          path="/v1/embeddings")
+    answer = json.loads(body)
+    vector = answer["data"][0]["embedding"]
+    assert status == 200 and list(struct.unpack("<2f", base64.b64decode(vector)) if encoding == "base64" else vector) == [2.0, 0.25]
+    assert (answer["object"], answer["model"], answer["usage"]) == ("list", "text-embedding-v4", {"prompt_tokens": 1, "total_tokens": 1})
+
+
+def test_client_34_a_thousand_texts_come_back_in_order(key_server, upstream):
+    texts = ["x" * (index % 97 + 1) for index in range(1000)]
+    status, _, body = ask(key_server, {"model": "text-embedding-v4", "input": texts}, path="/embeddings")
+    answer = json.loads(body)
+    assert status == 200 and [entry["index"] for entry in answer["data"]] == list(range(1000))
+    assert [entry["embedding"][0] * 2 for entry in answer["data"]] == [len(text) for text in texts]
+    assert answer["usage"] == {"prompt_tokens": 1000, "total_tokens": 1000} and len(upstream.requests) == 100
+    status, _, body = ask(key_server, {"model": "text-embedding-v4", "input": [[1, 2, 3]]}, path="/v1/embeddings")
+    assert status == 400 and "check_embedding_ctx_length=False" in json.loads(body)["error"]["message"]
+
+
+@pytest.mark.parametrize("answer, status, code, header", [
+    (refusal("Free allocated quota exceeded.", 429, "insufficient_quota"), 429, "insufficient_quota", ("x-should-retry", "false")),
+    (refusal("Requests rate limit exceeded, please try again later.", 429, "limit_requests"), 429, "rate_limit_exceeded", ("Retry-After", "5")),
+    (refusal("Range of input length should be [1, 983616]"), 400, "context_length_exceeded", ("Retry-After", None)),
+])
+def test_client_35_quota_rate_limit_and_overflow_are_told_apart(key_server, upstream, answer, status, code, header):
+    key_server.options = key_server.options._replace(retries=0)
+    upstream.script.append(answer)
+    got, headers, body = chat(key_server)
+    assert (got, body["error"]["code"], headers[header[0]]) == (status, code, header[1])
+
+
+BODY = json.dumps({"messages": HI}).encode()
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+@pytest.mark.parametrize("head, body, status", [
+    (b"Transfer-Encoding: chunked\r\n", b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY), 200),
+    (b"Content-Encoding: gzip\r\n", gzip.compress(BODY), 200),
+    (b"Expect: 100-continue\r\n", BODY, 200),
+    (b"Upgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\n", BODY, 200),
+    (b"Content-Type: application/x-www-form-urlencoded\r\n", BODY, 200),
+    (b"", b'"text"', 400), (b"", b"[]", 400), (b"", b"7", 400), (b"", b"null", 400),
+])
+def test_client_36_transport_of_every_client_and_the_connection_lives_on(key_server, head, body, status, family):
+    if family == socket.AF_INET6 and len(key_server._listeners) < 2:
+        pytest.skip("this machine has no ::1")
+    length = b"" if b"chunked" in head else b"Content-Length: %d\r\n" % len(body)
+    request = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n" + length + head + b"\r\n" + body
+    last = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    received = raw(key_server, request + last, family)
+    statuses = [int(found) for found in re.findall(rb"HTTP/1.1 (\d+)", received)]
+    assert statuses == ([100] if b"Expect" in head else []) + [status, 200]
+
+
+def test_client_40_browsers_of_other_sites_are_kept_out_and_local_ones_let_in(key_server, upstream):
+    data = {"messages": HI}
+    assert ask(key_server, data, headers={"Host": "evil.example"})[0] == 403
+    status, headers, _ = ask(key_server, data, headers={"Origin": "https://evil.example"})
+    assert status == 403 and headers["Access-Control-Allow-Origin"] is None
+    assert ask(key_server, data, headers={"Origin": "https://evil.example", "Content-Type": "text/plain"})[0] == 403
+    assert upstream.requests == []
+    status, headers, _ = ask(key_server, None, "OPTIONS", headers={
+        "Origin": "http://localhost:3000", "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,x-stainless-new"})
+    assert (status, headers["Access-Control-Allow-Headers"]) == (204, "authorization,x-stainless-new")
+    status, headers, _ = ask(key_server, b"{", headers={"Origin": "http://localhost:3000"})
+    assert (status, headers["Access-Control-Allow-Origin"]) == (400, "http://localhost:3000")
+
+
+# -- the other endpoints -------------------------------------------------------------------------
+
+@pytest.mark.parametrize("request_, words", [
+    ({"input": "x"}, "model must be named"), ({"model": "m"}, "input must be"), ({"model": "m", "input": []}, "input must be"),
+    ({"model": "m", "input": [1, 2]}, "token array"), ({"model": "m", "input": ["a", ""]}, "input[1]"), ({"model": "m", "input": ["a", None]}, "input[1]"),
+    ({"model": "m", "input": ["a"] * 2049}, "2048"), ({"model": "m", "input": "a", "encoding_format": "int8"}, "float or base64"), ([], "JSON object"),
+])
+def test_embedding_requests_that_cannot_be_served_say_why(key_server, upstream, request_, words):
+    status, _, body = ask(key_server, request_, path="/v1/embeddings")
+    assert status == 400 and words in json.loads(body)["error"]["message"] and upstream.requests == []
+
+
+def test_dimensions_pass_and_old_models_take_25_texts(key_server, upstream):
+    ask(key_server, {"model": "text-embedding-v4", "input": ["a"], "dimensions": 64}, path="/v1/embeddings")
+    assert json.loads(upstream.requests[0][2]) == {"model": "text-embedding-v4", "input": ["a"], "dimensions": 64, "encoding_format": "float"}
+    route = qp.Route(qp.Provider("t", "http://h/v1", None, "t", family="dashscope"), "text-embedding-v2")
+    assert qp.embedding_batch_size(route) == 25
+
+
+def test_a_batch_that_fails_fails_the_request(key_server, upstream, monkeypatch):
+    answers = iter([None, None, refusal("Input data may contain inappropriate content.", 400, "data_inspection_failed")])
+    monkeypatch.setattr(upstream, "embeddings", lambda request: next(answers, None) or FakeQwen.embeddings(request))
+    status, _, body = ask(key_server, {"model": "text-embedding-v4", "input": ["x"] * 200}, path="/v1/embeddings")
+    assert (status, json.loads(body)["error"]["code"]) == (400, "content_filter")
+    assert len(upstream.requests) < 20
+
+
+@pytest.mark.parametrize("path, body", [("/v1/embeddings", {"model": "text-embedding-v4", "input": "x"}), ("/v1/completions", {"prompt": "x"})])
+def test_plans_without_an_endpoint_say_so(login, upstream, serve, path, body):
+    status, _, answer = ask(serve(), body, path=path)
+    assert (status, json.loads(answer)["error"]["code"]) == (400, "unsupported_endpoint") and upstream.requests == []
+
+
+def test_text_completions_whole_and_streamed(key_server, upstream):
+    request = {"model": "qwen-coder-turbo", "prompt": "def ", "suffix": "return 1", "max_tokens": 9, "best_of": None}
+    status, headers, body = ask(key_server, request, path="/v1/completions")
+    completion = json.loads(body)
+    assert status == 200 and headers["x-qwen-provider"] and (completion["object"], completion["usage"]) == ("text_completion", USAGE)
+    assert completion["choices"] == [{"index": 0, "text": "def f():", "logprobs": None, "finish_reason": "stop"}]
+    assert json.loads(upstream.requests[0][2])["prompt"] == "<|fim_prefix|>def <|fim_suffix|>return 1<|fim_middle|>"
+    _, _, body = ask(key_server, {**request, "stream": True}, path="/v1/completions")
+    data = data_of(body)
+    chunks = [json.loads(value) for value in data[:-1]]
+    assert data[-1] == "[DONE]" and not any(value.get("usage") for value in chunks)
+    assert "".join(value["choices"][0]["text"] for value in chunks) == "def f():" and chunks[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("pieces, status", [(TEXT[:2], 502), ([NATIVE % FREE], 429), ([b"<html></html>"], 502), ([*TEXT[:2], text_chunk("", "error_finish")], 502)])
+def test_text_completions_end_as_carefully_as_chats(key_server, upstream, pieces, status):
+    upstream.script.extend([stream(*pieces)] * 2)
+    assert ask(key_server, {"prompt": "x"}, path="/v1/completions")[0] == status
+    _, _, body = ask(key_server, {"prompt": "x", "stream": True}, path="/v1/completions")
+    assert b"[DONE]" not in body and b'"error"' in body
+    assert ask(key_server, {"prompt": 5}, path="/v1/completions")[0] == 400
+
+
+def test_live_models_are_merged_cached_and_outlive_an_error(home, upstream, serve, monkeypatch):
+    second = FakeQwen()
+    try:
+        upstream.models, second.models = ["qwen-max", "text-embedding-v4"], ["qwen-max", "qwen3-max"]
+        settings(home, upstream, {"id": "qwen3-max"}, {"id": "qwen3-max", "baseUrl": second.dashscope})
+        server, other = serve(), "127.0.0.1:%d" % second.port
+        names = [model["id"] for model in get(server, "/v1/models")[1]["data"]]
+        assert names == ["qwen3-max", "qwen-max", "text-embedding-v4", other + "/qwen3-max", other + "/qwen-max"]
+        get(server, "/v1/models")
+        assert len(upstream.requests) == 1      # cached
+        monkeypatch.setattr(qp, "MODELS_AGE", 0)
+        upstream.models = lambda: reply(500, b"")
+        assert [model["id"] for model in get(server, "/v1/models")[1]["data"]] == names
+        assert chat(server, model=other + "/qwen-max")[0] == 200 and second.bodies()[0]["model"] == "qwen-max"
+        assert chat(server, model="qwen-max")[0] == 200 and upstream.bodies()[-1]["model"] == "qwen-max"
+    finally:
+        second.close()
+
+
+# -- several logins ------------------------------------------------------------------------------
+
+@pytest.fixture()
+def second():
+    fake = FakeQwen()
+    yield fake
+    fake.close()
+
+
+EXHAUSTED = refusal("hour allocated quota exceeded", 429, "insufficient_quota")
+
+
+@pytest.mark.parametrize("answer", [EXHAUSTED, refusal("Incorrect API key provided.", 401, "invalid_api_key"), reply(503, b"")])
+def test_failover_goes_to_the_next_provider_that_lists_the_model(home, upstream, second, serve, answer, caplog, monkeypatch):
+    monkeypatch.setattr(qp, "RETRY_DELAY_FIRST", 0.01)
+    caplog.set_level(logging.INFO, "qwen_proxy")
+    settings(home, upstream, {"id": "qwen3-max"}, {"id": "qwen3-max", "baseUrl": second.dashscope}, {"id": "other"})
+    server = serve(failover=True)
+    upstream.script.extend([answer] * 3)
+    status, headers, _ = chat(server, model="qwen3-max")
+    assert (status, headers["x-qwen-provider"]) == (200, "127.0.0.1:%d" % second.port)
+    assert len(second.bodies()) == 1 and "trying 127.0.0.1:%d" % second.port in caplog.text
+    asked = len(upstream.bodies())
+    assert chat(server, model="qwen3-max")[0] == 200
+    assert len(upstream.bodies()) == asked and len(second.bodies()) == 2       # the one that failed rests
+    upstream.script.clear()
+    upstream.script.append(EXHAUSTED)
+    assert chat(server, model="other")[0] == 429        # nobody else lists it
+
+
+def test_failover_from_an_unreachable_host(home, upstream, second, serve, monkeypatch):
+    monkeypatch.setattr(qp, "RETRY_DELAY_FIRST", 0.01)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        settings(home, upstream, {"id": "qwen3-max", "baseUrl": "http://127.0.0.1:%d/compatible-mode/v1" % free.getsockname()[1]},
+                 {"id": "qwen3-max", "baseUrl": second.dashscope})
+        assert chat(serve(failover=True), model="qwen3-max")[0] == 200
+
+
+def test_without_the_flag_nothing_moves_to_another_key(home, upstream, second, serve):
+    settings(home, upstream, {"id": "qwen3-max"}, {"id": "qwen3-max", "baseUrl": second.dashscope})
+    upstream.script.append(EXHAUSTED)
+    assert chat(serve(), model="qwen3-max")[0] == 429 and second.requests == []
+
+
+def test_soft_limits_and_refusals_do_not_move(home, upstream, second, serve):
+    settings(home, upstream, {"id": "qwen3-max"}, {"id": "qwen3-max", "baseUrl": second.dashscope})
+    server = serve(failover=True, retries=0)
+    for answer, expected in ((refusal("Requests rate limit exceeded", 429, "limit_requests"), 429), (refusal("bad value"), 400)):
+        upstream.script.append(answer)
+        assert chat(server, model="qwen3-max")[0] == expected
+    assert second.requests == []
+
+
+def test_never_repeated_after_the_first_byte(home, upstream, second, serve):
+    settings(home, upstream, {"id": "qwen3-max"}, {"id": "qwen3-max", "baseUrl": second.dashscope})
+    upstream.script.append(stream(*DELTAS, NATIVE % FREE))
+    _, _, data = chat(serve(failover=True), model="qwen3-max", stream=True)
+    assert json.loads(data[-1])["error"]["code"] == "insufficient_quota" and second.requests == [] and len(upstream.bodies()) == 1
+
+
+def test_retries_and_failover_end_with_the_clients_patience(home, upstream, second, serve, monkeypatch):
+    settings(home, upstream, {"id": "qwen3-max"}, {"id": "qwen3-max", "baseUrl": second.dashscope})
+    monkeypatch.setattr(qp, "PATIENCE", -1)
+    server = serve(failover=True)
+    upstream.script.extend([reply(503, b""), EXHAUSTED])
+    assert [chat(server, model="qwen3-max")[0] for _ in range(2)] == [503, 429]
+    assert len(upstream.bodies()) == 2 and second.requests == []
+
+
+def test_several_oauth_files_rotate_on_quota(home, upstream, login, serve):
+    write_login(home, upstream, name="oauth_creds_work.json", access_token="at_work")
+    upstream.access_tokens.add("at_work")
+    server = serve()
+    upstream.script.append(refusal("Free allocated quota exceeded.", 429, "insufficient_quota"))
+    status, headers, _ = chat(server)
+    assert (status, headers["x-qwen-provider"]) == (200, "oauth-work")
+    assert [headers["Authorization"] for _, headers, _ in upstream.requests] == ["Bearer at_1", "Bearer at_work"]
+    assert chat(server, model="oauth-work/coder-model")[1]["x-qwen-provider"] == "oauth-work"
 
 
 # ----------------------------------------------------------------------------------------------------
