@@ -1030,6 +1030,11 @@ def as_object(value: Any) -> dict:
     return value if isinstance(value, dict) else {}
 
 
+def as_list(value: Any) -> list:
+    """The value if it is a list, else an empty one."""
+    return value if isinstance(value, list) else []
+
+
 def as_text(value: Any) -> str:
     """The value if it is a string, else an empty one."""
     return value if isinstance(value, str) else ""
@@ -1944,8 +1949,10 @@ class ModelLists:
         self._running: dict[tuple[str, str], threading.Thread] = {}
 
     def get(self, providers: list[Provider], seconds: float) -> list[list[str]]:
-        """The list of each provider, empty where none is known that long after it was asked for."""
+        """The list of each provider, empty where none is known that long after it was asked for; 0 asks nobody."""
         keys = [(provider.name, provider.host()) for provider in providers]
+        if not seconds:
+            return [self._lists.get(key, []) for key in keys]
         threads = [None if provider.family in UNLISTED_FAMILIES else self._refresh(provider, key)
                    for provider, key in zip(providers, keys)]
         for key, thread in zip(keys, threads):
@@ -1988,8 +1995,7 @@ class ModelLists:
             listed = None
         finally:
             response.close()
-        entries = dig(listed, "data")
-        return [entry["id"] for entry in (entries if isinstance(entries, list) else [])
+        return [entry["id"] for entry in as_list(dig(listed, "data"))
                 if isinstance(entry, dict) and isinstance(entry.get("id"), str) and entry["id"]]
 
 
@@ -2471,10 +2477,12 @@ def without_openai_only(body: dict, context: Context) -> bool:
     return bool(dropped)
 
 
-def web_search(body: dict, context: Context) -> bool:
-    """web_search_options asks for the search of the endpoint."""
+def web_search(body: dict, context: Context) -> bool | str:
+    """web_search_options asks for the search of the endpoint, where there is one."""
     if "web_search_options" not in body:
         return False
+    if context.family != "dashscope":
+        return "no web search, since this endpoint has none"
     body.setdefault("enable_search", True)
     return True
 
@@ -2652,7 +2660,7 @@ RULES = tuple(Rule(*row) for row in (
      "DashScope 400: Range of max_tokens should be [1, N]"),
     ("sampling-range", sampling_range, _alibaba, "Model Studio, chat reference: temperature [0, 2), top_p (0, 1]"),
     ("tools", usable_tools, _anywhere, "MiniMax 400: function parameters is empty; vLLM: null tool_choice"),
-    ("web-search", web_search, lambda c: c.family == "dashscope", "Model Studio, chat reference: enable_search"),
+    ("web-search", web_search, _alibaba, "Model Studio, chat reference: enable_search"),
     ("openai-only", without_openai_only, lambda c: _alibaba(c) or c.family == "modelscope", "Model Studio, OpenAI compatibility"),
     ("thinking", qwen_thinking, lambda c: c.speaks_qwen and c.mode != "unknown", "Model Studio, 'Deep thinking'"),
     ("thinking-words", other_thinking, lambda c: c.family in ("openrouter", "deepseek", "zai"), "each provider's reference"),
@@ -3651,6 +3659,476 @@ def base64_of(vector: list[float]) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------
+# Responses API
+# ----------------------------------------------------------------------------------------------------
+# Pure: a request to /v1/responses in, a chat request out; chat chunks in, events of a response out.
+# OpenAI reference, Responses; nothing is stored, so a request holds the whole conversation.
+
+CARRIED = "qwen_proxy:"                         # before what encrypted_content carries for us to the next request
+COMPACTION = ("Summarise the conversation so far for somebody who goes on with it and sees nothing but your summary: the "
+              "task, what was decided and found out, which files and commands matter, what is left to do.")
+RESPONSE_ONLY = frozenset({
+    "input", "instructions", "tools", "tool_choice", "reasoning", "text", "max_output_tokens", "previous_response_id", "store",
+    "include", "truncation", "metadata", "prompt_cache_key", "client_metadata", "background", "conversation", "prompt",
+    "max_tool_calls", "service_tier", "safety_identifier", "prompt_cache_retention", "stream_options", "context_management"})
+IGNORED_ITEMS = frozenset({"web_search_call", "mcp_list_tools", "additional_tools"})
+
+
+class ToolNames:
+    """The names of a request's tools as Qwen is told them, and back: namespaces are flattened, custom tools noted."""
+
+    def __init__(self) -> None:
+        self.custom: set[str] = set()
+        self._nested: dict[str, tuple[str, str]] = {}
+
+    def flat(self, name: str, namespace: Any) -> str:
+        """namespace__name, of at most the 64 characters that Model Studio allows."""
+        if not isinstance(namespace, str) or not namespace:
+            return name
+        joined = "%s__%s" % (namespace, name)
+        if len(joined) > 64:
+            joined = "%s_%s" % (joined[:55], hashlib.sha256(joined.encode()).hexdigest()[:8])
+        self._nested[joined] = (namespace, name)
+        return joined
+
+    def restored(self, flat: str) -> dict:
+        """name, and namespace where it had one: Codex calls a flattened name unsupported."""
+        if flat not in self._nested:
+            return {"name": flat}
+        namespace, name = self._nested[flat]
+        return {"name": name, "namespace": namespace}
+
+
+class ResponseRequest(NamedTuple):
+    """A request to /v1/responses, taken apart."""
+
+    chat: dict                      # the chat request
+    asked: dict                     # the request as it came
+    names: ToolNames
+    is_compaction: bool             # the client wants the conversation summarised, see COMPACTION
+    skipped: list[str]              # types of tools that have no counterpart
+
+
+def carried(text: str) -> str:
+    """A text as encrypted_content: opaque to the client, read again by carried_text()."""
+    return CARRIED + base64.b64encode(text.encode("utf-8", "replace")).decode()
+
+
+def carried_text(value: Any) -> str:
+    """The text in encrypted_content that carried() made; empty for somebody else's."""
+    if not isinstance(value, str) or not value.startswith(CARRIED):
+        return ""
+    try:
+        return base64.b64decode(value[len(CARRIED):], validate=True).decode("utf-8", "replace")
+    except ValueError:
+        return ""
+
+
+def to_chat_request(request: Any) -> ResponseRequest:
+    """The chat request for a request to /v1/responses; raises BadRequest for what needs a memory or cannot be meant."""
+    if not isinstance(request, dict):
+        raise BadRequest("the body must be a JSON object, not %s" % json_type(request))
+    if request.get("previous_response_id") or request.get("conversation"):
+        raise BadRequest("nothing is stored here, so there is no previous response: send the whole conversation as input",
+                         code="previous_response_not_found", param="previous_response_id")
+    for name in ("background", "prompt"):
+        if request.get(name):
+            raise BadRequest("%s is not supported: nothing is stored here" % name, param=name)
+    names, skipped = ToolNames(), []        # type: ignore[var-annotated]
+    items = request.get("input")
+    items = [{"role": "user", "content": items}] if isinstance(items, str) else items
+    if not isinstance(items, list) or not items:
+        raise BadRequest("input must be a string or a list of items", param="input")
+    is_compaction = dig(items[-1], "type") == "compaction_trigger"
+    chat = {name: value for name, value in request.items() if name not in RESPONSE_ONLY and value is not None}
+    chat["messages"] = messages_of(request.get("instructions"), items, names)
+    if is_compaction:
+        chat["messages"].append({"role": "user", "content": COMPACTION})
+    else:
+        chat.update(chat_tools(request, names, skipped))
+    chat.update(chat_options(request))
+    return ResponseRequest(chat, request, names, is_compaction, skipped)
+
+
+def chat_options(request: dict) -> dict:
+    """max_output_tokens, reasoning and text.format in the words of chat completions."""
+    options: dict = {}
+    if request.get("max_output_tokens") is not None:
+        options["max_tokens"] = request["max_output_tokens"]
+    effort = dig(request, "reasoning", "effort")
+    if isinstance(effort, str):
+        options["reasoning_effort"] = effort
+    text_format = dig(request, "text", "format")
+    if dig(text_format, "type") == "json_schema":
+        schema = {name: text_format[name] for name in ("name", "description", "schema", "strict") if text_format.get(name) is not None}
+        options["response_format"] = {"type": "json_schema", "json_schema": schema}
+    elif dig(text_format, "type") == "json_object":
+        options["response_format"] = {"type": "json_object"}
+    return options
+
+
+def chat_tools(request: dict, names: ToolNames, skipped: list[str]) -> dict:
+    """tools and tool_choice of a chat request."""
+    tools, searches = [], False         # type: ignore[var-annotated]
+    for tool in as_list(request.get("tools")):
+        if str(dig(tool, "type")).startswith("web_search"):
+            searches = True
+        for namespace, inner in ([(tool.get("name"), each) for each in as_list(tool.get("tools"))]
+                                 if dig(tool, "type") == "namespace" else [(None, tool)]):
+            function = chat_function(inner, namespace, names)
+            if function:
+                tools.append({"type": "function", "function": function})
+            elif not str(dig(inner, "type")).startswith("web_search"):
+                skipped.append(str(dig(inner, "type")))
+    options: dict = {"tools": tools} if tools else {}
+    if searches:
+        options["web_search_options"] = {}
+    choice = chat_tool_choice(request.get("tool_choice"), names, options)
+    if tools and choice:
+        options["tool_choice"] = choice
+    return options
+
+
+def chat_function(tool: Any, namespace: Any, names: ToolNames) -> dict | None:
+    """The function of a chat tool for a tool of /v1/responses; None for one that only OpenAI runs."""
+    name = dig(tool, "name")
+    if not isinstance(name, str) or tool.get("type") not in ("function", "custom"):
+        return None
+    flat = names.flat(name, namespace)
+    if tool["type"] == "custom":
+        names.custom.add(flat)
+        return {"name": flat, "description": tool.get("description") or "", "parameters": {
+            "type": "object", "required": ["input"], "properties": {"input": {"type": "string", "description": custom_format(tool)}}}}
+    function = {key: tool[key] for key in ("description", "parameters", "strict") if tool.get(key) is not None}
+    return {"name": flat, **function}
+
+
+def custom_format(tool: dict) -> str:
+    """What the one string of a custom tool must look like, in words: the grammar itself cannot be enforced."""
+    definition = dig(tool, "format", "definition")
+    return "It must match this grammar:\n" + definition if isinstance(definition, str) else "The input as it is."
+
+
+def chat_tool_choice(choice: Any, names: ToolNames, options: dict) -> Any:
+    """tool_choice in the words of chat completions; allowed_tools keeps those tools only."""
+    if not isinstance(choice, dict):
+        return choice
+    if choice.get("type") in ("function", "custom") and isinstance(choice.get("name"), str):
+        return {"type": "function", "function": {"name": names.flat(choice["name"], choice.get("namespace"))}}
+    if choice.get("type") == "allowed_tools" and isinstance(choice.get("tools"), list):
+        allowed = [dig(tool, "name") for tool in choice["tools"]]
+        options["tools"] = [tool for tool in options.get("tools", []) if tool["function"]["name"] in allowed] or options.get("tools", [])
+        return choice.get("mode") or "auto"
+    return "auto"
+
+
+def messages_of(instructions: Any, items: list, names: ToolNames) -> list[dict]:
+    """The messages of a conversation; raises BadRequest that names an item of no use."""
+    messages: list[dict] = []
+    if isinstance(instructions, str) and instructions:
+        messages.append({"role": "system", "content": instructions})
+    elif isinstance(instructions, list):
+        messages += messages_of(None, instructions, names)
+    for index, item in enumerate(items):
+        if not isinstance(item, dict):
+            raise BadRequest("input[%d] must be an object" % index, param="input.%d" % index)
+        kind = as_text(item.get("type", "message"))
+        add = ITEMS.get(kind)
+        if add is not None:
+            add(messages, item, names)
+        elif kind not in IGNORED_ITEMS and kind != "compaction_trigger":
+            words = "there is nothing stored to refer to: send the item itself" if kind == "item_reference" else "it is not supported here"
+            raise BadRequest("input[%d] is of type %r; %s" % (index, kind[:60], words), param="input.%d" % index)
+    return [message for message in messages if message.get("content") or message.get("tool_calls") or message["role"] != "assistant"]
+
+
+def assistant_turn(messages: list[dict], is_text: bool = False) -> dict:
+    """The assistant message that the next item of the same turn joins; a second text begins another one."""
+    last = messages[-1] if messages else {}
+    if last.get("role") == "assistant" and not (is_text and (last["content"] or last.get("tool_calls"))):
+        return last
+    messages.append({"role": "assistant", "content": ""})
+    return messages[-1]
+
+
+def add_message(messages: list[dict], item: dict, names: ToolNames) -> None:
+    """message"""
+    role, content = item.get("role"), item.get("content")
+    if role not in ("user", "assistant", "system", "developer"):
+        raise BadRequest("a message of the input has the role %r" % str(role)[:60], param="input")
+    if role == "assistant":
+        assistant_turn(messages, is_text=True)["content"] = chat_content(content)
+    else:
+        messages.append({"role": role, "content": chat_content(content)})
+
+
+def chat_content(content: Any) -> Any:
+    """A message's or an output's content in the words of chat completions: a string, if it is nothing but text."""
+    if not isinstance(content, list):
+        return "" if content is None else content
+    parts = [chat_part(part) for part in content]
+    return "\n".join(part["text"] for part in parts) if all(part["type"] == "text" for part in parts) else parts
+
+
+def chat_part(part: Any) -> dict:
+    """A part of a message's content in the words of chat completions."""
+    kind = dig(part, "type")
+    if kind in ("input_text", "output_text", "text", "summary_text", "reasoning_text"):
+        return {"type": "text", "text": as_text(part.get("text"))}
+    if kind == "refusal":
+        return {"type": "text", "text": as_text(part.get("refusal"))}
+    if kind == "input_image" and part.get("image_url"):
+        url = part["image_url"] if isinstance(part["image_url"], dict) else {"url": part["image_url"]}
+        return {"type": "image_url", "image_url": {**({"detail": part["detail"]} if part.get("detail") else {}), **url}}
+    if kind == "input_file" and (part.get("file_data") or part.get("file_url")):
+        return {"type": "file", "file": {name: part[name] for name in ("filename", "file_data", "file_url") if part.get(name)}}
+    if kind == "input_audio":
+        return {"type": "input_audio", "input_audio": part.get("input_audio")}
+    raise BadRequest("a part of type %r cannot be sent; files and images must be in the request itself, since none are stored"
+                     % str(kind)[:60], param="input")
+
+
+def add_call(messages: list[dict], item: dict, names: ToolNames) -> None:
+    """function_call, custom_tool_call"""
+    name, arguments = names.flat(as_text(item.get("name")), item.get("namespace")), item.get("arguments")
+    if item["type"] == "custom_tool_call":
+        arguments = json.dumps({"input": as_text(item.get("input"))}, ensure_ascii=False)
+    assistant_turn(messages).setdefault("tool_calls", []).append({
+        "id": item.get("call_id") or item.get("id"), "type": "function", "function": {"name": name, "arguments": arguments}})
+
+
+def add_output(messages: list[dict], item: dict, names: ToolNames) -> None:
+    """function_call_output, custom_tool_call_output"""
+    content = chat_content(item.get("output"))
+    if not isinstance(content, (str, list)):
+        content = json.dumps(content, ensure_ascii=False)
+    messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": content})
+
+
+def add_reasoning(messages: list[dict], item: dict, names: ToolNames) -> None:
+    """reasoning"""
+    parts = as_list(item.get("content")) or as_list(item.get("summary"))
+    thoughts = carried_text(item.get("encrypted_content")) or text_of(parts)
+    if thoughts:
+        turn = assistant_turn(messages, is_text=True)
+        turn["reasoning_content"] = turn.get("reasoning_content", "") + thoughts
+
+
+def add_compaction(messages: list[dict], item: dict, names: ToolNames) -> None:
+    """compaction, compaction_summary"""
+    summary = carried_text(item.get("encrypted_content"))
+    if summary:
+        messages.append({"role": "user", "content": "The conversation so far, in summary:\n\n" + summary})
+
+
+ITEMS: dict[str, Callable[[list[dict], dict, ToolNames], None]] = {
+    "message": add_message, "function_call": add_call, "custom_tool_call": add_call, "function_call_output": add_output,
+    "custom_tool_call_output": add_output, "reasoning": add_reasoning, "compaction": add_compaction,
+    "compaction_summary": add_compaction,
+}
+
+
+class OutputItem:
+    """One item of a response's output while it grows: `item` is what the client has been told of it."""
+
+    def __init__(self, kind: str, prefix: str, index: int, **fields: Any):
+        self.index, self.text, self.is_open = index, "", True
+        self.item = {"id": prefix + secrets.token_hex(12), "type": kind, **fields}
+        self.place = {"item_id": self.item["id"], "output_index": index}
+
+
+class ResponseEvents:
+    """Chat chunks in, the events of one response out, in the order that all clients take.
+
+    Thoughts go out as a reasoning summary, since openai-node fails on reasoning_text and Codex and the
+    AI SDK do not show it. Calls are done at the end, as deltas for several of them may alternate.
+    """
+
+    def __init__(self, request: ResponseRequest, model: str, created: int):
+        self._request, self._names = request, request.names
+        self._id, self._model, self._created = "resp_" + secrets.token_hex(16), model, created
+        self._number = itertools.count()
+        self._items: list[OutputItem] = []
+        self._open: OutputItem | None = None        # the text or the thoughts that go on
+        self._calls: dict[int, OutputItem] = {}
+        self._finish_reason: str | None = None
+        self._summary = ""
+        self._keeps_thoughts = "reasoning.encrypted_content" in as_list(request.asked.get("include"))
+
+    def start(self) -> list[dict]:
+        """The first events."""
+        return [self._event("response.created", response=self.response()), self.alive()]
+
+    def alive(self) -> dict:
+        """A sign of life: Codex takes no comment for one."""
+        return self._event("response.in_progress", response=self.response())
+
+    def feed(self, chunk: dict) -> list[dict]:
+        """The events for a chunk."""
+        events: list[dict] = []
+        for choice in chunk["choices"][:1]:
+            delta, self._finish_reason = choice["delta"], choice["finish_reason"] or self._finish_reason
+            if self._request.is_compaction:
+                self._summary += delta.get("content") or ""
+                continue
+            if delta.get("reasoning_content"):
+                events += self._thoughts(delta["reasoning_content"])
+            if delta.get("content"):
+                events += self._text(delta["content"])
+            for call in delta.get("tool_calls") or []:
+                events += self._call(call)
+        return events
+
+    def finish(self, usage: dict | None) -> list[dict]:
+        """The events that end the response: whole, or incomplete for its length or a filter."""
+        events = self._close()
+        for call in self._calls.values():
+            events += self._close_call(call)
+        if self._request.is_compaction:
+            events += self._compaction()
+        status = "completed" if self._finish_reason not in ("length", "content_filter") else "incomplete"
+        return [*events, self._event("response." + status, response=self.response(status, usage))]
+
+    def fail(self, error: ProxyError) -> list[dict]:
+        """The one event that ends a response that broke off; the codes are those that Codex knows."""
+        known = ("context_length_exceeded", "insufficient_quota", "rate_limit_exceeded")
+        failure = {"code": error.code if error.code in known else "server_error", "message": mask(error.message)}
+        if error.code == "rate_limit_exceeded":
+            failure["message"] += ". Please try again in %ds." % max(1, int(error.retry_after or 5))
+        return [self._event("response.failed", response={**self.response("failed"), "error": failure})]
+
+    def response(self, status: str = "in_progress", usage: dict | None = None) -> dict:
+        """The response object as it is now."""
+        asked, reason = self._request.asked, {"length": "max_output_tokens"}.get(self._finish_reason or "", self._finish_reason)
+        is_over = status != "in_progress"
+        return {
+            "id": self._id, "object": "response", "created_at": self._created, "status": status, "background": False, "error": None,
+            "incomplete_details": {"reason": reason} if status == "incomplete" else None, "instructions": asked.get("instructions"),
+            "max_output_tokens": asked.get("max_output_tokens"), "max_tool_calls": None, "model": self._model,
+            "output": [self._whole(item) for item in self._items] if is_over else [],
+            "parallel_tool_calls": asked.get("parallel_tool_calls", True) is not False, "previous_response_id": None,
+            "prompt_cache_key": asked.get("prompt_cache_key"),
+            "reasoning": {"effort": dig(asked, "reasoning", "effort"), "summary": dig(asked, "reasoning", "summary")},
+            "service_tier": "default", "store": False, "temperature": asked.get("temperature"),
+            "text": {"format": dig(asked, "text", "format") or {"type": "text"}, "verbosity": dig(asked, "text", "verbosity") or "medium"},
+            "tool_choice": asked.get("tool_choice") or "auto", "tools": asked.get("tools") or [], "top_logprobs": 0,
+            "top_p": asked.get("top_p"), "truncation": asked.get("truncation") or "disabled", "usage": response_usage(usage),
+            "user": asked.get("user"), "metadata": asked.get("metadata") or {},
+        }
+
+    def _event(self, kind: str, **fields: Any) -> dict:
+        return {"type": kind, "sequence_number": next(self._number), **fields}
+
+    def _begin(self, kind: str, prefix: str, **fields: Any) -> tuple[OutputItem, dict]:
+        item = OutputItem(kind, prefix, len(self._items), **fields)
+        self._items.append(item)
+        return item, self._event("response.output_item.added", output_index=item.index, item=dict(item.item))
+
+    def _done(self, item: OutputItem) -> dict:
+        item.is_open = False
+        return self._event("response.output_item.done", output_index=item.index, item=self._whole(item))
+
+    def _thoughts(self, text: str) -> list[dict]:
+        events: list[dict] = []
+        if self._open is None or self._open.item["type"] != "reasoning":
+            events = self._close()
+            self._open, added = self._begin("reasoning", "rs_", summary=[])
+            events += [added, self._event("response.reasoning_summary_part.added", **self._open.place, summary_index=0,
+                                          part={"type": "summary_text", "text": ""})]
+        self._open.text += text
+        return [*events, self._event("response.reasoning_summary_text.delta", **self._open.place, summary_index=0, delta=text)]
+
+    def _text(self, text: str) -> list[dict]:
+        events: list[dict] = []
+        if self._open is None or self._open.item["type"] != "message":
+            events = self._close()
+            self._open, added = self._begin("message", "msg_", status="in_progress", role="assistant", content=[])
+            events += [added, self._event("response.content_part.added", **self._open.place, content_index=0, part=output_text(""))]
+        self._open.text += text
+        return [*events, self._event("response.output_text.delta", **self._open.place, content_index=0, delta=text, logprobs=[])]
+
+    def _call(self, call: dict) -> list[dict]:
+        events: list[dict] = []
+        item = self._calls.get(call["index"])
+        if item is None:
+            events, flat = self._close(), call["function"]["name"]
+            kind, prefix, field = (("custom_tool_call", "ctc_", "input") if flat in self._names.custom
+                                   else ("function_call", "fc_", "arguments"))
+            fields = {"status": "in_progress", "call_id": call["id"], **self._names.restored(flat), field: ""}
+            item, added = self._begin(kind, prefix, **fields)
+            self._calls[call["index"]] = item
+            events.append(added)
+        arguments = call["function"].get("arguments") or ""
+        item.text += arguments
+        if arguments and item.item["type"] == "function_call":
+            events.append(self._event("response.function_call_arguments.delta", **item.place, delta=arguments))
+        return events
+
+    def _close(self) -> list[dict]:
+        """The events that end the text or the thoughts that go on."""
+        item, self._open = self._open, None
+        if item is None:
+            return []
+        if item.item["type"] == "reasoning":
+            part = {"type": "summary_text", "text": item.text}
+            return [self._event("response.reasoning_summary_text.done", **item.place, summary_index=0, text=item.text),
+                    self._event("response.reasoning_summary_part.done", **item.place, summary_index=0, part=part), self._done(item)]
+        return [self._event("response.output_text.done", **item.place, content_index=0, text=item.text, logprobs=[]),
+                self._event("response.content_part.done", **item.place, content_index=0, part=output_text(item.text)), self._done(item)]
+
+    def _close_call(self, item: OutputItem) -> list[dict]:
+        if item.item["type"] == "function_call":
+            done = self._event("response.function_call_arguments.done", **item.place, name=item.item["name"], arguments=item.text)
+            return [done, self._done(item)]
+        text = custom_input(item.text)
+        return [self._event("response.custom_tool_call_input.delta", **item.place, delta=text),
+                self._event("response.custom_tool_call_input.done", **item.place, input=text), self._done(item)]
+
+    def _compaction(self) -> list[dict]:
+        item, added = self._begin("compaction", "cmp_", encrypted_content=carried(self._summary))
+        return [added, self._done(item)]
+
+    def _whole(self, output: OutputItem) -> dict:
+        """An item with all that came so far; one that was cut says so."""
+        kind, item = output.item["type"], output.item
+        status = "in_progress" if output.is_open else "incomplete" if self._finish_reason == "length" else "completed"
+        if kind == "reasoning":
+            kept = {"encrypted_content": carried(output.text)} if self._keeps_thoughts else {}
+            return {**item, "summary": [{"type": "summary_text", "text": output.text}], **kept}
+        if kind == "message":
+            return {**item, "status": status, "content": [output_text(output.text)]}
+        if kind == "function_call":
+            return {**item, "status": status, "arguments": output.text}
+        if kind == "custom_tool_call":
+            return {**item, "status": status, "input": custom_input(output.text)}
+        return dict(item)
+
+
+def output_text(text: str) -> dict:
+    """A text part of a message; the AI SDK and LangChain JS need its annotations."""
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def custom_input(arguments: str) -> str:
+    """The one string that a custom tool is called with."""
+    try:
+        found = dig(json.loads(arguments), "input")
+    except (ValueError, RecursionError):
+        found = None
+    return found if isinstance(found, str) else arguments
+
+
+def response_usage(usage: dict | None) -> dict | None:
+    """The usage in the words of /v1/responses."""
+    if not usage:
+        return None
+    cached, reasoning = dig(usage, "prompt_tokens_details", "cached_tokens"), dig(usage, "completion_tokens_details", "reasoning_tokens")
+    return {"input_tokens": usage["prompt_tokens"], "input_tokens_details": {"cached_tokens": cached or 0},
+            "output_tokens": usage["completion_tokens"], "output_tokens_details": {"reasoning_tokens": reasoning or 0},
+            "total_tokens": usage["total_tokens"]}
+
+
+# ----------------------------------------------------------------------------------------------------
 # Server
 # ----------------------------------------------------------------------------------------------------
 
@@ -3914,6 +4392,76 @@ class Answer:
         return self._collector.completion(self.translator.usage)
 
 
+class ChunkForm:
+    """How an answer is written to a client of chat or text completions: its chunks, then [DONE]."""
+
+    def start(self) -> list[bytes]:
+        """What goes out before the first chunk."""
+        return []
+
+    def alive(self) -> list[bytes]:
+        """A sign of life while the upstream is silent."""
+        return [KEEP_ALIVE]
+
+    def events(self, translated: Translated) -> list[bytes]:
+        """Some chunks."""
+        return [encode_event(raw or encode_json(chunk)) for chunk, raw in translated]
+
+    def end(self, usage: dict | None) -> list[bytes]:
+        """After the last chunk."""
+        return [encode_event(DONE)]
+
+    def problem(self, error: ProxyError) -> list[bytes]:
+        """The end of an answer that broke off; no [DONE], as it is not whole."""
+        return [encode_event(encode_json(error.body()))]
+
+    def whole(self, answer: Answer) -> dict:
+        """The answer for a client that does not want it streamed."""
+        return answer.collected()
+
+
+class ResponseForm:
+    """How an answer is written to a client of /v1/responses: as events with a name each."""
+
+    def __init__(self, request: ResponseRequest, model: str):
+        self._events = ResponseEvents(request, model, int(time.time()))
+        self._has_started = False
+
+    def start(self) -> list[bytes]:
+        """response.created, once."""
+        if self._has_started:
+            return []
+        self._has_started = True
+        return self._encoded(self._events.start())
+
+    def alive(self) -> list[bytes]:
+        """A sign of life while the upstream is silent."""
+        return self.start() or self._encoded([self._events.alive()])
+
+    def events(self, translated: Translated) -> list[bytes]:
+        """Some chunks."""
+        return self._encoded([event for chunk, _ in translated for event in self._events.feed(chunk)])
+
+    def end(self, usage: dict | None) -> list[bytes]:
+        """After the last chunk."""
+        return self._encoded(self._events.finish(usage))
+
+    def problem(self, error: ProxyError) -> list[bytes]:
+        """response.failed: two of four clients do not notice a stream that just ends."""
+        return self.start() + self._encoded(self._events.fail(error))
+
+    def whole(self, answer: Answer) -> dict:
+        """The answer for a client that does not want it streamed."""
+        for translated in answer.chunks():
+            for chunk, _ in translated:
+                self._events.feed(chunk)
+        return self._events.finish(answer.translator.usage)[-1]["response"]
+
+    @staticmethod
+    def _encoded(events: list[dict]) -> list[bytes]:
+        return [encode_event(encode_json(event), event["type"]) for event in events]
+
+
 def excerpt(value: Any, longest: int = 200) -> str:
     """A JSON value for the log, long strings cut."""
     def cut(item: Any) -> Any:
@@ -3933,6 +4481,7 @@ ROUTES = {
     "/chat/completions": {"POST": "post_chat_completions"},
     "/completions": {"POST": "post_completions"},
     "/embeddings": {"POST": "post_embeddings"},
+    "/responses": {"POST": "post_responses", "GET": "get_responses"},
     "/models": {"GET": "get_models"},
     "/models/{id}": {"GET": "get_model"},
     "/health": {"GET": "get_health"},
@@ -4004,6 +4553,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _begin(self) -> None:
         self.close_connection, self.command, self.path, self.headers = True, "", "", {}     # type: ignore[assignment]
+        self._form: ChunkForm | ResponseForm = ChunkForm()
         self.status, self._unread, self._is_chunked, self._length = 0, False, False, 0
         self._head_sent = self._is_http_1_0 = False
         self._cors: list[tuple[str, str]] = []
@@ -4146,6 +4696,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._model_id = urllib.parse.unquote(path[len("/models/"):]) if path.startswith("/models/") else ""
         if self._model_id:
             path = "/models/{id}"
+        if path.startswith("/responses/"):
+            raise BadRequest("responses are not stored here (store is false): send the whole conversation as input", 404, "response_not_found")
         methods = ROUTES.get(path)
         if methods is None:
             known = ", ".join("%s /v1%s" % (method, route) for route, methods in ROUTES.items() for method in methods
@@ -4260,8 +4812,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not self._head_sent:
             return self._send_json(error.status, error.body(), error.headers)
         self.close_connection, self.status = True, error.status
-        self._write_piece(encode_event(encode_json(error.body())))
-        return self._write_end()                # and no [DONE]: the answer is not whole
+        for piece in self._form.problem(error):
+            self._write_piece(piece)
+        return self._write_end()
 
     def _adopt_request_id(self, request_id: str | None) -> None:
         """Answer with the upstream's own handle, if it fits into a header."""
@@ -4274,7 +4827,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _sign_of_life(self) -> None:
         self._start_stream()
-        self._write_piece(KEEP_ALIVE)
+        for piece in self._form.alive():
+            self._write_piece(piece)
 
     def _write_piece(self, piece: bytes) -> None:
         """Part of a stream, as one write."""
@@ -4292,12 +4846,31 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # -- the API ---------------------------------------------------------------------------------
 
     def post_chat_completions(self) -> None:
-        self._complete(CHAT, self._read_json())
+        request = self._read_json()
+        if isinstance(request, dict) and "messages" not in request and "input" in request:
+            # Cursor sends the body of a Responses request here and wants chunks back (forum.cursor.com #159298).
+            request = {**to_chat_request(request).chat, "stream_options": {"include_usage": True}}
+        self._complete(CHAT, request)
 
     def post_completions(self) -> None:
         self._complete(TEXT, self._read_json())
 
+    def post_responses(self) -> None:
+        asked = to_chat_request(self._read_json())
+        if asked.skipped:
+            log.info("left out, since only OpenAI runs them: tools of type %s", printable(", ".join(sorted(set(asked.skipped))))[:200])
+        self._form = ResponseForm(asked, self.proxy.catalogue.routes(asked.chat.get("model"))[0].model)
+        self._complete(CHAT, asked.chat)
+
+    def get_responses(self) -> None:
+        """Codex asks for a WebSocket first and falls back at once on 426, but only after six seconds on 404."""
+        if "websocket" not in self.headers.get("upgrade", "").lower():
+            raise BadRequest("responses are not stored here; POST to /v1/responses", 405, "method_not_allowed", headers=[("Allow", "POST, OPTIONS")])
+        raise BadRequest("there are no WebSockets here; POST to /v1/responses", 426, "upgrade_not_supported",
+                         headers=[("Upgrade", "HTTP/1.1")])
+
     def _complete(self, kind: Kind, request: Any) -> None:
+        """The one path of all completions, streamed and not."""
         kind.check(request)
         options, is_stream = self.proxy.options, request.get("stream") is True
         watch = Watch(self.connection, options.timeout, options.keep_alive, self._sign_of_life if is_stream else None)
@@ -4309,7 +4882,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 if is_stream:
                     self._send_stream(answer, watch)
                 else:
-                    self._send_json(200, answer.collected(), [("x-qwen-provider", answer.route.provider.name)])
+                    self._send_json(200, self._form.whole(answer), [("x-qwen-provider", answer.route.provider.name)])
                 usage = answer.translator.usage or {}
                 self._note += ", %s+%s tokens" % (usage.get("prompt_tokens", "?"), usage.get("completion_tokens", "?"))
                 answer.response.drain()
@@ -4317,15 +4890,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 answer.response.close()
 
     def _send_stream(self, answer: Answer, watch: Watch) -> None:
+        form = self._form
         self._start_stream([("x-qwen-provider", answer.route.provider.name)])
+        for piece in form.start():
+            self._write_piece(piece)
         for translated in answer.chunks():
-            for chunk, raw in translated:
-                self._write_piece(encode_event(raw or encode_json(chunk)))
+            for piece in form.events(translated):
+                self._write_piece(piece)
             if translated:
                 watch.heard()
             else:
                 watch.tick()
-        self._write_piece(encode_event(DONE))
+        for piece in form.end(answer.translator.usage):
+            self._write_piece(piece)
         self._write_end()
 
     def post_embeddings(self) -> None:

@@ -191,7 +191,10 @@ class FakeQwen:
 
     def refuse(self, path, headers, body):
         """What the real endpoints refuse, in their words (shape A of their error bodies)."""
-        return self.refuse_key(path, headers) or self.refuse_chat(path, json.loads(body), body)
+        try:
+            return self.refuse_key(path, headers) or self.refuse_chat(path, json.loads(body), body)
+        except (TypeError, AttributeError, KeyError):
+            return refusal("<400> InternalError.Algo.InvalidParameter: a field has the wrong type")
 
     def refuse_key(self, path, headers):
         if not headers.get("User-Agent"):
@@ -334,6 +337,9 @@ class FakeQwen:
 
     def bodies(self):
         return [json.loads(body) for path, _, body in self.requests if path.endswith("/chat/completions")]
+
+
+HI = [{"role": "user", "content": "Hi"}]
 
 
 def dig(value, *path):
@@ -1681,6 +1687,253 @@ def test_every_stream_cut_at_every_byte(name, pieces):
 
 
 # ----------------------------------------------------------------------------------------------------
+# Responses API
+# ----------------------------------------------------------------------------------------------------
+
+def events_of_response(pieces, **request):
+    """The events for an upstream's stream, without any socket."""
+    asked = qp.to_chat_request({"input": "Hi", **request})
+    events = qp.ResponseEvents(asked, "qwen3.7-plus", 1790000000)
+    found = events.start()
+    for value in translate(pieces, asked.chat):
+        found += events.feed(value)
+    return found + events.finish(USAGE)
+
+
+def respond(server, stream=False, **request):
+    """A request to /v1/responses: (status, object), or streamed (status, list of (name, event))."""
+    status, headers, body = ask(server, {"input": "Hi", "stream": stream, **request}, path="/v1/responses")
+    if not headers["Content-Type"].startswith("text/event-stream"):
+        return status, json.loads(body)
+    blocks = [block.split("\n") for block in body.decode().split("\n\n")[:-1]]
+    return status, [(name[len("event: "):], json.loads(data[len("data: "):])) for name, data in blocks]
+
+
+THINK_TEXT_CALLS = [chunk({"reasoning_content": "Hm"}), chunk({"reasoning_content": "m"}), *DELTAS, chunk({"reasoning_content": "Again"}), *CALLS[1:]]
+CALL_TOOLS = [{"type": "function", "name": "get_weather", "parameters": {"type": "object", "properties": {}}, "strict": True}]
+
+
+def test_response_events_come_in_the_order_that_all_clients_take():
+    events = events_of_response([b"".join(THINK_TEXT_CALLS)])
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    thoughts = ["output_item.added", "reasoning_summary_part.added", "reasoning_summary_text.delta"]
+    ended = ["reasoning_summary_text.done", "reasoning_summary_part.done", "output_item.done"]
+    assert [event["type"][len("response."):] for event in events] == [
+        "created", "in_progress", *thoughts, "reasoning_summary_text.delta", *ended,
+        "output_item.added", "content_part.added", *["output_text.delta"] * 3, "output_text.done", "content_part.done", "output_item.done",
+        *thoughts, *ended,
+        "output_item.added", "function_call_arguments.delta", "function_call_arguments.delta", "output_item.added",
+        "function_call_arguments.delta", "function_call_arguments.done", "output_item.done", "function_call_arguments.done",
+        "output_item.done", "completed"]
+    added = [event for event in events if event["type"] == "response.output_item.added"]
+    assert [event["output_index"] for event in added] == [0, 1, 2, 3, 4]
+
+
+def test_every_delta_names_its_item_and_the_done_item_is_whole():
+    events = events_of_response([b"".join(THINK_TEXT_CALLS)])
+    done = {event["item"]["id"]: event["item"] for event in events if event["type"] == "response.output_item.done"}
+    for event in events:
+        if event["type"].endswith(".delta"):
+            assert event["item_id"] in done and isinstance(event["delta"], str) and "output_index" in event
+    assert [item["type"] for item in done.values()] == ["reasoning", "message", "reasoning", "function_call", "function_call"]
+    reasoning, message, _, weather, clock = done.values()
+    assert reasoning["summary"] == [{"type": "summary_text", "text": "Hmm"}]
+    assert (message["role"], message["status"]) == ("assistant", "completed")
+    assert message["content"] == [{"type": "output_text", "text": "Hello, wörld", "annotations": [], "logprobs": []}]
+    assert (weather["call_id"], weather["name"], json.loads(weather["arguments"]), weather["status"]) == ("call_a", "get_weather", {"city": "Paris"}, "completed")
+    assert clock["arguments"] == "{}"
+    final = events[-1]["response"]
+    assert final["output"] == list(done.values()) and final["status"] == "completed"
+    assert final["usage"] == {"input_tokens": 9, "input_tokens_details": {"cached_tokens": 0}, "output_tokens": 3,
+                              "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 12}
+
+
+def test_response_has_every_required_field_streamed_and_not(key_server, upstream):
+    upstream.script.extend([stream(*THINK_TEXT_CALLS)] * 2)
+    asked = {"metadata": {"a": "b"}, "instructions": "Be brief.", "temperature": 0, "max_output_tokens": 99, "user": "me", "store": True,
+             "tools": CALL_TOOLS, "parallel_tool_calls": False, "reasoning": {"effort": "low", "summary": "auto"}, "truncation": "auto"}
+    status, response = respond(key_server, **asked)
+    assert status == 200 and {"id", "created_at", "model", "object", "output", "parallel_tool_calls", "tool_choice", "tools", "error",
+                              "incomplete_details", "previous_response_id", "text", "top_p"} <= set(response)
+    assert {name: response[name] for name in ("metadata", "instructions", "temperature", "max_output_tokens", "user", "tools", "truncation")} == {
+        name: asked[name] for name in ("metadata", "instructions", "temperature", "max_output_tokens", "user", "tools", "truncation")}
+    assert (response["store"], response["object"], response["parallel_tool_calls"], response["model"]) == (False, "response", False, "qwen3-max")
+    _, events = respond(key_server, stream=True, **asked)
+    assert all(name == event["type"] for name, event in events)
+    streamed = events[-1][1]["response"]
+
+    def without_ids(value):
+        return re.sub(r'"(id|created_at)": ("(resp|rs|msg|fc)_[0-9a-f]+"|\d+)', "", json.dumps(value, sort_keys=True))
+    assert without_ids(streamed) == without_ids(response)
+    body = upstream.bodies()[0]
+    assert body["messages"][0] == {"role": "system", "content": "Be brief."} and (body["max_tokens"], body["thinking_budget"]) == (99, 4096)
+    assert not {"store", "metadata", "truncation", "reasoning", "instructions", "input"} & set(body)
+
+
+@pytest.mark.parametrize("reason, detail", [("length", "max_output_tokens"), ("content_filter", "content_filter")])
+def test_a_response_cut_for_a_reason_is_incomplete(reason, detail):
+    final = events_of_response([*DELTAS, chunk({}, reason), DONE])[-1]
+    assert (final["type"], final["response"]["status"], final["response"]["incomplete_details"]) == ("response.incomplete", "incomplete", {"reason": detail})
+
+
+@pytest.mark.parametrize("pieces, code", [(DELTAS, "server_error"), ([*DELTAS, CUT], "server_error"), ([*DELTAS, NATIVE % FREE], "insufficient_quota"),
+                                          ([*DELTAS, NATIVE % MINUTE], "rate_limit_exceeded"), ([*DELTAS, b"data: {cut\n\n"], "server_error")])
+def test_a_response_that_breaks_off_has_failed(key_server, upstream, pieces, code):
+    upstream.script.append(stream(*pieces))
+    _, events = respond(key_server, stream=True)
+    assert events[-1][0] == "response.failed" and events[-1][1]["response"]["error"]["code"] == code
+    assert events[-1][1]["response"]["status"] == "failed" and events[0][0] == "response.created"
+    assert [event["sequence_number"] for _, event in events] == list(range(len(events)))
+
+
+def test_response_errors_before_the_first_event_are_http_statuses(key_server, upstream):
+    upstream.script.append(refusal("Free allocated quota exceeded.", 429, "insufficient_quota"))
+    status, body = respond(key_server, stream=True)
+    assert (status, body["error"]["code"]) == (429, "insufficient_quota")
+
+
+def test_silence_before_and_in_a_response_is_filled_with_in_progress(serve, upstream, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
+    server, first, second = serve(base_url=upstream.dashscope, model="m", keep_alive=0.05), threading.Event(), threading.Event()
+    upstream.script.append(stream(first, *DELTAS, second, *END))
+    threading.Timer(0.3, first.set).start()
+    threading.Timer(0.6, second.set).start()
+    _, events = respond(server, stream=True)
+    names = [name for name, _ in events]
+    assert names[0] == "response.created" and names.count("response.created") == 1 and names.count("response.in_progress") >= 5
+    assert "response.in_progress" in names[names.index("response.output_text.delta"):] and names[-1] == "response.completed"
+    assert [event["sequence_number"] for _, event in events] == list(range(len(events)))
+
+
+REPLAYED = [
+    {"role": "developer", "content": "Rules."}, {"type": "message", "role": "user", "content": [
+        {"type": "input_text", "text": "Look"}, {"type": "input_image", "image_url": "data:image/png;base64,AAAA", "detail": "low"}]},
+    {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "Hm"}], "encrypted_content": None},
+    {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "I look.", "annotations": []}]},
+    {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"},
+    {"type": "function_call", "call_id": "c2", "name": "run", "namespace": "shell", "arguments": "{\"a\": 1}"},
+    {"role": "user", "content": "Are you there?"},
+    {"type": "function_call_output", "call_id": "c1", "output": [{"type": "input_text", "text": "one"}]},
+    {"type": "function_call_output", "call_id": "c2", "output": "two"}, {"type": "web_search_call", "id": "ws_1"},
+    {"type": "custom_tool_call", "call_id": "c3", "name": "patch", "input": "*** Begin"},
+    {"type": "custom_tool_call_output", "call_id": "c3", "output": "done"}]
+
+
+def test_a_replayed_conversation_becomes_paired_messages(key_server, upstream):
+    assert respond(key_server, input=REPLAYED)[0] == 200
+    messages = upstream.bodies()[0]["messages"]
+    assert [message["role"] for message in messages] == ["system", "user", "assistant", "tool", "tool", "user", "assistant", "tool"]
+    assert messages[1]["content"][1] == {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA", "detail": "low"}}
+    turn = messages[2]
+    assert (turn["content"], turn["reasoning_content"], [call["function"]["name"] for call in turn["tool_calls"]]) == ("I look.", "Hm", ["f", "shell__run"])
+    assert [message["content"] for message in messages[3:5]] == ["one", "two"]
+    assert json.loads(messages[6]["tool_calls"][0]["function"]["arguments"]) == {"input": "*** Begin"}
+
+
+def test_namespaces_and_custom_tools_are_flattened_and_restored(key_server, upstream):
+    tools = [{"type": "namespace", "name": "shell", "tools": [{"type": "function", "name": "run", "parameters": {"type": "object", "properties": {}}},
+                                                              {"type": "function", "name": "x" * 64, "parameters": None}]},
+             {"type": "custom", "name": "patch", "format": {"type": "grammar", "syntax": "lark", "definition": "start: A"}},
+             {"type": "web_search"}, {"type": "image_generation"}]
+    upstream.script.append(stream(chunk(tool_call(0, "c1", "shell__run", "{}")), chunk(tool_call(1, "c2", "patch", '{"inp')),
+                                  chunk(tool_call(1, "", None, 'ut": "*** Begin"}')), *END))
+    _, events = respond(key_server, stream=True, tools=tools)
+    body = upstream.bodies()[0]
+    assert [tool["function"]["name"] for tool in body["tools"]][::2] == ["shell__run", "patch"] and body["enable_search"] is True
+    assert len(body["tools"][1]["function"]["name"]) == 64 and "start: A" in json.dumps(body["tools"][2])
+    items = events[-1][1]["response"]["output"]
+    assert (items[0]["name"], items[0]["namespace"], items[0]["type"]) == ("run", "shell", "function_call")
+    assert (items[1]["type"], items[1]["name"], items[1]["input"]) == ("custom_tool_call", "patch", "*** Begin")
+    assert [event["delta"] for name, event in events if name == "response.custom_tool_call_input.delta"] == ["*** Begin"]
+
+
+def test_search_is_left_out_with_a_word_where_there_is_none(caplog):
+    caplog.set_level(logging.INFO, "qwen_proxy")
+    chat_request = qp.to_chat_request({"input": "Hi", "tools": [{"type": "web_search"}]}).chat
+    body, fired = to_upstream(chat_request, "qwen3.7-plus", "coding")
+    assert "no web search" in fired["web-search"] and not {"enable_search", "web_search_options", "tools"} & set(body)
+
+
+@pytest.mark.parametrize("choice, sent", [("required", "required"), ({"type": "function", "name": "get_weather"}, "get_weather"), ("none", "none"),
+                                          ({"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "get_weather"}]}, "required"),
+                                          ({"type": "web_search"}, "auto"), (None, None)])
+def test_tool_choice_of_responses(choice, sent):
+    tools = [*CALL_TOOLS, {"type": "function", "name": "other"}]
+    asked = qp.to_chat_request({"input": "Hi", "tools": tools, "tool_choice": choice}).chat
+    got = asked.get("tool_choice")
+    assert (got["function"]["name"] if isinstance(got, dict) else got) == sent
+    assert len(asked["tools"]) == (1 if isinstance(choice, dict) and choice["type"] == "allowed_tools" else 2)
+
+
+@pytest.mark.parametrize("text_format", [{"type": "json_schema", "name": "x", "schema": {"type": "object"}, "strict": True}, {"type": "json_object"}])
+def test_structured_output_of_responses_is_bare_json(key_server, upstream, text_format):
+    upstream.script.append(stream(*[chunk({"content": text}) for text in ("```json\n", "{\"a\": 1}", "\n```")], *END))
+    status, response = respond(key_server, text={"format": text_format, "verbosity": "low"}, model="qwen3.7-plus")
+    assert status == 200 and json.loads(response["output"][0]["content"][0]["text"]) == {"a": 1}
+    assert upstream.bodies()[0]["response_format"]["type"] == text_format["type"] and response["text"]["format"] == text_format
+
+
+def test_compaction_is_one_item_that_a_later_request_carries_back(key_server, upstream):
+    items = [{"role": "user", "content": "Do it."}, {"type": "compaction_trigger"}]
+    status, events = respond(key_server, stream=True, input=items, tools=CALL_TOOLS)
+    output = events[-1][1]["response"]["output"]
+    assert [item["type"] for item in output] == ["compaction"] and "tools" not in upstream.bodies()[0]
+    assert [name for name, _ in events] == ["response.created", "response.in_progress", "response.output_item.added",
+                                            "response.output_item.done", "response.completed"]
+    respond(key_server, input=[*output, {"role": "user", "content": "Go on."}])
+    assert "Hello, wörld" in upstream.bodies()[1]["messages"][0]["content"]
+
+
+def test_thoughts_are_carried_in_encrypted_content_when_asked_for(key_server, upstream):
+    upstream.script.append(stream(*THINK_TEXT_CALLS[:5], *END))
+    _, response = respond(key_server, include=["reasoning.encrypted_content"])
+    respond(key_server, input=[*response["output"], {"role": "user", "content": "Go on."}])
+    assert upstream.bodies()[1]["messages"][0]["reasoning_content"] == "Hmm"
+
+
+@pytest.mark.parametrize("request_, words", [
+    ({"previous_response_id": "resp_1"}, "send the whole conversation"), ({"input": None}, "input must be"), ({"input": []}, "input must be"),
+    ({"input": [{"type": "item_reference", "id": "x"}]}, "item_reference"), ({"input": [{"type": "computer_call"}]}, "computer_call"),
+    ({"input": [5]}, "input[0]"), ({"input": [{"role": "robot", "content": "x"}]}, "robot"), ({"background": True}, "background"),
+    ({"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "f"}]}]}, "input_file"),
+    ({"input": [{"type": ["x"]}]}, "type"), ({"input": [{"role": "user", "content": 5}]}, "content"),
+])
+def test_responses_that_cannot_be_served_say_why(key_server, upstream, request_, words):
+    status, body = respond(key_server, **request_)
+    assert status == 400 and words in body["error"]["message"] and upstream.requests == []
+
+
+def test_odd_types_in_a_response_request_are_no_500(key_server):
+    odd = [5, "x", [5], {"a": 5}, None, True]
+    for name in ("instructions", "tools", "tool_choice", "reasoning", "text", "include", "metadata", "max_output_tokens", "truncation", "stream_options"):
+        for value in odd:
+            assert respond(key_server, **{name: value})[0] in (200, 400), (name, value)
+    for kind in ("function_call", "function_call_output", "reasoning", "compaction", "custom_tool_call", "message"):
+        for field in ("content", "summary", "output", "arguments", "name", "namespace", "call_id", "encrypted_content", "input"):
+            for value in odd:
+                assert respond(key_server, input=[{"type": kind, "role": "user", field: value}, *HI])[0] in (200, 400), (kind, field, value)
+
+
+def test_nothing_is_stored(key_server):
+    for method in ("GET", "DELETE"):
+        status, _, body = ask(key_server, method=method, path="/v1/responses/resp_1")
+        assert (status, json.loads(body)["error"]["code"]) == (404, "response_not_found")
+
+
+def test_client_36_a_websocket_is_answered_426_and_the_connection_lives_on(key_server):
+    received = raw(key_server, b"GET /v1/responses HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+                               b"GET /v1/responses HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    assert re.findall(rb"HTTP/1.1 (\d+)", received) == [b"426", b"405"]
+
+
+def test_a_responses_body_on_the_chat_route_is_understood(key_server):
+    status, _, completion = chat(key_server, messages=None)
+    assert status == 400
+    status, _, body = ask(key_server, {"input": [{"role": "user", "content": "Hi"}], "instructions": "x"})
+    assert status == 200 and json.loads(body)["choices"][0]["message"]["content"] == "Hello, wörld"
+
+
+# ----------------------------------------------------------------------------------------------------
 # Server
 # ----------------------------------------------------------------------------------------------------
 
@@ -2034,9 +2287,6 @@ def test_running_streams_end_in_an_error_event_at_shutdown(upstream, monkeypatch
 # ----------------------------------------------------------------------------------------------------
 # What clients need: one test for each thing that some client fails without
 # ----------------------------------------------------------------------------------------------------
-
-HI = [{"role": "user", "content": "Hi"}]
-
 
 def get(server, path, **headers):
     status, _, body = ask(server, method="GET", path=path, headers=headers)
