@@ -3229,6 +3229,35 @@ _CHUNKS = json.JSONDecoder(parse_constant=lambda name: None)    # a log probabil
 Translated = List[Tuple[dict, Optional[bytes]]]         # chunks, each with the bytes that it came as if unchanged
 
 
+_CONTENT = re.compile(rb'"content": ?"((?:[^"\\]|\\.)*)"')
+_JSON_TEXT = re.compile(rb'(?:[^"\\\x00-\x1f]+|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))+\Z')
+
+
+class Frame(NamedTuple):
+    """What is around the text in a chunk that went through as it came; most chunks differ in nothing but the text."""
+
+    before: bytes
+    behind: bytes
+    our_before: bytes
+    our_behind: bytes
+    index: int
+
+    @classmethod
+    def around(cls, theirs: bytes, ours: bytes, index: int) -> Frame | None:
+        """The frame of a chunk as it came and as it went out; None where the place of the text is not certain."""
+        found, found_ours = _CONTENT.search(theirs), _CONTENT.search(ours)
+        if not found or not found_ours or theirs.count(b'"content"') != 1:
+            return None
+        return cls(theirs[:found.start(1)], theirs[found.end(1):], ours[:found_ours.start(1)], ours[found_ours.end(1):], index)
+
+    def text(self, data: bytes) -> bytes | None:
+        """The text, as JSON has it, of a chunk that has this frame; None for any other chunk."""
+        if not (data.startswith(self.before) and data.endswith(self.behind)):
+            return None
+        text = data[len(self.before):len(data) - len(self.behind)]
+        return text if _JSON_TEXT.match(text) else None
+
+
 class ChunkTranslator:
     """Upstream chunks in, chunks as OpenAI shapes them out, for one answer.
 
@@ -3244,23 +3273,40 @@ class ChunkTranslator:
         self.model, self.family = route.model, route.provider.family
         self.wants_usage = bool(dig(request, "stream_options", "include_usage"))
         self._is_legacy = bool(request.get("functions")) and not request.get("tools")
-        self._is_stream = bool(request.get("stream"))       # else nobody asks for the bytes
         self._is_json = dig(request, "response_format", "type") in ("json_object", "json_schema")
         self._states: dict[int, ChoiceState] = {}
         self._id, self._created, self._their_model = "", 0, None
         self._model_bytes: list[tuple[bytes, bytes]] = []
+        self._frame: Frame | None = None
         self.usage: dict | None = None
         self.is_done = False
 
     def feed(self, event: Event) -> Translated:
         """The chunks for one event."""
         data = event.data
+        text = self._frame.text(data) if self._frame else None
+        if text is not None and not event.name:
+            return self._same_frame(self._frame, text)      # type: ignore[arg-type]
         if data[:1] != b"{":
-            if data.strip() == DONE:
-                self.is_done = True
-            elif event.name == "error":
-                raise to_upstream_error(refusal_of(event.status, data.decode("utf-8", "replace")), self.family)
-            return []                                       # a keep-alive in words
+            return self._no_chunk(event)
+        return self._chunk_in(event, data)
+
+    def _no_chunk(self, event: Event) -> Translated:
+        if event.data.strip() == DONE:
+            self.is_done = True
+        elif event.name == "error":
+            raise to_upstream_error(refusal_of(event.status, event.data.decode("utf-8", "replace")), self.family)
+        return []                                           # a keep-alive in words
+
+    def _same_frame(self, frame: Frame, text: bytes) -> Translated:
+        """A chunk that differs from an earlier one in its text alone: four of five chunks of an answer."""
+        if self._states[frame.index].finish_reason is not None:
+            return []
+        content = json.loads(b'"%s"' % text)
+        chunk = {**self._chunk([{"index": frame.index, "delta": {"content": content}, "finish_reason": None}])}
+        return [(chunk, frame.our_before + text + frame.our_behind)]
+
+    def _chunk_in(self, event: Event, data: bytes) -> Translated:
         try:
             chunk = _CHUNKS.decode(data.decode("utf-8", "replace"))
         except (ValueError, RecursionError):
@@ -3271,7 +3317,7 @@ class ChunkTranslator:
             raise to_upstream_error(refusal_in(event.status, chunk), self.family)
         came_from = chunk.get("model")
         is_changed = self._envelope(chunk)
-        if self._is_stream and not is_changed and came_from != self.model:
+        if not is_changed and came_from != self.model:
             data = self._with_model(data, came_from)
         if not isinstance(choices, list):
             return []
@@ -3279,7 +3325,9 @@ class ChunkTranslator:
         for choice in choices:
             outputs = self._choice(choice) if isinstance(choice, dict) else []
             if outputs is None and len(choices) == 1:
-                return [(chunk, None if is_changed or b"\n" in data else data or None)]
+                is_same = bool(data) and not is_changed and b"\n" not in event.data
+                self._frame = Frame.around(event.data, data, choice["index"]) if is_same else None
+                return [(chunk, data if is_same else None)]
             translated += [({**chunk, "choices": [output]}, None) for output in ([choice] if outputs is None else outputs)]
         return translated
 
@@ -4812,8 +4860,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not self._head_sent:
             return self._send_json(error.status, error.body(), error.headers)
         self.close_connection, self.status = True, error.status
-        for piece in self._form.problem(error):
-            self._write_piece(piece)
+        self._write_pieces(self._form.problem(error))
         return self._write_end()
 
     def _adopt_request_id(self, request_id: str | None) -> None:
@@ -4827,12 +4874,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _sign_of_life(self) -> None:
         self._start_stream()
-        for piece in self._form.alive():
-            self._write_piece(piece)
+        self._write_pieces(self._form.alive())
 
-    def _write_piece(self, piece: bytes) -> None:
-        """Part of a stream, as one write."""
-        self._write(piece if self._is_http_1_0 else b"%x\r\n%s\r\n" % (len(piece), piece))
+    def _write_pieces(self, pieces: list[bytes]) -> None:
+        """Whole events of a stream, each a chunk of the body, as one write."""
+        if pieces:
+            self._write(b"".join(pieces if self._is_http_1_0 else [b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces]))
 
     def _write_end(self) -> None:
         if self._is_http_1_0:
@@ -4892,17 +4939,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _send_stream(self, answer: Answer, watch: Watch) -> None:
         form = self._form
         self._start_stream([("x-qwen-provider", answer.route.provider.name)])
-        for piece in form.start():
-            self._write_piece(piece)
+        self._write_pieces(form.start())
         for translated in answer.chunks():
-            for piece in form.events(translated):
-                self._write_piece(piece)
+            self._write_pieces(form.events(translated))
             if translated:
                 watch.heard()
             else:
                 watch.tick()
-        for piece in form.end(answer.translator.usage):
-            self._write_piece(piece)
+        self._write_pieces(form.end(answer.translator.usage))
         self._write_end()
 
     def post_embeddings(self) -> None:
