@@ -52,6 +52,7 @@ import json
 import logging
 import os
 import platform
+import random
 import re
 import secrets
 import select
@@ -1632,8 +1633,10 @@ class BodyDecoder:
             received, self._line = self._line + received, b""
         while at < len(received) and not self.is_done:
             if self._left:
-                found.append(received[at:at + self._left])
+                stop = at + self._left
+                found.append(received[at:stop])
                 self._left, at = self._left - len(found[-1]), at + len(found[-1])
+                at += 2 if received.startswith(b"\r\n", stop) else 0      # spares a turn for the empty line
                 continue
             end = received.find(b"\n", at)
             if end < 0:
@@ -4606,7 +4609,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._head_sent = self._is_http_1_0 = False
         self._cors: list[tuple[str, str]] = []
         self._note, self._watch = "", None      # type: ignore[var-annotated]
-        self._request_id = "req_" + secrets.token_hex(12)
+        self._request_id = "req_%024x" % random.getrandbits(96)     # no secret; os.urandom would be one more system call
         self._started = time.monotonic()
 
     def parse_request(self) -> bool:
@@ -5406,6 +5409,7 @@ def tune_process() -> None:
     takes two descriptors, and the usual soft limit of 1024 ends at 500 streams.
     """
     sys.setswitchinterval(SWITCH_INTERVAL)
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False      # no log line shows them
     gc.freeze()
     gc.set_threshold(GC_THRESHOLD, 20, 20)
     with contextlib.suppress(ImportError, OSError, ValueError):
