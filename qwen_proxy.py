@@ -2182,6 +2182,8 @@ def check_chat_request(request: Any) -> None:
         if message.get("content") is not None and not isinstance(message["content"], (str, list)):
             raise BadRequest("the content of messages[%d] must be a string or a list of parts" % index,
                              param="messages.%d.content" % index)
+        if not all(isinstance(part, dict) for part in as_list(message.get("content"))):
+            raise BadRequest("every part of messages[%d] must be an object" % index, param="messages.%d.content" % index)
     for name, kinds in (("stream", bool), ("tools", list), ("functions", list), ("stream_options", dict), ("response_format", dict)):
         if request.get(name) is not None and not isinstance(request[name], kinds):
             raise BadRequest("%s must be %s" % (name, {bool: "true or false", list: "a list", dict: "an object"}[kinds]),
@@ -3389,11 +3391,13 @@ class ChunkTranslator:
         delta = choice.get("delta") if isinstance(choice.get("delta"), dict) else choice.get("message")
         delta = delta if isinstance(delta, dict) else {}
         finish_reason = choice.get("finish_reason")
-        if len(delta) == 1 and finish_reason is None and state.passes_text() and "index" in choice \
-                and type(delta.get("content")) is str and "message" not in choice:
+        if len(delta) == 1 and finish_reason is None and state.passes_text() and type(delta.get("content")) is str \
+                and type(choice.get("index")) is int and "finish_reason" in choice and "message" not in choice:
             return None if delta["content"] else []
         if finish_reason == "error_finish":
             raise to_upstream_error(refusal_of(0, text_of(delta.get("content"))), self.family)
+        if state.finish_reason is not None:                 # nobody listens any more
+            return []
         extra = {name: value for name, value in choice.items()
                  if name not in ("index", "delta", "message", "finish_reason") and value is not None}
         outputs = self._deltas(index, state, delta, extra)
@@ -3402,7 +3406,7 @@ class ChunkTranslator:
         return outputs
 
     def _state_of(self, choice: dict) -> tuple[int, ChoiceState]:
-        index = choice.get("index") if isinstance(choice.get("index"), int) else 0
+        index = choice["index"] if type(choice.get("index")) is int else 0
         state = self._states.get(index)
         if state is None:
             state = self._states[index] = ChoiceState(self._is_json)

@@ -5,6 +5,8 @@ Same sections, same order as the program. Nothing here leaves the machine; HOME 
 import ast
 import base64
 import collections
+import contextlib
+import copy
 import doctest
 import gzip
 import hashlib
@@ -14,6 +16,7 @@ import io
 import json
 import logging
 import os
+import random
 import re
 import select
 import signal
@@ -2758,6 +2761,146 @@ def test_several_oauth_files_rotate_on_quota(home, upstream, login, serve):
     assert (status, headers["x-qwen-provider"]) == (200, "oauth-work")
     assert [headers["Authorization"] for _, headers, _ in upstream.requests] == ["Bearer at_1", "Bearer at_work"]
     assert chat(server, model="oauth-work/coder-model")[1]["x-qwen-provider"] == "oauth-work"
+
+
+# ----------------------------------------------------------------------------------------------------
+# Ten thousand odd requests and answers: every one ends in an answer or in an error with a cause
+# ----------------------------------------------------------------------------------------------------
+
+ODD = [None, True, False, 0, -1, 1.5, 10 ** 30, "", "x", "null", "\ud800", [], [None], ["x"], [[]], {}, {"x": 1}, {"type": "text"}, {"function": None}]
+
+
+def places(value, path=()):
+    """The paths to all values inside a JSON value."""
+    for name, item in list(value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()):
+        yield path + (name,)
+        yield from places(item, path + (name,))
+
+
+def mutated(value, random_, times):
+    """A copy with some values replaced, removed or repeated."""
+    value = json.loads(json.dumps(value))
+    for _ in range(times):
+        found = list(places(value))
+        if not found:
+            break
+        *path, last = random_.choice(found)
+        parent = value
+        for name in path:
+            parent = parent[name]
+        action = random_.random()
+        if action < 0.7:
+            parent[last] = copy.deepcopy(random_.choice(ODD))
+        elif action < 0.85:
+            del parent[last]
+        elif isinstance(parent, list):
+            parent.append(copy.deepcopy(parent[last]))
+    return value
+
+
+FUZZED_REQUESTS = {
+    "chat": (EVERYTHING, qp.check_chat_request, qp.to_upstream_request),
+    "history": ({**EVERYTHING, "messages": EVERYTHING["messages"] * 2, "functions": [{"name": "f"}], "function_call": {"name": "f"},
+                 "reasoning": {"effort": "low", "max_tokens": 5}, "thinking": {"type": "enabled", "budget_tokens": 5}, "tool_choice": "required",
+                 "chat_template_kwargs": {"enable_thinking": True}, "response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
+                qp.check_chat_request, qp.to_upstream_request),
+    "text": ({"prompt": "a", "suffix": "b", "max_tokens": 5, "stream": True, "stream_options": {}, "temperature": 1, "user": "u"},
+             qp.check_text_request, qp.to_upstream_text_request),
+}
+
+
+@pytest.mark.parametrize("name", sorted(FUZZED_REQUESTS))
+def test_odd_requests_are_served_or_refused_by_name(name):
+    request, check, to_upstream_ = FUZZED_REQUESTS[name]
+    random_ = random.Random(name)
+    config = {"samplingParams": {"top_p": 0.5}, "extra_body": {"enable_thinking": True}, "customHeaders": {}}
+    refused = 0
+    for number in range(1500):
+        odd = mutated(request, random_, random_.randrange(1, 4))
+        family, model = random_.choice([("dashscope", "qwen3.7-plus"), ("portal", "coder-model"), ("coding", "glm-4.7"), ("token", "qwen3.8-max"),
+                                        ("openrouter", "qwen/qwen3-max"), ("deepseek", "deepseek-v4"), ("other", "m")])
+        provider = qp.Provider("t", "http://h/v1", None, "t", {model: mutated(config, random_, 1) if number % 3 == 0 else {}}, family)
+        try:
+            check(odd)
+            body, _ = to_upstream_(odd, qp.Route(provider, model))
+            qp.repair_request(body, qp.UpstreamError("Range of max_tokens should be [1, 5] tool_choice json_schema logprobs", 400))
+            qp.encode_json(body)
+        except qp.BadRequest as error:
+            refused += 1
+            assert error.message and error.status == 400
+    assert 0 < refused < 1500
+
+
+def test_odd_response_and_embedding_requests_are_served_or_refused_by_name():
+    request = {"model": "m", "input": REPLAYED, "tools": [*CALL_TOOLS, {"type": "namespace", "name": "n", "tools": CALL_TOOLS},
+                                                          {"type": "custom", "name": "c", "format": {"definition": "d"}}],
+               "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"name": "c"}]}, "reasoning": {"effort": "low"},
+               "text": {"format": {"type": "json_schema", "name": "x", "schema": {}}}, "include": ["reasoning.encrypted_content"],
+               "metadata": {}, "max_output_tokens": 5, "instructions": "x"}
+    random_, refused = random.Random(5), 0
+    for _ in range(1500):
+        try:
+            asked = qp.to_chat_request(mutated(request, random_, random_.randrange(1, 4)))
+            qp.check_chat_request(asked.chat)
+            body, _ = to_upstream(asked.chat, "qwen3.7-plus")
+            events = qp.ResponseEvents(asked, "m", 1)
+            found = events.start() + events.finish(None)
+            qp.encode_json([body, found])
+        except qp.BadRequest as error:
+            refused += 1
+            assert error.message and error.status == 400
+    assert 0 < refused < 1500
+    for _ in range(500):
+        try:
+            qp.embedding_texts(mutated({"model": "m", "input": ["a", "b"], "encoding_format": "float"}, random_, 2))
+        except qp.BadRequest as error:
+            assert error.message
+
+
+FUZZED_STREAMS = {name: [data for data in DIRTY[name][0]] for name in ("plain", "usage on every chunk", "cumulative text", "error_finish",
+                                                                       "native error frame later", "a think tag", "tools: as documented")}
+
+
+def odd_answer(pieces, random_):
+    """The answer with some of its JSON, or some of its bytes, changed."""
+    events = [piece for piece in pieces]
+    for _ in range(random_.randrange(1, 4)):
+        at = random_.randrange(len(events))
+        if events[at].startswith(b"data: {") and random_.random() < 0.7:
+            with contextlib.suppress(ValueError):
+                value = mutated(json.loads(events[at][6:]), random_, random_.randrange(1, 3))
+                events[at] = b"data: " + json.dumps(value).encode() + b"\n\n"
+            continue
+        data, place = bytearray(events[at]), random_.randrange(len(events[at]) or 1)
+        random_.choice([lambda: data.__delitem__(slice(place, place + 9)), lambda: data.insert(place, random_.randrange(256)),
+                        lambda: data.__setitem__(slice(place, place + 1), bytes([random_.randrange(256)])), lambda: data.extend(data)])()
+        events[at] = bytes(data)
+    if random_.random() < 0.2:
+        random_.shuffle(events)
+    return events
+
+
+@pytest.mark.parametrize("name", sorted(FUZZED_STREAMS))
+def test_odd_answers_come_out_whole_or_as_an_error(name):
+    random_ = random.Random(name)
+    outcomes = collections.Counter()
+    for _ in range(600):
+        pieces = odd_answer(FUZZED_STREAMS[name], random_)
+        asked = qp.to_chat_request({"input": "x"})
+        events = qp.ResponseEvents(asked, "m", 1)
+        found = events.start()
+        try:
+            chunks = translate([b"".join(pieces)], {"stream": True, "stream_options": {"include_usage": True}})
+        except qp.UpstreamError as error:
+            outcomes["error"] += 1
+            assert error.message and 400 <= error.status < 600
+            qp.encode_json([error.body(), found, events.fail(error)])
+            continue
+        outcomes["whole"] += 1
+        qp.encode_json([collect(chunks), chunks, found, [event for value in chunks for event in events.feed(value)], events.finish(USAGE)])
+        finals = {choice["index"]: choice["finish_reason"] for value in chunks for choice in value["choices"]}
+        assert finals and all(isinstance(reason, str) for reason in finals.values())
+    assert outcomes["error"] and (outcomes["whole"] or "error" in name)
 
 
 # ----------------------------------------------------------------------------------------------------
