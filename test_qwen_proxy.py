@@ -1323,7 +1323,7 @@ def test_clean_stream_has_the_canonical_shape():
 
 
 def test_unchanged_chunks_go_out_as_the_bytes_that_came(key_server, upstream):
-    odd = b'{"model":"qwen3-max", "id":"i","object":"chat.completion.chunk","created":1,"x":0.10,"choices":[{"index":0,"delta":{"content":"%s"}}]}'
+    odd = b'{"model":"qwen3-max", "id":"i","object":"chat.completion.chunk","created":1,"x":0.10,"choices":[{"index":0,"delta":{"content":"%s"},"finish_reason":null}]}'
     pieces = [b"data: %s\n\n" % (odd % word) for word in (b"one", b"two", b"\\u0074hree")]
     upstream.script.append(stream(pieces[0].replace(b'{"content"', b'{"role":"assistant","content"'), *pieces[1:],
                                   chunk({}, "stop", id="i", created=1), DONE))
