@@ -69,6 +69,7 @@ def chunk(delta=None, finish_reason=None, **more):
 
 USAGE = {"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 12}
 DONE = b"data: [DONE]\n\n"
+END = [chunk({"content": ""}, "stop"), chunk(usage=USAGE), DONE]
 HELLO = (chunk({"content": "", "role": "assistant"}), chunk({"content": "Hel"}), chunk({"content": "lo, "}),
          chunk({"content": "wörld"}), chunk({"content": ""}, "stop"), chunk(usage=USAGE), DONE)
 
@@ -1134,6 +1135,118 @@ def test_named_refusal_is_repaired_once(serve, upstream, monkeypatch):
     assert [body["max_tokens"] for body in upstream.bodies()] == [100000, 65536]
 
 
+# -- HTTP as upstreams and gateways break it -----------------------------------------------------
+
+class RawUpstream:
+    """Sends scripted bytes, one entry for each connection, and closes; a request is read before each."""
+
+    def __init__(self):
+        self.script, self.accepted, self.listener = collections.deque(), 0, socket.create_server(("127.0.0.1", 0))
+        self.url = "http://127.0.0.1:%d/compatible-mode/v1" % self.listener.getsockname()[1]
+        threading.Thread(target=self.run, daemon=True).start()
+
+    def run(self):
+        while True:
+            try:
+                connection, _ = self.listener.accept()
+            except OSError:
+                return
+            self.accepted += 1
+            threading.Thread(target=self.talk, args=(connection, self.script.popleft()), daemon=True).start()
+
+    @staticmethod
+    def talk(connection, answers):
+        with connection, connection.makefile("rb") as reader:
+            for answer in answers if isinstance(answers, list) else [answers]:
+                length = 0
+                for line in iter(reader.readline, b"\r\n"):
+                    if not line:
+                        return
+                    if line.lower().startswith(b"content-length:"):
+                        length = int(line.split(b":")[1])
+                reader.read(length)
+                with contextlib.suppress(OSError):
+                    connection.sendall(answer)
+            with contextlib.suppress(OSError):      # what was not read would reset the answer away
+                connection.shutdown(socket.SHUT_WR)
+                connection.settimeout(1)
+                reader.read()
+
+
+@pytest.fixture()
+def raw_upstream(serve, monkeypatch):
+    fake = RawUpstream()
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
+    fake.server = serve(base_url=fake.url, model="m", retries=0, timeout=2)
+    yield fake
+    fake.listener.close()
+
+
+SSE = b"".join(HELLO)
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+
+
+def chunked(data, size=50, extension=b""):
+    parts = [data[at:at + size] for at in range(0, len(data), size)]
+    return b"".join(b"%X%s\r\n%s\r\n" % (len(part), extension, part) for part in parts) + b"0\r\n\r\n"
+
+
+@pytest.mark.parametrize("answer", [
+    HEAD + b"Content-Length: %d\r\n\r\n" % len(SSE) + SSE, HEAD + b"\r\n" + SSE, HEAD + b"Connection: close\r\n\r\n" + SSE,
+    HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(SSE), HEAD + b"Transfer-Encoding: Chunked\r\n\r\n" + chunked(SSE, 7, b";a=b"),
+    HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(SSE)[:-2] + b"X-Trailer: 1\r\n\r\n",
+    (HEAD + b"Transfer-Encoding: chunked\r\n\r\n").replace(b"\r\n", b"\n") + chunked(SSE),
+    b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + HEAD + b"\r\n" + SSE,
+    b"HTTP/1.0 200\r\n\r\n" + SSE, HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(SSE)[:-5],
+])
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_every_framing_of_an_answer_is_read(raw_upstream, answer, is_stream):
+    raw_upstream.script.append(answer)
+    status, _, body = chat(raw_upstream.server, stream=is_stream)
+    completion = collect([json.loads(value) for value in body[:-1]]) if is_stream else body
+    assert status == 200 and completion["choices"][0]["message"]["content"] == "Hello, wörld"
+
+
+@pytest.mark.parametrize("answer", [
+    b"", b"HTTP/1.1 200 OK\r\nContent-", b"garbage\r\n\r\n", b"HTTP/2 200 OK\r\n\r\n", HEAD + b"Content-Length: 99999\r\n\r\n" + SSE[:600],
+    HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\nda", HEAD + b"Transfer-Encoding: chunked\r\n\r\nZZ\r\n", HEAD + b"Transfer-Encoding: chunked\r\n\r\n-5\r\nabc",
+    HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + b"9" * 70000, HEAD + b"X: y\r\n" * 60000, HEAD + b"Content-Length: \xb2\r\n\r\n",
+])
+def test_broken_framing_is_a_502_and_the_next_request_works(raw_upstream, answer):
+    raw_upstream.script.extend([answer, HEAD + b"\r\n" + SSE])
+    threads = threading.active_count()
+    status, _, body = chat(raw_upstream.server)
+    assert status == 502 and body["error"]["code"] == "upstream_cut"
+    assert chat(raw_upstream.server)[0] == 200
+    end = time.monotonic() + WAIT
+    while threading.active_count() > threads and time.monotonic() < end:
+        time.sleep(0.01)
+    assert threading.active_count() <= threads
+
+
+def test_a_kept_connection_closed_at_the_moment_of_reuse_is_replaced(raw_upstream):
+    whole_answer = HEAD + b"Content-Length: %d\r\n\r\n" % len(SSE) + SSE
+    raw_upstream.script.extend([[whole_answer, b""], whole_answer])
+    assert [chat(raw_upstream.server)[0] for _ in range(2)] == [200, 200] and raw_upstream.accepted == 2
+
+
+def test_bytes_behind_an_answer_close_the_connection(raw_upstream):
+    whole_answer = HEAD + b"Content-Length: %d\r\n\r\n" % len(SSE) + SSE
+    raw_upstream.script.extend([[whole_answer + b"HTTP/1.1 200 OK\r\n\r\nsmuggled", whole_answer], whole_answer])
+    assert [chat(raw_upstream.server)[2]["choices"][0]["message"]["content"] for _ in range(2)] == ["Hello, wörld"] * 2
+    assert raw_upstream.accepted == 2
+
+
+@pytest.mark.parametrize("size, count", [(10_000_000, 1), (3, 20_000)])
+def test_large_and_many_chunks_arrive_whole(raw_upstream, size, count):
+    texts = ["ab "[:size] if size < 10 else "x" * size] * count
+    answer = HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(b"".join(chunk({"content": text}) for text in texts) + b"".join(END), 30_000)
+    raw_upstream.script.extend([answer, answer])
+    assert chat(raw_upstream.server)[2]["choices"][0]["message"]["content"] == "".join(texts)
+    _, _, data = chat(raw_upstream.server, stream=True)
+    assert text_in([json.loads(value) for value in data[:-1]]) == "".join(texts)
+
+
 # ----------------------------------------------------------------------------------------------------
 # Event streams
 # ----------------------------------------------------------------------------------------------------
@@ -1427,7 +1540,6 @@ def whole(message=None, finish_reason="stop", **more):
     return [json.dumps({name: item for name, item in value.items() if item != "absent"}, ensure_ascii=False).encode()]
 
 
-END = [chunk({"content": ""}, "stop"), chunk(usage=USAGE), DONE]
 TEXT_PIECES = ["Hel", "lo, ", "wörld"]
 DELTAS = [chunk({"content": text}) for text in TEXT_PIECES]
 ROLE = chunk({"role": "assistant", "content": ""})
