@@ -37,6 +37,7 @@ import argparse
 import atexit
 import base64
 import collections
+import concurrent.futures
 import contextlib
 import fnmatch
 import functools
@@ -70,7 +71,6 @@ import urllib.parse
 import urllib.request
 import uuid
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from email.utils import parsedate_to_datetime
 from typing import Any, Callable, Iterable, Iterator, List, NamedTuple, Optional, Tuple
 
@@ -4398,15 +4398,16 @@ def fetch_batches(batches: list[EmbeddingBatch], routes: list[Route], stop: Call
     """What all batches bring, in their order, a few of them at a time; stop() is called when one fails."""
     if len(batches) == 1:
         return [batches[0].fetch(routes)]
-    with ThreadPoolExecutor(PARALLEL_BATCHES) as pool:
+    with concurrent.futures.ThreadPoolExecutor(PARALLEL_BATCHES) as pool:
         futures = [pool.submit(batch.fetch, routes) for batch in batches]
-        try:
-            return [future.result() for future in futures]
-        except BaseException:
+        done, _ = concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
+        failures = [future.exception() for future in done if future.exception()]
+        if failures:
             for future in futures:
                 future.cancel()
             stop()
-            raise
+            raise failures[0]                   # type: ignore[misc]
+        return [future.result() for future in futures]
 
 
 def refused(response: UpstreamResponse, route: Route) -> UpstreamError:
