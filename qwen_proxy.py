@@ -3256,8 +3256,8 @@ class Frame(NamedTuple):
         return cls(theirs[:found.start(1)], theirs[found.end(1):], ours[:found_ours.start(1)], ours[found_ours.end(1):], index)
 
     def text(self, data: bytes) -> bytes | None:
-        """The text, as JSON has it, of a chunk that has this frame; None for any other chunk."""
-        if not (data.startswith(self.before) and data.endswith(self.behind)):
+        """The text, as JSON has it, of a chunk that begins as this frame; None if it ends otherwise."""
+        if not data.endswith(self.behind):
             return None
         text = data[len(self.before):len(data) - len(self.behind)]
         return text if _JSON_TEXT.match(text) else None
@@ -3282,16 +3282,19 @@ class ChunkTranslator:
         self._states: dict[int, ChoiceState] = {}
         self._id, self._created, self._their_model = "", 0, None
         self._model_bytes: list[tuple[bytes, bytes]] = []
+        self._is_stream = bool(request.get("stream"))       # else nobody asks for the bytes
         self._frame: Frame | None = None
+        self._frames_to_try = 3         # an upstream whose every chunk differs in more is not worth more
         self.usage: dict | None = None
         self.is_done = False
 
     def feed(self, event: Event) -> Translated:
         """The chunks for one event."""
         data = event.data
-        text = self._frame.text(data) if self._frame else None
-        if text is not None and not event.name:
-            return self._same_frame(self._frame, text)      # type: ignore[arg-type]
+        if self._frame is not None and data.startswith(self._frame.before) and not event.name:
+            text = self._frame.text(data)
+            if text is not None:
+                return self._same_frame(self._frame, text)
         if data[:1] != b"{":
             return self._no_chunk(event)
         return self._chunk_in(event, data)
@@ -3307,8 +3310,8 @@ class ChunkTranslator:
         """A chunk that differs from an earlier one in its text alone: four of five chunks of an answer."""
         if self._states[frame.index].finish_reason is not None:
             return []
-        content = json.loads(b'"%s"' % text)
-        chunk = {**self._chunk([{"index": frame.index, "delta": {"content": content}, "finish_reason": None}])}
+        content = json.loads(b'"%s"' % text) if b"\\" in text else text.decode("utf-8", "replace")
+        chunk = self._chunk([{"index": frame.index, "delta": {"content": content}, "finish_reason": None}])
         return [(chunk, frame.our_before + text + frame.our_behind)]
 
     def _chunk_in(self, event: Event, data: bytes) -> Translated:
@@ -3322,7 +3325,7 @@ class ChunkTranslator:
             raise to_upstream_error(refusal_in(event.status, chunk), self.family)
         came_from = chunk.get("model")
         is_changed = self._envelope(chunk)
-        if not is_changed and came_from != self.model:
+        if self._is_stream and not is_changed and came_from != self.model:
             data = self._with_model(data, came_from)
         if not isinstance(choices, list):
             return []
@@ -3331,7 +3334,8 @@ class ChunkTranslator:
             outputs = self._choice(choice) if isinstance(choice, dict) else []
             if outputs is None and len(choices) == 1:
                 is_same = bool(data) and not is_changed and b"\n" not in event.data
-                self._frame = Frame.around(event.data, data, choice["index"]) if is_same else None
+                if is_same and self._frames_to_try > 0:
+                    self._frames_to_try, self._frame = self._frames_to_try - 1, Frame.around(event.data, data, choice["index"])
                 return [(chunk, data if is_same else None)]
             translated += [({**chunk, "choices": [output]}, None) for output in ([choice] if outputs is None else outputs)]
         return translated
