@@ -189,6 +189,7 @@ MAX_BODY_MIB = 64
 MAX_LINE = 65536                # request line or one header line
 MAX_HEADERS = 100
 MAX_ERROR_BODY = 262_144
+MAX_ITEM_MEMORY = 8_388_608                     # of answers to /v1/responses, see ItemMemory
 MAX_EVENT = 64 * 1024 * 1024    # one event of a stream, or a whole answer that was not streamed
 MAX_JSON_DIGITS = 1000          # of one number: CPython before 3.11 takes quadratic time for more
 IDLE_TIMEOUT = 75               # a client's connection between requests
@@ -3726,7 +3727,7 @@ def base64_of(vector: list[float]) -> str:
 # Responses API
 # ----------------------------------------------------------------------------------------------------
 # Pure: a request to /v1/responses in, a chat request out; chat chunks in, events of a response out.
-# OpenAI reference, Responses; nothing is stored, so a request holds the whole conversation.
+# OpenAI reference, Responses; no response is stored, so a request holds the whole conversation.
 
 CARRIED = "qwen_proxy:"                         # before what encrypted_content carries for us to the next request
 COMPACTION = ("Summarise the conversation so far for somebody who goes on with it and sees nothing but your summary: the "
@@ -3773,6 +3774,30 @@ class ResponseRequest(NamedTuple):
     skipped: list[str]              # types of tools that have no counterpart
 
 
+class ItemMemory:
+    """The latest output items, in memory only: unless it is told `store: false`, the AI SDK sends an answer back as
+    {"type": "item_reference", "id"} (@ai-sdk/openai, convertToOpenAIResponsesInput)."""
+
+    def __init__(self, limit: int = MAX_ITEM_MEMORY):
+        self._limit, self._size, self._lock = limit, 0, threading.Lock()
+        self._items: collections.OrderedDict[str, bytes] = collections.OrderedDict()
+
+    def keep(self, items: list[dict]) -> None:
+        """Remember some items; the oldest give way to them."""
+        with self._lock:
+            for item in items:
+                self._items[item["id"]] = encoded = encode_json(item)
+                self._size += len(encoded)
+            while self._size > self._limit:
+                self._size -= len(self._items.popitem(last=False)[1])
+
+    def get(self, item_id: Any) -> dict | None:
+        """The item of that id, if it is still here."""
+        with self._lock:
+            encoded = self._items.get(item_id) if isinstance(item_id, str) else None
+        return json.loads(encoded) if encoded else None
+
+
 def carried(text: str) -> str:
     """A text as encrypted_content: opaque to the client, read again by carried_text()."""
     return CARRIED + base64.b64encode(text.encode("utf-8", "replace")).decode()
@@ -3788,8 +3813,8 @@ def carried_text(value: Any) -> str:
         return ""
 
 
-def to_chat_request(request: Any) -> ResponseRequest:
-    """The chat request for a request to /v1/responses; raises BadRequest for what needs a memory or cannot be meant."""
+def to_chat_request(request: Any, memory: ItemMemory) -> ResponseRequest:
+    """The chat request for a request to /v1/responses; raises BadRequest for what is not in memory or cannot be meant."""
     if not isinstance(request, dict):
         raise BadRequest("the body must be a JSON object, not %s" % json_type(request))
     if request.get("previous_response_id") or request.get("conversation"):
@@ -3803,7 +3828,8 @@ def to_chat_request(request: Any) -> ResponseRequest:
     items = [{"role": "user", "content": items}] if isinstance(items, str) else items
     if not isinstance(items, list) or not items:
         raise BadRequest("input must be a string or a list of items", param="input")
-    is_compaction = dig(items[-1], "type") == "compaction_trigger"
+    items = [item for index, item in enumerate(items) for item in referred(item, index, memory)]
+    is_compaction = bool(items) and dig(items[-1], "type") == "compaction_trigger"
     chat = {name: value for name, value in request.items() if name not in RESPONSE_ONLY and value is not None}
     chat["messages"] = messages_of(request.get("instructions"), items, names)
     if is_compaction:
@@ -3812,6 +3838,17 @@ def to_chat_request(request: Any) -> ResponseRequest:
         chat.update(chat_tools(request, names, skipped))
     chat.update(chat_options(request))
     return ResponseRequest(chat, request, names, is_compaction, skipped)
+
+
+def referred(item: Any, index: int, memory: ItemMemory) -> list[Any]:
+    """The item that an item_reference stands for; thoughts that are forgotten are no loss, anything else is refused."""
+    if dig(item, "type") != "item_reference":
+        return [item]
+    found = memory.get(item.get("id"))
+    if found is None and not as_text(item.get("id")).startswith("rs_"):
+        raise BadRequest("input[%d] is of type 'item_reference', and %r is not in memory here: send the item itself (AI SDK: "
+                         "providerOptions.openai.store = false)" % (index, str(item.get("id"))[:60]), param="input.%d" % index)
+    return [found] if found else []
 
 
 def chat_options(request: dict) -> dict:
@@ -3901,8 +3938,7 @@ def messages_of(instructions: Any, items: list, names: ToolNames) -> list[dict]:
         if add is not None:
             add(messages, item, names)
         elif kind not in IGNORED_ITEMS and kind != "compaction_trigger":
-            words = "there is nothing stored to refer to: send the item itself" if kind == "item_reference" else "it is not supported here"
-            raise BadRequest("input[%d] is of type %r; %s" % (index, kind[:60], words), param="input.%d" % index)
+            raise BadRequest("input[%d] is of type %r; it is not supported here" % (index, kind[:60]), param="input.%d" % index)
     return [message for message in messages if message.get("content") or message.get("tool_calls") or message["role"] != "assistant"]
 
 
@@ -4490,8 +4526,9 @@ class ChunkForm:
 class ResponseForm:
     """How an answer is written to a client of /v1/responses: as events with a name each."""
 
-    def __init__(self, request: ResponseRequest, model: str):
+    def __init__(self, request: ResponseRequest, model: str, memory: ItemMemory):
         self._events = ResponseEvents(request, model, int(time.time()))
+        self._memory = memory if request.asked.get("store") is not False else None
         self._has_started = False
 
     def start(self) -> list[bytes]:
@@ -4511,7 +4548,7 @@ class ResponseForm:
 
     def end(self, usage: dict | None) -> list[bytes]:
         """After the last chunk."""
-        return self._encoded(self._events.finish(usage))
+        return self._encoded(self._finished(usage))
 
     def problem(self, error: ProxyError) -> list[bytes]:
         """response.failed: two of four clients do not notice a stream that just ends."""
@@ -4522,7 +4559,13 @@ class ResponseForm:
         for translated in answer.chunks():
             for chunk, _ in translated:
                 self._events.feed(chunk)
-        return self._events.finish(answer.translator.usage)[-1]["response"]
+        return self._finished(answer.translator.usage)[-1]["response"]
+
+    def _finished(self, usage: dict | None) -> list[dict]:
+        events = self._events.finish(usage)
+        if self._memory:
+            self._memory.keep(events[-1]["response"]["output"])
+        return events
 
     @staticmethod
     def _encoded(events: list[dict]) -> list[bytes]:
@@ -4915,17 +4958,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         request = self._read_json()
         if isinstance(request, dict) and "messages" not in request and "input" in request:
             # Cursor sends the body of a Responses request here and wants chunks back (forum.cursor.com #159298).
-            request = {**to_chat_request(request).chat, "stream_options": {"include_usage": True}}
+            request = {**to_chat_request(request, self.proxy.items).chat, "stream_options": {"include_usage": True}}
         self._complete(CHAT, request)
 
     def post_completions(self) -> None:
         self._complete(TEXT, self._read_json())
 
     def post_responses(self) -> None:
-        asked = to_chat_request(self._read_json())
+        asked = to_chat_request(self._read_json(), self.proxy.items)
         if asked.skipped:
             log.info("left out, since only OpenAI runs them: tools of type %s", printable(", ".join(sorted(set(asked.skipped))))[:200])
-        self._form = ResponseForm(asked, self.proxy.catalogue.routes(asked.chat.get("model"))[0].model)
+        self._form = ResponseForm(asked, self.proxy.catalogue.routes(asked.chat.get("model"))[0].model, self.proxy.items)
         self._complete(CHAT, asked.chat)
 
     def get_responses(self) -> None:
@@ -5071,6 +5114,7 @@ class ProxyServer:
     def __init__(self, catalogue: Catalogue, options: ServerOptions):
         self.catalogue, self.options, self.upstream = catalogue, options, Upstream()
         self.access, self.handlers, self.is_stopping = AccessPolicy(options), set(), False      # type: ignore[var-annotated]
+        self.items = ItemMemory()
         for key in options.api_keys:
             keep_secret(key)
         self._watches: set = set()

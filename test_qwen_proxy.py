@@ -1807,7 +1807,7 @@ def test_every_stream_cut_at_every_byte(name, pieces):
 
 def events_of_response(pieces, **request):
     """The events for an upstream's stream, without any socket."""
-    asked = qp.to_chat_request({"input": "Hi", **request})
+    asked = qp.to_chat_request({"input": "Hi", **request}, qp.ItemMemory())
     events = qp.ResponseEvents(asked, "qwen3.7-plus", 1790000000)
     found = events.start()
     for value in translate(pieces, asked.chat):
@@ -1964,7 +1964,7 @@ def test_namespaces_and_custom_tools_are_flattened_and_restored(key_server, upst
 
 def test_search_is_left_out_with_a_word_where_there_is_none(caplog):
     caplog.set_level(logging.INFO, "qwen_proxy")
-    chat_request = qp.to_chat_request({"input": "Hi", "tools": [{"type": "web_search"}]}).chat
+    chat_request = qp.to_chat_request({"input": "Hi", "tools": [{"type": "web_search"}]}, qp.ItemMemory()).chat
     body, fired = to_upstream(chat_request, "qwen3.7-plus", "coding")
     assert "no web search" in fired["web-search"] and not {"enable_search", "web_search_options", "tools"} & set(body)
 
@@ -1974,7 +1974,7 @@ def test_search_is_left_out_with_a_word_where_there_is_none(caplog):
                                           ({"type": "web_search"}, "auto"), (None, None)])
 def test_tool_choice_of_responses(choice, sent):
     tools = [*CALL_TOOLS, {"type": "function", "name": "other"}]
-    asked = qp.to_chat_request({"input": "Hi", "tools": tools, "tool_choice": choice}).chat
+    asked = qp.to_chat_request({"input": "Hi", "tools": tools, "tool_choice": choice}, qp.ItemMemory()).chat
     got = asked.get("tool_choice")
     assert (got["function"]["name"] if isinstance(got, dict) else got) == sent
     assert len(asked["tools"]) == (1 if isinstance(choice, dict) and choice["type"] == "allowed_tools" else 2)
@@ -2004,6 +2004,39 @@ def test_thoughts_are_carried_in_encrypted_content_when_asked_for(key_server, up
     _, response = respond(key_server, include=["reasoning.encrypted_content"])
     respond(key_server, input=[*response["output"], {"role": "user", "content": "Go on."}])
     assert upstream.bodies()[1]["messages"][0]["reasoning_content"] == "Hmm"
+
+
+def references(response):
+    return [{"type": "item_reference", "id": item["id"]} for item in response["output"]]
+
+
+def test_an_item_of_an_answer_can_be_sent_back_by_its_id(key_server, upstream):
+    """The AI SDK does so unless it is told `store: false`; thoughts that are forgotten are left out."""
+    upstream.script.append(stream(*THINK_TEXT_CALLS, *END))
+    _, events = respond(key_server, stream=True)
+    said = events[-1][1]["response"]
+    results = [{"type": "function_call_output", "call_id": item["call_id"], "output": "x"} for item in said["output"] if "call_id" in item]
+    _, whole = respond(key_server, input=[{"type": "item_reference", "id": "rs_forgotten"}, *HI, *references(said), *results])
+    assert whole["status"] == "completed"
+    in_full = respond(key_server, input=[*HI, *said["output"], *results])
+    assert in_full[0] == 200 and upstream.bodies()[1] == upstream.bodies()[2]
+    assert [len(message.get("tool_calls", [])) for message in upstream.bodies()[1]["messages"]] == [0, 0, 2, 0, 0]
+
+
+def test_an_item_that_the_client_wanted_not_stored_is_not_kept(key_server, upstream):
+    _, response = respond(key_server, store=False)
+    status, body = respond(key_server, input=[*HI, *references(response)])
+    assert status == 400 and "store = false" in body["error"]["message"] and len(upstream.requests) == 1
+
+
+def test_the_memory_of_items_has_a_limit():
+    memory = qp.ItemMemory(limit=100)
+    memory.keep([{"id": str(number), "text": "x" * 30} for number in range(20)])
+    assert memory.get("19") == {"id": "19", "text": "x" * 30} and memory.get("17") is None
+    memory.keep([{"id": "large", "text": "x" * 200}])
+    assert memory.get("large") is None and memory.get("19") is None
+    memory.keep([{"id": "small"}])
+    assert memory.get("small") == {"id": "small"} and memory.get(5) is None
 
 
 @pytest.mark.parametrize("request_, words", [
@@ -2954,7 +2987,7 @@ def test_odd_response_and_embedding_requests_are_served_or_refused_by_name():
     random_, refused = random.Random(5), 0
     for _ in range(1500):
         try:
-            asked = qp.to_chat_request(mutated(request, random_, random_.randrange(1, 4)))
+            asked = qp.to_chat_request(mutated(request, random_, random_.randrange(1, 4)), qp.ItemMemory())
             qp.check_chat_request(asked.chat)
             body, _ = to_upstream(asked.chat, "qwen3.7-plus")
             events = qp.ResponseEvents(asked, "m", 1)
@@ -3000,7 +3033,7 @@ def test_odd_answers_come_out_whole_or_as_an_error(name):
     outcomes = collections.Counter()
     for _ in range(600):
         pieces = odd_answer(FUZZED_STREAMS[name], random_)
-        asked = qp.to_chat_request({"input": "x"})
+        asked = qp.to_chat_request({"input": "x"}, qp.ItemMemory())
         events = qp.ResponseEvents(asked, "m", 1)
         found = events.start()
         try:
