@@ -191,6 +191,7 @@ MAX_HEADERS = 100
 MAX_ERROR_BODY = 262_144
 MAX_ITEM_MEMORY = 8_388_608                     # of answers to /v1/responses, see ItemMemory
 MAX_EVENT = 64 * 1024 * 1024    # one event of a stream, or a whole answer that was not streamed
+MAX_ANSWER = 256 * 1024 * 1024  # all of an answer: ten times what the longest answers of Qwen take as a stream
 MAX_JSON_DIGITS = 1000          # of one number: CPython before 3.11 takes quadratic time for more
 IDLE_TIMEOUT = 75               # a client's connection between requests
 HEADER_TIMEOUT = 20             # from the first byte of a request to the end of its headers
@@ -1691,12 +1692,15 @@ class UpstreamResponse:
 
     def pieces(self) -> Iterator[bytes]:
         """The body; raises UpstreamError when the connection breaks, and what Watch.wait() raises."""
-        received, self._received = self._received, b""
+        received, self._received, size = self._received, b"", 0
         try:
             while not self._body.is_done:
                 content = self._body.feed(received) if received else b""
                 if content:
                     yield content
+                size += len(content)
+                if size > MAX_ANSWER:
+                    raise UpstreamError("the upstream's answer goes on after %d bytes" % size)
                 if self._body.is_done:
                     return
                 received = self._connection.receive() if self._connection else b""

@@ -1138,10 +1138,16 @@ def test_named_refusal_is_repaired_once(serve, upstream, monkeypatch):
 # -- HTTP as upstreams and gateways break it -----------------------------------------------------
 
 class RawUpstream:
-    """Sends scripted bytes, one entry for each connection, and closes; a request is read before each."""
+    """Sends scripted bytes, one entry for each connection, and closes; a request is read before each.
+
+    STALL in an entry stands for silence until the other side closes.
+    """
+
+    STALL = b"(stall)"
 
     def __init__(self):
         self.script, self.accepted, self.listener = collections.deque(), 0, socket.create_server(("127.0.0.1", 0))
+        self.ended = threading.Semaphore(0)     # released for each connection that has ended
         self.url = "http://127.0.0.1:%d/compatible-mode/v1" % self.listener.getsockname()[1]
         threading.Thread(target=self.run, daemon=True).start()
 
@@ -1152,10 +1158,14 @@ class RawUpstream:
             except OSError:
                 return
             self.accepted += 1
-            threading.Thread(target=self.talk, args=(connection, self.script.popleft()), daemon=True).start()
+            threading.Thread(target=self.talk_and_count, args=(connection, self.script.popleft()), daemon=True).start()
 
-    @staticmethod
-    def talk(connection, answers):
+    def talk_and_count(self, connection, answers):
+        self.talk(connection, answers)
+        self.ended.release()
+
+    @classmethod
+    def talk(cls, connection, answers):
         with connection, connection.makefile("rb") as reader:
             for answer in answers if isinstance(answers, list) else [answers]:
                 length = 0
@@ -1166,7 +1176,10 @@ class RawUpstream:
                         length = int(line.split(b":")[1])
                 reader.read(length)
                 with contextlib.suppress(OSError):
-                    connection.sendall(answer)
+                    connection.sendall(answer.replace(cls.STALL, b""))
+                    if cls.STALL in answer:
+                        connection.settimeout(WAIT)
+                        reader.read()
             with contextlib.suppress(OSError):      # what was not read would reset the answer away
                 connection.shutdown(socket.SHUT_WR)
                 connection.settimeout(1)
@@ -1222,6 +1235,64 @@ def test_broken_framing_is_a_502_and_the_next_request_works(raw_upstream, answer
     while threading.active_count() > threads and time.monotonic() < end:
         time.sleep(0.01)
     assert threading.active_count() <= threads
+
+
+SOME = b"".join(HELLO[:3])
+FINISHED = b"".join(HELLO[:5])
+FAULTS = {      # what the upstream sends: (status and code when not streamed, the same when streamed or None for a whole answer)
+    "slow headers": (HEAD[:20] + RawUpstream.STALL, (504, "upstream_timeout"), (504, "upstream_timeout")),
+    "slow first byte": (HEAD + b"\r\n" + RawUpstream.STALL, (504, "upstream_timeout"), (504, "upstream_timeout")),
+    "stall": (HEAD + b"\r\n" + SOME + RawUpstream.STALL, (504, "upstream_timeout"), (200, "upstream_timeout")),
+    "stall in a chunk": (HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(SOME)[:-30] + RawUpstream.STALL,
+                         (504, "upstream_timeout"), (200, "upstream_timeout")),
+    "cut in a chunk": (HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(SOME)[:-30], (502, "upstream_cut"), (200, "upstream_cut")),
+    "cut in an event": (HEAD + b"\r\n" + SOME[:-20], (502, "upstream_cut"), (200, "upstream_cut")),
+    "cut after the finish reason": (HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(FINISHED)[:-5], (200, None), (200, None)),
+    "cut after [DONE]": (HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(SSE)[:-5], (200, None), (200, None)),
+    "stall after [DONE]": (HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(SSE)[:-5] + RawUpstream.STALL, (200, None), (200, None)),
+    "garbage": (HEAD + b"\r\n" + bytes(range(256)) * 9, (502, "upstream_cut"), (502, "upstream_cut")),
+    "a page": (HEAD + b"\r\n<html><body>busy</body></html>", (502, "upstream_html"), (502, "upstream_html")),
+    "nothing": (HEAD + b"Content-Length: 0\r\n\r\n", (502, "upstream_cut"), (502, "upstream_cut")),
+}
+
+
+@pytest.mark.parametrize("name", sorted(FAULTS))
+def test_a_fault_ends_in_time_and_leaves_nothing_behind(serve, monkeypatch, name):
+    fake, (answer, whole, streamed) = RawUpstream(), FAULTS[name]
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
+    server, threads = serve(base_url=fake.url, model="m", retries=0, timeout=0.4), threading.active_count()
+    fake.script.extend([answer, answer, HEAD + b"\r\n" + SSE])
+    with contextlib.closing(fake.listener):
+        status, _, body = chat(server)
+        assert (status, dig(body, "error", "code")) == whole
+        status, _, body = chat(server, stream=True)
+        error = body if status != 200 else {} if body[-1] == "[DONE]" else json.loads(body[-1])
+        assert (status, dig(error, "error", "code")) == streamed
+        assert chat(server)[2]["choices"][0]["message"]["content"] == "Hello, wörld"
+        assert all(fake.ended.acquire(timeout=WAIT) for _ in range(3))      # no connection is left open
+    end = time.monotonic() + WAIT
+    while threading.active_count() > threads and time.monotonic() < end:
+        time.sleep(0.01)
+    assert threading.active_count() <= threads
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_an_endless_answer_is_given_up(raw_upstream, monkeypatch, is_stream):
+    monkeypatch.setattr(qp, "MAX_ANSWER", 100_000)
+    raw_upstream.script.extend([HEAD + b"\r\n" + SOME + HELLO[2] * 1000, HEAD + b"\r\n" + SSE])
+    status, _, body = chat(raw_upstream.server, stream=is_stream)
+    error = json.loads(body[-1]) if is_stream else body
+    assert status == (200 if is_stream else 502) and "goes on after" in error["error"]["message"]
+    assert chat(raw_upstream.server)[0] == 200
+
+
+@pytest.mark.parametrize("base_url", ["http://127.0.0.1:1/v1", "http://no-such-host.invalid/v1", "https://127.0.0.1:{port}/v1"])
+def test_an_upstream_that_cannot_be_reached_is_named(serve, upstream, monkeypatch, base_url):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
+    server = serve(base_url=base_url.format(port=upstream.port), model="m", retries=0)
+    for is_stream in (False, True):
+        status, _, body = chat(server, stream=is_stream)
+        assert (status, body["error"]["code"]) == (502, "upstream_unreachable") and "cannot be reached" in body["error"]["message"]
 
 
 def test_a_kept_connection_closed_at_the_moment_of_reuse_is_replaced(raw_upstream):
