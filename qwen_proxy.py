@@ -146,6 +146,7 @@ DEFAULT_MODEL = "qwen3.7-max"                   # Qwen Code 0.24.4, when nothing
 FILE_CHECK_INTERVAL = 0.05      # look at oauth_creds.json no more often: with many clients it is a cost
 REFRESH_MARGIN = 30             # a token counts as expired this long before it is: the CLI's own margin
 REFRESH_TIMEOUT = 8             # one attempt while holding the lock: a CLI before 0.24 breaks it after 10 s
+SAVE_PAUSE = 30                 # before a login that could not be written is tried again
 REFRESH_PAUSE = 5               # after a failure that may pass, requests fail at once for this long
 LOCK_STALE = 35                 # Qwen Code 0.24, sharedTokenManager.ts: a lock older than this is broken
 LOCK_WAIT_FIRST, LOCK_WAIT_FACTOR, LOCK_WAIT_MOST = 0.1, 1.5, 2.0
@@ -485,8 +486,12 @@ class LockFile:
             if os.name == "nt" and os.path.exists(self.path):   # somebody is just deleting it
                 return False
             raise
-        with os.fdopen(handle, "w") as file:
-            file.write(self._owner)
+        try:
+            with os.fdopen(handle, "w") as file:
+                file.write(self._owner)
+        except OSError:                         # a full disk: a lock without its owner's name would stay for good
+            os.unlink(self.path)
+            raise
         return True
 
     def _read(self) -> tuple[str, int] | None:
@@ -591,6 +596,7 @@ class OAuthCredentials:
         self._refreshing, self._reading = threading.Lock(), threading.Lock()
         self._login: Login | None = None
         self._looked = 0.0                      # when the file was last looked at (monotonic)
+        self._save_again_at = 0.0               # when to try what could not be written (monotonic); 0: nothing
         self._signature: Any = ()
         self._refused: str | None = None        # the refresh token that the token endpoint refused
         self._failure: tuple[float, ProxyError] | None = None   # the last failed refresh and its time
@@ -605,6 +611,8 @@ class OAuthCredentials:
         asked = time.monotonic()
         login = self.login()
         if login.is_fresh() and login.access_token != rejected:
+            if self._save_again_at and time.monotonic() > self._save_again_at:
+                self._save_again(pause)
             return login.access_token
         while not self._refreshing.acquire(timeout=LOCK_WAIT_FIRST):
             pause(0)
@@ -662,13 +670,26 @@ class OAuthCredentials:
     def save(self, login: Login) -> None:
         """Write the login, by the holder of the lock; what cannot be written stays in memory, and says so."""
         with self._reading:
-            self._login, self.problem = login, ""
+            self._login, self.problem, self._save_again_at = login, "", 0.0
             try:
                 write_private(self.path, json.dumps(login.fields, indent=2, ensure_ascii=False))
             except OSError as error:
+                self._save_again_at = time.monotonic() + SAVE_PAUSE
                 self.problem = "it could not be saved (%s), the new token is kept in memory only" % reason_of(error)
                 log.warning("%s: %s", self.path, self.problem)
             self._signature = self._signature_of_file()
+
+    def _save_again(self, pause: Callable[[float], None]) -> None:
+        """Write what could not be written: a login that is in memory only ends with the process."""
+        if not self._refreshing.acquire(blocking=False):
+            return
+        try:
+            with self._locked(pause):
+                login = self.login()
+                if self._save_again_at:         # else the file has changed, and holds a newer login
+                    self.save(login)
+        finally:
+            self._refreshing.release()
 
     def _look_at_file(self) -> None:
         self._looked, signature = time.monotonic(), self._signature_of_file()
@@ -693,7 +714,7 @@ class OAuthCredentials:
             return
         if self._login is None or login.refresh_token != self._login.refresh_token:
             self._refused = None
-        self._login, self._signature, self._failure, self.problem = login, signature, None, ""
+        self._login, self._signature, self._failure, self.problem, self._save_again_at = login, signature, None, "", 0.0
 
     def _refresh_locked(self, rejected: str, pause: Callable[[float], None]) -> Login:
         """Refresh under the CLI's lock, unless somebody else has done it meanwhile."""

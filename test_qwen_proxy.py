@@ -757,6 +757,41 @@ def test_unwritable_file_is_said_and_served_from_memory(home, upstream, monkeypa
     assert os.listdir(str(home)) == ["oauth_creds.json"]
 
 
+def test_what_could_not_be_written_is_written_later(home, upstream, monkeypatch):
+    path, real = write_login(home, upstream, expires_in=0), os.replace
+    credentials = qp.OAuthCredentials(str(path), upstream.origin)
+    monkeypatch.setattr(qp, "SAVE_PAUSE", 0)
+    monkeypatch.setattr(qp.os, "replace", lambda *arguments: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert [credentials.access_token(), credentials.access_token()] == ["at_2", "at_2"] and "no space" in credentials.problem.lower()
+    monkeypatch.setattr(qp.os, "replace", real)
+    assert credentials.access_token() == "at_2" and not credentials.problem
+    assert json.loads(path.read_text())["refresh_token"] == "rt_2" and len(upstream.refreshes) == 1
+    assert os.listdir(str(home)) == ["oauth_creds.json"]
+
+
+def test_what_could_not_be_written_gives_way_to_a_new_login(home, upstream, monkeypatch):
+    path, real = write_login(home, upstream, expires_in=0), os.replace
+    credentials = qp.OAuthCredentials(str(path), upstream.origin)
+    monkeypatch.setattr(qp.os, "replace", lambda *arguments: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert credentials.access_token() == "at_2"
+    monkeypatch.setattr(qp.os, "replace", real)
+    monkeypatch.setattr(qp, "SAVE_PAUSE", 0)
+    write_login(home, upstream, access_token="at_new", refresh_token="rt_new")
+    assert [credentials.access_token(), credentials.access_token()] == ["at_new"] * 2
+    assert json.loads(path.read_text())["refresh_token"] == "rt_new"
+
+
+def test_a_lock_that_cannot_be_written_does_not_stay(home, monkeypatch):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(qp.os, "fdopen", lambda handle, mode: os.close(handle) or Full())
+    with pytest.raises(OSError, match="space"):
+        qp.LockFile(str(home / "oauth_creds.lock")).__enter__()
+    assert os.listdir(str(home)) == []
+
+
 def test_crash_between_write_and_rename_leaves_the_old_file_whole(home, upstream, monkeypatch):
     path = write_login(home, upstream)
     before = path.read_text()
