@@ -4673,13 +4673,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._begin()
         try:
             self._reader.deadline = time.monotonic() + IDLE_TIMEOUT
-            self.raw_requestline = self.rfile.readline(MAX_LINE + 1)
-            if not self.raw_requestline:
+            if not self.rfile.peek(1):                              # type: ignore[attr-defined]
                 self.close_connection = True
                 return
             self.is_busy = True
             self._started = time.monotonic()
             self._reader.deadline = self._started + HEADER_TIMEOUT
+            self.raw_requestline = self.rfile.readline(MAX_LINE + 1)
             self.parse_request()
             self._respond()
         except ProxyError as error:

@@ -2439,6 +2439,7 @@ def test_many_clients_at_once_share_connections(key_server, upstream):
 def test_a_slow_sender_is_cut_off(key_server, monkeypatch):
     monkeypatch.setattr(qp, "HEADER_TIMEOUT", 0.3)
     monkeypatch.setattr(qp, "BODY_TIMEOUT", 0.3)
+    assert raw(key_server, b"POST /v1/chat").startswith(b"HTTP/1.1 408 ")
     assert raw(key_server, b"POST /v1/chat/completions HTTP/1.1\r\nHost:").startswith(b"HTTP/1.1 408 ")
     assert raw(key_server, POST + b"Content-Length: 10\r\n\r\n{").startswith(b"HTTP/1.1 408 ")
 
