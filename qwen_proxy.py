@@ -204,6 +204,7 @@ RETRY_AFTER_MOST = 60           # openai-node sleeps any Retry-After, openai-pyt
 GC_THRESHOLD = 20_000           # new containers before the collector looks at the young ones
 SWITCH_INTERVAL = 0.05          # between threads; CPython's 0.005 costs 15 % more with 100 streams, measured here
 LOG_PAUSE = 0.05                # lines of the log are gathered for so long and written together
+LOG_MOST = 10_000               # lines that wait for a terminal that takes none; more are lost
 PIECE = 65_536                  # read at most this much of an answer at once
 
 LOCAL_ORIGINS = re.compile(r"(https?://(localhost|127\.\d+\.\d+\.\d+|\[::1\]|tauri\.localhost)(:\d+)?"
@@ -5474,7 +5475,8 @@ class LogWriter(logging.Handler):
         threading.Thread(target=self._run, daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._records.put(record)
+        if self._records.qsize() < LOG_MOST:
+            self._records.put(record)
 
     def flush(self) -> None:
         """Write what there is, now."""
