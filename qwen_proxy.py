@@ -554,7 +554,8 @@ def post_form(url: str, fields: dict[str, str], headers: dict[str, str] | None =
         except urllib.error.HTTPError as error:
             response = error
         with response:
-            status, body = response.status if hasattr(response, "status") else response.code, response.read(MAX_ERROR_BODY)
+            status = response.status if hasattr(response, "status") else response.code
+            body = response.read(MAX_ERROR_BODY)
     except (OSError, http.client.HTTPException) as error:
         raise UpstreamError("no answer from %s: %s" % (urllib.parse.urlsplit(url).netloc, reason_of(error)),
                             retry=True) from error
@@ -762,11 +763,13 @@ class OAuthCredentials:
         if current.refresh_token != login.refresh_token and current.is_fresh():
             return current
         self._refused = login.refresh_token
-        log.warning("the token endpoint refused the refresh token: %s", mask(str(answer.get("error", "no reason given")))[:80])
+        log.warning("the token endpoint refused the refresh token: %s",
+                    mask(str(answer.get("error", "no reason given")))[:80])
         raise self._login_needed()
 
     def _login_needed(self) -> CredentialError:
-        return CredentialError("the login in %s has expired and its refresh token was refused; %s" % (self.path, LOGIN_AGAIN))
+        return CredentialError("the login in %s has expired and its refresh token was refused; %s"
+                               % (self.path, LOGIN_AGAIN))
 
 
 def write_private(path: str, text: str) -> None:
@@ -810,7 +813,8 @@ class ApiKey:
     def access_token(self, rejected: str = "", pause: Callable[[float], None] = time.sleep) -> str:
         """The key; raises CredentialError when the place it should be in is empty."""
         if not self._value:
-            raise CredentialError("%s; set it in the environment, in ~/.qwen/.env, or run `qwen` and then /auth" % self.source)
+            raise CredentialError("%s; set it in the environment, in ~/.qwen/.env, or run `qwen` and then /auth"
+                                  % self.source)
         return self._value
 
     def describe(self) -> dict:
@@ -1142,7 +1146,8 @@ class CliSettings:
             if above == os.path.dirname(above):
                 break
             above = os.path.dirname(above)
-        own = {os.path.realpath(os.path.join(base, name)) for base in (self.home, os.path.join(user_home, ".qwen"), user_home)
+        own = {os.path.realpath(os.path.join(base, name))
+               for base in (self.home, os.path.join(user_home, ".qwen"), user_home)
                for name in (".env", "settings.json")}
         found = [path for path in found if os.path.realpath(path) not in own]
         if found and not self._is_trusted(folder):
@@ -1265,7 +1270,8 @@ def oauth_providers(home: str, settings: CliSettings, known: dict[str, OAuthCred
         if path not in known:
             known[path] = OAuthCredentials(path, settings.variable("QWEN_OAUTH_BASE_URL") or OAUTH_BASE_URL)
         suffix = name[len("oauth_creds"):-len(".json")].strip("._-")
-        providers.append(Provider("oauth-" + suffix if suffix else "oauth", "", known[path], path, {OAUTH_MODEL: {}}, "portal"))
+        providers.append(Provider("oauth-" + suffix if suffix else "oauth", "", known[path], path, {OAUTH_MODEL: {}},
+                                  "portal"))
     return providers
 
 
@@ -1360,7 +1366,8 @@ class Catalogue:
         self._lock, self._checked = threading.Lock(), 0.0
         self.home = qwen_home(self._environ, options.qwen_home)
         self._seed_login()
-        self._signature, self._discovery = self._files_now(), discover(options, self._environ, self._folder, self._known)
+        self._signature = self._files_now()
+        self._discovery = discover(options, self._environ, self._folder, self._known)
 
     def current(self) -> Discovery:
         """The discovery as of now; the disk is looked at once a second at most."""
@@ -1385,7 +1392,8 @@ class Catalogue:
         if not discovery.providers:
             raise CredentialError(" ".join(["no Qwen login on this machine: %s, or start with --provider NAME and its "
                                             "key in the environment." % LOGIN_AGAIN, *discovery.notes]).strip())
-        routes = self._explicit(discovery, model) or self._listing(discovery, model) or [Route(discovery.providers[0], model)]
+        routes = (self._explicit(discovery, model) or self._listing(discovery, model)
+                  or [Route(discovery.providers[0], model)])
         if self.options.failover:
             return routes
         if routes[0].provider.credentials.kind == "oauth":
@@ -1402,7 +1410,8 @@ class Catalogue:
     def _explicit(discovery: Discovery, model: str) -> list[Route]:
         """provider/model"""
         for provider in discovery.providers:
-            if model.startswith(provider.name + "/") and not any(model in other.entries for other in discovery.providers):
+            is_listed = any(model in other.entries for other in discovery.providers)
+            if model.startswith(provider.name + "/") and not is_listed:
                 return [Route(provider, model[len(provider.name) + 1:])]
         return []
 
@@ -1429,7 +1438,8 @@ class Catalogue:
 
     def _files_now(self) -> list[Any]:
         user_home = self._environ.get("HOME") or os.path.expanduser("~")
-        paths = [self.home, os.path.join(user_home, ".env"), os.path.join(user_home, ".qwen", ".env"), *(os.path.join(self.home, name) for name in (
+        paths = [self.home, os.path.join(user_home, ".env"), os.path.join(user_home, ".qwen", ".env"),
+                 *(os.path.join(self.home, name) for name in (
             "settings.json", ".env", "trustedFolders.json")), os.path.join(self._folder, ".qwen", "settings.json"),
             os.path.join(self._folder, ".env")]
         return [self._stamp(path) for path in paths]
@@ -1623,7 +1633,8 @@ def parse_head(head: bytes) -> tuple[int, dict[str, str], bool]:
         name, value = name.strip().lower(), value.strip()
         headers[name] = headers[name] + ", " + value if name in headers else value
     connection = headers.get("connection", "").lower()
-    return int(match.group(2)), headers, "close" not in connection and (match.group(1) == "1" or "keep-alive" in connection)
+    stays_open = "close" not in connection and (match.group(1) == "1" or "keep-alive" in connection)
+    return int(match.group(2)), headers, stays_open
 
 
 class BodyDecoder:
@@ -1856,7 +1867,8 @@ class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
             return Connection(connection)
         except (OSError, http.client.HTTPException) as error:
             raise UpstreamError("%s cannot be reached: %s" % (request._tunnel_host or request.host, reason_of(error)),
-                                code="upstream_unreachable", retry=not isinstance(error, (ssl.SSLError, http.client.HTTPException)),
+                                code="upstream_unreachable",
+                                retry=not isinstance(error, (ssl.SSLError, http.client.HTTPException)),
                                 moves_on=True) from error
 
     def _exchange(self, connection: Connection, request: Any, key: Any) -> UpstreamResponse:
@@ -1892,14 +1904,16 @@ class Upstream:
             own["Content-Type"] = "application/json"
         own.update(custom_headers(route))
         try:
-            request = urllib.request.Request(route.provider.base_url + path, body, own, method="POST" if body is not None else "GET")
+            request = urllib.request.Request(route.provider.base_url + path, body, own,
+                                             method="POST" if body is not None else "GET")
         except ValueError as error:
             raise UpstreamError("the base URL %s is unusable: %s" % (route.provider.base_url, error), 500) from error
         request.watch = watch                               # type: ignore[attr-defined]
         try:
             return self._opener.open(request, timeout=watch.timeout)    # type: ignore[return-value]
         except urllib.error.URLError as error:
-            raise UpstreamError("the base URL %s is unusable: %s" % (route.provider.base_url, reason_of(error)), 500) from error
+            raise UpstreamError("the base URL %s is unusable: %s" % (route.provider.base_url, reason_of(error)),
+                                500) from error
         except (ValueError, UnicodeError) as error:         # http.client on a key or header with odd characters
             raise UpstreamError("the request to %s cannot be sent: the key or a header holds a character that HTTP "
                                 "does not allow" % route.provider.name, 500) from error
@@ -1952,8 +1966,8 @@ def _open_on(route: Route, attempt: Callable[[Route, str], Any], repair: Callabl
             if error.code == "invalid_api_key" and credentials.kind == "oauth":
                 if rejected or access_token == credentials.useless_token:
                     credentials.useless_token = access_token
-                    raise UpstreamError("%s. %s." % (error.message.rstrip("."), FREE_TIER_ENDED), 401, error.code, error.type,
-                                        request_id=error.request_id, moves_on=True) from error
+                    raise UpstreamError("%s. %s." % (error.message.rstrip("."), FREE_TIER_ENDED), 401, error.code,
+                                        error.type, request_id=error.request_id, moves_on=True) from error
                 rejected = access_token
                 continue
             if not is_repaired and repair(error):
@@ -2019,7 +2033,8 @@ class ModelLists:
 
     def _listed(self, provider: Provider) -> list[str]:
         access_token = provider.credentials.access_token()
-        response = self._upstream.send(Route(provider, ""), "/models", None, access_token, Watch(timeout=MODELS_TIMEOUT),
+        response = self._upstream.send(Route(provider, ""), "/models", None, access_token,
+                                       Watch(timeout=MODELS_TIMEOUT),
                                        {"User-Agent": "qwen_proxy/" + __version__, "Accept": "application/json"})
         try:
             listed = json.loads(response.read(MODELS_SIZE)) if response.status == 200 else None
@@ -2188,17 +2203,20 @@ def asked_thinking(body: dict) -> Thinking:
     thinking = body.get("thinking") if isinstance(body.get("thinking"), dict) else {}
     effort = body.get("reasoning_effort", reasoning.get("effort"))
     effort = effort.lower() if isinstance(effort, str) else None
-    budget = next((value for value in (body.get("thinking_budget"), thinking.get("budget_tokens"), reasoning.get("max_tokens"))
+    budget = next((value for value in (body.get("thinking_budget"), thinking.get("budget_tokens"),
+                                       reasoning.get("max_tokens"))
                    if isinstance(value, int) and not isinstance(value, bool)), None)
     enabled = next((value for value in (body.get("enable_thinking"), reasoning.get("enabled"),
-                                        dig(body, "chat_template_kwargs", "enable_thinking")) if isinstance(value, bool)), None)
+                                        dig(body, "chat_template_kwargs", "enable_thinking"))
+                    if isinstance(value, bool)), None)
     if enabled is None and isinstance(thinking.get("type"), str):
         enabled = thinking["type"] != "disabled"
     if enabled is None and effort is not None:
         enabled = effort not in ("none", "minimal")
     if enabled is None and budget is not None:
         enabled = budget > 0
-    return Thinking(enabled, effort if effort not in ("none", "minimal") else None, budget if (budget or 0) > 0 else None)
+    return Thinking(enabled, effort if effort not in ("none", "minimal") else None,
+                    budget if (budget or 0) > 0 else None)
 
 
 def check_chat_request(request: Any) -> None:
@@ -2215,10 +2233,13 @@ def check_chat_request(request: Any) -> None:
             raise BadRequest("the content of messages[%d] must be a string or a list of parts" % index,
                              param="messages.%d.content" % index)
         if not all(isinstance(part, dict) for part in as_list(message.get("content"))):
-            raise BadRequest("every part of messages[%d] must be an object" % index, param="messages.%d.content" % index)
-    for name, kinds in (("stream", bool), ("tools", list), ("functions", list), ("stream_options", dict), ("response_format", dict)):
+            raise BadRequest("every part of messages[%d] must be an object" % index,
+                             param="messages.%d.content" % index)
+    for name, kinds in (("stream", bool), ("tools", list), ("functions", list), ("stream_options", dict),
+                        ("response_format", dict)):
         if request.get(name) is not None and not isinstance(request[name], kinds):
-            raise BadRequest("%s must be %s" % (name, {bool: "true or false", list: "a list", dict: "an object"}[kinds]),
+            raise BadRequest("%s must be %s"
+                             % (name, {bool: "true or false", list: "a list", dict: "an object"}[kinds]),
                              param=name)
 
 
@@ -2285,7 +2306,8 @@ def developer_to_system(body: dict, context: Context) -> bool:
 def text_of(content: Any) -> str:
     """The text in a message's content, be it a string or parts."""
     if isinstance(content, list):
-        return "\n".join(part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str))
+        return "\n".join(part["text"] for part in content if isinstance(part, dict)
+                         and isinstance(part.get("text"), str))
     return content if isinstance(content, str) else ""
 
 
@@ -2373,7 +2395,9 @@ def valid_call(call: Any) -> Any:
         arguments = json.dumps(arguments, ensure_ascii=False)
     else:
         arguments = "{}"
-    return {**call, "function": {**call["function"], "arguments": arguments}} if isinstance(dig(call, "function"), dict) else call
+    if not isinstance(dig(call, "function"), dict):
+        return call
+    return {**call, "function": {**call["function"], "arguments": arguments}}
 
 
 def content_present(body: dict, context: Context) -> bool:
@@ -2429,7 +2453,8 @@ def reasoning_sent_back(body: dict, context: Context) -> bool:
 
 def reasoning_required(body: dict, context: Context) -> bool:
     """Every assistant message has reasoning_content, if only an empty one."""
-    missing = [message for message in body["messages"] if message["role"] == "assistant" and "reasoning_content" not in message]
+    missing = [message for message in body["messages"] if message["role"] == "assistant"
+               and "reasoning_content" not in message]
     for message in missing:
         message["reasoning_content"] = ""
     return bool(missing)
@@ -2498,8 +2523,8 @@ def usable_tool(tool: Any, context: Context) -> Any:
 
 # Overview page of Model Studio's OpenAI compatibility: 'ignored'; object metadata and the rest are refused
 # by models of other makers behind it (Qwen Code, dashscope.ts).
-OPENAI_ONLY = ("logit_bias", "metadata", "prediction", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
-               "service_tier", "store", "verbosity", "web_search_options")
+OPENAI_ONLY = ("logit_bias", "metadata", "prediction", "prompt_cache_key", "prompt_cache_retention",
+               "safety_identifier", "service_tier", "store", "verbosity", "web_search_options")
 
 
 def without_openai_only(body: dict, context: Context) -> bool:
@@ -2530,8 +2555,8 @@ def qwen_thinking(body: dict, context: Context) -> bool:
     before = {name: body[name] for name in THINKING_FIELDS + ("chat_template_kwargs",) if name in body}
     if not before:
         return False
-    template = {name: value for name, value in (body.get("chat_template_kwargs") or {}).items() if name != "enable_thinking"} \
-        if isinstance(body.get("chat_template_kwargs"), dict) else {}
+    template = body["chat_template_kwargs"] if isinstance(body.get("chat_template_kwargs"), dict) else {}
+    template = {name: value for name, value in template.items() if name != "enable_thinking"}
     for name in before:
         del body[name]
     if template:
@@ -2570,14 +2595,15 @@ def other_thinking(body: dict, context: Context) -> bool:
     for name in THINKING_FIELDS:
         body.pop(name, None)
     if context.family == "openrouter":
-        effort = {"effort": asked.effort} if asked.effort else {"max_tokens": asked.budget} if asked.budget else {"enabled": True}
-        body["reasoning"] = effort if asked.enabled else {"enabled": False}
+        how = ({"effort": asked.effort} if asked.effort else {"max_tokens": asked.budget} if asked.budget
+               else {"enabled": True})
+        body["reasoning"] = how if asked.enabled else {"enabled": False}
         return True
     if not asked.enabled:
         body["thinking"] = {"type": "disabled"}
     elif asked.effort:
-        deepseek = {"low": "high", "medium": "high", "xhigh": "max"}
-        body["reasoning_effort"] = deepseek.get(asked.effort, asked.effort) if context.family == "deepseek" else asked.effort
+        names = {"low": "high", "medium": "high", "xhigh": "max"} if context.family == "deepseek" else {}
+        body["reasoning_effort"] = names.get(asked.effort, asked.effort)
     else:
         body["thinking"] = {"type": "enabled"}
     return True
@@ -2636,7 +2662,9 @@ def schema_instruction(response_format: dict) -> str:
     """The words that stand in for a response_format that cannot be sent."""
     schema = dig(response_format, "json_schema", "schema")
     words = "Answer with one JSON object only: no other text, no code fence."
-    return words if schema is None else words + " It must match this JSON Schema:\n" + json.dumps(schema, ensure_ascii=False)
+    if schema is None:
+        return words
+    return words + " It must match this JSON Schema:\n" + json.dumps(schema, ensure_ascii=False)
 
 
 def add_instruction(body: dict, text: str) -> None:
@@ -2646,7 +2674,10 @@ def add_instruction(body: dict, text: str) -> None:
         messages.insert(0, {"role": "system", "content": text})
         return
     content = messages[0].get("content")
-    joined = content + [{"type": "text", "text": text}] if isinstance(content, list) else (content or "") + "\n\n" + text
+    if isinstance(content, list):
+        joined: Any = content + [{"type": "text", "text": text}]
+    else:
+        joined = (content or "") + "\n\n" + text
     messages[0] = {**messages[0], "content": joined}
 
 
@@ -2655,7 +2686,8 @@ def streamed(body: dict, context: Context) -> bool:
     options = body.get("stream_options")
     before = (body.get("stream"), options)
     body["stream"] = True
-    kept = {name: value for name, value in options.items() if name != "include_obfuscation"} if isinstance(options, dict) else {}
+    kept = dict(options) if isinstance(options, dict) else {}
+    kept.pop("include_obfuscation", None)
     body["stream_options"] = {**kept, "include_usage": True}
     return before != (True, body["stream_options"])
 
@@ -2683,7 +2715,8 @@ RULES = tuple(Rule(*row) for row in (
     ("no-nulls", without_nulls, _anywhere, "pydantic-ai and LangChain JS send null for 'not set'"),
     ("legacy-functions", functions_to_tools, _anywhere, "OpenAI reference: functions, deprecated by tools"),
     ("developer-role", developer_to_system, _anywhere, "DashScope 400: developer is not one of [...]"),
-    ("system-first", system_first, lambda c: _alibaba(c) or c.speaks_qwen, "400: System message must be at the beginning."),
+    ("system-first", system_first, lambda c: _alibaba(c) or c.speaks_qwen,
+     "400: System message must be at the beginning."),
     ("portal-system", portal_system, lambda c: c.family == "portal", "CLIProxyAPI 29dba0399, PR #2520, #2537"),
     ("tool-calls", valid_tool_calls, _anywhere, "DashScope 400: function.arguments must be in JSON format"),
     ("tool-pairs", paired_tool_messages, _anywhere, "DashScope 400, both ways: qwen-code #656, #2360"),
@@ -2691,16 +2724,19 @@ RULES = tuple(Rule(*row) for row in (
     ("content-present", content_present, _anywhere, "DashScope 400: Field required: input.messages.N.content"),
     ("reasoning-name", reasoning_sent_back, lambda c: c.family != "openrouter", "Model Studio, 'Deep thinking'"),
     ("reasoning-required", reasoning_required, lambda c: c.family == "deepseek", "DeepSeek API, thinking mode"),
-    ("flat-content", flat_content, lambda c: _alibaba(c) and "glm" in c.model.lower(), "Qwen Code, dashscope.ts: glm loses parts"),
+    ("flat-content", flat_content, lambda c: _alibaba(c) and "glm" in c.model.lower(),
+     "Qwen Code, dashscope.ts: glm loses parts"),
     ("cache-markers", few_cache_markers, _alibaba, "Model Studio, 'Context cache': at most 4"),
     ("max-tokens", max_tokens, lambda c: c.family not in ("openrouter", "other") or c.speaks_qwen,
      "DashScope 400: Range of max_tokens should be [1, N]"),
     ("sampling-range", sampling_range, _alibaba, "Model Studio, chat reference: temperature [0, 2), top_p (0, 1]"),
     ("tools", usable_tools, _anywhere, "MiniMax 400: function parameters is empty; vLLM: null tool_choice"),
     ("web-search", web_search, _alibaba, "Model Studio, chat reference: enable_search"),
-    ("openai-only", without_openai_only, lambda c: _alibaba(c) or c.family == "modelscope", "Model Studio, OpenAI compatibility"),
+    ("openai-only", without_openai_only, lambda c: _alibaba(c) or c.family == "modelscope",
+     "Model Studio, OpenAI compatibility"),
     ("thinking", qwen_thinking, lambda c: c.speaks_qwen and c.mode != "unknown", "Model Studio, 'Deep thinking'"),
-    ("thinking-words", other_thinking, lambda c: c.family in ("openrouter", "deepseek", "zai"), "each provider's reference"),
+    ("thinking-words", other_thinking, lambda c: c.family in ("openrouter", "deepseek", "zai"),
+     "each provider's reference"),
     ("forced-tool", forced_tool, lambda c: c.speaks_qwen, "Model Studio, 'Function calling'"),
     ("json-output", json_output, lambda c: c.speaks_qwen, "Model Studio, 'Structured output'"),
     ("json-word", json_word, lambda c: c.speaks_qwen, "Model Studio, 'Structured output'"),
@@ -2753,13 +2789,15 @@ def fill_in_the_middle(body: dict, context: Context) -> bool:
 
 TEXT_RULES = (*(rule for rule in RULES if rule.name in (
     "entry-defaults", "no-nulls", "max-tokens", "sampling-range", "openai-only", "stream")),
-    Rule("fill-in-the-middle", fill_in_the_middle, _alibaba, "Model Studio, 'Completions': there is no suffix parameter"))
+    Rule("fill-in-the-middle", fill_in_the_middle, _alibaba,
+         "Model Studio, 'Completions': there is no suffix parameter"))
 
 
 def to_upstream_text_request(request: dict, route: Route) -> tuple[dict, dict[str, str]]:
     """The same for a text completion."""
     family, config = route.provider.family, route.provider.entries.get(route.model) or {}
-    body, context = {**request, "model": route.model}, Context(family, route.model, model_facts(route.model), config, Thinking())
+    context = Context(family, route.model, model_facts(route.model), config, Thinking())
+    body = {**request, "model": route.model}
     return body, {rule.name: "" for rule in TEXT_RULES if rule.where(context) and rule.apply(body, context)}
 
 
@@ -2775,8 +2813,8 @@ def embedding_texts(request: Any) -> list[str]:
     if not isinstance(texts, list) or not texts:
         raise BadRequest("input must be a string or a list of strings", param="input")
     if isinstance(texts[0], (int, list)):
-        raise BadRequest("token array input is not supported, since the tokens are another model's; send text (in LangChain: "
-                         "OpenAIEmbeddings(check_embedding_ctx_length=False))", param="input")
+        raise BadRequest("token array input is not supported, since the tokens are another model's; send text (in "
+                         "LangChain: OpenAIEmbeddings(check_embedding_ctx_length=False))", param="input")
     if len(texts) > MAX_EMBEDDING_INPUTS:
         raise BadRequest("input may hold %d texts, not %d" % (MAX_EMBEDDING_INPUTS, len(texts)), param="input")
     wrong = next((index for index, text in enumerate(texts) if not isinstance(text, str) or not text), None)
@@ -2830,9 +2868,11 @@ def tool_choice_auto(body: dict, match: Any) -> None:
 # What an upstream may refuse by name: the text of its 400, whether the body has it, and what to do about it.
 REPAIRS: tuple[tuple[str, Callable[[dict], bool], Callable[[dict, Any], None]], ...] = (
     (r"[Rr]ange of max_tokens should be \[\d+, ?(\d+)\]", lambda body: "max_tokens" in body, set_max_tokens),
-    (r"json_schema|response_format", lambda body: dig(body, "response_format", "type") == "json_schema", schema_to_prompt),
+    (r"json_schema|response_format", lambda body: dig(body, "response_format", "type") == "json_schema",
+     schema_to_prompt),
     (r"logprobs", lambda body: "logprobs" in body or "top_logprobs" in body, drop_logprobs),
-    (r"enable_thinking.*(restricted to True|must be True)", lambda body: body.get("enable_thinking") is False, think_on),
+    (r"enable_thinking.*(restricted to True|must be True)", lambda body: body.get("enable_thinking") is False,
+     think_on),
     (r"tool_choice", lambda body: body.get("tool_choice") not in (None, "auto", "none"), tool_choice_auto),
 )
 
@@ -2882,18 +2922,19 @@ CATALOGUE = tuple(Verdict(*row) for row in (
      "context_length_exceeded"),
     ((), r"max bytes to request body|BadRequest\.TooLarge|entity too large|string value length|max data-uri", 413,
      "invalid_request_error", "request_too_large"),
-    ((), r"arrearage|good standing|overdue|CommodityNotPurchased", 429, "insufficient_quota", "insufficient_quota", False, True),
+    ((), r"arrearage|good standing|overdue|CommodityNotPurchased", 429, "insufficient_quota", "insufficient_quota",
+     False, True),
     ((), r"free allocated quota|free tier of the model|FreeTierOnly|(hour|week|month)\w* allocated quota|will reset at|"
          r"daily (quota|limit)|quota_exceeded", 429, "insufficient_quota", "insufficient_quota", False, True),
     ((403,), r"insufficient_quota", 429, "insufficient_quota", "insufficient_quota", False, True),
     ((), r"only available for coding agents", 403, "permission_error", "client_not_accepted"),
     ((500, 503), r"ModelServingError|ModelUnavailable|too many requests", 503, "server_error", None, True),
     ((429,), r"", 429, "rate_limit_error", "rate_limit_exceeded", True),
-    ((), r"throttling|limit_?requests|limit_burst_rate|insufficient_quota|allocated quota exceeded|rate limit|: ?130[25]\b", 429,
-     "rate_limit_error", "rate_limit_exceeded", True),
+    ((), r"throttling|limit_?requests|limit_burst_rate|insufficient_quota|allocated quota exceeded|rate limit"
+         r"|: ?130[25]\b", 429, "rate_limit_error", "rate_limit_exceeded", True),
     ((401,), r"", 401, "authentication_error", "invalid_api_key", False, True),
-    ((403, 0), r"invalid.?api.?-?key|access token|token expired|session has expired|unauthorized", 401, "authentication_error",
-     "invalid_api_key", False, True),
+    ((403, 0), r"invalid.?api.?-?key|access token|token expired|session has expired|unauthorized", 401,
+     "authentication_error", "invalid_api_key", False, True),
     ((403,), r"", 403, "permission_error", None),
     ((404, 400, 0), r"model_?not_?found|model .*(not exist|not supported)|model not exist|unsupported model", 404,
      "invalid_request_error", "model_not_found"),
@@ -2908,15 +2949,19 @@ CATALOGUE = tuple(Verdict(*row) for row in (
 
 # A way out, by the verdict's code and the endpoint's family; '' stands for every other family.
 ADVICE = {
-    ("invalid_api_key", "coding"): "A Coding Plan key (sk-sp-...) works only at the host and region it was issued for, and "
-                                   "only while the plan runs; compare --provider coding and coding-intl",
-    ("invalid_api_key", "token"): "A Token Plan key works only in its own region; compare --provider token-cn and token-intl",
-    ("invalid_api_key", "dashscope"): "A key works only in its own region, and plan keys (sk-sp-...) not at all here; compare "
-                                      "--provider dashscope, dashscope-intl, dashscope-us and dashscope-hk",
+    ("invalid_api_key", "coding"):
+        "A Coding Plan key (sk-sp-...) works only at the host and region it was issued for, and only while the plan "
+        "runs; compare --provider coding and coding-intl",
+    ("invalid_api_key", "token"):
+        "A Token Plan key works only in its own region; compare --provider token-cn and token-intl",
+    ("invalid_api_key", "dashscope"):
+        "A key works only in its own region, and plan keys (sk-sp-...) not at all here; compare --provider dashscope, "
+        "dashscope-intl, dashscope-us and dashscope-hk",
     ("invalid_api_key", "portal"): "",
     ("invalid_api_key", ""): "Check the key and that it belongs to this base URL",
-    ("client_not_accepted", "coding"): "The Coding Plan accepts requests of interactive coding tools only and judges by their "
-                                       "User-Agent, which is passed on as your client sent it",
+    ("client_not_accepted", "coding"):
+        "The Coding Plan accepts requests of interactive coding tools only and judges by their User-Agent, which is "
+        "passed on as your client sent it",
     ("request_too_large", "dashscope"): "Send less text or fewer images; the endpoint takes about 6 MiB of text",
 }
 
@@ -2929,7 +2974,8 @@ def refusal_of(status: int, text: str) -> Refusal:
     """
     stripped = text.strip().lstrip("\ufeff")
     if stripped[:1] not in ("{", "<"):
-        events = [event for event in EventDecoder().feed(stripped.encode("utf-8", "replace") + b"\n\n") if event.data[:1] == b"{"]
+        events = [event for event in EventDecoder().feed(stripped.encode("utf-8", "replace") + b"\n\n")
+                  if event.data[:1] == b"{"]
         if events:
             return refusal_of(events[0].status or status, events[0].data.decode("utf-8", "replace"))
     try:
@@ -2949,13 +2995,16 @@ def refusal_in(status: int, value: dict) -> Refusal:
     """The refusal in a JSON object: OpenAI's shape, the native one, a bare string, or one within another."""
     error = value.get("error", value)
     if isinstance(error, str):
-        error = {"message": error, "code": error} if "message" not in value else {**value, "code": value.get("code") or error}
+        code = value.get("code") or error
+        error = {**value, "code": code} if "message" in value else {"message": error, "code": error}
     if not isinstance(error, dict):
         error = {}
-    content = dig((value.get("choices") or [None])[0] if isinstance(value.get("choices"), list) else None, "delta", "content")
+    choices = value.get("choices")
+    content = dig(choices[0] if isinstance(choices, list) and choices else None, "delta", "content")
     if isinstance(content, str) and content:            # error_finish: the text of the error is the content
         return refusal_of(status, content)
-    message = next((item for item in (error.get("message"), error.get("detail"), value.get("detail"), value.get("message"))
+    message = next((item for item in (error.get("message"), error.get("detail"), value.get("detail"),
+                                      value.get("message"))
                     if isinstance(item, str) and item), "")
     code = next((str(item) for item in (error.get("code"), error.get("type")) if item not in (None, "")), "")
     request_id = next((item for item in (value.get("request_id"), error.get("request_id"), value.get("traceId"))
@@ -2975,14 +3024,17 @@ def to_upstream_error(refusal: Refusal, family: str, retry_after: float | None =
     if refusal.code == "html" and refusal.status not in RETRY_STATUSES:
         verdict = Verdict((), "", 502, "upstream_error", "upstream_html")
     code = verdict.code or refusal.code or None
-    message = refusal.message or {404: "the upstream knows no such path (HTTP 404, empty answer); check the base URL"}.get(
-        refusal.status, "the upstream answered HTTP %d without a word" % refusal.status)
+    message = refusal.message or "the upstream answered HTTP %d without a word" % refusal.status
+    if refusal.status == 404 and not refusal.message:
+        message = "the upstream knows no such path (HTTP 404, empty answer); check the base URL"
     advice = ADVICE.get((code or "", family), ADVICE.get((code or "", ""), ""))
     if refusal.status in range(300, 400):
-        message = "the upstream wants to redirect the request elsewhere, which is not followed with a key; check the base URL"
+        message = ("the upstream wants to redirect the request elsewhere, which is not followed with a key; "
+                   "check the base URL")
     headers = []
     if verdict.status == 429 and verdict.retry:
-        headers.append(("Retry-After", str(int(min(max(5 if retry_after is None else retry_after, 1), RETRY_AFTER_MOST)))))
+        seconds = min(max(5 if retry_after is None else retry_after, 1), RETRY_AFTER_MOST)
+        headers.append(("Retry-After", str(int(seconds))))
     elif verdict.status == 503 and retry_after is not None:
         headers.append(("Retry-After", str(int(min(max(retry_after, 1), RETRY_AFTER_MOST)))))
     if verdict.code == "insufficient_quota":
@@ -3136,7 +3188,8 @@ class ContentFilter:
             self._closing, self._held = "", ""
             content = self.feed(rest)
             return thoughts + content[0], content[1]
-        keep = next((size for size in range(len(self._closing) - 1, 0, -1) if thoughts.endswith(self._closing[:size])), 0)
+        keep = next((size for size in range(len(self._closing) - 1, 0, -1) if thoughts.endswith(self._closing[:size])),
+                    0)
         self._held = thoughts[len(thoughts) - keep:]
         return thoughts[:len(thoughts) - keep], ""
 
@@ -3285,7 +3338,8 @@ class Frame(NamedTuple):
         found, found_ours = _CONTENT.search(theirs), _CONTENT.search(ours)
         if not found or not found_ours or theirs.count(b'"content"') != 1:
             return None
-        return cls(theirs[:found.start(1)], theirs[found.end(1):], ours[:found_ours.start(1)], ours[found_ours.end(1):], index)
+        return cls(theirs[:found.start(1)], theirs[found.end(1):], ours[:found_ours.start(1)], ours[found_ours.end(1):],
+                   index)
 
     def text(self, data: bytes) -> bytes | None:
         """The text, as JSON has it, of a chunk that begins as this frame; None if it ends otherwise."""
@@ -3376,9 +3430,11 @@ class ChunkTranslator:
             if outputs is None and len(choices) == 1:
                 is_same = bool(data) and not is_changed and b"\n" not in event.data
                 if is_same and self._frames_to_try > 0:
-                    self._frames_to_try, self._frame = self._frames_to_try - 1, Frame.around(event.data, data, choice["index"])
+                    self._frames_to_try -= 1
+                    self._frame = Frame.around(event.data, data, choice["index"])
                 return [(chunk, data if is_same else None)]
-            translated += [({**chunk, "choices": [output]}, None) for output in ([choice] if outputs is None else outputs)]
+            translated += [({**chunk, "choices": [output]}, None)
+                           for output in ([choice] if outputs is None else outputs)]
         return translated
 
     def is_finished(self) -> bool:
@@ -3392,7 +3448,7 @@ class ChunkTranslator:
                                 "the upstream answered with an empty stream; try again", code="upstream_cut")
         outputs = []
         for index, state in self._states.items():
-            if state.finish_reason is None:                 # [DONE] came, so it is whole; opencode loops without a reason
+            if state.finish_reason is None:     # [DONE] came, so it is whole; opencode loops without a reason
                 outputs += self._finish(index, state, "stop", {})
         chunks: Translated = [(self._chunk([output]), None) for output in outputs]
         if self.wants_usage and self.usage:
@@ -3400,14 +3456,16 @@ class ChunkTranslator:
         return chunks
 
     def _chunk(self, choices: list[dict]) -> dict:
-        return {"id": self._id, "object": self.OBJECT, "created": self._created, "model": self.model, "choices": choices}
+        return {"id": self._id, "object": self.OBJECT, "created": self._created, "model": self.model,
+                "choices": choices}
 
     def _envelope(self, chunk: dict) -> bool:
         """Make id, object, created and model the same in all chunks, and take the usage out."""
         if not self._id:
-            self._id = chunk["id"] if isinstance(chunk.get("id"), str) and chunk["id"] else "chatcmpl-" + secrets.token_hex(12)
+            self._id = as_text(chunk.get("id")) or "chatcmpl-" + secrets.token_hex(12)
             created = chunk.get("created")
-            self._created = int(created) if isinstance(created, (int, float)) and created == created and 0 < created < 1e12 else 1
+            is_time = isinstance(created, (int, float)) and 0 < created < 1e12          # NaN is neither
+            self._created = int(created) if is_time else 1
         is_changed = False
         if chunk.get("usage") is not None:
             self.usage = clean_usage(chunk["usage"]) or self.usage
@@ -3483,7 +3541,8 @@ class ChunkTranslator:
     def _outputs(self, index: int, state: ChoiceState, deltas: list[dict], extra: dict, role_came: bool) -> list[dict]:
         if not state.has_role and (deltas or role_came):
             first = deltas[0] if deltas else {}
-            deltas[:1] = [{"role": "assistant", **({} if "content" in first or "reasoning_content" in first else {"content": ""}),
+            deltas[:1] = [{"role": "assistant",
+                           **({} if "content" in first or "reasoning_content" in first else {"content": ""}),
                            **first}]
             if "tool_calls" in first or "function_call" in first:
                 deltas[0]["content"] = None
@@ -3635,8 +3694,8 @@ class CompletionCollector:
         for part in chunk["choices"]:
             choice = self._choices.get(part["index"])
             if choice is None:
-                choice = self._choices[part["index"]] = {"index": part["index"], "texts": {}, "message": {}, "calls": [],
-                                                         "finish_reason": None}
+                choice = {"index": part["index"], "texts": {}, "message": {}, "calls": [], "finish_reason": None}
+                self._choices[part["index"]] = choice
             self._add(choice, part)
 
     def _add(self, choice: dict, part: dict) -> None:
@@ -3735,7 +3794,8 @@ def vectors_of(body: bytes, count: int, family: str) -> tuple[list[list[float]],
     entries = dig(answer, "data")
     if not isinstance(entries, list):
         raise to_upstream_error(refusal_of(0, text), family)
-    found = {entry.get("index", place): entry.get("embedding") for place, entry in enumerate(entries) if isinstance(entry, dict)}
+    found = {entry.get("index", place): entry.get("embedding")
+             for place, entry in enumerate(entries) if isinstance(entry, dict)}
     vectors = [found.get(place) for place in range(count)]
     if len(entries) != count or not all(isinstance(vector, list) for vector in vectors):
         raise UpstreamError("the upstream answered %d texts with %d embeddings; try again" % (count, len(entries)))
@@ -3767,12 +3827,13 @@ def base64_of(vector: list[float]) -> str:
 # OpenAI reference, Responses; no response is stored, so a request holds the whole conversation.
 
 CARRIED = "qwen_proxy:"                         # before what encrypted_content carries for us to the next request
-COMPACTION = ("Summarise the conversation so far for somebody who goes on with it and sees nothing but your summary: the "
-              "task, what was decided and found out, which files and commands matter, what is left to do.")
+COMPACTION = ("Summarise the conversation so far for somebody who goes on with it and sees nothing but your summary: "
+              "the task, what was decided and found out, which files and commands matter, what is left to do.")
 RESPONSE_ONLY = frozenset({
-    "input", "instructions", "tools", "tool_choice", "reasoning", "text", "max_output_tokens", "previous_response_id", "store",
-    "include", "truncation", "metadata", "prompt_cache_key", "client_metadata", "background", "conversation", "prompt",
-    "max_tool_calls", "service_tier", "safety_identifier", "prompt_cache_retention", "stream_options", "context_management"})
+    "input", "instructions", "tools", "tool_choice", "reasoning", "text", "max_output_tokens", "previous_response_id",
+    "store", "include", "truncation", "metadata", "prompt_cache_key", "client_metadata", "background", "conversation",
+    "prompt", "max_tool_calls", "service_tier", "safety_identifier", "prompt_cache_retention", "stream_options",
+    "context_management"})
 IGNORED_ITEMS = frozenset({"web_search_call", "mcp_list_tools", "additional_tools"})
 
 
@@ -3851,12 +3912,12 @@ def carried_text(value: Any) -> str:
 
 
 def to_chat_request(request: Any, memory: ItemMemory) -> ResponseRequest:
-    """The chat request for a request to /v1/responses; raises BadRequest for what is not in memory or cannot be meant."""
+    """The chat request for a request to /v1/responses; raises BadRequest for what is forgotten or cannot be meant."""
     if not isinstance(request, dict):
         raise BadRequest("the body must be a JSON object, not %s" % json_type(request))
     if request.get("previous_response_id") or request.get("conversation"):
-        raise BadRequest("nothing is stored here, so there is no previous response: send the whole conversation as input",
-                         code="previous_response_not_found", param="previous_response_id")
+        raise BadRequest("nothing is stored here, so there is no previous response: send the whole conversation as "
+                         "input", code="previous_response_not_found", param="previous_response_id")
     for name in ("background", "prompt"):
         if request.get(name):
             raise BadRequest("%s is not supported: nothing is stored here" % name, param=name)
@@ -3883,8 +3944,9 @@ def referred(item: Any, index: int, memory: ItemMemory) -> list[Any]:
         return [item]
     found = memory.get(item.get("id"))
     if found is None and not as_text(item.get("id")).startswith("rs_"):
-        raise BadRequest("input[%d] is of type 'item_reference', and %r is not in memory here: send the item itself (AI SDK: "
-                         "providerOptions.openai.store = false)" % (index, str(item.get("id"))[:60]), param="input.%d" % index)
+        raise BadRequest("input[%d] is of type 'item_reference', and %r is not in memory here: send the item itself "
+                         "(AI SDK: providerOptions.openai.store = false)" % (index, str(item.get("id"))[:60]),
+                         param="input.%d" % index)
     return [found] if found else []
 
 
@@ -3898,7 +3960,8 @@ def chat_options(request: dict) -> dict:
         options["reasoning_effort"] = effort
     text_format = dig(request, "text", "format")
     if dig(text_format, "type") == "json_schema":
-        schema = {name: text_format[name] for name in ("name", "description", "schema", "strict") if text_format.get(name) is not None}
+        schema = {name: text_format[name] for name in ("name", "description", "schema", "strict")
+                  if text_format.get(name) is not None}
         options["response_format"] = {"type": "json_schema", "json_schema": schema}
     elif dig(text_format, "type") == "json_object":
         options["response_format"] = {"type": "json_object"}
@@ -3936,7 +3999,8 @@ def chat_function(tool: Any, namespace: Any, names: ToolNames) -> dict | None:
     if tool["type"] == "custom":
         names.custom.add(flat)
         return {"name": flat, "description": tool.get("description") or "", "parameters": {
-            "type": "object", "required": ["input"], "properties": {"input": {"type": "string", "description": custom_format(tool)}}}}
+            "type": "object", "required": ["input"],
+            "properties": {"input": {"type": "string", "description": custom_format(tool)}}}}
     function = {key: tool[key] for key in ("description", "parameters", "strict") if tool.get(key) is not None}
     return {"name": flat, **function}
 
@@ -3955,7 +4019,8 @@ def chat_tool_choice(choice: Any, names: ToolNames, options: dict) -> Any:
         return {"type": "function", "function": {"name": names.flat(choice["name"], choice.get("namespace"))}}
     if choice.get("type") == "allowed_tools" and isinstance(choice.get("tools"), list):
         allowed = [dig(tool, "name") for tool in choice["tools"]]
-        options["tools"] = [tool for tool in options.get("tools", []) if tool["function"]["name"] in allowed] or options.get("tools", [])
+        offered = options.get("tools", [])
+        options["tools"] = [tool for tool in offered if tool["function"]["name"] in allowed] or offered
         return choice.get("mode") or "auto"
     return "auto"
 
@@ -3975,8 +4040,10 @@ def messages_of(instructions: Any, items: list, names: ToolNames) -> list[dict]:
         if add is not None:
             add(messages, item, names)
         elif kind not in IGNORED_ITEMS and kind != "compaction_trigger":
-            raise BadRequest("input[%d] is of type %r; it is not supported here" % (index, kind[:60]), param="input.%d" % index)
-    return [message for message in messages if message.get("content") or message.get("tool_calls") or message["role"] != "assistant"]
+            raise BadRequest("input[%d] is of type %r; it is not supported here" % (index, kind[:60]),
+                             param="input.%d" % index)
+    return [message for message in messages if message.get("content") or message.get("tool_calls")
+            or message["role"] != "assistant"]
 
 
 def assistant_turn(messages: list[dict], is_text: bool = False) -> dict:
@@ -4018,11 +4085,12 @@ def chat_part(part: Any) -> dict:
         url = part["image_url"] if isinstance(part["image_url"], dict) else {"url": part["image_url"]}
         return {"type": "image_url", "image_url": {**({"detail": part["detail"]} if part.get("detail") else {}), **url}}
     if kind == "input_file" and (part.get("file_data") or part.get("file_url")):
-        return {"type": "file", "file": {name: part[name] for name in ("filename", "file_data", "file_url") if part.get(name)}}
+        return {"type": "file",
+                "file": {name: part[name] for name in ("filename", "file_data", "file_url") if part.get(name)}}
     if kind == "input_audio":
         return {"type": "input_audio", "input_audio": part.get("input_audio")}
-    raise BadRequest("a part of type %r cannot be sent; files and images must be in the request itself, since none are stored"
-                     % str(kind)[:60], param="input")
+    raise BadRequest("a part of type %r cannot be sent; files and images must be in the request itself, since none "
+                     "are stored" % str(kind)[:60], param="input")
 
 
 def add_call(messages: list[dict], item: dict, names: ToolNames) -> None:
@@ -4031,7 +4099,8 @@ def add_call(messages: list[dict], item: dict, names: ToolNames) -> None:
     if item["type"] == "custom_tool_call":
         arguments = json.dumps({"input": as_text(item.get("input"))}, ensure_ascii=False)
     assistant_turn(messages).setdefault("tool_calls", []).append({
-        "id": item.get("call_id") or item.get("id"), "type": "function", "function": {"name": name, "arguments": arguments}})
+        "id": item.get("call_id") or item.get("id"), "type": "function",
+        "function": {"name": name, "arguments": arguments}})
 
 
 def add_output(messages: list[dict], item: dict, names: ToolNames) -> None:
@@ -4136,21 +4205,24 @@ class ResponseEvents:
 
     def response(self, status: str = "in_progress", usage: dict | None = None) -> dict:
         """The response object as it is now."""
-        asked, reason = self._request.asked, {"length": "max_output_tokens"}.get(self._finish_reason or "", self._finish_reason)
+        asked = self._request.asked
+        reason = "max_output_tokens" if self._finish_reason == "length" else self._finish_reason
         is_over = status != "in_progress"
         return {
-            "id": self._id, "object": "response", "created_at": self._created, "status": status, "background": False, "error": None,
-            "incomplete_details": {"reason": reason} if status == "incomplete" else None, "instructions": asked.get("instructions"),
+            "id": self._id, "object": "response", "created_at": self._created, "status": status, "background": False,
+            "error": None, "incomplete_details": {"reason": reason} if status == "incomplete" else None,
+            "instructions": asked.get("instructions"),
             "max_output_tokens": asked.get("max_output_tokens"), "max_tool_calls": None, "model": self._model,
             "output": [self._whole(item) for item in self._items] if is_over else [],
             "parallel_tool_calls": asked.get("parallel_tool_calls", True) is not False, "previous_response_id": None,
             "prompt_cache_key": asked.get("prompt_cache_key"),
             "reasoning": {"effort": dig(asked, "reasoning", "effort"), "summary": dig(asked, "reasoning", "summary")},
             "service_tier": "default", "store": False, "temperature": asked.get("temperature"),
-            "text": {"format": dig(asked, "text", "format") or {"type": "text"}, "verbosity": dig(asked, "text", "verbosity") or "medium"},
+            "text": {"format": dig(asked, "text", "format") or {"type": "text"},
+                     "verbosity": dig(asked, "text", "verbosity") or "medium"},
             "tool_choice": asked.get("tool_choice") or "auto", "tools": asked.get("tools") or [], "top_logprobs": 0,
-            "top_p": asked.get("top_p"), "truncation": asked.get("truncation") or "disabled", "usage": response_usage(usage),
-            "user": asked.get("user"), "metadata": asked.get("metadata") or {},
+            "top_p": asked.get("top_p"), "truncation": asked.get("truncation") or "disabled",
+            "usage": response_usage(usage), "user": asked.get("user"), "metadata": asked.get("metadata") or {},
         }
 
     def _event(self, kind: str, **fields: Any) -> dict:
@@ -4173,16 +4245,19 @@ class ResponseEvents:
             events += [added, self._event("response.reasoning_summary_part.added", **self._open.place, summary_index=0,
                                           part={"type": "summary_text", "text": ""})]
         self._open.text += text
-        return [*events, self._event("response.reasoning_summary_text.delta", **self._open.place, summary_index=0, delta=text)]
+        return [*events, self._event("response.reasoning_summary_text.delta", **self._open.place, summary_index=0,
+                                     delta=text)]
 
     def _text(self, text: str) -> list[dict]:
         events: list[dict] = []
         if self._open is None or self._open.item["type"] != "message":
             events = self._close()
             self._open, added = self._begin("message", "msg_", status="in_progress", role="assistant", content=[])
-            events += [added, self._event("response.content_part.added", **self._open.place, content_index=0, part=output_text(""))]
+            events += [added, self._event("response.content_part.added", **self._open.place, content_index=0,
+                                          part=output_text(""))]
         self._open.text += text
-        return [*events, self._event("response.output_text.delta", **self._open.place, content_index=0, delta=text, logprobs=[])]
+        return [*events, self._event("response.output_text.delta", **self._open.place, content_index=0, delta=text,
+                                     logprobs=[])]
 
     def _call(self, call: dict) -> list[dict]:
         events: list[dict] = []
@@ -4209,13 +4284,16 @@ class ResponseEvents:
         if item.item["type"] == "reasoning":
             part = {"type": "summary_text", "text": item.text}
             return [self._event("response.reasoning_summary_text.done", **item.place, summary_index=0, text=item.text),
-                    self._event("response.reasoning_summary_part.done", **item.place, summary_index=0, part=part), self._done(item)]
+                    self._event("response.reasoning_summary_part.done", **item.place, summary_index=0, part=part),
+                    self._done(item)]
         return [self._event("response.output_text.done", **item.place, content_index=0, text=item.text, logprobs=[]),
-                self._event("response.content_part.done", **item.place, content_index=0, part=output_text(item.text)), self._done(item)]
+                self._event("response.content_part.done", **item.place, content_index=0, part=output_text(item.text)),
+                self._done(item)]
 
     def _close_call(self, item: OutputItem) -> list[dict]:
         if item.item["type"] == "function_call":
-            done = self._event("response.function_call_arguments.done", **item.place, name=item.item["name"], arguments=item.text)
+            done = self._event("response.function_call_arguments.done", **item.place, name=item.item["name"],
+                               arguments=item.text)
             return [done, self._done(item)]
         text = custom_input(item.text)
         return [self._event("response.custom_tool_call_input.delta", **item.place, delta=text),
@@ -4259,7 +4337,8 @@ def response_usage(usage: dict | None) -> dict | None:
     """The usage in the words of /v1/responses."""
     if not usage:
         return None
-    cached, reasoning = dig(usage, "prompt_tokens_details", "cached_tokens"), dig(usage, "completion_tokens_details", "reasoning_tokens")
+    cached = dig(usage, "prompt_tokens_details", "cached_tokens")
+    reasoning = dig(usage, "completion_tokens_details", "reasoning_tokens")
     return {"input_tokens": usage["prompt_tokens"], "input_tokens_details": {"cached_tokens": cached or 0},
             "output_tokens": usage["completion_tokens"], "output_tokens_details": {"reasoning_tokens": reasoning or 0},
             "total_tokens": usage["total_tokens"]}
@@ -4366,8 +4445,8 @@ class AccessPolicy:
             with contextlib.suppress(ValueError):
                 ipaddress.ip_address(name)
                 return
-        raise ProxyError("the Host header %r does not name this machine; if it should, add --allow-host NAME" % host[:100],
-                         403, "host_not_allowed", "permission_error")
+        raise ProxyError("the Host header %r does not name this machine; if it should, add --allow-host NAME"
+                         % host[:100], 403, "host_not_allowed", "permission_error")
 
     def allows_origin(self, origin: str) -> bool:
         """Whether pages of this origin may use the server."""
@@ -4378,11 +4457,14 @@ class AccessPolicy:
         if not self._keys:
             return
         scheme, _, bearer = headers.get("authorization", "").partition(" ")
-        presented = [headers.get("x-api-key", ""), headers.get("api-key", ""), bearer if scheme.lower() == "bearer" else ""]
-        matches = [hmac.compare_digest(key, value.strip().encode("latin-1", "replace")) for key in self._keys for value in presented]
+        presented = [headers.get("x-api-key", ""), headers.get("api-key", ""),
+                     bearer if scheme.lower() == "bearer" else ""]
+        matches = [hmac.compare_digest(key, value.strip().encode("latin-1", "replace")) for key in self._keys
+                   for value in presented]
         if not any(matches):
-            raise ProxyError("this server wants an API key: one of those given with --api-key, as 'Authorization: Bearer KEY'",
-                             401, "invalid_api_key", "authentication_error", headers=[("WWW-Authenticate", "Bearer")])
+            raise ProxyError("this server wants an API key: one of those given with --api-key, as "
+                             "'Authorization: Bearer KEY'", 401, "invalid_api_key", "authentication_error",
+                             headers=[("WWW-Authenticate", "Bearer")])
 
 
 class _DeadlineReader(io.RawIOBase):
@@ -4426,7 +4508,8 @@ class Completion:
         try:
             if not 200 <= response.status < 300:
                 raise refused(response, route)
-            return Answer(response, route, self._kind.translator(self._request, route), self._kind.collector(), self._watch)
+            return Answer(response, route, self._kind.translator(self._request, route), self._kind.collector(),
+                          self._watch)
         except BaseException:
             response.close()
             raise
@@ -4478,7 +4561,8 @@ class EmbeddingBatch:
             response.close()
 
 
-def fetch_batches(batches: list[EmbeddingBatch], routes: list[Route], stop: Callable[[], None]) -> list[tuple[list[list[float]], dict]]:
+def fetch_batches(batches: list[EmbeddingBatch], routes: list[Route],
+                  stop: Callable[[], None]) -> list[tuple[list[list[float]], dict]]:
     """What all batches bring, in their order, a few of them at a time; stop() is called when one fails."""
     if len(batches) == 1:
         return [batches[0].fetch(routes)]
@@ -4507,8 +4591,8 @@ def refused(response: UpstreamResponse, route: Route) -> UpstreamError:
 class Answer:
     """An upstream's answer whose first chunk is there."""
 
-    def __init__(self, response: UpstreamResponse, route: Route, translator: ChunkTranslator, collector: CompletionCollector,
-                 watch: Watch):
+    def __init__(self, response: UpstreamResponse, route: Route, translator: ChunkTranslator,
+                 collector: CompletionCollector, watch: Watch):
         self.response, self.route, self.translator, self._collector = response, route, translator, collector
         self.request_id = response.headers.get("x-request-id")
         self._chunks, self._first = iter_chunks(response.pieces(), translator), []  # type: ignore[var-annotated]
@@ -4637,7 +4721,8 @@ ROUTES = {
 WITHOUT_KEY = ("/health", "/")
 _REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) ([\x21-\x7e]+) HTTP/(\d)\.(\d)\r\n\Z")
 _HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*\r\n\Z")
-_SINGLE = frozenset({"content-length", "transfer-encoding", "host", "authorization", "origin", "content-type", "content-encoding"})
+_SINGLE = frozenset({"content-length", "transfer-encoding", "host", "authorization", "origin", "content-type",
+                     "content-encoding"})
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})\r\n\Z")
 
 
@@ -4705,7 +4790,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._head_sent = self._is_http_1_0 = False
         self._cors: list[tuple[str, str]] = []
         self._note, self._watch = "", None      # type: ignore[var-annotated]
-        self._request_id = "req_%024x" % random.getrandbits(96)     # no secret; os.urandom would be one more system call
+        self._request_id = "req_%024x" % random.getrandbits(96)     # no secret; os.urandom is a system call
         self._started = time.monotonic()
 
     def parse_request(self) -> bool:
@@ -4809,14 +4894,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise ProxyError("pages of %s may not use this server; if they should, start it with --allow-origin %s"
                                  % (origin[:100], origin[:100]), 403, "origin_not_allowed", "permission_error")
             self._cors = [("Access-Control-Allow-Origin", origin), ("Vary", "Origin"),
-                          ("Access-Control-Expose-Headers", "x-request-id, retry-after, retry-after-ms, x-qwen-provider")]
+                          ("Access-Control-Expose-Headers",
+                           "x-request-id, retry-after, retry-after-ms, x-qwen-provider")]
             content_type = self.headers.get("content-type", "").partition(";")[0].strip().lower()
             if self.command == "POST" and content_type != "application/json":
                 raise BadRequest("a request from a web page must be declared as Content-Type: application/json", 415)
         elif self.headers.get("sec-fetch-site") == "cross-site" and not (
                 self.command == "GET" and self.headers.get("sec-fetch-mode") == "navigate"):
-            raise ProxyError("a request from another site, without an Origin that could be checked", 403, "origin_not_allowed",
-                             "permission_error")
+            raise ProxyError("a request from another site, without an Origin that could be checked", 403,
+                             "origin_not_allowed", "permission_error")
 
     def _send_preflight(self) -> None:
         headers = [("Allow", "GET, POST, OPTIONS")]
@@ -4844,12 +4930,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self._model_id:
             path = "/models/{id}"
         if path.startswith("/responses/"):
-            raise BadRequest("responses are not stored here (store is false): send the whole conversation as input", 404, "response_not_found")
+            raise BadRequest("responses are not stored here (store is false): send the whole conversation as input",
+                             404, "response_not_found")
         methods = ROUTES.get(path)
         if methods is None:
             known = ", ".join("%s /v1%s" % (method, route) for route, methods in ROUTES.items() for method in methods
                               if route not in WITHOUT_KEY)
-            raise BadRequest("there is no %s here; there are: %s, GET /health" % (self.path.partition("?")[0][:200], known), 404,
+            raise BadRequest("there is no %s here; there are: %s, GET /health"
+                             % (self.path.partition("?")[0][:200], known), 404,
                              "unknown_url")
         command = "GET" if self.command == "HEAD" else self.command
         if command not in methods:
@@ -4901,7 +4989,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if coding in ("identity", ""):
             return body
         if coding not in ("gzip", "x-gzip", "deflate"):
-            raise BadRequest("the content coding %r is not supported; send the body plain or as gzip" % coding[:40], 415)
+            raise BadRequest("the content coding %r is not supported; send the body plain or as gzip" % coding[:40],
+                             415)
         limit = self.proxy.options.max_body
         try:
             decoder = zlib.decompressobj(zlib.MAX_WBITS | 32)
@@ -4916,7 +5005,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _too_large(self) -> BadRequest:
         self.close_connection = True
-        return BadRequest("the body is larger than %d MiB; --max-body allows more" % (self.proxy.options.max_body >> 20), 413,
+        return BadRequest("the body is larger than %d MiB; --max-body allows more"
+                          % (self.proxy.options.max_body >> 20), 413,
                           "request_too_large")
 
     def _linger(self) -> None:
@@ -4969,7 +5059,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _start_stream(self, headers: Iterable[tuple[str, str]] = ()) -> None:
         if not self._head_sent:
-            self._send(200, [("Content-Type", "text/event-stream; charset=utf-8"), ("Cache-Control", "no-cache"), *headers], None)
+            self._send(200, [("Content-Type", "text/event-stream; charset=utf-8"), ("Cache-Control", "no-cache"),
+                             *headers], None)
 
     def _sign_of_life(self) -> None:
         self._start_stream()
@@ -4978,7 +5069,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _write_pieces(self, pieces: list[bytes]) -> None:
         """Whole events of a stream, each a chunk of the body, as one write."""
         if pieces:
-            self._write(b"".join(pieces if self._is_http_1_0 else [b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces]))
+            if not self._is_http_1_0:
+                pieces = [b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces]
+            self._write(b"".join(pieces))
 
     def _write_end(self) -> None:
         if self._is_http_1_0:
@@ -5004,14 +5097,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def post_responses(self) -> None:
         asked = to_chat_request(self._read_json(), self.proxy.items)
         if asked.skipped:
-            log.info("left out, since only OpenAI runs them: tools of type %s", printable(", ".join(sorted(set(asked.skipped))))[:200])
-        self._form = ResponseForm(asked, self.proxy.catalogue.routes(asked.chat.get("model"))[0].model, self.proxy.items)
+            log.info("left out, since only OpenAI runs them: tools of type %s",
+                     printable(", ".join(sorted(set(asked.skipped))))[:200])
+        self._form = ResponseForm(asked, self.proxy.catalogue.routes(asked.chat.get("model"))[0].model,
+                                  self.proxy.items)
         self._complete(CHAT, asked.chat)
 
     def get_responses(self) -> None:
         """Codex asks for a WebSocket first and falls back at once on 426, but only after six seconds on 404."""
         if "websocket" not in self.headers.get("upgrade", "").lower():
-            raise BadRequest("responses are not stored here; POST to /v1/responses", 405, "method_not_allowed", headers=[("Allow", "POST, OPTIONS")])
+            raise BadRequest("responses are not stored here; POST to /v1/responses", 405, "method_not_allowed",
+                             headers=[("Allow", "POST, OPTIONS")])
         raise BadRequest("there are no WebSockets here; POST to /v1/responses", 426, "upgrade_not_supported",
                          headers=[("Upgrade", "HTTP/1.1")])
 
@@ -5054,12 +5150,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         size = min(embedding_batch_size(route) for route in routes)
         parts = [texts[start:start + size] for start in range(0, len(texts), size)]
         watches = [Watch(self.connection, self.proxy.options.timeout) for _ in parts]
-        batches = [EmbeddingBatch(self.proxy, request, part, watch, self._user_agent()) for part, watch in zip(parts, watches)]
+        batches = [EmbeddingBatch(self.proxy, request, part, watch, self._user_agent())
+                   for part, watch in zip(parts, watches)]
         with self.proxy.running(*watches):
             fetched = fetch_batches(batches, routes, lambda: [watch.stop() for watch in watches])
         route = batches[0].route or routes[0]
         answer = embeddings_answer(route.model, fetched, request.get("encoding_format"))
-        self._note = "%s via %s, %d texts, %d tokens" % (route.model, route.provider.name, len(texts), answer["usage"]["total_tokens"])
+        self._note = "%s via %s, %d texts, %d tokens" % (route.model, route.provider.name, len(texts),
+                                                         answer["usage"]["total_tokens"])
         self._send_json(200, answer, [("x-qwen-provider", route.provider.name)])
 
     def _user_agent(self) -> str:
@@ -5075,24 +5173,27 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def get_model(self) -> None:
         found = next((model for model in self.proxy.models() if model["id"] == self._model_id), None)
         if found is None:
-            raise BadRequest("the model %r is not among those of /v1/models" % self._model_id[:100], 404, "model_not_found", param="model")
+            raise BadRequest("the model %r is not among those of /v1/models" % self._model_id[:100], 404,
+                             "model_not_found", param="model")
         self._send_json(200, found)
 
     def get_health(self) -> None:
         self._send_json(200, self.proxy.health())
 
     def get_root(self) -> None:
-        text = ("qwen_proxy %s: Qwen's models as an OpenAI-compatible API.\n\nBase URL: %s\nAPI key: %s\nRoutes: %s\n" % (
-            __version__, self.proxy.url, "one of --api-key" if self.proxy.options.api_keys else "anything",
-            ", ".join("/v1" + path for path in ROUTES if path not in WITHOUT_KEY) + ", /health"))
+        key = "one of --api-key" if self.proxy.options.api_keys else "anything"
+        routes = ", ".join("/v1" + path for path in ROUTES if path not in WITHOUT_KEY) + ", /health"
+        text = ("qwen_proxy %s: Qwen's models as an OpenAI-compatible API.\n\nBase URL: %s\nAPI key: %s\nRoutes: %s\n"
+                % (__version__, self.proxy.url, key, routes))
         self._send(200, [("Content-Type", "text/plain; charset=utf-8")], text.encode())
 
     # -- the log ---------------------------------------------------------------------------------
 
     def _log_answer(self) -> None:
         attempt = self.headers.get("x-stainless-retry-count", "0")
-        log.info("%s %s %d %.2fs%s%s", self.command or "?", printable(self.path.partition("?")[0])[:100] or "?", self.status or 499,
-                 time.monotonic() - self._started, " " + printable(self._note)[:300] if self._note else "",
+        log.info("%s %s %d %.2fs%s%s", self.command or "?", printable(self.path.partition("?")[0])[:100] or "?",
+                 self.status or 499, time.monotonic() - self._started,
+                 " " + printable(self._note)[:300] if self._note else "",
                  " (the client's attempt %s)" % printable(attempt)[:4] if attempt != "0" else "")
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -5149,8 +5250,9 @@ class Listener(http.server.ThreadingHTTPServer):
                                           "server_error").body())
             with contextlib.suppress(OSError):
                 request.settimeout(0.5)
-                request.sendall(b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
-                                b"Connection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+                request.sendall(b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
+                                b"Retry-After: 1\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s"
+                                % (len(body), body))
                 request.recv(PIECE)             # its request: closing on unread bytes would reset our answer away
             return self.shutdown_request(request)
         return super().process_request(request, client_address)
@@ -5168,7 +5270,8 @@ class ProxyServer:
 
     def __init__(self, catalogue: Catalogue, options: ServerOptions):
         self.catalogue, self.options, self.upstream = catalogue, options, Upstream()
-        self.access, self.handlers, self.is_stopping = AccessPolicy(options), set(), False      # type: ignore[var-annotated]
+        self.access, self.is_stopping = AccessPolicy(options), False
+        self.handlers: set[Handler] = set()
         self.items = ItemMemory()
         for key in options.api_keys:
             keep_secret(key)
@@ -5288,11 +5391,12 @@ def make_server(host: str = "localhost", port: int = 8080, *, api_keys: Iterable
     environ stands in for os.environ. Raises ValueError for a host beyond loopback without a key, OSError
     when the port is taken.
     """
-    options = ServerOptions(host, port, tuple(api_keys), no_auth, tuple(allow_origins), tuple(allow_hosts), timeout, retries,
-                            max_connections, max_body_mib * 1024 * 1024, keep_alive)
+    options = ServerOptions(host, port, tuple(api_keys), no_auth, tuple(allow_origins), tuple(allow_hosts), timeout,
+                            retries, max_connections, max_body_mib * 1024 * 1024, keep_alive)
     if not (is_loopback(host) or options.api_keys or no_auth):
         raise ValueError("listening on %s lets the network spend your quota" % host)
-    catalogue = Catalogue(Options(provider, base_url, model, tuple((aliases or {}).items()), qwen_home, failover), environ)
+    catalogue = Catalogue(Options(provider, base_url, model, tuple((aliases or {}).items()), qwen_home, failover),
+                          environ)
     return ProxyServer(catalogue, options)
 
 
@@ -5311,7 +5415,8 @@ class DemoUpstream(http.server.BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
 
     def do_GET(self) -> None:
-        self._send_json(200, {"object": "list", "data": [{"id": DEMO_MODEL, "object": "model", "created": 1, "owned_by": "demo"}]})
+        self._send_json(200, {"object": "list",
+                              "data": [{"id": DEMO_MODEL, "object": "model", "created": 1, "owned_by": "demo"}]})
 
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -5352,11 +5457,13 @@ def demo_stream(request: dict) -> Iterator[bytes]:
         yield demo_chunk({"tool_calls": [{"index": 0, "id": "call_demo", "type": "function",
                                           "function": {"name": function.get("name", "tool"), "arguments": ""}}]})
         for start in range(0, len(arguments), 8):
-            yield demo_chunk({"tool_calls": [{"index": 0, "id": "", "function": {"arguments": arguments[start:start + 8]}}]})
+            yield demo_chunk({"tool_calls": [{"index": 0, "id": "",
+                                              "function": {"arguments": arguments[start:start + 8]}}]})
         tail = {"finish_reason": "tool_calls"}
     else:
         asked = text_of(request["messages"][-1].get("content"))[:200]
-        text = "This is the demo of qwen_proxy, not a model. %s: %s" % ("The tool answered" if answered else "You said", asked)
+        said = "The tool answered" if answered else "You said"
+        text = "This is the demo of qwen_proxy, not a model. %s: %s" % (said, asked)
         for word in re.findall(r"\S+\s*", text):
             yield demo_chunk({"content": word})
     yield demo_chunk({}, **tail)
@@ -5404,7 +5511,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser for all commands; `serve` is the default one."""
     parser = argparse.ArgumentParser(
         prog="qwen_proxy.py", usage="qwen_proxy.py [serve|login|status] [options]",
-        description="Serve Qwen's models as an OpenAI-compatible API on localhost, with the login of the Qwen Code CLI.",
+        description="Serve Qwen's models as an OpenAI-compatible API on localhost, with the login of the Qwen Code "
+                    "CLI.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=100))
     parser.add_argument("--version", action="version", version="qwen_proxy " + __version__)
     add_serve_options(parser.add_argument_group("serve"))
@@ -5425,15 +5533,21 @@ def add_serve_options(group: Any) -> None:
     add("--allow-origin", action="append", default=[], metavar="ORIGIN",
         help="web pages that may use it, besides local ones; may be repeated; * for all")
     add("--allow-host", action="append", default=[], metavar="NAME", help="another name that the Host header may carry")
-    add("--provider", metavar="NAME", help="instead of the CLI's active one: %s, oauth, or a host from settings.json" % ", ".join(PRESETS))
+    add("--provider", metavar="NAME", help="instead of the CLI's active one: %s, oauth, or a host from settings.json"
+        % ", ".join(PRESETS))
     add("--base-url", metavar="URL", help="any OpenAI-compatible upstream, with the key in OPENAI_API_KEY")
     add("--model", metavar="ID", help="for requests that name none (default: the CLI's; also OPENAI_MODEL)")
-    add("--alias", action="append", default=[], metavar="NAME=ID", help="another name for a model; gpt-*=ID is possible")
-    add("--failover", action="store_true", help="when a provider is exhausted or down, try the next that lists the model")
+    add("--alias", action="append", default=[], metavar="NAME=ID",
+        help="another name for a model; gpt-*=ID is possible")
+    add("--failover", action="store_true",
+        help="when a provider is exhausted or down, try the next that lists the model")
     add("--qwen-home", metavar="DIR", help="the CLI's folder (default: ~/.qwen; also QWEN_HOME)")
-    add("--timeout", type=float, default=UPSTREAM_TIMEOUT, metavar="SECONDS", help="longest silence of the upstream (default: 300)")
-    add("--retries", type=int, default=RETRIES, metavar="N", help="before the first byte of an answer only (default: 2)")
-    add("--max-connections", type=int, default=MAX_CONNECTIONS, metavar="N", help="the next one gets 503 (default: 1024)")
+    add("--timeout", type=float, default=UPSTREAM_TIMEOUT, metavar="SECONDS",
+        help="longest silence of the upstream (default: 300)")
+    add("--retries", type=int, default=RETRIES, metavar="N",
+        help="before the first byte of an answer only (default: 2)")
+    add("--max-connections", type=int, default=MAX_CONNECTIONS, metavar="N",
+        help="the next one gets 503 (default: 1024)")
     add("--max-body", type=int, default=MAX_BODY_MIB, metavar="MIB", help="largest request (default: 64)")
     add("--log-level", default="info", choices=["debug", "info", "warning", "error"],
         help="debug shows requests and answers, secrets masked (default: info)")
@@ -5451,8 +5565,8 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     check_options(parser, options)
     handler = LogWriter(sys.stderr) if command == "serve" else logging.StreamHandler(sys.stderr)
-    logging.basicConfig(handlers=[handler], level=options.log_level.upper(), format="%(asctime)s %(levelname).1s %(message)s",
-                        datefmt="%H:%M:%S")
+    logging.basicConfig(handlers=[handler], level=options.log_level.upper(),
+                        format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S")
     try:
         return {"serve": cmd_serve, "login": cmd_login, "status": cmd_status}[command](options)
     except KeyboardInterrupt:
@@ -5471,7 +5585,8 @@ class LogWriter(logging.Handler):
 
     def __init__(self, stream: Any):
         super().__init__()
-        self._stream, self._records, self._writing = stream, queue.SimpleQueue(), threading.Lock()    # type: ignore[var-annotated]
+        self._stream, self._writing = stream, threading.Lock()
+        self._records: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
         threading.Thread(target=self._run, daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -5521,13 +5636,15 @@ def say(text: str) -> None:
 
 def provider_options(options: Any) -> dict:
     """The options that say which provider to use, as make_server() takes them."""
-    return {"provider": options.provider, "base_url": options.base_url, "model": options.model, "qwen_home": options.qwen_home,
+    return {"provider": options.provider, "base_url": options.base_url, "model": options.model,
+            "qwen_home": options.qwen_home,
             "aliases": dict(alias.split("=", 1) for alias in options.alias), "failover": options.failover}
 
 
 def cmd_serve(options: Any) -> int:
     """Serve until Ctrl-C or SIGTERM; running answers get some seconds then, a second signal ends at once."""
-    keys = options.api_key + [key.strip() for key in os.environ.get("QWEN_PROXY_API_KEYS", "").split(",") if key.strip()]
+    keys = options.api_key + [key.strip() for key in os.environ.get("QWEN_PROXY_API_KEYS", "").split(",")
+                              if key.strip()]
     if not (is_loopback(options.host) or keys or options.no_auth):
         say("Listening on %s lets everybody on the network spend your quota. With a key (a fresh one):\n\n"
             "    python3 qwen_proxy.py --host %s --port %d --api-key %s\n\nor say --no-auth." % (
@@ -5539,14 +5656,17 @@ def cmd_serve(options: Any) -> int:
         choice.update(base_url=start_demo(), provider=None, model=options.model or DEMO_MODEL, qwen_home=nowhere)
         environ = {"OPENAI_API_KEY": "demo", "HOME": nowhere}
     try:
-        server = make_server(options.host, options.port, api_keys=keys, no_auth=options.no_auth, allow_origins=options.allow_origin,
+        server = make_server(options.host, options.port, api_keys=keys, no_auth=options.no_auth,
+                             allow_origins=options.allow_origin,
                              allow_hosts=options.allow_host, timeout=options.timeout, retries=options.retries,
-                             max_connections=options.max_connections, max_body_mib=options.max_body, environ=environ, **choice)
+                             max_connections=options.max_connections, max_body_mib=options.max_body, environ=environ,
+                             **choice)
     except ValueError as error:
         say(str(error))
         return 2
     except OSError as error:
-        say("cannot listen on %s port %d: %s; choose another --port, or 0 for a free one" % (options.host, options.port, reason_of(error)))
+        say("cannot listen on %s port %d: %s; choose another --port, or 0 for a free one"
+            % (options.host, options.port, reason_of(error)))
         return 2
     stop_on_signals(server)
     tune_process()
@@ -5606,10 +5726,12 @@ def banner(server: ProxyServer, is_demo: bool, has_keys: bool) -> str:
                      "environment; until then requests get 401" % LOGIN_AGAIN)
     lines += ["note      " + note for note in discovery.notes]
     models = [model["id"] for model in server.models(0)]
-    lines.append("models    %s%s" % (", ".join(models[:12]) or "unknown until there is a login", ", ..." if len(models) > 12 else ""))
-    lines.append("try       curl %s/chat/completions %s-H 'Content-Type: application/json' -d '{\"model\": \"%s\", \"messages\": "
-                 "[{\"role\": \"user\", \"content\": \"Hello\"}]}'" % (
-                     server.url, "-H 'Authorization: Bearer YOUR_KEY' " if has_keys else "", discovery.model))
+    lines.append("models    %s%s" % (", ".join(models[:12]) or "unknown until there is a login",
+                                     ", ..." if len(models) > 12 else ""))
+    key = "-H 'Authorization: Bearer YOUR_KEY' " if has_keys else ""
+    body = json.dumps({"model": discovery.model, "messages": [{"role": "user", "content": "Hello"}]})
+    lines.append("try       curl %s/chat/completions %s-H 'Content-Type: application/json' -d '%s'"
+                 % (server.url, key, body))
     return "\n".join(lines)
 
 
@@ -5622,7 +5744,8 @@ def cmd_login(options: Any) -> int:
     say("Note: " + FREE_TIER_ENDED + ".\n")
     try:
         device = request_device_code(base)
-        say("Open this address and approve the log-in, within %d minutes:\n\n    %s\n" % (device.expires_in / 60, device.verification_uri))
+        say("Open this address and approve the log-in, within %d minutes:\n\n    %s\n"
+            % (device.expires_in / 60, device.verification_uri))
         if device.user_code:
             say("The code it shows must be %s." % device.user_code)
         if not options.no_browser:
@@ -5636,7 +5759,8 @@ def cmd_login(options: Any) -> int:
     if credentials.problem:
         say("logged in, but %s cannot be written: %s" % (path, credentials.problem))
         return 1
-    say("Logged in; %s holds the login, valid until it is refreshed %s." % (path, in_words(login.expires_at - time.time())))
+    say("Logged in; %s holds the login, valid until it is refreshed %s."
+        % (path, in_words(login.expires_at - time.time())))
     return 0
 
 
@@ -5665,7 +5789,8 @@ def cmd_status(options: Any) -> int:
         print(mask(json.dumps(facts, indent=2, ensure_ascii=False)))
     else:
         for name, value in facts.items():
-            lines = [line if isinstance(line, str) else json.dumps(line) for line in (value if isinstance(value, list) else [value])]
+            lines = [line if isinstance(line, str) else json.dumps(line)
+                     for line in (value if isinstance(value, list) else [value])]
             print("%-13s %s" % (name.replace("_", " "), mask(("\n" + " " * 14).join(lines))))
     return 0 if facts["usable"] else 1
 
@@ -5681,14 +5806,16 @@ def status_facts(catalogue: Catalogue, port: int) -> dict:
         described = active.describe()
         facts.update(provider=active.name, found_in=active.source, base_url=described["base_url"], family=active.family,
                      models=[", ".join(described["models"]) or "whatever the upstream lists"], model=discovery.model)
-        facts["also_usable"] = ["%s (%s)" % (other.name, other.problem() or "ready") for other in discovery.providers[1:]]
+        facts["also_usable"] = ["%s (%s)" % (other.name, other.problem() or "ready")
+                                for other in discovery.providers[1:]]
         if active.credentials.kind == "oauth":
             facts.update(oauth_facts(active.credentials))
         if described["base_url"]:
             facts["clock"] = clock_words(described["base_url"])
     proxies = {name: mask_userinfo(url) for name, url in urllib.request.getproxies().items()}
     facts["forward_proxy"] = ["%s: %s" % item for item in sorted(proxies.items())] or ["none"]
-    facts["client"] = ["base URL http://localhost:%d/v1" % (port or 8080), "API key  anything, unless --api-key is given",
+    facts["client"] = ["base URL http://localhost:%d/v1" % (port or 8080),
+                       "API key  anything, unless --api-key is given",
                        "model    %s" % discovery.model]
     return {name: value for name, value in facts.items() if value not in (None, [])}
 
@@ -5700,7 +5827,8 @@ def mask_userinfo(url: str) -> str:
 
 def oauth_facts(credentials: OAuthCredentials) -> dict:
     """File, expiry, permissions and lock of an OAuth login, in words."""
-    facts = {"login": "OAuth, " + credentials.path, "free_tier": "ended on %s: log-in works, chat answers 401" % FREE_TIER_END}
+    facts = {"login": "OAuth, " + credentials.path,
+             "free_tier": "ended on %s: log-in works, chat answers 401" % FREE_TIER_END}
     with contextlib.suppress(CredentialError):
         left = credentials.login().expires_at - time.time()
         facts["expires"] = in_words(left) + ("" if left > REFRESH_MARGIN else ", refreshed at the next request")
@@ -5728,8 +5856,11 @@ def clock_words(base_url: str) -> str:
             date = error.headers.get("Date")
         skew = time.time() - parsedate_to_datetime(date).timestamp()
     except (OSError, http.client.HTTPException, TypeError, ValueError) as error:
-        return "unknown: %s gave no time (%s)" % (host, reason_of(error) if isinstance(error, OSError) else "no Date header")
-    return "right" if abs(skew) < 10 else "%d s %s, so tokens expire at the wrong moment" % (abs(skew), "fast" if skew > 0 else "slow")
+        reason = reason_of(error) if isinstance(error, OSError) else "no Date header"
+        return "unknown: %s gave no time (%s)" % (host, reason)
+    if abs(skew) < 10:
+        return "right"
+    return "%d s %s, so tokens expire at the wrong moment" % (abs(skew), "fast" if skew > 0 else "slow")
 
 
 if __name__ == "__main__":
