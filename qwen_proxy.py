@@ -192,7 +192,7 @@ MAX_HEADERS = 100
 MAX_ERROR_BODY = 262_144
 MAX_ITEM_MEMORY = 4_194_304                     # of answers to /v1/responses, see ItemMemory
 MAX_EVENT = 64 * 1024 * 1024    # one event of a stream, or a whole answer that was not streamed
-MAX_ANSWER = 256 * 1024 * 1024  # all of an answer: ten times what the longest answers of Qwen take as a stream
+MAX_ANSWER = 128 * 1024 * 1024  # characters of one text that is held to its end; a stream of chunks holds none
 MAX_JSON_DIGITS = 1000          # of one number: CPython before 3.11 takes quadratic time for more
 IDLE_TIMEOUT = 75               # a client's connection between requests
 HEADER_TIMEOUT = 20             # from the first byte of a request to the end of its headers
@@ -1725,15 +1725,12 @@ class UpstreamResponse:
 
     def pieces(self) -> Iterator[bytes]:
         """The body; raises UpstreamError when the connection breaks, and what Watch.wait() raises."""
-        received, self._received, size = self._received, b"", 0
+        received, self._received = self._received, b""
         try:
             while not self._body.is_done:
                 content = self._body.feed(received) if received else b""
                 if content:
                     yield content
-                size += len(content)
-                if size > MAX_ANSWER:
-                    raise UpstreamError("the upstream's answer goes on after %d bytes" % size)
                 if self._body.is_done:
                     return
                 received = self._connection.receive() if self._connection else b""
@@ -3194,18 +3191,41 @@ class ContentFilter:
         return thoughts[:len(thoughts) - keep], ""
 
 
+class LongText:
+    """A text that grows piece by piece; joining it at each piece would take the square of its length.
+
+    add() raises UpstreamError for one that grows beyond MAX_ANSWER.
+    """
+
+    def __init__(self) -> None:
+        self._parts: list[str] = []
+        self.size = 0
+
+    def add(self, text: str) -> None:
+        """Append a piece."""
+        self._parts.append(text)
+        self.size += len(text)
+        if self.size > MAX_ANSWER:
+            raise UpstreamError("the upstream's answer goes on after %d characters; it is given up" % MAX_ANSWER)
+
+    def __str__(self) -> str:
+        if len(self._parts) > 1:
+            self._parts = ["".join(self._parts)]
+        return self._parts[0] if self._parts else ""
+
+
 class ToolCall:
     """One tool call of an answer as it was passed on so far."""
 
     def __init__(self, number: Callable[[], int], upstream_index: Any, upstream_id: str):
         self.index, self.upstream_index, self.upstream_id, self._number = -1, upstream_index, upstream_id, number
         self.id = upstream_id or "call_" + secrets.token_hex(12)
-        self.name, self.arguments, self._held = "", "", ""
+        self.name, self.arguments, self._held = "", LongText(), ""
         self._increments = Increments()
 
     def add(self, name: str, arguments: str) -> dict | None:
         """The delta to pass on now: id, type and name once and first, then nothing but arguments."""
-        if arguments and arguments == self.arguments and self.is_complete():
+        if arguments and self._is_all(arguments):
             arguments = ""              # the whole call once more
         fresh = self._held + self._increments.feed(arguments)
         is_first = not self.name and bool(name)
@@ -3213,7 +3233,8 @@ class ToolCall:
         if not self.name:               # arguments before the name: nobody can use them yet
             self._held = fresh
             return None
-        self._held, self.arguments = "", self.arguments + fresh
+        self._held = ""
+        self.arguments.add(fresh)
         if is_first:
             self.index = self._number()
             return {"index": self.index, "id": self.id, "type": "function",
@@ -3222,24 +3243,29 @@ class ToolCall:
 
     def is_followed_by(self, name: str, arguments: str) -> bool:
         """Whether a delta with this one's id is another call all the same: some give one id to all."""
-        return bool(name and self.name) and (name != self.name or bool(arguments) and arguments != self.arguments
-                                             and self.is_complete())
+        if not (name and self.name):
+            return False
+        return name != self.name or bool(arguments) and not self._is_all(arguments) and self.is_complete()
 
     def close(self) -> dict | None:
         """The delta that completes it: what was held back, and {} for a call without arguments."""
         fresh = self._increments.close()
-        if not self.arguments + fresh:
+        if not (self.arguments.size or fresh):
             fresh = "{}"
-        self.arguments += fresh
+        self.arguments.add(fresh)
         return {"index": self.index, "function": {"arguments": fresh}} if fresh and self.name else None
 
     def is_complete(self) -> bool:
         """Whether the arguments are whole JSON."""
         try:
-            json.loads(self.arguments)
+            json.loads(str(self.arguments))
         except (ValueError, RecursionError):
             return False
         return True
+
+    def _is_all(self, arguments: str) -> bool:
+        """Whether these are all of the arguments once more."""
+        return len(arguments) == self.arguments.size and arguments == str(self.arguments) and self.is_complete()
 
 
 class ToolCalls:
@@ -3706,13 +3732,19 @@ class CompletionCollector:
                 self._add_call(choice["calls"], {"index": 0, "function": value})
                 choice["is_legacy"] = True
             elif isinstance(value, str) and name != "role":
-                choice["texts"].setdefault(name, []).append(value)
+                self._add_text(choice["texts"], name, value)
             elif isinstance(value, list):
                 choice["message"].setdefault(name, []).extend(value)
             elif value is not None:
                 choice["message"][name] = value
         if len(part) > 3 or part.get("finish_reason"):
             self._add_fields(choice, part)
+
+    @staticmethod
+    def _add_text(texts: dict[str, LongText], name: str, text: str) -> None:
+        if name not in texts:
+            texts[name] = LongText()
+        texts[name].add(text)
 
     @staticmethod
     def _add_fields(choice: dict, part: dict) -> None:
@@ -3727,10 +3759,10 @@ class CompletionCollector:
     @staticmethod
     def _add_call(calls: list[dict], delta: dict) -> None:
         if delta["index"] == len(calls):
-            calls.append({"id": delta.get("id"), "type": "function", "function": {"name": "", "arguments": ""}})
+            calls.append({"id": delta.get("id"), "type": "function", "function": {"name": "", "arguments": LongText()}})
         function = calls[delta["index"]]["function"]
         function["name"] = function["name"] or delta["function"].get("name", "")
-        function["arguments"] += delta["function"].get("arguments", "")
+        function["arguments"].add(delta["function"].get("arguments", ""))
 
     def completion(self, usage: dict | None) -> dict:
         """The completion, with usage where the upstream gave it."""
@@ -3741,12 +3773,14 @@ class CompletionCollector:
     @staticmethod
     def _finished(choice: dict) -> dict:
         texts, calls = choice.pop("texts"), choice.pop("calls")
-        message = {"role": "assistant", "content": None, **{name: "".join(value) for name, value in texts.items()},
+        message = {"role": "assistant", "content": None, **{name: str(text) for name, text in texts.items()},
                    **choice["message"]}
         if not calls and message["content"] is None:
             message["content"] = ""
         if calls:
             message["content"] = message["content"] or None
+            for call in calls:
+                call["function"]["arguments"] = str(call["function"]["arguments"])
             if choice.pop("is_legacy", False):
                 message["function_call"] = calls[0]["function"]
             else:
@@ -3761,12 +3795,12 @@ class TextCollector(CompletionCollector):
     OBJECT = "text_completion"
 
     def _add(self, choice: dict, part: dict) -> None:
-        choice["texts"].setdefault("text", []).append(part["text"])
+        self._add_text(choice["texts"], "text", part["text"])
         self._add_fields(choice, part)
 
     @staticmethod
     def _finished(choice: dict) -> dict:
-        return {"index": choice["index"], "text": "".join(choice["texts"]["text"]), "logprobs": choice.get("logprobs"),
+        return {"index": choice["index"], "text": str(choice["texts"]["text"]), "logprobs": choice.get("logprobs"),
                 "finish_reason": choice["finish_reason"]}
 
 
@@ -4138,7 +4172,7 @@ class OutputItem:
     """One item of a response's output while it grows: `item` is what the client has been told of it."""
 
     def __init__(self, kind: str, prefix: str, index: int, **fields: Any):
-        self.index, self.text, self.is_open = index, "", True
+        self.index, self.text, self.is_open = index, LongText(), True
         self.item = {"id": prefix + secrets.token_hex(12), "type": kind, **fields}
         self.place = {"item_id": self.item["id"], "output_index": index}
 
@@ -4158,7 +4192,7 @@ class ResponseEvents:
         self._open: OutputItem | None = None        # the text or the thoughts that go on
         self._calls: dict[int, OutputItem] = {}
         self._finish_reason: str | None = None
-        self._summary = ""
+        self._summary = LongText()
         self._keeps_thoughts = "reasoning.encrypted_content" in as_list(request.asked.get("include"))
 
     def start(self) -> list[dict]:
@@ -4175,7 +4209,7 @@ class ResponseEvents:
         for choice in chunk["choices"][:1]:
             delta, self._finish_reason = choice["delta"], choice["finish_reason"] or self._finish_reason
             if self._request.is_compaction:
-                self._summary += delta.get("content") or ""
+                self._summary.add(delta.get("content") or "")
                 continue
             if delta.get("reasoning_content"):
                 events += self._thoughts(delta["reasoning_content"])
@@ -4244,7 +4278,7 @@ class ResponseEvents:
             self._open, added = self._begin("reasoning", "rs_", summary=[])
             events += [added, self._event("response.reasoning_summary_part.added", **self._open.place, summary_index=0,
                                           part={"type": "summary_text", "text": ""})]
-        self._open.text += text
+        self._open.text.add(text)
         return [*events, self._event("response.reasoning_summary_text.delta", **self._open.place, summary_index=0,
                                      delta=text)]
 
@@ -4255,7 +4289,7 @@ class ResponseEvents:
             self._open, added = self._begin("message", "msg_", status="in_progress", role="assistant", content=[])
             events += [added, self._event("response.content_part.added", **self._open.place, content_index=0,
                                           part=output_text(""))]
-        self._open.text += text
+        self._open.text.add(text)
         return [*events, self._event("response.output_text.delta", **self._open.place, content_index=0, delta=text,
                                      logprobs=[])]
 
@@ -4271,7 +4305,7 @@ class ResponseEvents:
             self._calls[call["index"]] = item
             events.append(added)
         arguments = call["function"].get("arguments") or ""
-        item.text += arguments
+        item.text.add(arguments)
         if arguments and item.item["type"] == "function_call":
             events.append(self._event("response.function_call_arguments.delta", **item.place, delta=arguments))
         return events
@@ -4281,41 +4315,42 @@ class ResponseEvents:
         item, self._open = self._open, None
         if item is None:
             return []
+        text = str(item.text)
         if item.item["type"] == "reasoning":
-            part = {"type": "summary_text", "text": item.text}
-            return [self._event("response.reasoning_summary_text.done", **item.place, summary_index=0, text=item.text),
+            part = {"type": "summary_text", "text": text}
+            return [self._event("response.reasoning_summary_text.done", **item.place, summary_index=0, text=text),
                     self._event("response.reasoning_summary_part.done", **item.place, summary_index=0, part=part),
                     self._done(item)]
-        return [self._event("response.output_text.done", **item.place, content_index=0, text=item.text, logprobs=[]),
-                self._event("response.content_part.done", **item.place, content_index=0, part=output_text(item.text)),
+        return [self._event("response.output_text.done", **item.place, content_index=0, text=text, logprobs=[]),
+                self._event("response.content_part.done", **item.place, content_index=0, part=output_text(text)),
                 self._done(item)]
 
     def _close_call(self, item: OutputItem) -> list[dict]:
         if item.item["type"] == "function_call":
             done = self._event("response.function_call_arguments.done", **item.place, name=item.item["name"],
-                               arguments=item.text)
+                               arguments=str(item.text))
             return [done, self._done(item)]
-        text = custom_input(item.text)
+        text = custom_input(str(item.text))
         return [self._event("response.custom_tool_call_input.delta", **item.place, delta=text),
                 self._event("response.custom_tool_call_input.done", **item.place, input=text), self._done(item)]
 
     def _compaction(self) -> list[dict]:
-        item, added = self._begin("compaction", "cmp_", encrypted_content=carried(self._summary))
+        item, added = self._begin("compaction", "cmp_", encrypted_content=carried(str(self._summary)))
         return [added, self._done(item)]
 
     def _whole(self, output: OutputItem) -> dict:
         """An item with all that came so far; one that was cut says so."""
-        kind, item = output.item["type"], output.item
+        kind, item, text = output.item["type"], output.item, str(output.text)
         status = "in_progress" if output.is_open else "incomplete" if self._finish_reason == "length" else "completed"
         if kind == "reasoning":
-            kept = {"encrypted_content": carried(output.text)} if self._keeps_thoughts else {}
-            return {**item, "summary": [{"type": "summary_text", "text": output.text}], **kept}
+            kept = {"encrypted_content": carried(text)} if self._keeps_thoughts else {}
+            return {**item, "summary": [{"type": "summary_text", "text": text}], **kept}
         if kind == "message":
-            return {**item, "status": status, "content": [output_text(output.text)]}
+            return {**item, "status": status, "content": [output_text(text)]}
         if kind == "function_call":
-            return {**item, "status": status, "arguments": output.text}
+            return {**item, "status": status, "arguments": text}
         if kind == "custom_tool_call":
-            return {**item, "status": status, "input": custom_input(output.text)}
+            return {**item, "status": status, "input": custom_input(text)}
         return dict(item)
 
 

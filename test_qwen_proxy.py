@@ -1311,13 +1311,17 @@ def test_a_fault_ends_in_time_and_leaves_nothing_behind(serve, monkeypatch, name
     assert threading.active_count() <= threads
 
 
-@pytest.mark.parametrize("is_stream", [True, False])
-def test_an_endless_answer_is_given_up(raw_upstream, monkeypatch, is_stream):
-    monkeypatch.setattr(qp, "MAX_ANSWER", 100_000)
-    raw_upstream.script.extend([HEAD + b"\r\n" + SOME + HELLO[2] * 1000, HEAD + b"\r\n" + SSE])
-    status, _, body = chat(raw_upstream.server, stream=is_stream)
-    error = json.loads(body[-1]) if is_stream else body
-    assert status == (200 if is_stream else 502) and "goes on after" in error["error"]["message"]
+@pytest.mark.parametrize("delta", [{"content": "lo, "}, {"reasoning_content": "lo, "}, tool_call(0, "", None, "lo, ")])
+def test_an_answer_that_is_held_has_a_limit_and_a_stream_has_none(raw_upstream, monkeypatch, delta):
+    monkeypatch.setattr(qp, "MAX_ANSWER", 1000)
+    is_call = "tool_calls" in delta
+    answer = HEAD + b"\r\n" + b"".join([HELLO[0], *([CALLS[1]] if is_call else []), *[chunk(delta)] * 1000, *END])
+    raw_upstream.script.extend([answer] * 4 + [HEAD + b"\r\n" + SSE])
+    status, _, body = chat(raw_upstream.server)
+    assert status == 502 and "goes on after" in body["error"]["message"]
+    assert "goes on after" in respond(raw_upstream.server)[1]["error"]["message"]
+    assert respond(raw_upstream.server, stream=True)[1][-1][0] == "response.failed"
+    assert (chat(raw_upstream.server, stream=True)[2][-1] == "[DONE]") == (not is_call)     # the state of a call is held
     assert chat(raw_upstream.server)[0] == 200
 
 
