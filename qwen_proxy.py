@@ -190,6 +190,7 @@ MAX_BODY_MIB = 64
 MAX_LINE = 65536                # request line or one header line
 MAX_HEADERS = 100
 MAX_ERROR_BODY = 262_144
+CLASSIFIED = 10_000             # so much of an error is searched for what it means
 MAX_ITEM_MEMORY = 4_194_304                     # of answers to /v1/responses, see ItemMemory
 MAX_EVENT = 64 * 1024 * 1024    # one event of a stream, or a whole answer that was not streamed
 MAX_ANSWER = 128 * 1024 * 1024  # characters of one text that is held to its end; a stream of chunks holds none
@@ -2877,7 +2878,7 @@ REPAIRS: tuple[tuple[str, Callable[[dict], bool], Callable[[dict, Any], None]], 
 def repair_request(body: dict, error: UpstreamError) -> bool:
     """Take out of the body what the upstream has just refused by name; whether there was such a thing."""
     for pattern, applies, repair in REPAIRS if error.status == 400 else ():
-        match = re.search(pattern, error.message, re.S)
+        match = re.search(pattern, error.message[:CLASSIFIED], re.S)
         if match and applies(body):
             repair(body, match)
             return True
@@ -2982,7 +2983,7 @@ def refusal_of(status: int, text: str) -> Refusal:
     if isinstance(value, dict):
         return refusal_in(status, value)
     if stripped[:1] == "<":
-        title = re.search(r"<title[^>]*>(.*?)</title>", stripped, re.S | re.I)
+        title = re.search(r"<title[^>]*>(.*?)</title>", stripped[:CLASSIFIED], re.S | re.I)
         return Refusal(status, "a gateway answered with a web page%s instead of the API" % (
             " ('%s')" % " ".join(title.group(1).split())[:80] if title else ""), "html")
     return Refusal(status, " ".join(stripped.split())[:500])
@@ -3015,7 +3016,7 @@ def refusal_in(status: int, value: dict) -> Refusal:
 
 def to_upstream_error(refusal: Refusal, family: str, retry_after: float | None = None) -> UpstreamError:
     """The error for the client: status, type and code of the catalogue, the upstream's message, advice."""
-    text = "%s: %s" % (refusal.code, refusal.message)
+    text = ("%s: %s" % (refusal.code, refusal.message))[:CLASSIFIED]
     verdict = next((row for row in CATALOGUE if (not row.statuses or refusal.status in row.statuses)
                     and re.search(row.pattern, text, re.I)), Verdict((), "", 502, "upstream_error", None))
     if refusal.code == "html" and refusal.status not in RETRY_STATUSES:
@@ -3117,6 +3118,8 @@ def is_periodic(text: str) -> bool:
 
 
 THINK_TAGS = (("<think>", "</think>"), ("<thinking>", "</thinking>"))
+CLOSING_TAGS = tuple(closing for _, closing in THINK_TAGS)
+LONGEST_START = 2000            # of blank characters: a model that sends nothing else is not held back for ever
 _FENCE = re.compile(r"\s*```[a-zA-Z0-9]*[ \t]*\n?")
 
 
@@ -3143,7 +3146,7 @@ class ContentFilter:
         if self._closing:
             return self._feed_thoughts()
         if self._in_fence:
-            body = self._held.rstrip("` \t\r\n")
+            body = self._held.rstrip("` \t\r\n") if len(self._held) < LONGEST_START else self._held
             self._held = self._held[len(body):]
             return "", body
         self.is_open = True
@@ -3156,19 +3159,22 @@ class ContentFilter:
         if self._closing:
             return held, ""
         if self._in_fence:
-            return "", re.sub(r"\s*```\s*\Z", "", held)
+            bare = held.rstrip()
+            return "", bare[:-3].rstrip() if bare.endswith("```") else held
         return "", held.lstrip() if self._took_tag else held
 
     def _starts(self) -> bool:
         """Whether the beginning is known: a tag was taken off, a fence was, or it is plain."""
         start = self._held.lstrip()
+        while start.startswith(CLOSING_TAGS):
+            self._held, self._took_tag = start.partition(">")[2], True
+            start = self._held.lstrip()
         for opening, closing in THINK_TAGS:
             if start.startswith(opening):
                 self._closing, self._held, self._took_tag = closing, start[len(opening):].lstrip("\n"), True
                 return True
-            if start.startswith(closing):
-                self._held, self._took_tag = start[len(closing):], True
-                return self._starts()
+        if len(self._held) > LONGEST_START:
+            return True
         tags = [tag for pair in THINK_TAGS for tag in pair] + (["```"] if self._is_json else [])
         if any(tag.startswith(start) for tag in tags):
             return False
@@ -3346,7 +3352,8 @@ Translated = List[Tuple[dict, Optional[bytes]]]         # chunks, each with the 
 
 
 _CONTENT = re.compile(rb'"content": ?"((?:[^"\\]|\\.)*)"')
-_JSON_TEXT = re.compile(rb'(?:[^"\\\x00-\x1f]+|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))+\Z')
+# Without a repetition in a repetition, which takes exponential time for a text that is none.
+_JSON_TEXT = re.compile(rb'[^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*)*\Z')
 
 
 class Frame(NamedTuple):
@@ -3372,7 +3379,7 @@ class Frame(NamedTuple):
         if not data.endswith(self.behind):
             return None
         text = data[len(self.before):len(data) - len(self.behind)]
-        return text if _JSON_TEXT.match(text) else None
+        return text if text and _JSON_TEXT.match(text) else None
 
 
 def decode_chunk(data: bytes) -> dict:
@@ -4755,7 +4762,7 @@ ROUTES = {
 }
 WITHOUT_KEY = ("/health", "/")
 _REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) ([\x21-\x7e]+) HTTP/(\d)\.(\d)\r\n\Z")
-_HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*\r\n\Z")
+_HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n\Z")
 _SINGLE = frozenset({"content-length", "transfer-encoding", "host", "authorization", "origin", "content-type",
                      "content-encoding"})
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})\r\n\Z")
@@ -4858,7 +4865,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise BadRequest("a header line is too long", 431)
             if not match:                       # obs-fold, NUL, bare CR or LF, a space before the colon
                 raise BadRequest("a header line is malformed")
-            name, value = match.group(1).decode().lower(), match.group(2).decode("latin-1")
+            name, value = match.group(1).decode().lower(), match.group(2).decode("latin-1").strip(" \t")
             if name in headers and name in _SINGLE:
                 raise BadRequest("the header %s occurs twice" % name)
             headers[name] = headers[name] + ", " + value if name in headers else value

@@ -1357,6 +1357,38 @@ def test_large_and_many_chunks_arrive_whole(raw_upstream, size, count):
     assert text_in([json.loads(value) for value in data[:-1]]) == "".join(texts)
 
 
+@pytest.mark.parametrize("text", ['a' * 60 + '","b":"' + 'a' * 60, "\\n" * 60 + '"', "a" * 100_000 + "\x01"])
+def test_a_text_that_breaks_its_frame_takes_no_time(text):
+    """Such as a chunk with one more field behind the text: the frame's pattern once took exponential time for it."""
+    frame = qp.Frame.around(*[b'{"id":"x","choices":[{"index":0,"delta":{"content":"Hi"}}]}'] * 2, 0)
+    started = time.monotonic()
+    assert frame.text(frame.before + text.encode() + frame.behind) is None and time.monotonic() - started < 1
+    assert frame.text(frame.before + b'Hi \\u00e4 \\"' + frame.behind) == b'Hi \\u00e4 \\"'
+    assert frame.text(frame.before + frame.behind) is None
+
+
+@pytest.mark.parametrize("start, pieces", [("", 50_000), ("```json\n{}\n", 50_000), ("", 1)])
+def test_blank_characters_without_end_take_no_time_and_pass(start, pieces):
+    """Models in JSON mode fall into that. They may be held back for a while, never the square of their length."""
+    content, started = qp.ContentFilter(is_json=True), time.monotonic()
+    said = [content.feed(text)[1] for text in [start] + ["\n\n  "] * pieces] + [content.close()[1]]
+    assert time.monotonic() - started < 2
+    assert "".join(said).strip() == start[8:].strip() and len("".join(said)) > pieces * 3
+
+
+def test_closing_tags_by_the_thousand_are_taken_out():
+    content = qp.ContentFilter(is_json=False)
+    assert content.feed("</think>" * 5000 + "Hello") == ("", "Hello")
+
+
+@pytest.mark.parametrize("text", ["model " * 40_000, "<title" * 40_000, "range of max_tokens " * 10_000, "<html>" + "<title>" * 30_000])
+def test_no_error_takes_the_square_of_its_length(text):
+    started = time.monotonic()
+    error = qp.to_upstream_error(qp.refusal_of(400, text), "dashscope")
+    qp.repair_request({"max_tokens": 5, "enable_thinking": False}, error)
+    assert time.monotonic() - started < 2
+
+
 # ----------------------------------------------------------------------------------------------------
 # Event streams
 # ----------------------------------------------------------------------------------------------------
@@ -2438,6 +2470,13 @@ def test_many_clients_at_once_share_connections(key_server, upstream):
     [thread.start() for thread in threads]
     [thread.join(WAIT) for thread in threads]
     assert results == [200] * 80 and upstream.connections <= 16
+
+
+@pytest.mark.parametrize("line", [b"X: a" + b" " * 60_000 + b"a", b"X:" + b" \t" * 30_000 + b"\0", b"X" * 60_000])
+def test_no_header_takes_the_square_of_its_length(key_server, line):
+    started = time.monotonic()
+    raw(key_server, POST + (line + b"\r\n") * 20 + b"Connection: close\r\nContent-Length: 2\r\n\r\n{}")
+    assert time.monotonic() - started < 2       # one such line once took 2.6 s
 
 
 def test_a_slow_sender_is_cut_off(key_server, monkeypatch):
