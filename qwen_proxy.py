@@ -191,6 +191,7 @@ MAX_LINE = 65536                # request line or one header line
 MAX_HEADERS = 100
 MAX_ERROR_BODY = 262_144
 CLASSIFIED = 10_000             # so much of an error is searched for what it means
+LONGEST_START = 2000            # of a text, where it is looked at for more than it says: thoughts, fences, repetition
 MAX_ITEM_MEMORY = 4_194_304                     # of answers to /v1/responses, see ItemMemory
 MAX_EVENT = 64 * 1024 * 1024    # one event of a stream, or a whole answer that was not streamed
 MAX_ANSWER = 128 * 1024 * 1024  # characters of one text that is held to its end; a stream of chunks holds none
@@ -3111,15 +3112,18 @@ class Increments:
 def is_periodic(text: str) -> bool:
     """Whether a text is one unit of at most half its length over and over, the last perhaps cut.
 
+    The unit is looked for in the beginning, as looking through a long text takes the square of its length.
+
     >>> is_periodic("hahah"), is_periodic("Hello, w")
     (True, False)
     """
-    return any(text.startswith(text[width:]) for width in range(1, len(text) // 2 + 1))
+    start = text[:LONGEST_START]
+    width = next((width for width in range(1, len(start) // 2 + 1) if start.startswith(start[width:])), 0)
+    return width > 0 and text.startswith(text[width:])
 
 
 THINK_TAGS = (("<think>", "</think>"), ("<thinking>", "</thinking>"))
 CLOSING_TAGS = tuple(closing for _, closing in THINK_TAGS)
-LONGEST_START = 2000            # of blank characters: a model that sends nothing else is not held back for ever
 _FENCE = re.compile(r"\s*```[a-zA-Z0-9]*[ \t]*\n?")
 
 
