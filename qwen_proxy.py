@@ -4524,6 +4524,7 @@ class _DeadlineReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
+        """Bytes as soon as there are some; raises socket.timeout at the deadline."""
         while True:
             remaining = self.deadline - time.monotonic()
             if remaining <= 0 or not self._readiness.wait(remaining):
@@ -4786,6 +4787,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # -- one request -----------------------------------------------------------------------------
 
     def setup(self) -> None:
+        """Reading by deadline, not by socketserver's time per read."""
         super().setup()
         self.rfile.close()
         self.connection.setblocking(False)
@@ -5191,6 +5193,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._write_end()
 
     def post_embeddings(self) -> None:
+        """All texts in batches that the model takes, a few at a time, and one answer."""
         request = self._read_json()
         texts, routes = embedding_texts(request), self.proxy.catalogue.routes(request["model"])
         size = min(embedding_batch_size(route) for route in routes)
@@ -5290,6 +5293,7 @@ class Listener(http.server.ThreadingHTTPServer):
         self.server_name, self.server_port = self.server_address[0], self.server_address[1]
 
     def process_request(self, request: Any, client_address: Any) -> None:
+        """A thread for the connection, or 503 when there are too many."""
         if len(self.proxy.handlers) >= self.proxy.options.max_connections:
             log.warning("more than %d connections; one was turned away", self.proxy.options.max_connections)
             body = encode_json(ProxyError("too many connections; try again in a moment", 503, "too_many_connections",
