@@ -5615,13 +5615,30 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     check_options(parser, options)
     handler = LogWriter(sys.stderr) if command == "serve" else logging.StreamHandler(sys.stderr)
-    logging.basicConfig(handlers=[handler], level=options.log_level.upper(),
-                        format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S")
+    handler.setFormatter(LogFormatter())
+    logging.basicConfig(handlers=[handler], level=options.log_level.upper())
     try:
         return {"serve": cmd_serve, "login": cmd_login, "status": cmd_status}[command](options)
     except KeyboardInterrupt:
         say("stopped")
         return 130
+
+
+class LogFormatter(logging.Formatter):
+    """Time, level and message; the time is made once a second."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname).1s %(message)s")
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
+        """The local time of a record."""
+        return clock_time(int(record.created))
+
+
+@functools.lru_cache(maxsize=2)
+def clock_time(second: int) -> str:
+    """12:34:56, local time, for seconds since the epoch."""
+    return time.strftime("%H:%M:%S", time.localtime(second))
 
 
 class LogWriter(logging.Handler):
@@ -5648,6 +5665,7 @@ class LogWriter(logging.Handler):
         self._write([])
 
     def _run(self) -> None:
+        share_one_processor()
         while True:
             first = self._records.get()
             time.sleep(LOG_PAUSE)
@@ -5733,7 +5751,8 @@ def tune_process() -> None:
     takes two descriptors, and the usual soft limit of 1024 ends at 500 streams.
     """
     sys.setswitchinterval(SWITCH_INTERVAL)
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False      # no log line shows them
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False      # no log line shows them,
+    logging._srcfile = None     # type: ignore[attr-defined]    # nor who called; Python's Logging HOWTO, Optimization
     gc.freeze()
     gc.set_threshold(GC_THRESHOLD, 20, 20)
     with contextlib.suppress(ImportError, OSError, ValueError):
