@@ -237,9 +237,11 @@ MODELS = tuple(ModelFacts(*row) for row in (
     ("qwen3.[567]*", 1_000_000, 65_536, "on", False),
     ("qwen3-coder-next*", 262_144, 65_536, "none", False),
     ("qwen3-coder*", 1_000_000, 65_536, "none", False),
+    ("qwen3-vl-*-thinking*", 262_144, 32_768, "always", True),
     ("qwen3-vl-*", 262_144, 32_768, "off", True),
     ("qwen3-omni*", 65_536, 16_384, "off", True),
     ("qwen3-max*", 262_144, 65_536, "off", False),
+    ("qwen3-*-thinking*", 131_072, None, "always", False),
     ("qwen3-*", 131_072, None, "on", False),
     ("qwen-vl-max*", 131_072, 8_192, "none", True),
     ("qwen-vl*", 131_072, None, "none", True),
@@ -2131,6 +2133,7 @@ KEEP_ALIVE = b": keep-alive\n\n"        # never ': ping': Continue takes that fo
 DONE = b"[DONE]"
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _JSON_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
@@ -2145,8 +2148,8 @@ def encode_json(value: Any) -> bytes:
         raise BadRequest("a number is out of range, or the nesting is too deep") from None
     try:
         return text.encode()
-    except UnicodeEncodeError:                  # half of a surrogate pair: some client cut a string in an emoji
-        return text.encode("utf-8", "replace")
+    except UnicodeEncodeError:                  # half of a surrogate pair: somebody cut a string in an emoji
+        return _SURROGATE.sub(lambda match: "\\u%04x" % ord(match.group()), text).encode()
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -2161,7 +2164,8 @@ class Context(NamedTuple):
     model: str
     facts: ModelFacts
     config: dict                    # generationConfig of the model's entry in settings.json
-    thinking: Thinking
+    thinking: Thinking              # by the client or the entry
+    client_wants_it: bool = False   # thinking, by the client's own words
 
     @property
     def mode(self) -> str:
@@ -2250,16 +2254,22 @@ def json_type(value: Any) -> str:
 
 def entry_defaults(body: dict, context: Context) -> bool:
     """samplingParams and extra_body of the settings entry, where the client says nothing."""
-    given = dict(body)
+    if not context.config:
+        return False
+    before = dict(body)
+    given = {name: value for name, value in body.items() if value is not None}
     for name in ("samplingParams", "extra_body"):
         defaults = context.config.get(name)
         body.update(defaults if isinstance(defaults, dict) else {})
     if context.config.get("reasoning") is False:
         body["enable_thinking"] = False
-    for name in THINKING_FIELDS if any(name in given for name in THINKING_FIELDS) else ():
-        body.pop(name, None)        # what the client says of thinking replaces all that the entry says
+    if any(name in given for name in THINKING_FIELDS) or dig(given, "chat_template_kwargs", "enable_thinking") is not None:
+        for name in THINKING_FIELDS:
+            body.pop(name, None)    # what the client says of thinking replaces all that the entry says
+    if "max_completion_tokens" in given:
+        body.pop("max_tokens", None)
     body.update(given)
-    return len(body) > len(given)
+    return body != before
 
 
 def without_nulls(body: dict, context: Context) -> bool:
@@ -2330,38 +2340,67 @@ def system_first(body: dict, context: Context) -> bool:
 
 
 def portal_system(body: dict, context: Context) -> bool:
-    """The system message as parts, the last one with a cache_control marker."""
+    """The system message as parts, the first one with a cache_control marker."""
     messages = body["messages"]
     head = messages.pop(0) if messages[0]["role"] == "system" else {"role": "system", "content": ""}
     parts = parts_of(head.get("content")) or [{"type": "text", "text": ""}]
-    if any(isinstance(part, dict) and "cache_control" in part for part in parts):
-        messages.insert(0, {**head, "content": parts})
-        return False
-    parts[-1] = {**parts[-1], "cache_control": {"type": "ephemeral"}}
+    is_marked = "cache_control" in parts[0]
+    if not is_marked:
+        parts[0] = {**parts[0], "cache_control": {"type": "ephemeral"}}
     messages.insert(0, {**head, "content": parts})
-    return True
+    return not is_marked
 
 
 def paired_tool_messages(body: dict, context: Context) -> bool:
     """Every answer directly after its call, a stub for a call without an answer, no answer without a call."""
-    messages, answers = body["messages"], {}        # type: ignore[var-annotated]
+    messages = body["messages"]
     if not any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
         return False
-    for message in messages:
-        if message["role"] == "tool" and isinstance(message.get("tool_call_id"), str):
-            answers.setdefault(message["tool_call_id"], []).append(message)
-    paired: list[dict] = []
-    for message in messages:
+    answers, paired = answers_by_call(messages), []        # type: ignore[var-annotated]
+    for place, message in enumerate(messages):
         if message["role"] == "tool":
             continue
         paired.append(message)
-        for call in message.get("tool_calls") or [] if message["role"] == "assistant" else []:
-            waiting = answers.get(str(dig(call, "id")))
-            paired.append(waiting.pop(0) if waiting else {
+        for number, call in enumerate(calls_of(message)):
+            paired.append(answers.get((place, number)) or {
                 "role": "tool", "tool_call_id": dig(call, "id"), "content": "(no result: the call was interrupted)"})
+    if not paired:
+        raise BadRequest("messages holds nothing but answers to tool calls that are not there", param="messages")
     changed = [id(message) for message in paired] != [id(message) for message in messages]
     messages[:] = paired
     return changed
+
+
+def calls_of(message: dict) -> list:
+    """The tool calls of an assistant's message."""
+    return message.get("tool_calls") or [] if message["role"] == "assistant" else []
+
+
+def answers_by_call(messages: list[dict]) -> dict[tuple[int, int], dict]:
+    """The answer to each call, by the places of its message and in it.
+
+    Ids may occur again in later turns: an answer belongs to the nearest turn before it that waits for one of
+    its id, and only without such a turn to any call of that id.
+    """
+    waiting: dict[str, list[tuple[int, int]]] = {}
+    answers: dict[tuple[int, int], dict] = {}
+    early: list[dict] = []
+    for place, message in enumerate(messages):
+        for number, call in enumerate(calls_of(message)):
+            waiting.setdefault(str(dig(call, "id")), []).append((place, number))
+        if message["role"] == "tool" and isinstance(message.get("tool_call_id"), str):
+            calls = waiting.get(message["tool_call_id"])
+            if calls:
+                nearest = next(call for call in calls if call[0] == calls[-1][0])
+                calls.remove(nearest)
+                answers[nearest] = message
+            else:
+                early.append(message)
+    for message in early:
+        calls = waiting.get(message["tool_call_id"])
+        if calls:
+            answers[calls.pop(0)] = message
+    return answers
 
 
 def valid_tool_calls(body: dict, context: Context) -> bool:
@@ -2408,8 +2447,10 @@ def content_present(body: dict, context: Context) -> bool:
 
 
 def flat_content(body: dict, context: Context) -> bool:
-    """Content that is nothing but text parts as one string."""
+    """Content that is nothing but text parts as one string, where there are no tools."""
     changed = False
+    if body.get("tools"):
+        return False
     for message in body["messages"]:
         content = message.get("content")
         if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
@@ -2461,13 +2502,20 @@ def reasoning_required(body: dict, context: Context) -> bool:
 
 def few_cache_markers(body: dict, context: Context) -> bool:
     """DashScope takes four cache_control markers at most; the later ones cover the earlier ones' prefixes."""
-    marked = [part for message in body["messages"] if isinstance(message.get("content"), list)
-              for part in message["content"] if isinstance(part, dict) and "cache_control" in part]
+    holders = [as_list(body.get("tools"))] + [message["content"] for message in body["messages"]
+                                              if isinstance(message.get("content"), list)]
+    marked = [part for holder in holders for part in holder if isinstance(part, dict) and "cache_control" in part]
     surplus = {id(part) for part in (marked[1:-3] if len(marked) > 4 else ())}
+
+    def thinned(parts: list) -> list:
+        return [{name: value for name, value in part.items() if name != "cache_control"} if id(part) in surplus else part
+                for part in parts]
+
+    if surplus and body.get("tools"):
+        body["tools"] = thinned(body["tools"])
     for message in body["messages"] if surplus else ():
         if isinstance(message.get("content"), list):
-            message["content"] = [{name: value for name, value in part.items() if name != "cache_control"}
-                                  if id(part) in surplus else part for part in message["content"]]
+            message["content"] = thinned(message["content"])
     return bool(surplus)
 
 
@@ -2542,6 +2590,8 @@ def web_search(body: dict, context: Context) -> bool | str:
     """web_search_options asks for the search of the endpoint, where there is one."""
     if "web_search_options" not in body:
         return False
+    if context.family not in ALIBABA_FAMILIES:
+        return not body["web_search_options"] and not body.pop("web_search_options")
     if context.family != "dashscope":
         return "no web search, since this endpoint has none"
     body.setdefault("enable_search", True)
@@ -2591,12 +2641,14 @@ def other_thinking(body: dict, context: Context) -> bool:
     asked = context.thinking
     if asked.enabled is None:
         return False
+    reasoning = body["reasoning"] if isinstance(body.get("reasoning"), dict) else {}
     for name in THINKING_FIELDS:
         body.pop(name, None)
     if context.family == "openrouter":
+        kept = {name: value for name, value in reasoning.items() if name not in ("effort", "max_tokens", "enabled")}
         how = ({"effort": asked.effort} if asked.effort else {"max_tokens": asked.budget} if asked.budget
                else {"enabled": True})
-        body["reasoning"] = how if asked.enabled else {"enabled": False}
+        body["reasoning"] = {**kept, **(how if asked.enabled else {"enabled": False})}
         return True
     if not asked.enabled:
         body["thinking"] = {"type": "disabled"}
@@ -2617,7 +2669,7 @@ def thinks(body: dict, context: Context) -> bool:
 
 def can_stop_thinking(context: Context) -> bool:
     """Whether thinking is only a default here, not the model's nature or the client's wish."""
-    return context.mode != "always" and not context.thinking.enabled
+    return context.mode != "always" and not context.client_wants_it
 
 
 def forced_tool(body: dict, context: Context) -> bool | str:
@@ -2669,7 +2721,7 @@ def schema_instruction(response_format: dict) -> str:
 def add_instruction(body: dict, text: str) -> None:
     """Append a sentence to the system message, or put one first."""
     messages = body["messages"]
-    if messages[0]["role"] != "system":
+    if not messages or messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": text})
         return
     content = messages[0].get("content")
@@ -2730,7 +2782,7 @@ RULES = tuple(Rule(*row) for row in (
      "DashScope 400: Range of max_tokens should be [1, N]"),
     ("sampling-range", sampling_range, _alibaba, "Model Studio, chat reference: temperature [0, 2), top_p (0, 1]"),
     ("tools", usable_tools, _anywhere, "MiniMax 400: function parameters is empty; vLLM: null tool_choice"),
-    ("web-search", web_search, _alibaba, "Model Studio, chat reference: enable_search"),
+    ("web-search", web_search, _anywhere, "Model Studio, chat reference: enable_search"),
     ("openai-only", without_openai_only, lambda c: _alibaba(c) or c.family == "modelscope",
      "Model Studio, OpenAI compatibility"),
     ("thinking", qwen_thinking, lambda c: c.speaks_qwen and c.mode != "unknown", "Model Studio, 'Deep thinking'"),
@@ -2757,7 +2809,8 @@ def to_upstream_request(request: dict, route: Route) -> tuple[dict, dict[str, st
     """
     family, config = route.provider.family, route.provider.entries.get(route.model) or {}
     body = {**request, "model": route.model, "messages": [dict(message) for message in request["messages"]]}
-    context, fired = Context(family, route.model, model_facts(route.model), config, Thinking()), {}
+    wants_thinking = bool(asked_thinking(request).enabled)
+    context, fired = Context(family, route.model, model_facts(route.model), config, Thinking(), wants_thinking), {}
     for rule in rules_for(family, route.model, config.get("thinkingMandatory") is True):
         changed = rule.apply(body, context)
         if changed:
@@ -2925,16 +2978,18 @@ CATALOGUE = tuple(Verdict(*row) for row in (
      False, True),
     ((), r"free allocated quota|free tier of the model|FreeTierOnly|(hour|week|month)\w* allocated quota|will reset at|"
          r"daily (quota|limit)|quota_exceeded", 429, "insufficient_quota", "insufficient_quota", False, True),
+    ((402,), r"", 429, "insufficient_quota", "insufficient_quota", False, True),
     ((403,), r"insufficient_quota", 429, "insufficient_quota", "insufficient_quota", False, True),
     ((), r"only available for coding agents", 403, "permission_error", "client_not_accepted"),
-    ((500, 503), r"ModelServingError|ModelUnavailable|too many requests", 503, "server_error", None, True),
+    ((500, 503, 0), r"ModelServingError|ModelUnavailable|too many requests", 503, "server_error", None, True),
     ((429,), r"", 429, "rate_limit_error", "rate_limit_exceeded", True),
     ((), r"throttling|limit_?requests|limit_burst_rate|insufficient_quota|allocated quota exceeded|rate limit"
-         r"|: ?130[25]\b", 429, "rate_limit_error", "rate_limit_exceeded", True),
+         r"|\b130[25]: ", 429, "rate_limit_error", "rate_limit_exceeded", True),
     ((401,), r"", 401, "authentication_error", "invalid_api_key", False, True),
     ((403, 0), r"invalid.?api.?-?key|access token|token expired|session has expired|unauthorized", 401,
      "authentication_error", "invalid_api_key", False, True),
     ((403,), r"", 403, "permission_error", None),
+    ((0,), r"access_?denied|unpurchased", 403, "permission_error", None),
     ((404, 400, 0), r"model_?not_?found|model .*(not exist|not supported)|model not exist|unsupported model", 404,
      "invalid_request_error", "model_not_found"),
     ((404,), r"", 404, "invalid_request_error", None),
@@ -2983,7 +3038,7 @@ def refusal_of(status: int, text: str) -> Refusal:
         value = None
     if isinstance(value, dict):
         return refusal_in(status, value)
-    if stripped[:1] == "<":
+    if re.match(r"<[!?a-zA-Z]", stripped):         # DashScope's own messages begin with <400>
         title = re.search(r"<title[^>]*>(.*?)</title>", stripped[:CLASSIFIED], re.S | re.I)
         return Refusal(status, "a gateway answered with a web page%s instead of the API" % (
             " ('%s')" % " ".join(title.group(1).split())[:80] if title else ""), "html")
@@ -4027,7 +4082,7 @@ def chat_tools(request: dict, names: ToolNames, skipped: list[str]) -> dict:
             elif not str(dig(inner, "type")).startswith("web_search"):
                 skipped.append(str(dig(inner, "type")))
     options: dict = {"tools": tools} if tools else {}
-    if searches:
+    if searches and request.get("tool_choice") != "none":
         options["web_search_options"] = {}
     choice = chat_tool_choice(request.get("tool_choice"), names, options)
     if tools and choice:
