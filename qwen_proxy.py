@@ -39,6 +39,7 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
+import copy
 import fnmatch
 import functools
 import gc
@@ -67,6 +68,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -186,15 +188,18 @@ UNSERVED = {
 }
 
 MAX_CONNECTIONS = 1024
+TURNED_AWAY = 8                 # above that, so many at a time are told why; the others are just closed
 MAX_BODY_MIB = 64
 MAX_LINE = 65536                # request line or one header line
 MAX_HEADERS = 100
+MAX_HEAD = 262_144              # all headers together
 MAX_ERROR_BODY = 262_144
 CLASSIFIED = 10_000             # so much of an error is searched for what it means
 LONGEST_START = 2000            # of a text, where it is looked at for more than it says: thoughts, fences, repetition
 MAX_ITEM_MEMORY = 4_194_304                     # of answers to /v1/responses, see ItemMemory
 MAX_EVENT = 64 * 1024 * 1024    # one event of a stream, or a whole answer that was not streamed
 MAX_ANSWER = 128 * 1024 * 1024  # characters of one text that is held to its end; a stream of chunks holds none
+MAX_MODEL_ID = 512
 MAX_JSON_DIGITS = 1000          # of one number: CPython before 3.11 takes quadratic time for more
 IDLE_TIMEOUT = 75               # a client's connection between requests
 HEADER_TIMEOUT = 20             # from the first byte of a request to the end of its headers
@@ -559,7 +564,7 @@ def post_form(url: str, fields: dict[str, str], headers: dict[str, str] | None =
             response = error
         with response:
             status = response.status if hasattr(response, "status") else response.code
-            body = response.read(MAX_ERROR_BODY)
+            body = read_in_time(response, time.monotonic() + REFRESH_TIMEOUT)
     except (OSError, http.client.HTTPException) as error:
         raise UpstreamError("no answer from %s: %s" % (urllib.parse.urlsplit(url).netloc, reason_of(error)),
                             retry=True) from error
@@ -569,6 +574,19 @@ def post_form(url: str, fields: dict[str, str], headers: dict[str, str] | None =
     except (ValueError, RecursionError):
         answer = None
     return status, answer if isinstance(answer, dict) else None, mask(" ".join(text.split()))[:120]
+
+
+def read_in_time(response: Any, deadline: float) -> bytes:
+    """The body of an answer, all of it before the deadline: the lock is held meanwhile. Raises socket.timeout."""
+    body = b""
+    while len(body) < MAX_ERROR_BODY:
+        piece = response.read1(MAX_ERROR_BODY)
+        if not piece:
+            break
+        body += piece
+        if time.monotonic() > deadline:
+            raise socket.timeout("timed out")
+    return body
 
 
 def reason_of(error: BaseException) -> str:
@@ -628,12 +646,13 @@ class OAuthCredentials:
             if login.is_fresh() and login.access_token != rejected:
                 return login.access_token
             # Those who waited while one attempt failed share its outcome instead of queueing for 8 s each.
-            if self._failure and (self._failure[0] > asked or time.monotonic() - self._failure[0] < REFRESH_PAUSE):
-                raise self._failure[1]
+            failure = self._failure
+            if failure and (failure[0] > asked or time.monotonic() - failure[0] < REFRESH_PAUSE):
+                raise copy.copy(failure[1])     # a copy: one that is raised again and again keeps all its frames
             try:
                 login = self._refresh_locked(rejected, pause)
             except UpstreamError as error:
-                self._failure = (time.monotonic(), error)
+                self._failure = (time.monotonic(), copy.copy(error))
                 raise
             self._failure = None
             return login.access_token
@@ -678,7 +697,7 @@ class OAuthCredentials:
         with self._reading:
             self._login, self.problem, self._save_again_at = login, "", 0.0
             try:
-                write_private(self.path, json.dumps(login.fields, indent=2, ensure_ascii=False))
+                write_private(self.path, json.dumps(login.fields, indent=2))
             except OSError as error:
                 self._save_again_at = time.monotonic() + SAVE_PAUSE
                 self.problem = "it could not be saved (%s), the new token is kept in memory only" % reason_of(error)
@@ -1391,6 +1410,8 @@ class Catalogue:
         """
         if model is not None and not isinstance(model, str):
             raise BadRequest("model must be a string", param="model")
+        if model and len(model) > MAX_MODEL_ID:
+            raise BadRequest("model is longer than %d characters" % MAX_MODEL_ID, param="model")
         discovery = self.current()
         model = self._unaliased(model.strip() if model else "") or discovery.model
         if not discovery.providers:
@@ -1506,7 +1527,7 @@ def writable(connection: socket.socket, seconds: float) -> bool:
         return bool(select.select([], [connection], [], seconds)[1])
     poll = select.poll()
     poll.register(connection, select.POLLOUT)
-    return bool(poll.poll(seconds * 1000))
+    return bool(poll.poll(min(seconds, 86_400) * 1000))     # poll() takes no more than 24 days
 
 
 class Watch:
@@ -1521,13 +1542,12 @@ class Watch:
                  interval: float = KEEP_ALIVE_INTERVAL, on_silence: Callable[[], None] | None = None):
         self._client, self.timeout, self._interval, self._on_silence = client, timeout, interval, on_silence
         self._upstream: socket.socket | None = None
-        self._stopping = False
+        self._stopping, self._lock = False, threading.Lock()
         self._last_sign = time.monotonic()
 
     def wait(self, upstream: socket.socket) -> None:
         """Return when the upstream can be read; raises ClientGone, ShuttingDown, UpstreamError (504)."""
-        if self._upstream is not upstream:
-            self._upstream, self._both = upstream, Readiness([upstream, self._client] if self._client else [upstream])
+        self._attend(upstream)
         deadline = time.monotonic() + self.timeout
         while True:
             if self._stopping:
@@ -1542,6 +1562,25 @@ class Watch:
             if self._client in ready:
                 self._look_at_client()
             self.tick()
+
+    def wait_to_send(self, upstream: socket.socket) -> None:
+        """Return when the upstream takes bytes; raises as wait() does."""
+        self._attend(upstream)
+        deadline = time.monotonic() + self.timeout
+        while not writable(upstream, min(0.5, self._interval)):
+            if self._stopping:
+                raise ShuttingDown
+            if time.monotonic() > deadline:
+                raise UpstreamError("the upstream has taken nothing for %g s; try again" % self.timeout, 504,
+                                    "upstream_timeout")
+            if self._client and readable(self._client, 0):
+                self._look_at_client()
+            self.tick()
+
+    def release(self) -> None:
+        """The connection is no longer this request's: stop() must not touch what another one may use."""
+        with self._lock:
+            self._upstream = None
 
     def sleep(self, seconds: float) -> None:
         """Wait before another attempt; raises ClientGone and ShuttingDown as wait() does."""
@@ -1559,7 +1598,10 @@ class Watch:
     def tick(self) -> None:
         """Give the client a sign of life if it has heard nothing for an interval."""
         if self._on_silence and time.monotonic() - self._last_sign >= self._interval * 0.99:
-            self._on_silence()
+            try:
+                self._on_silence()
+            except OSError:         # never as an error of what is waited for, such as the lock
+                raise ClientGone from None
             self.heard()
 
     def heard(self) -> None:
@@ -1568,10 +1610,15 @@ class Watch:
 
     def stop(self) -> None:
         """From any thread: end the wait with ShuttingDown."""
-        self._stopping = True
-        if self._upstream is not None:
-            with contextlib.suppress(OSError):
-                self._upstream.shutdown(socket.SHUT_RDWR)
+        with self._lock:
+            self._stopping = True
+            if self._upstream is not None:
+                with contextlib.suppress(OSError):      # not SSLSocket's: it drops what recv in the other thread needs
+                    socket.socket.shutdown(self._upstream, socket.SHUT_RDWR)
+
+    def _attend(self, upstream: socket.socket) -> None:
+        if self._upstream is not upstream:
+            self._upstream, self._both = upstream, Readiness([upstream, self._client] if self._client else [upstream])
 
     def _look_at_client(self) -> None:
         try:
@@ -1596,9 +1643,13 @@ class Connection:
         self.watch, self.idle_since, self.has_received = Watch(), 0.0, False
 
     def send(self, data: bytes) -> None:
-        """Send it all; raises OSError."""
-        self.has_received = False
-        send_all(self.socket, data, self.watch.timeout)
+        """Send it all; raises OSError, and what Watch.wait_to_send() raises."""
+        self.has_received, view = False, memoryview(data)
+        while view:
+            try:
+                view = view[self.socket.send(view):]
+            except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                self.watch.wait_to_send(self.socket)
 
     def receive(self) -> bytes:
         """What arrives next, empty at the end; raises OSError, and what Watch.wait() raises."""
@@ -1651,9 +1702,11 @@ class BodyDecoder:
 
     def __init__(self, status: int, headers: dict[str, str]):
         self._is_chunked = "chunked" in headers.get("transfer-encoding", "").lower()
-        length = headers.get("content-length", "")
-        self.ends_with_connection = not self._is_chunked and not length.isdecimal()
-        self._left = int(length) if length.isdecimal() and not self._is_chunked else 0
+        lengths = {length.strip() for length in headers.get("content-length", "").split(",")}
+        length = lengths.pop() if len(lengths) == 1 else ""         # the same one twice is allowed, RFC 9110 8.6
+        is_known = length.isdecimal() and len(length) < 19 and not self._is_chunked
+        self.ends_with_connection = not self._is_chunked and not is_known
+        self._left = int(length) if is_known else 0
         self._line, self._is_last, self.surplus = b"", False, b""
         self.is_done = status in (204, 304) or not (self._is_chunked or self._left or self.ends_with_connection)
 
@@ -1763,6 +1816,7 @@ class UpstreamResponse:
         connection, self._connection = self._connection, None
         if connection is None:
             return
+        connection.watch.release()
         if self._body.is_done and self._stays_open and not self._body.surplus:
             self._pool.put(self._key, connection)
         else:
@@ -1771,6 +1825,7 @@ class UpstreamResponse:
     def drain(self) -> None:
         """Read what little may follow the end of the stream, so that the connection can be kept."""
         if not self._body.is_done and self._connection is not None:
+            self._connection.watch.release()
             self._connection.watch, end = Watch(timeout=DRAIN_TIMEOUT), time.monotonic() + DRAIN_TIMEOUT
             with contextlib.suppress(UpstreamError):
                 for _ in self.pieces():
@@ -1790,6 +1845,15 @@ def request_head(request: Any) -> bytes:
     return (head + "\r\n\r\n").encode("latin-1")
 
 
+def headers_for_tunnel(request: Any) -> dict[str, str]:
+    """The password of a forward proxy, taken out of the request: behind a tunnel it is none of the upstream's."""
+    if not request._tunnel_host:
+        return {}
+    secret = (request.unredirected_hdrs.pop("Proxy-authorization", None)
+              or request.headers.pop("Proxy-authorization", None))
+    return {"Proxy-Authorization": secret} if secret else {}
+
+
 class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
     """urllib's documented place to open connections otherwise: here they are kept and used again.
 
@@ -1806,18 +1870,22 @@ class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
         return self.do_open(http.client.HTTPConnection, request)
 
     def https_open(self, request: urllib.request.Request) -> UpstreamResponse:
-        return self.do_open(http.client.HTTPSConnection, request, context=self._tls())
+        try:
+            context = self._tls()
+        except OSError as error:                # SSLError is one: SSL_CERT_FILE or SSLKEYLOGFILE name nothing good
+            raise UpstreamError("TLS cannot be set up (%s); check SSL_CERT_FILE" % reason_of(error), 500) from error
+        return self.do_open(http.client.HTTPSConnection, request, context=context)
 
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
     def do_open(self, http_class: Any, request: Any, **connection_args: Any) -> UpstreamResponse:
         """The response to a request; raises UpstreamError, and what Watch.wait() raises."""
         key = (http_class, request.host, request._tunnel_host)
-        connection = self._take(key)
+        connection, tunnel_headers = self._take(key), headers_for_tunnel(request)
         is_fresh = connection is None
         while True:
             if connection is None:
-                connection, is_fresh = self._connect(http_class, request, connection_args), True
+                connection, is_fresh = self._connect(http_class, request, connection_args, tunnel_headers), True
             try:
                 return self._exchange(connection, request, key)
             except (OSError, http.client.HTTPException) as error:
@@ -1853,20 +1921,18 @@ class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
                 return None
             age = time.monotonic() - connection.idle_since
             # Whatever can be read on an idle connection is its end, or nothing that we asked for.
-            if age < 0.5 or (age < IDLE_CONNECTION_AGE and not readable(connection.socket, 0)):
+            if age < IDLE_CONNECTION_AGE and not readable(connection.socket, 0):
                 return connection
             connection.close()
 
-    def _connect(self, http_class: Any, request: Any, connection_args: dict) -> Any:
+    def _connect(self, http_class: Any, request: Any, connection_args: dict, tunnel_headers: dict) -> Any:
         try:
             connection = http_class(request.host, timeout=min(request.timeout, CONNECT_TIMEOUT), **connection_args)
             if request._tunnel_host:
-                secret = (request.unredirected_hdrs.pop("Proxy-authorization", None)
-                          or request.headers.pop("Proxy-authorization", None))
-                connection.set_tunnel(request._tunnel_host, headers={"Proxy-Authorization": secret} if secret else {})
+                connection.set_tunnel(request._tunnel_host, headers=tunnel_headers)
             connection.connect()
             return Connection(connection)
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, UnicodeError, http.client.HTTPException) as error:
             raise UpstreamError("%s cannot be reached: %s" % (request._tunnel_host or request.host, reason_of(error)),
                                 code="upstream_unreachable",
                                 retry=not isinstance(error, (ssl.SSLError, http.client.HTTPException)),
@@ -1875,7 +1941,8 @@ class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
     def _exchange(self, connection: Connection, request: Any, key: Any) -> UpstreamResponse:
         connection.watch = request.watch
         try:
-            connection.send(request_head(request) + (request.data or b""))
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):    # it may have refused and closed: 413
+                connection.send(request_head(request) + (request.data or b""))
             return UpstreamResponse(connection, self, key)
         except BaseException:
             connection.close()
@@ -3105,7 +3172,7 @@ def retry_after_of(headers: Any) -> float | None:
             return float(value) / scale
     try:
         return max(0.0, parsedate_to_datetime(headers.get("retry-after")).timestamp() - time.time())
-    except (TypeError, ValueError, IndexError):
+    except (TypeError, ValueError, IndexError, OverflowError):
         return None
 
 
@@ -3708,10 +3775,11 @@ def iter_chunks(pieces: Iterable[bytes], translator: Any) -> Iterator[Translated
     decoder, head = EventDecoder(), b""
     pieces = iter(pieces)
     for piece in pieces:
-        head += piece
-        if head.strip(b"\xef\xbb\xbf \r\n\t"):
+        head = (head + piece).lstrip(b"\xef\xbb\xbf \r\n\t")
+        if head:
             break
-    start = head.strip(b"\xef\xbb\xbf \r\n\t")[:1]
+        yield []
+    start = head[:1]
     if start in (b"{", b"<", b"["):
         yield translator.feed(Event(whole_answer(head, pieces, translator.family)))
     else:
@@ -4026,7 +4094,8 @@ def to_chat_request(request: Any, memory: ItemMemory) -> ResponseRequest:
     items = [{"role": "user", "content": items}] if isinstance(items, str) else items
     if not isinstance(items, list) or not items:
         raise BadRequest("input must be a string or a list of items", param="input")
-    items = [item for index, item in enumerate(items) for item in referred(item, index, memory)]
+    seen: set[str] = set()
+    items = [found for index, item in enumerate(items) for found in referred(item, index, memory, seen)]
     is_compaction = bool(items) and dig(items[-1], "type") == "compaction_trigger"
     chat = {name: value for name, value in request.items() if name not in RESPONSE_ONLY and value is not None}
     chat["messages"] = messages_of(request.get("instructions"), items, names)
@@ -4038,10 +4107,13 @@ def to_chat_request(request: Any, memory: ItemMemory) -> ResponseRequest:
     return ResponseRequest(chat, request, names, is_compaction, skipped)
 
 
-def referred(item: Any, index: int, memory: ItemMemory) -> list[Any]:
+def referred(item: Any, index: int, memory: ItemMemory, seen: set[str]) -> list[Any]:
     """The item that an item_reference stands for; thoughts that are forgotten are no loss, anything else is refused."""
     if dig(item, "type") != "item_reference":
         return [item]
+    if item.get("id") in seen:                  # else a small request could grow without limit
+        raise BadRequest("input[%d] refers to an item a second time" % index, param="input.%d" % index)
+    seen.add(as_text(item.get("id")))
     found = memory.get(item.get("id"))
     if found is None and not as_text(item.get("id")).startswith("rs_"):
         raise BadRequest("input[%d] is of type 'item_reference', and %r is not in memory here: send the item itself "
@@ -4682,7 +4754,13 @@ def fetch_batches(batches: list[EmbeddingBatch], routes: list[Route],
 
 def refused(response: UpstreamResponse, route: Route) -> UpstreamError:
     """The error for an answer whose status is none of success."""
-    text = response.read(MAX_ERROR_BODY).decode("utf-8", "replace")
+    body = bytearray()
+    with contextlib.suppress(UpstreamError):    # its status counts, even if its body is cut
+        for piece in response.pieces():
+            body += piece
+            if len(body) > MAX_ERROR_BODY:
+                break
+    text = bytes(body).decode("utf-8", "replace")
     log.debug("HTTP %d from %s: %s", response.status, route.provider.name, mask(text)[:2000])
     refusal = refusal_of(response.status, text)
     if not refusal.request_id:
@@ -4917,8 +4995,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _read_headers(self) -> dict[str, str]:
         headers: dict[str, str] = {}
+        size = 0
         for _ in range(MAX_HEADERS + 1):
             line = self.rfile.readline(MAX_LINE + 1)
+            size += len(line)
+            if size > MAX_HEAD:
+                raise BadRequest("the headers are too long", 431)
             if line == b"\r\n":
                 return headers
             match = _HEADER_LINE.match(line)
@@ -4973,8 +5055,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             while frame and frame.tb_next:
                 frame = frame.tb_next
             log.error("%s in line %d: %s; please report this", type(error).__name__, frame.tb_lineno if frame else 0,
-                      str(error)[:200])
-            log.debug("%s", "traceback", exc_info=True)
+                      mask(str(error))[:200])
+            log.debug("%s", mask(traceback.format_exc()))
             self.close_connection = True
             self._guarded(self._send_problem, ProxyError("an internal error of qwen_proxy (%s); its log says where"
                                                          % type(error).__name__))
@@ -5297,7 +5379,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         attempt = self.headers.get("x-stainless-retry-count", "0")
         log.info("%s %s %d %.2fs%s%s", self.command or "?", printable(self.path.partition("?")[0])[:100] or "?",
                  self.status or 499, time.monotonic() - self._started,
-                 " " + printable(self._note)[:300] if self._note else "",
+                 " " + printable(mask(self._note))[:300] if self._note else "",
                  " (the client's attempt %s)" % printable(attempt)[:4] if attempt != "0" else "")
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -5335,6 +5417,7 @@ class Listener(http.server.ThreadingHTTPServer):
 
     def __init__(self, address: tuple[str, int], proxy: ProxyServer):
         self.proxy, self.address_family = proxy, socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        self._turned_away = threading.Semaphore(TURNED_AWAY)
         super().__init__(address, Handler)
 
     def server_bind(self) -> None:
@@ -5349,8 +5432,17 @@ class Listener(http.server.ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """A thread for the connection, or 503 when there are too many."""
-        if len(self.proxy.handlers) >= self.proxy.options.max_connections:
-            log.warning("more than %d connections; one was turned away", self.proxy.options.max_connections)
+        if len(self.proxy.handlers) < self.proxy.options.max_connections:
+            return super().process_request(request, client_address)
+        log.warning("more than %d connections; one was turned away", self.proxy.options.max_connections)
+        if self._turned_away.acquire(blocking=False):
+            threading.Thread(target=self._turn_away, args=(request,), daemon=True).start()
+        else:
+            self.shutdown_request(request)
+        return None
+
+    def _turn_away(self, request: Any) -> None:
+        try:
             body = encode_json(ProxyError("too many connections; try again in a moment", 503, "too_many_connections",
                                           "server_error").body())
             with contextlib.suppress(OSError):
@@ -5359,8 +5451,9 @@ class Listener(http.server.ThreadingHTTPServer):
                                 b"Retry-After: 1\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s"
                                 % (len(body), body))
                 request.recv(PIECE)             # its request: closing on unread bytes would reset our answer away
-            return self.shutdown_request(request)
-        return super().process_request(request, client_address)
+            self.shutdown_request(request)
+        finally:
+            self._turned_away.release()
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         share_one_processor()
@@ -5795,8 +5888,18 @@ def cmd_serve(options: Any) -> int:
     tune_process()
     say(banner(server, options.demo, bool(keys)))
     server.serve_forever()
-    say("stopped")
+    if not last_words("stopped"):
+        LockFile.release_all()
+        os._exit(0)                 # the interpreter would wait for stderr at its end
     return 0
+
+
+def last_words(text: str) -> bool:
+    """Say it within a second; False where nobody reads stderr and it is full, so that waiting would be for ever."""
+    thread = threading.Thread(target=say, args=(text,), daemon=True)
+    thread.start()
+    thread.join(1)
+    return not thread.is_alive()
 
 
 def tune_process() -> None:
@@ -5826,8 +5929,8 @@ def stop_on_signals(server: ProxyServer) -> None:
             LockFile.release_all()
             os._exit(1)
         server.is_stopping = True
-        say("stopping; running answers have %d s, a second signal ends at once" % GRACE)
         threading.Thread(target=server.shutdown).start()
+        last_words("stopping; running answers have %d s, a second signal ends at once" % GRACE)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
 
