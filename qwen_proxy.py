@@ -352,11 +352,18 @@ def keep_secret(value: str | None) -> None:
         _secrets[value] = None
 
 
+def printable(text: str) -> str:
+    """The text with control characters made visible: no client may write lines into our log."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else "\\x%02x" % ord(char) for char in text)
+
+
 class _MaskingFilter(logging.Filter):
-    """Masks whatever is logged, so that no log line has to think of it."""
+    """Masks whatever is logged and keeps it on its line, so that no log line has to think of it."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = mask(record.getMessage()), ()
+        record.msg, record.args = printable(mask(record.getMessage())), ()
         return True
 
 
@@ -2330,7 +2337,8 @@ def entry_defaults(body: dict, context: Context) -> bool:
         body.update(defaults if isinstance(defaults, dict) else {})
     if context.config.get("reasoning") is False:
         body["enable_thinking"] = False
-    if any(name in given for name in THINKING_FIELDS) or dig(given, "chat_template_kwargs", "enable_thinking") is not None:
+    in_template = dig(given, "chat_template_kwargs", "enable_thinking")
+    if in_template is not None or any(name in given for name in THINKING_FIELDS):
         for name in THINKING_FIELDS:
             body.pop(name, None)    # what the client says of thinking replaces all that the entry says
     if "max_completion_tokens" in given:
@@ -2575,8 +2583,8 @@ def few_cache_markers(body: dict, context: Context) -> bool:
     surplus = {id(part) for part in (marked[1:-3] if len(marked) > 4 else ())}
 
     def thinned(parts: list) -> list:
-        return [{name: value for name, value in part.items() if name != "cache_control"} if id(part) in surplus else part
-                for part in parts]
+        return [{name: value for name, value in part.items() if name != "cache_control"}
+                if id(part) in surplus else part for part in parts]
 
     if surplus and body.get("tools"):
         body["tools"] = thinned(body["tools"])
@@ -3377,7 +3385,7 @@ class ToolCall:
         """Whether a delta with this one's id is another call all the same: some give one id to all."""
         if not (name and self.name):
             return False
-        return name != self.name or bool(arguments) and not self._is_all(arguments) and self.is_complete()
+        return name != self.name or bool(arguments.strip()) and not self._is_all(arguments) and self.is_complete()
 
     def close(self) -> dict | None:
         """The delta that completes it: what was held back, and {} for a call without arguments."""
@@ -3427,6 +3435,10 @@ class ToolCalls:
             deltas.append(self._call_for(entry.get("index"), call_id, name, arguments).add(name, arguments))
         return [delta for delta in deltas if delta]
 
+    def is_whole(self) -> bool:
+        """Whether the last call's arguments are whole as they came."""
+        return bool(self.calls) and self.calls[-1].is_complete()
+
     def close(self) -> list[dict]:
         """The deltas that complete all calls."""
         return [delta for delta in (call.close() for call in self.calls) if delta]
@@ -3441,7 +3453,9 @@ class ToolCalls:
             if same_index and not same_index[-1].upstream_id and not same_index[-1].name:
                 return same_index[-1]                       # its id comes late: ours has not gone out yet
             return self._new(index, call_id)
-        latest = same_index[-1] if same_index else self.calls[-1] if self.calls and index is None else None
+        latest = same_index[-1] if same_index else None
+        if latest is None and self.calls and (index is None or not name and self.calls[-1].upstream_index is None):
+            latest = self.calls[-1]
         if latest is None:
             return self._new(index, "")
         # Without an id, a name again after whole arguments is the next call, not the same one repeated.
@@ -3549,6 +3563,8 @@ class ChunkTranslator:
             text = self._frame.text(data)
             if text is not None:
                 return self._same_frame(self._frame, text)
+        if data[:1] in (b" ", b"\t"):
+            data = data.lstrip()
         if data[:1] != b"{":
             return self._no_chunk(event)
         return self._chunk_in(event, data)
@@ -3682,6 +3698,9 @@ class ChunkTranslator:
         entries = delta.get("tool_calls")
         if not entries and isinstance(delta.get("function_call"), dict):
             entries = [{"index": 0, "function": delta["function_call"]}]
+        if entries:                     # what is held of the text comes before the call, not behind it
+            held = [state.filter.feed(state.content.close()), state.filter.close()]
+            thoughts, content = ("".join(texts) for texts in zip((thoughts, content), *held))
         deltas: list[dict] = []
         if reasoning or thoughts:
             deltas.append({"reasoning_content": reasoning + thoughts})
@@ -3717,14 +3736,23 @@ class ChunkTranslator:
         thoughts, content = state.filter.feed(state.content.close())
         last_thoughts, last_content = state.filter.close()
         held = [{"reasoning_content": reasoning + thoughts + last_thoughts}, {"content": content + last_content}]
+        was_whole = state.tools.is_whole()
         deltas = [delta for delta in held if any(delta.values())] + self._tool_deltas(state.tools.close())
         outputs = self._outputs(index, state, deltas, {}, True)
-        called = [call for call in state.tools.calls if call.name]
-        if called and (finish_reason in ("stop", "function_call", "tool_calls")
-                       or finish_reason == "length" and called[-1].is_complete()):
-            finish_reason = "function_call" if self._is_legacy else "tool_calls"
+        if finish_reason in ("stop", "function_call", "tool_calls", "length"):
+            finish_reason = self._reason(state.tools, finish_reason, was_whole)
         state.finish_reason = finish_reason
         return outputs + [{"index": index, "delta": {}, "finish_reason": finish_reason, **extra}]
+
+
+    def _reason(self, tools: ToolCalls, finish_reason: str, was_whole: bool) -> str:
+        """tool_calls if there are whole calls; length if the last one is cut, whatever the upstream says of it."""
+        called = [call for call in tools.calls if call.name]
+        if not called:
+            return "length" if finish_reason == "length" else "stop"
+        if not called[-1].is_complete() or finish_reason == "length" and not was_whole:
+            return "length"
+        return "function_call" if self._is_legacy else "tool_calls"
 
 
 class TextTranslator(ChunkTranslator):
@@ -3786,8 +3814,17 @@ def iter_chunks(pieces: Iterable[bytes], translator: Any) -> Iterator[Translated
         for piece in itertools.chain([head], until_finished(pieces, translator)):
             yield from translated_events(decoder.feed(piece), translator)
         if not translator.is_done:
-            yield from translated_events(decoder.close(), translator)
+            yield from last_events(decoder, translator)
     yield translator.close()
+
+
+def last_events(decoder: EventDecoder, translator: Any) -> Iterator[Translated]:
+    """The chunks of an event without its blank line; one that is cut is no loss once the finish reason is there."""
+    try:
+        yield from translated_events(decoder.close(), translator)
+    except UpstreamError as error:
+        if error.code != "upstream_cut" or not translator.is_finished():
+            raise
 
 
 def translated_events(events: list[Event], translator: Any) -> Iterator[Translated]:
@@ -3867,7 +3904,7 @@ class CompletionCollector:
                 choice["is_legacy"] = True
             elif isinstance(value, str) and name != "role":
                 self._add_text(choice["texts"], name, value)
-            elif isinstance(value, list):
+            elif isinstance(value, list) and isinstance(choice["message"].get(name, []), list):
                 choice["message"].setdefault(name, []).extend(value)
             elif value is not None:
                 choice["message"][name] = value
@@ -3962,7 +3999,7 @@ def vectors_of(body: bytes, count: int, family: str) -> tuple[list[list[float]],
     entries = dig(answer, "data")
     if not isinstance(entries, list):
         raise to_upstream_error(refusal_of(0, text), family)
-    found = {entry.get("index", place): entry.get("embedding")
+    found = {entry["index"] if type(entry.get("index")) is int else place: entry.get("embedding")
              for place, entry in enumerate(entries) if isinstance(entry, dict)}
     vectors = [found.get(place) for place in range(count)]
     if len(entries) != count or not all(isinstance(vector, list) for vector in vectors):
@@ -3975,7 +4012,8 @@ def embeddings_answer(model: str, batches: list[tuple[list[list[float]], dict]],
     """The answer for the client: all batches in order, usage summed; base64 is little-endian float32."""
     vectors = [vector for batch, _ in batches for vector in batch]
     encode = base64_of if encoding_format == "base64" else list
-    usage = {name: sum(int(used.get(name) or 0) for _, used in batches) for name in ("prompt_tokens", "total_tokens")}
+    counts = [clean_usage(used) or {} for _, used in batches]
+    usage = {name: sum(used.get(name, 0) for used in counts) for name in ("prompt_tokens", "total_tokens")}
     return {"object": "list", "model": model, "usage": usage, "data": [
         {"object": "embedding", "index": index, "embedding": encode(vector)} for index, vector in enumerate(vectors)]}
 
@@ -3984,7 +4022,7 @@ def base64_of(vector: list[float]) -> str:
     """A vector as the OpenAI SDKs want it: openai-node reads floats as an empty vector."""
     try:
         return base64.b64encode(struct.pack("<%df" % len(vector), *vector)).decode()
-    except struct.error:
+    except (struct.error, OverflowError):
         raise UpstreamError("the upstream sent an embedding that is no list of numbers") from None
 
 
@@ -4000,8 +4038,8 @@ COMPACTION = ("Summarise the conversation so far for somebody who goes on with i
 RESPONSE_ONLY = frozenset({
     "input", "instructions", "tools", "tool_choice", "reasoning", "text", "max_output_tokens", "previous_response_id",
     "store", "include", "truncation", "metadata", "prompt_cache_key", "client_metadata", "background", "conversation",
-    "prompt", "max_tool_calls", "service_tier", "safety_identifier", "prompt_cache_retention", "stream_options",
-    "context_management"})
+    "prompt", "max_tool_calls", "top_logprobs", "service_tier", "safety_identifier", "prompt_cache_retention",
+    "stream_options", "context_management"})
 IGNORED_ITEMS = frozenset({"web_search_call", "mcp_list_tools", "additional_tools"})
 
 
@@ -4190,7 +4228,7 @@ def chat_tool_choice(choice: Any, names: ToolNames, options: dict) -> Any:
     if choice.get("type") in ("function", "custom") and isinstance(choice.get("name"), str):
         return {"type": "function", "function": {"name": names.flat(choice["name"], choice.get("namespace"))}}
     if choice.get("type") == "allowed_tools" and isinstance(choice.get("tools"), list):
-        allowed = [dig(tool, "name") for tool in choice["tools"]]
+        allowed = [names.flat(as_text(dig(tool, "name")), dig(tool, "namespace")) for tool in choice["tools"]]
         offered = options.get("tools", [])
         options["tools"] = [tool for tool in offered if tool["function"]["name"] in allowed] or offered
         return choice.get("mode") or "auto"
@@ -4473,6 +4511,8 @@ class ResponseEvents:
                 self._event("response.custom_tool_call_input.done", **item.place, input=text), self._done(item)]
 
     def _compaction(self) -> list[dict]:
+        if not str(self._summary).strip():
+            raise UpstreamError("the model gave no summary of the conversation; try again")
         item, added = self._begin("compaction", "cmp_", encrypted_content=carried(str(self._summary)))
         return [added, self._done(item)]
 
@@ -5056,7 +5096,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 frame = frame.tb_next
             log.error("%s in line %d: %s; please report this", type(error).__name__, frame.tb_lineno if frame else 0,
                       mask(str(error))[:200])
-            log.debug("%s", mask(traceback.format_exc()))
+            for line in traceback.format_exc().splitlines():
+                log.debug("%s", line)
             self.close_connection = True
             self._guarded(self._send_problem, ProxyError("an internal error of qwen_proxy (%s); its log says where"
                                                          % type(error).__name__))
@@ -5384,13 +5425,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         log.debug(format, *args)
-
-
-def printable(text: str) -> str:
-    """The text with control characters made visible: no client may write lines into our log."""
-    if text.isprintable():
-        return text
-    return "".join(char if char.isprintable() else "\\x%02x" % ord(char) for char in text)
 
 
 def share_one_processor() -> None:
@@ -5843,6 +5877,8 @@ def check_options(parser: argparse.ArgumentParser, options: Any) -> None:
             parser.error("--alias must be NAME=ID, not %r" % alias)
     if options.base_url and urllib.parse.urlsplit(options.base_url).scheme not in ("http", "https"):
         parser.error("--base-url must begin with http:// or https://")
+    if "@" in urllib.parse.urlsplit(options.base_url or "").netloc:
+        parser.error("--base-url must hold no password; the key is read from OPENAI_API_KEY")
 
 
 def say(text: str) -> None:
