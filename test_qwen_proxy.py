@@ -781,6 +781,43 @@ def test_what_could_not_be_written_gives_way_to_a_new_login(home, upstream, monk
     assert json.loads(path.read_text())["refresh_token"] == "rt_new"
 
 
+def test_a_client_that_leaves_does_not_lead_to_a_refresh_without_the_lock(home, upstream):
+    path = write_login(home, upstream, expires_in=0)
+    (home / "oauth_creds.lock").write_text("somebody else's")
+    watch = qp.Watch(None, 5, 0, lambda: (_ for _ in ()).throw(BrokenPipeError(32, "Broken pipe")))
+    with pytest.raises(qp.ClientGone):
+        qp.OAuthCredentials(str(path), upstream.origin).access_token(pause=watch.sleep)
+    assert upstream.refreshes == [] and (home / "oauth_creds.lock").read_text() == "somebody else's"
+
+
+def test_a_failure_that_many_share_keeps_nobodys_frames(home, upstream):
+    credentials = qp.OAuthCredentials(str(write_login(home, upstream, expires_in=0)), upstream.origin)
+    upstream.token_script.append(HTML)
+    seen = []
+    for _ in range(3):
+        with pytest.raises(qp.UpstreamError) as caught:
+            credentials.access_token()
+        seen.append(caught.value)
+    assert len({id(error) for error in seen}) == 3 and len({str(error) for error in seen}) == 1
+    assert credentials._failure[1].__traceback__ is None and len(upstream.requests) == 1
+
+
+def test_a_token_endpoint_that_drips_is_given_up_in_time(home, upstream, monkeypatch):
+    monkeypatch.setattr(qp, "REFRESH_TIMEOUT", 0.3)
+
+    class Dripping:
+        read1 = staticmethod(lambda size: time.sleep(0.1) or b" ")
+
+    with pytest.raises(socket.timeout):
+        qp.read_in_time(Dripping, time.monotonic() + qp.REFRESH_TIMEOUT)
+
+
+def test_half_a_surrogate_pair_in_the_file_is_kept(home, upstream):
+    path = write_login(home, upstream, expires_in=0, note="\ud83d")
+    assert qp.OAuthCredentials(str(path), upstream.origin).access_token() == "at_2"
+    assert json.loads(path.read_text())["note"] == "\ud83d" and os.listdir(str(home)) == ["oauth_creds.json"]
+
+
 def test_a_lock_that_cannot_be_written_does_not_stay(home, monkeypatch):
     class Full(io.StringIO):
         def write(self, text):
@@ -1182,6 +1219,7 @@ class RawUpstream:
 
     def __init__(self):
         self.script, self.accepted, self.listener = collections.deque(), 0, socket.create_server(("127.0.0.1", 0))
+        self.late, self.sent_late, self.reads = b"", threading.Event(), True
         self.ended = threading.Semaphore(0)     # released for each connection that has ended
         self.url = "http://127.0.0.1:%d/compatible-mode/v1" % self.listener.getsockname()[1]
         threading.Thread(target=self.run, daemon=True).start()
@@ -1196,11 +1234,11 @@ class RawUpstream:
             threading.Thread(target=self.talk_and_count, args=(connection, self.script.popleft()), daemon=True).start()
 
     def talk_and_count(self, connection, answers):
-        self.talk(connection, answers)
+        with contextlib.suppress(OSError):
+            self.talk(connection, answers)
         self.ended.release()
 
-    @classmethod
-    def talk(cls, connection, answers):
+    def talk(self, connection, answers):
         with connection, connection.makefile("rb") as reader:
             for answer in answers if isinstance(answers, list) else [answers]:
                 length = 0
@@ -1209,12 +1247,19 @@ class RawUpstream:
                         return
                     if line.lower().startswith(b"content-length:"):
                         length = int(line.split(b":")[1])
-                reader.read(length)
+                reader.read(length if self.reads else 0)
                 with contextlib.suppress(OSError):
-                    connection.sendall(answer.replace(cls.STALL, b""))
-                    if cls.STALL in answer:
+                    connection.sendall(answer.replace(self.STALL, b""))
+                    if self.late:
+                        late, self.late = self.late, b""
+                        time.sleep(0.05)        # the answer itself must have been read by then
+                        connection.sendall(late)
+                        self.sent_late.set()
+                    if self.STALL in answer:
                         connection.settimeout(WAIT)
                         reader.read()
+            if not self.reads:
+                return
             with contextlib.suppress(OSError):      # what was not read would reset the answer away
                 connection.shutdown(socket.SHUT_WR)
                 connection.settimeout(1)
@@ -1387,6 +1432,81 @@ def test_no_error_takes_the_square_of_its_length(text):
     error = qp.to_upstream_error(qp.refusal_of(400, text), "dashscope")
     qp.repair_request({"max_tokens": 5, "enable_thinking": False}, error)
     assert time.monotonic() - started < 2
+
+
+def test_late_bytes_on_an_idle_connection_are_nobodys_answer(raw_upstream):
+    whole_answer = HEAD + b"Content-Length: %d\r\n\r\n" % len(SSE) + SSE
+    raw_upstream.script.extend([[whole_answer, b""], whole_answer])
+    raw_upstream.late = whole_answer.replace("wörld".encode(), b"DEMON")
+    assert chat(raw_upstream.server)[0] == 200 and raw_upstream.sent_late.wait(WAIT)
+    assert chat(raw_upstream.server)[2]["choices"][0]["message"]["content"] == "Hello, wörld"
+
+
+def test_a_refusal_counts_even_if_its_body_is_cut(raw_upstream):
+    raw_upstream.script.append(b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 500\r\n\r\n{\"error\":")
+    assert chat(raw_upstream.server)[0] == 401
+
+
+def test_a_refusal_during_the_upload_is_heard(raw_upstream):
+    """An endpoint that finds the body too large answers and closes before it has all of it."""
+    raw_upstream.reads = False
+    raw_upstream.script.append(b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}")
+    status, _, body = ask(raw_upstream.server, {"messages": [{"role": "user", "content": "x" * 20_000_000}]})
+    assert (status, json.loads(body)["error"]["code"]) == (413, "request_too_large")
+
+
+def test_a_client_that_leaves_is_noticed_while_the_upstream_takes_nothing(serve, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = serve(base_url="http://127.0.0.1:%d/v1" % listener.getsockname()[1], model="m", retries=0)
+        body = json.dumps({"messages": [{"role": "user", "content": "x" * 20_000_000}]}).encode()
+        with socket.create_connection(("127.0.0.1", server.port)) as client:
+            client.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            upstream_end, _ = listener.accept()
+            assert len(server.handlers) == 1
+        with upstream_end:              # open, but not read from
+            end = time.monotonic() + WAIT
+            while server.handlers and time.monotonic() < end:
+                time.sleep(0.01)
+            assert not server.handlers
+
+
+def test_blank_lines_before_the_first_event_are_not_kept_and_not_silent():
+    provider = qp.Provider("test", "http://127.0.0.1/v1", None, "test")
+    translator = qp.ChunkTranslator({}, qp.Route(provider, "m"))
+    chunks = list(qp.iter_chunks([b"\r\n", b"\n \n", b"\xef\xbb\xbf", SSE], translator))
+    assert chunks[:3] == [[], [], []] and text_in([chunk for each in chunks for chunk, _ in each]) == "Hello, wörld"
+
+
+@pytest.mark.parametrize("header, status", [
+    (b"Content-Length: %d, %d\r\n" % (len(SSE), len(SSE)), 200), (b"Content-Length: " + b"9" * 5000 + b"\r\n", 200),
+    (b"Retry-After: Mon, 99999999999999999999 Jan 2030 00:00:00 GMT\r\n", 200)])
+def test_odd_headers_of_an_upstream_are_read(raw_upstream, header, status):
+    raw_upstream.script.append(HEAD + header + b"\r\n" + SSE)
+    assert chat(raw_upstream.server)[0] == status
+    assert qp.retry_after_of({"retry-after": header.decode().partition(": ")[2].strip()}) is None or b"Length" in header
+
+
+def test_a_failed_batch_of_embeddings_leaves_other_answers_alone():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        watch = qp.Watch()
+        theirs.sendall(b"x")
+        watch.wait(ours)
+        watch.release()                 # its answer is whole, the connection may be somebody else's now
+        watch.stop()
+        theirs.sendall(b"y")
+        assert ours.recv(2) == b"xy"
+
+
+def test_the_password_of_a_forward_proxy_does_not_reach_the_upstream(upstream):
+    """Behind a tunnel, kept or new, the request is the upstream's."""
+    for _ in range(2):
+        request = urllib.request.Request("https://h/v1/chat/completions", b"{}")
+        request.add_unredirected_header("Proxy-authorization", "Basic c2VjcmV0")
+        request.set_proxy("proxy:3128", "https")
+        assert qp.headers_for_tunnel(request) == {"Proxy-Authorization": "Basic c2VjcmV0"}
+        assert b"c2VjcmV0" not in qp.request_head(request)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -2181,6 +2301,20 @@ def test_the_memory_of_items_has_a_limit():
     assert memory.get("small") == {"id": "small"} and memory.get(5) is None
 
 
+def test_an_item_is_referred_to_once(key_server, upstream):
+    _, response = respond(key_server)
+    status, body = respond(key_server, input=[*HI, *references(response) * 2])
+    assert status == 400 and "second time" in body["error"]["message"] and len(upstream.requests) == 1
+
+
+def test_a_compaction_without_a_summary_has_failed(key_server, upstream):
+    upstream.script.extend([stream(chunk({"reasoning_content": "Hm"}), *END)] * 2)
+    request = [*HI, {"type": "compaction_trigger"}]
+    _, events = respond(key_server, input=request, stream=True)
+    assert events[-1][0] == "response.failed"
+    assert respond(key_server, input=request)[0] == 502
+
+
 @pytest.mark.parametrize("request_, words", [
     ({"previous_response_id": "resp_1"}, "send the whole conversation"), ({"input": None}, "input must be"), ({"input": []}, "input must be"),
     ({"input": [{"type": "item_reference", "id": "x"}]}, "item_reference"), ({"input": [{"type": "computer_call"}]}, "computer_call"),
@@ -2477,6 +2611,40 @@ def test_no_header_takes_the_square_of_its_length(key_server, line):
     started = time.monotonic()
     raw(key_server, POST + (line + b"\r\n") * 20 + b"Connection: close\r\nContent-Length: 2\r\n\r\n{}")
     assert time.monotonic() - started < 2       # one such line once took 2.6 s
+
+
+def test_connections_above_the_limit_do_not_hold_the_others_up(serve, upstream, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
+    server = serve(base_url=upstream.dashscope, model="m", max_connections=2)
+    with contextlib.ExitStack() as stack:
+        for _ in range(2):
+            taken = stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+            taken.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert taken.recv(9) == b"HTTP/1.1 "
+        silent = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(20)]
+        started = time.monotonic()
+        silent[-1].settimeout(WAIT)
+        silent[-1].recv(100)                                # told, or closed at once
+        assert time.monotonic() - started < 2
+
+
+def test_a_model_of_megabytes_is_refused(key_server, upstream):
+    status, _, body = chat(key_server, model="m" * 1000)
+    assert (status, body["error"]["param"]) == (400, "model") and upstream.requests == []
+
+
+def test_headers_of_megabytes_are_refused(key_server):
+    lines = b"".join(b"X-%d: %s\r\n" % (number, b"a" * 60_000) for number in range(20))
+    assert raw(key_server, POST + lines + b"\r\n").startswith(b"HTTP/1.1 431 ")
+
+
+def test_no_line_of_the_log_is_forged_and_none_is_cut_inside_a_key(key_server, upstream, caplog):
+    caplog.set_level(logging.INFO, "qwen_proxy")
+    key = "0123456789abcdef0123456789abcdef"
+    qp.keep_secret(key)
+    upstream.script.append(refusal("x" * 280 + " " + key + "\n00:00:00 I forged", 400))
+    chat(key_server)
+    assert key[:16] not in caplog.text and "\n00:00:00 I forged" not in caplog.text
 
 
 def test_a_slow_sender_is_cut_off(key_server, monkeypatch):
@@ -3274,6 +3442,19 @@ def test_start_says_what_a_newcomer_needs(login, upstream):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+@pytest.mark.skipif(os.name == "nt", reason="there is no SIGTERM")
+def test_a_log_that_nobody_reads_does_not_keep_the_program_from_ending(home):
+    process = subprocess.Popen([sys.executable, os.path.join(HERE, "qwen_proxy.py"), "--demo", "--port", "0"],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    with process.stderr:
+        port = int(re.search(rb"http://localhost:(\d+)", process.stderr.readline()).group(1))
+        target = type("Target", (), {"port": port})
+        for _ in range(2000):
+            ask(target, method="GET", path="/" + "x" * 90)
+        process.terminate()
+        assert process.wait(WAIT) == 0
+
+
 def test_second_signal_ends_at_once(home, upstream, login):
     upstream.script.append(stream(*HELLO[:2], threading.Event()))
     process = Process("--port", "0")
