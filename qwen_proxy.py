@@ -3478,8 +3478,9 @@ class ChoiceState:
     def __init__(self, is_json: bool):
         self.content, self.reasoning = Increments(), Increments()
         self.filter, self.tools = ContentFilter(is_json), ToolCalls()
-        self.has_role = False
-        self.finish_reason: str | None = None
+        self.has_role = self.has_ended = False
+        self.finish_reason: str | None = None       # the upstream's; ours goes out at the end, as more may follow it
+        self.finish_extra: dict = {}
 
     def passes_text(self) -> bool:
         """Whether content can go through as it is."""
@@ -3578,8 +3579,6 @@ class ChunkTranslator:
 
     def _same_frame(self, frame: Frame, text: bytes) -> Translated:
         """A chunk that differs from an earlier one in its text alone: four of five chunks of an answer."""
-        if self._states[frame.index].finish_reason is not None:
-            return []
         content = json.loads(b'"%s"' % text) if b"\\" in text else text.decode("utf-8", "replace")
         chunk = self._chunk([{"index": frame.index, "delta": {"content": content}, "finish_reason": None}])
         return [(chunk, frame.our_before + text + frame.our_behind)]
@@ -3623,8 +3622,8 @@ class ChunkTranslator:
                                 "the upstream answered with an empty stream; try again", code="upstream_cut")
         outputs = []
         for index, state in self._states.items():
-            if state.finish_reason is None:     # [DONE] came, so it is whole; opencode loops without a reason
-                outputs += self._finish(index, state, "stop", {})
+            if not state.has_ended:     # [DONE] without a reason: it is whole, and opencode loops without one
+                outputs += self._finish(index, state, state.finish_reason or "stop", state.finish_extra)
         chunks: Translated = [(self._chunk([output]), None) for output in outputs]
         if self.wants_usage and self.usage:
             chunks.append(({**self._chunk([]), "usage": self.usage}, None))
@@ -3674,13 +3673,13 @@ class ChunkTranslator:
             return None if delta["content"] else []
         if finish_reason == "error_finish":
             raise to_upstream_error(refusal_of(0, text_of(delta.get("content"))), self.family)
-        if state.finish_reason is not None:                 # nobody listens any more
-            return []
         extra = {name: value for name, value in choice.items()
                  if name not in ("index", "delta", "message", "finish_reason") and value is not None}
         outputs = self._deltas(index, state, delta, extra)
-        if isinstance(finish_reason, str) and finish_reason not in ("", "null") and state.finish_reason is None:
-            outputs += self._finish(index, state, finish_reason, extra if not outputs else {})
+        if isinstance(finish_reason, str) and finish_reason not in ("", "null"):
+            if state.finish_reason in (None, "stop"):       # some upstreams send several
+                state.finish_reason = finish_reason
+            state.finish_extra = {} if outputs else extra
         return outputs
 
     def _state_of(self, choice: dict) -> tuple[int, ChoiceState]:
@@ -3741,7 +3740,7 @@ class ChunkTranslator:
         outputs = self._outputs(index, state, deltas, {}, True)
         if finish_reason in ("stop", "function_call", "tool_calls", "length"):
             finish_reason = self._reason(state.tools, finish_reason, was_whole)
-        state.finish_reason = finish_reason
+        state.has_ended = True
         return outputs + [{"index": index, "delta": {}, "finish_reason": finish_reason, **extra}]
 
 
@@ -3769,12 +3768,12 @@ class TextTranslator(ChunkTranslator):
             finish_reason = None
         if state.finish_reason is not None or not (text or finish_reason):
             return []
-        state.finish_reason = finish_reason
+        state.finish_reason, state.has_ended = finish_reason, finish_reason is not None
         right = {"index": index, "text": text, "finish_reason": finish_reason, "logprobs": choice.get("logprobs")}
         return None if choice == right else [{**choice, **right}]
 
     def _finish(self, index: int, state: ChoiceState, finish_reason: str, extra: dict) -> list[dict]:
-        state.finish_reason = finish_reason
+        state.has_ended = True
         return [{"index": index, "text": "", "finish_reason": finish_reason, "logprobs": None}]
 
 

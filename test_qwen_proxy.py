@@ -1683,9 +1683,146 @@ def test_user_agent_is_the_clients_and_ours(key_server, upstream):
     assert upstream.requests[0][1]["User-Agent"] == "OpenAI/JS 6 qwen_proxy/" + qp.__version__
 
 
+TWO_TOOLS = [{"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {}}}} for name in "fg"]
+
+
+def call(call_id, name="f"):
+    return {"role": "assistant", "content": "", "tool_calls": [
+        {"id": call_id, "type": "function", "function": {"name": name, "arguments": "{}"}}]}
+
+
+def result(call_id, content):
+    return {"role": "tool", "tool_call_id": call_id, "content": content}
+
+
+@pytest.mark.parametrize("request_, sent", [
+    ({"tool_choice": "required", "tools": TWO_TOOLS}, {"tool_choice": "required", "enable_thinking": False}),
+    ({"tool_choice": "required", "tools": TWO_TOOLS, "enable_thinking": True}, {"tool_choice": "auto", "enable_thinking": True}),
+    ({"response_format": {"type": "json_object"}}, {"response_format": {"type": "json_object"}, "enable_thinking": False}),
+])
+def test_thinking_of_the_settings_entry_is_a_default_and_gives_way(request_, sent):
+    body, _ = to_upstream(request_, "qwen3.7-plus", "coding", {"extra_body": {"enable_thinking": True}})
+    assert {name: body.get(name) for name in sent} == sent
+
+
+@pytest.mark.parametrize("config, request_, sent", [
+    ({"samplingParams": {"temperature": 0.5}}, {"temperature": None}, {"temperature": 0.5}),
+    ({"extra_body": {"enable_thinking": True}}, {"reasoning_effort": None}, {"enable_thinking": True}),
+    ({"samplingParams": {"max_tokens": 1000}}, {"max_completion_tokens": 8000}, {"max_tokens": 8000}),
+    ({"extra_body": {"enable_thinking": True}}, {"chat_template_kwargs": {"enable_thinking": False}}, {"enable_thinking": False}),
+    ({"reasoning": False}, {"chat_template_kwargs": {"enable_thinking": True}}, {"enable_thinking": True}),
+])
+def test_defaults_of_the_entry_stand_only_where_the_client_says_nothing(config, request_, sent):
+    body, _ = to_upstream(request_, "qwen3.7-plus", "dashscope", config)
+    assert {name: body.get(name) for name in sent} == sent
+
+
+@pytest.mark.parametrize("messages, contents", [
+    ([call("c"), *HI, call("c", "g"), result("c", "of g")], ["(no result: the call was interrupted)", "of g"]),
+    ([call("c"), result("c", "one"), call("c", "g"), result("c", "two")], ["one", "two"]),
+    ([result("c", "early"), call("c")], ["early"]),
+    ([call("c"), *HI, result("c", "late")], ["late"]),
+])
+def test_an_answer_belongs_to_the_nearest_call_of_its_id(messages, contents):
+    body, _ = to_upstream({"messages": [*HI, *messages]})
+    assert [message["content"] for message in body["messages"] if message["role"] == "tool"] == contents
+
+
+def test_nothing_but_orphans_is_refused_by_name(key_server, upstream):
+    status, _, body = ask(key_server, {"messages": [result("c", "x")], "response_format": {"type": "json_object"}})
+    assert status == 400 and b"answers to tool calls" in body and upstream.requests == []
+
+
+@pytest.mark.parametrize("model, sent", [("qwen3-235b-a22b-thinking-2507", None), ("qwen3-vl-32b-thinking", None), ("qwen3-32b", False)])
+def test_models_that_only_think_are_not_told_to_stop(model, sent):
+    body, _ = to_upstream({"response_format": {"type": "json_object"}}, model)
+    assert body.get("enable_thinking") is sent and ("response_format" in body) == (sent is False)
+
+
+def test_small_print_of_the_requests():
+    marker = {"cache_control": {"type": "ephemeral"}}
+    parts = [{"type": "text", "text": name} for name in "ab"]
+    body, _ = to_upstream({"messages": [{"role": "system", "content": parts}, *HI]}, "coder-model", "portal")
+    assert ["cache_control" in part for part in body["messages"][0]["content"]] == [True, False]
+    body, _ = to_upstream({"tools": [{**TWO_TOOLS[0], **marker}], "messages": [
+        {"role": "user", "content": [{"type": "text", "text": str(number), **marker} for number in range(4)]}]})
+    assert json.dumps(body).count("cache_control") == 4
+    body, _ = to_upstream({"reasoning": {"effort": "high", "exclude": True}}, "x/y", "openrouter")
+    assert body["reasoning"] == {"effort": "high", "exclude": True}
+    body, _ = to_upstream({"messages": [{"role": "user", "content": [{"type": "text", "text": "x", **marker}]}], "tools": TWO_TOOLS}, "glm-5")
+    assert body["messages"][0]["content"][0]["cache_control"]
+    search = qp.to_chat_request({"input": "Hi", "tools": [{"type": "web_search"}]}, qp.ItemMemory()).chat
+    assert "web_search_options" not in to_upstream(search, "x/y", "openrouter")[0]
+    assert "web_search_options" not in qp.to_chat_request(
+        {"input": "Hi", "tools": [{"type": "web_search"}], "tool_choice": "none"}, qp.ItemMemory()).chat
+    assert json.loads(qp.encode_json({"a": "\ud83d", "b": "ü"})) == {"a": "\ud83d", "b": "ü"}
+
+
 # ----------------------------------------------------------------------------------------------------
 # Responses
 # ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("refusal_, status, code", [
+    ((402, '{"error":{"message":"Insufficient credits","code":402}}'), 429, "insufficient_quota"),
+    ((0, "<400> InternalError.Algo.InvalidParameter: Range of input length should be [1, 983616]"), 400, "context_length_exceeded"),
+    ((400, '{"error":{"code":"1302","message":"busy"}}'), 429, "rate_limit_exceeded"),
+    ((0, '{"error":{"code":"ModelServingError","message":"Too many requests"}}'), 503, "ModelServingError"),
+    ((0, '{"error":{"code":"Model.AccessDenied","message":"no access"}}'), 403, "Model.AccessDenied"),
+    ((502, "<html><title>busy</title></html>"), 503, "html"),
+])
+def test_refusals_that_a_review_found_misread(refusal_, status, code):
+    error = qp.to_upstream_error(qp.refusal_of(*refusal_), "openrouter")
+    assert (error.status, error.code) == (status, code)
+
+
+def one_call(arguments, finish_reason, name="f"):
+    return [HELLO[0], chunk(tool_call(0, "c1", name, arguments)), chunk({}, finish_reason), DONE]
+
+
+@pytest.mark.parametrize("events, finish_reason, calls", [
+    (one_call("", "length"), "length", ["{}"]), (one_call("{}", "length"), "tool_calls", ["{}"]),
+    (one_call('{"a": "b', "tool_calls"), "length", ['{"a": "b']), (one_call('{"a": "b', "stop"), "length", ['{"a": "b']),
+    (one_call("{}", "tool_calls", None), "stop", []), (one_call("", "stop"), "tool_calls", ["{}"]),
+    ([HELLO[0], chunk(tool_call(0, "c1", "f", '{"a":1}')), chunk(tool_call(0, "c1", "f", "\n")), *END], "tool_calls", ['{"a":1}\n']),
+    ([HELLO[0], chunk({"tool_calls": [{"id": "c1", "function": {"name": "f"}}]}),
+      chunk({"tool_calls": [{"index": 0, "function": {"arguments": '{"a":1}'}}]}), *END], "tool_calls", ['{"a":1}']),
+    ([HELLO[0], chunk(tool_call(0, "c1", "f", "{}"), "tool_calls"), chunk(tool_call(1, "c2", "g", "{}"), "tool_calls"), DONE],
+     "tool_calls", ["{}", "{}"]),
+])
+def test_calls_that_a_review_found_wrong(events, finish_reason, calls):
+    choice = collect(translate([b"".join(events)]))["choices"][0]
+    assert choice["finish_reason"] == finish_reason
+    assert [each["function"]["arguments"] for each in choice["message"].get("tool_calls", [])] == calls
+
+
+def test_text_that_is_held_comes_before_the_call():
+    chunks = translate([b"".join([HELLO[0], chunk({"content": "\n\n"}), *CALLS[1:]])])
+    kinds = [name for value in chunks for choice in value["choices"] for name in ("content", "tool_calls") if choice["delta"].get(name)]
+    assert kinds[0] == "content" and "content" not in kinds[1:]
+
+
+@pytest.mark.parametrize("events, text", [
+    ([*HELLO[:5], b'data: {"choices":[],"usa'], "Hello, wörld"), ([event.replace(b"data: ", b"data:  ") for event in HELLO], "Hello, wörld"),
+    ([HELLO[0], chunk({"content": "Hel"}, "stop"), chunk({"content": "lo"}, "stop"), DONE], "Hello"),
+])
+def test_answers_that_a_review_found_lost(events, text):
+    chunks = translate([b"".join(events)])
+    assert text_in(chunks) == text
+    assert [choice["finish_reason"] for value in chunks for choice in value["choices"]][-1] == "stop"
+    assert sum(choice["finish_reason"] is not None for value in chunks for choice in value["choices"]) == 1
+
+
+@pytest.mark.parametrize("answer", [
+    {"data": [{"index": None, "embedding": [1e300]}], "usage": {"prompt_tokens": "x", "total_tokens": []}},
+    {"data": [{"embedding": [1.0]}], "usage": {"total_tokens": 3}}, {"data": [{"index": 0, "embedding": ["x"]}]},
+])
+def test_odd_embeddings_are_no_500(key_server, upstream, answer):
+    vectors, usage = qp.vectors_of(json.dumps(answer).encode(), 1, "dashscope")
+    for encoding in ("float", "base64"):
+        try:
+            assert qp.embeddings_answer("m", [(vectors, usage)], encoding)["usage"]["prompt_tokens"] == 0
+        except qp.UpstreamError as error:
+            assert "no list of numbers" in str(error)
 
 def test_clean_stream_has_the_canonical_shape():
     chunks = translate([b"".join(HELLO)])
