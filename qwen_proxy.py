@@ -5201,10 +5201,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             size = int(match.group(1), 16)
             if len(body) + size > limit:
                 raise self._too_large()
+            self._reader.deadline += size / BODY_RATE
             piece = self.rfile.read(size)
             if len(piece) < size or self.rfile.readline(3) != b"\r\n":
                 raise BadRequest("a chunk is malformed, or a trailer follows")
-            self._reader.deadline += size / BODY_RATE
             if not size:
                 return bytes(body)
             body += piece
