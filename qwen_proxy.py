@@ -5930,8 +5930,13 @@ def cmd_serve(options: Any) -> int:
 
 
 def last_words(text: str) -> bool:
-    """Say it within a second; False where nobody reads stderr and it is full, so that waiting would be for ever."""
-    thread = threading.Thread(target=say, args=(text,), daemon=True)
+    """Say it, and the log before it, within a second; False where nobody reads stderr and waiting would never end."""
+    def speak() -> None:
+        for handler in logging.getLogger().handlers:
+            handler.flush()
+        say(text)
+
+    thread = threading.Thread(target=speak, daemon=True)
     thread.start()
     thread.join(1)
     return not thread.is_alive()
