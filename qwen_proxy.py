@@ -1471,9 +1471,8 @@ class Catalogue:
     def _files_now(self) -> list[Any]:
         user_home = self._environ.get("HOME") or os.path.expanduser("~")
         paths = [self.home, os.path.join(user_home, ".env"), os.path.join(user_home, ".qwen", ".env"),
-                 *(os.path.join(self.home, name) for name in (
-            "settings.json", ".env", "trustedFolders.json")), os.path.join(self._folder, ".qwen", "settings.json"),
-            os.path.join(self._folder, ".env")]
+                 os.path.join(self._folder, ".qwen", "settings.json"), os.path.join(self._folder, ".env")]
+        paths += [os.path.join(self.home, name) for name in ("settings.json", ".env", "trustedFolders.json")]
         return [self._stamp(path) for path in paths]
 
     @staticmethod
@@ -1514,8 +1513,8 @@ def readable(connection: socket.socket, seconds: float) -> bool:
     return bool(Readiness([connection]).wait(seconds))
 
 
-def send_all(connection: socket.socket, data: bytes, seconds: float) -> None:
-    """Send on a socket that does not block; raises socket.timeout when it takes nothing for that long.
+def send_all(connection: socket.socket, data: bytes, wait: Callable[[socket.socket], None]) -> None:
+    """Send on a socket that does not block; wait(connection) returns when it takes bytes again, or raises.
 
     Sockets with a timeout cost one more system call for each send, and a stream is little else.
     """
@@ -1524,8 +1523,7 @@ def send_all(connection: socket.socket, data: bytes, seconds: float) -> None:
         try:
             view = view[connection.send(view):]
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            if not writable(connection, seconds):
-                raise socket.timeout("timed out") from None
+            wait(connection)
 
 
 def writable(connection: socket.socket, seconds: float) -> bool:
@@ -1534,7 +1532,7 @@ def writable(connection: socket.socket, seconds: float) -> bool:
         return bool(select.select([], [connection], [], seconds)[1])
     poll = select.poll()
     poll.register(connection, select.POLLOUT)
-    return bool(poll.poll(min(seconds, 86_400) * 1000))     # poll() takes no more than 24 days
+    return bool(poll.poll(seconds * 1000))
 
 
 class Watch:
@@ -1651,12 +1649,8 @@ class Connection:
 
     def send(self, data: bytes) -> None:
         """Send it all; raises OSError, and what Watch.wait_to_send() raises."""
-        self.has_received, view = False, memoryview(data)
-        while view:
-            try:
-                view = view[self.socket.send(view):]
-            except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-                self.watch.wait_to_send(self.socket)
+        self.has_received = False
+        send_all(self.socket, data, self.watch.wait_to_send)
 
     def receive(self) -> bytes:
         """What arrives next, empty at the end; raises OSError, and what Watch.wait() raises."""
@@ -1810,12 +1804,13 @@ class UpstreamResponse:
         self._body.is_done, self._stays_open = True, False
 
     def read(self, limit: int) -> bytes:
-        """The body up to a limit."""
+        """The body up to a limit; of a refusal what came of it, since its status counts in any case."""
         body = bytearray()
-        for piece in self.pieces():
-            body += piece
-            if len(body) > limit:
-                break
+        with contextlib.suppress(*([UpstreamError] if self.status >= 300 else [])):
+            for piece in self.pieces():
+                body += piece
+                if len(body) > limit:
+                    break
         return bytes(body[:limit])
 
     def close(self) -> None:
@@ -4793,13 +4788,7 @@ def fetch_batches(batches: list[EmbeddingBatch], routes: list[Route],
 
 def refused(response: UpstreamResponse, route: Route) -> UpstreamError:
     """The error for an answer whose status is none of success."""
-    body = bytearray()
-    with contextlib.suppress(UpstreamError):    # its status counts, even if its body is cut
-        for piece in response.pieces():
-            body += piece
-            if len(body) > MAX_ERROR_BODY:
-                break
-    text = bytes(body).decode("utf-8", "replace")
+    text = response.read(MAX_ERROR_BODY).decode("utf-8", "replace")
     log.debug("HTTP %d from %s: %s", response.status, route.provider.name, mask(text)[:2000])
     refusal = refusal_of(response.status, text)
     if not refusal.request_id:
@@ -5305,7 +5294,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._write(b"0\r\n\r\n")
 
     def _write(self, data: bytes) -> None:
-        send_all(self.connection, data, WRITE_TIMEOUT)
+        send_all(self.connection, data, self._wait_to_write)
+
+    @staticmethod
+    def _wait_to_write(connection: socket.socket) -> None:
+        if not writable(connection, WRITE_TIMEOUT):
+            raise socket.timeout("timed out")
 
     # -- the API ---------------------------------------------------------------------------------
 
@@ -5320,10 +5314,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._complete(TEXT, self._read_json())
 
     def post_responses(self) -> None:
+        """The Responses API in front of and behind the one path of all completions."""
         asked = to_chat_request(self._read_json(), self.proxy.items)
         if asked.skipped:
             log.info("left out, since only OpenAI runs them: tools of type %s",
-                     printable(", ".join(sorted(set(asked.skipped))))[:200])
+                     ", ".join(sorted(set(asked.skipped)))[:200])
         self._form = ResponseForm(asked, self.proxy.catalogue.routes(asked.chat.get("model"))[0].model,
                                   self.proxy.items)
         self._complete(CHAT, asked.chat)
@@ -5417,10 +5412,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _log_answer(self) -> None:
         attempt = self.headers.get("x-stainless-retry-count", "0")
-        log.info("%s %s %d %.2fs%s%s", self.command or "?", printable(self.path.partition("?")[0])[:100] or "?",
+        log.info("%s %s %d %.2fs%s%s", self.command or "?", self.path.partition("?")[0][:100] or "?",
                  self.status or 499, time.monotonic() - self._started,
-                 " " + printable(mask(self._note))[:300] if self._note else "",
-                 " (the client's attempt %s)" % printable(attempt)[:4] if attempt != "0" else "")
+                 " " + mask(self._note)[:300] if self._note else "",
+                 " (the client's attempt %s)" % attempt[:4] if attempt != "0" else "")
 
     def log_message(self, format: str, *args: Any) -> None:
         log.debug(format, *args)
@@ -5493,7 +5488,7 @@ class Listener(http.server.ThreadingHTTPServer):
         super().process_request_thread(request, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        log.error("a connection ended in %s", printable(repr(sys.exc_info()[1]))[:200])
+        log.error("a connection ended in %s", repr(sys.exc_info()[1])[:200])
 
 
 class ProxyServer:
@@ -5650,6 +5645,7 @@ class DemoUpstream(http.server.BaseHTTPRequestHandler):
                               "data": [{"id": DEMO_MODEL, "object": "model", "created": 1, "owned_by": "demo"}]})
 
     def do_POST(self) -> None:
+        """A chunk at a time, as a model would; a tool call where tools are offered."""
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if not self.path.endswith("/chat/completions"):
             return self._send_json(404, {"error": {"message": "the demo answers chat only", "code": "not_in_demo"}})
@@ -5892,6 +5888,19 @@ def provider_options(options: Any) -> dict:
             "aliases": dict(alias.split("=", 1) for alias in options.alias), "failover": options.failover}
 
 
+def server_for(options: Any, keys: list[str]) -> ProxyServer:
+    """The server that the options describe; raises what make_server() raises."""
+    choice, environ = provider_options(options), None
+    if options.demo:
+        nowhere = os.path.join(tempfile.gettempdir(), "qwen_proxy-demo-" + secrets.token_hex(8))
+        choice.update(base_url=start_demo(), provider=None, model=options.model or DEMO_MODEL, qwen_home=nowhere)
+        environ = {"OPENAI_API_KEY": "demo", "HOME": nowhere}
+    return make_server(options.host, options.port, api_keys=keys, no_auth=options.no_auth,
+                       allow_origins=options.allow_origin, allow_hosts=options.allow_host, timeout=options.timeout,
+                       retries=options.retries, max_connections=options.max_connections,
+                       max_body_mib=options.max_body, environ=environ, **choice)
+
+
 def cmd_serve(options: Any) -> int:
     """Serve until Ctrl-C or SIGTERM; running answers get some seconds then, a second signal ends at once."""
     keys = options.api_key + [key.strip() for key in os.environ.get("QWEN_PROXY_API_KEYS", "").split(",")
@@ -5901,17 +5910,8 @@ def cmd_serve(options: Any) -> int:
             "    python3 qwen_proxy.py --host %s --port %d --api-key %s\n\nor say --no-auth." % (
                 options.host, options.host, options.port, secrets.token_urlsafe(24)))
         return 2
-    choice, environ = provider_options(options), None
-    if options.demo:
-        nowhere = os.path.join(tempfile.gettempdir(), "qwen_proxy-demo-" + secrets.token_hex(8))
-        choice.update(base_url=start_demo(), provider=None, model=options.model or DEMO_MODEL, qwen_home=nowhere)
-        environ = {"OPENAI_API_KEY": "demo", "HOME": nowhere}
     try:
-        server = make_server(options.host, options.port, api_keys=keys, no_auth=options.no_auth,
-                             allow_origins=options.allow_origin,
-                             allow_hosts=options.allow_host, timeout=options.timeout, retries=options.retries,
-                             max_connections=options.max_connections, max_body_mib=options.max_body, environ=environ,
-                             **choice)
+        server = server_for(options, keys)
     except ValueError as error:
         say(str(error))
         return 2
