@@ -2436,9 +2436,20 @@ def paired_tool_messages(body: dict, context: Context) -> bool:
                 "role": "tool", "tool_call_id": dig(call, "id"), "content": "(no result: the call was interrupted)"})
     if not paired:
         raise BadRequest("messages holds nothing but answers to tool calls that are not there", param="messages")
+    if messages[-1]["role"] == "tool":
+        results_last(paired)
     changed = [id(message) for message in paired] != [id(message) for message in messages]
     messages[:] = paired
     return changed
+
+
+def results_last(messages: list[dict]) -> None:
+    """Words that stood between the last results, as Jan writes them, go before the calls: a result is the last word."""
+    words: list[dict] = []
+    while messages and messages[-1]["role"] == "assistant" and not calls_of(messages[-1]):
+        words.insert(0, messages.pop())
+    turn = max((place for place, message in enumerate(messages) if calls_of(message)), default=len(messages))
+    messages[turn:turn] = words
 
 
 def calls_of(message: dict) -> list:
@@ -2516,14 +2527,21 @@ def content_present(body: dict, context: Context) -> bool:
     return bool(missing)
 
 
+def is_only_text(content: Any) -> bool:
+    """Whether content is a list of nothing but text parts."""
+    return isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content)
+
+
 def flat_content(body: dict, context: Context) -> bool:
-    """Content that is nothing but text parts as one string, where there are no tools."""
+    """Text parts as one string: in answers, and wherever parts are lost or refused."""
+    everywhere = context.family == "deepseek" or "glm" in context.model.lower() and not body.get("tools")
     changed = False
-    if body.get("tools"):
-        return False
     for message in body["messages"]:
         content = message.get("content")
-        if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        if not is_only_text(content):
+            continue
+        is_marked = any("cache_control" in part for part in content)        # a mark needs a part to sit on
+        if everywhere or message["role"] == "assistant" and not is_marked:
             message["content"], changed = text_of(content), True
     return changed
 
@@ -2596,8 +2614,12 @@ def max_tokens(body: dict, context: Context) -> bool:
     if not asked:
         return False
     body.pop("max_completion_tokens", None)
-    body["max_tokens"] = min(asked + ([context.facts.output] if context.facts.output else []))
-    return (body["max_tokens"], None) != before
+    limits = [value for value in asked if value > 0]            # Roo Code sends -1 for no limit
+    if limits:
+        body["max_tokens"] = min(limits + ([context.facts.output] if context.facts.output else []))
+    else:
+        body.pop("max_tokens", None)
+    return (body.get("max_tokens"), None) != before
 
 
 def sampling_range(body: dict, context: Context) -> bool:
@@ -2845,8 +2867,8 @@ RULES = tuple(Rule(*row) for row in (
     ("content-present", content_present, _anywhere, "DashScope 400: Field required: input.messages.N.content"),
     ("reasoning-name", reasoning_sent_back, lambda c: c.family != "openrouter", "Model Studio, 'Deep thinking'"),
     ("reasoning-required", reasoning_required, lambda c: c.family == "deepseek", "DeepSeek API, thinking mode"),
-    ("flat-content", flat_content, lambda c: _alibaba(c) and "glm" in c.model.lower(),
-     "Qwen Code, dashscope.ts: glm loses parts"),
+    ("flat-content", flat_content, lambda c: _alibaba(c) or c.family == "deepseek",
+     "Model Studio, chat reference: an answer's content is a string; Qwen Code, dashscope.ts: glm loses parts"),
     ("cache-markers", few_cache_markers, _alibaba, "Model Studio, 'Context cache': at most 4"),
     ("max-tokens", max_tokens, lambda c: c.family not in ("openrouter", "other") or c.speaks_qwen,
      "DashScope 400: Range of max_tokens should be [1, N]"),
@@ -5135,8 +5157,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _route(self) -> tuple[Callable[[], None], bool]:
         """The method for path and command, and whether it needs a key; raises 400, 404, 405."""
         path = self.path.partition("?")[0]
-        if not path.startswith("/") or path.startswith("//"):
+        if not path.startswith("/"):
             raise BadRequest("the request target must be a path, such as /v1/chat/completions")
+        path = "/" + path.lstrip("/")           # base URLs that end in a slash get another one: Jan asks for //models
         if path == "/v1" or path.startswith("/v1/"):
             path = "/" + path[3:].lstrip("/")
         path = path.rstrip("/") or "/"
