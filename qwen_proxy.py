@@ -215,7 +215,7 @@ LOG_MOST = 10_000               # lines that wait for a terminal that takes none
 PIECE = 16_384                  # read at most this much at once; 65,536 costs 20 KiB more a stream and is no faster
 
 LOCAL_ORIGINS = re.compile(r"(https?://(localhost|127\.\d+\.\d+\.\d+|\[::1\]|tauri\.localhost)(:\d+)?"
-                           r"|(app|tauri|vscode-webview)://.*)\Z", re.I)
+                           r"|(app|tauri|vscode-webview|vscode-file)://.*)\Z", re.I)
 
 
 class ModelFacts(NamedTuple):
@@ -4656,7 +4656,7 @@ class AccessPolicy:
     def __init__(self, options: ServerOptions):
         self._hosts = {name.lower() for name in options.allow_hosts} | {
             "host.docker.internal", socket.gethostname().lower(), options.host.lower()}
-        self._origins = {origin.rstrip("/").lower() for origin in options.allow_origins}
+        self._origins = {re.sub(r"(?<![/:])/\Z", "", origin).lower() for origin in options.allow_origins}
         self._keys = [key.encode() for key in options.api_keys if key]
         # An address cannot be rebound; where the server is open to a network it is reached by one.
         self._any_address = not is_loopback(options.host)
@@ -5135,10 +5135,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
             content_type = self.headers.get("content-type", "").partition(";")[0].strip().lower()
             if self.command == "POST" and content_type != "application/json":
                 raise BadRequest("a request from a web page must be declared as Content-Type: application/json", 415)
-        elif self.headers.get("sec-fetch-site") == "cross-site" and not (
-                self.command == "GET" and self.headers.get("sec-fetch-mode") == "navigate"):
+        elif self.headers.get("sec-fetch-site") == "cross-site" and not self._is_harmless():
             raise ProxyError("a request from another site, without an Origin that could be checked", 403,
                              "origin_not_allowed", "permission_error")
+
+    def _is_harmless(self) -> bool:
+        """Whether a cross-site request without Origin is a visit by link, or of an app that has web security off.
+
+        Browsers send Origin with every cross-site request in mode cors (Fetch, 'append a request Origin header');
+        Chatbox and Cherry Studio have web security off, and no page of another site runs in them.
+        """
+        mode = self.headers.get("sec-fetch-mode")
+        return mode == "cors" or mode == "navigate" and self.command == "GET"
 
     def _send_preflight(self) -> None:
         headers = [("Allow", "GET, POST, OPTIONS")]

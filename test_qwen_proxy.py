@@ -2674,12 +2674,15 @@ def test_host_must_name_this_machine(serve, login, host, status):
 @pytest.mark.parametrize("headers, status", [
     ({"Origin": "http://localhost:3000"}, 200), ({"Origin": "vscode-webview://abc"}, 200), ({"Origin": "https://good.example"}, 200),
     ({"Origin": "https://evil.example"}, 403), ({"Origin": "null"}, 403), ({"Origin": "http://localhost.evil.example"}, 403),
+    ({"Origin": "vscode-file://vscode-app"}, 200), ({"Origin": "file://"}, 200),
     ({"Sec-Fetch-Site": "cross-site"}, 403), ({"Sec-Fetch-Site": "same-origin"}, 200),
+    ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}, 403), ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}, 403),
+    ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "cors"}, 200), ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "websocket"}, 403),
     ({"Origin": "http://localhost:3000", "Content-Type": "text/plain"}, 415), ({"Content-Type": "application/x-www-form-urlencoded"}, 200),
 ])
 def test_pages_of_other_sites_cannot_spend_the_quota(serve, upstream, monkeypatch, headers, status):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
-    server = serve(base_url=upstream.dashscope, model="m", allow_origins=["https://good.example"])
+    server = serve(base_url=upstream.dashscope, model="m", allow_origins=["https://good.example/", "file://"])
     got, answered, _ = ask(server, {"messages": [{"role": "user", "content": "x"}]}, headers=headers)
     assert got == status and len(upstream.bodies()) == (status == 200)
     assert answered["Access-Control-Allow-Origin"] == (headers.get("Origin") if status in (200, 415) else None)
