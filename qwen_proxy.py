@@ -2259,12 +2259,13 @@ class Thinking(NamedTuple):
     budget: int | None = None
 
 
-THINKING_FIELDS = ("enable_thinking", "thinking_budget", "reasoning_effort", "reasoning", "thinking")
+THINKING_FIELDS = ("enable_thinking", "thinking_budget", "reasoning_effort", "reasoning", "thinking", "think")
+LIMIT_FIELDS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 EFFORT_BUDGETS = {"low": 4096, "medium": 16_384}     # Qwen's own tokens per level; above: the model's maximum
 
 
 def asked_thinking(body: dict) -> Thinking:
-    """Read enable_thinking, thinking_budget, reasoning_effort, reasoning, thinking, chat_template_kwargs.
+    """Read enable_thinking, thinking_budget, reasoning_effort, reasoning, thinking, think, chat_template_kwargs.
 
     >>> asked_thinking({"reasoning": {"effort": "minimal"}}).enabled
     False
@@ -2273,12 +2274,12 @@ def asked_thinking(body: dict) -> Thinking:
         return Thinking()
     reasoning = body.get("reasoning") if isinstance(body.get("reasoning"), dict) else {}
     thinking = body.get("thinking") if isinstance(body.get("thinking"), dict) else {}
-    effort = body.get("reasoning_effort", reasoning.get("effort"))
+    effort = body.get("reasoning_effort", reasoning.get("effort", body.get("think")))
     effort = effort.lower() if isinstance(effort, str) else None
     budget = next((value for value in (body.get("thinking_budget"), thinking.get("budget_tokens"),
                                        reasoning.get("max_tokens"))
                    if isinstance(value, int) and not isinstance(value, bool)), None)
-    enabled = next((value for value in (body.get("enable_thinking"), reasoning.get("enabled"),
+    enabled = next((value for value in (body.get("enable_thinking"), reasoning.get("enabled"), body.get("think"),
                                         dig(body, "chat_template_kwargs", "enable_thinking"))
                     if isinstance(value, bool)), None)
     if enabled is None and isinstance(thinking.get("type"), str):
@@ -2336,7 +2337,7 @@ def entry_defaults(body: dict, context: Context) -> bool:
     if in_template is not None or any(name in given for name in THINKING_FIELDS):
         for name in THINKING_FIELDS:
             body.pop(name, None)    # what the client says of thinking replaces all that the entry says
-    if "max_completion_tokens" in given:
+    if any(name in given for name in LIMIT_FIELDS):
         body.pop("max_tokens", None)
     body.update(given)
     return body != before
@@ -2396,16 +2397,28 @@ def parts_of(content: Any) -> list[dict]:
 
 
 def system_first(body: dict, context: Context) -> bool:
-    """One system message, first, with the text of all."""
+    """One system message, first, with the text of all; but what follows the last answer is the next thing to do."""
     messages = body["messages"]
+    is_changed = system_last_to_user(messages)
     system = [message for message in messages if message["role"] == "system"]
     if len(system) == (1 if messages[0]["role"] == "system" else 0):
-        return False
+        return is_changed
     if any(isinstance(message.get("content"), list) for message in system):
         content: Any = [part for message in system for part in parts_of(message.get("content"))]
     else:
         content = "\n\n".join(message["content"] for message in system if message.get("content"))
     messages[:] = [{**system[0], "content": content}] + [message for message in messages if message["role"] != "system"]
+    return True
+
+
+def system_last_to_user(messages: list[dict]) -> bool:
+    """In place: system messages behind the last answer become the user's. SillyTavern asks so for the next reply."""
+    place = len(messages)
+    while place and messages[place - 1]["role"] == "system":
+        place -= 1
+    if place in (0, len(messages)) or messages[place - 1]["role"] != "assistant":
+        return False
+    messages[place:] = [{**message, "role": "user"} for message in messages[place:]]
     return True
 
 
@@ -2608,18 +2621,17 @@ def few_cache_markers(body: dict, context: Context) -> bool:
 
 
 def max_tokens(body: dict, context: Context) -> bool:
-    """One limit under its old name, the smaller if there are two, and no more than the model has."""
-    before = (body.get("max_tokens"), body.get("max_completion_tokens"))
-    asked = [value for value in before if isinstance(value, int) and not isinstance(value, bool)]
+    """One limit under its old name, the smallest if there are more, and no more than the model has."""
+    before = {name: body[name] for name in LIMIT_FIELDS if name in body}
+    asked = [value for value in before.values() if isinstance(value, int) and not isinstance(value, bool)]
     if not asked:
         return False
-    body.pop("max_completion_tokens", None)
+    for name in before:
+        del body[name]
     limits = [value for value in asked if value > 0]            # Roo Code sends -1 for no limit
     if limits:
         body["max_tokens"] = min(limits + ([context.facts.output] if context.facts.output else []))
-    else:
-        body.pop("max_tokens", None)
-    return (body.get("max_tokens"), None) != before
+    return {name: body[name] for name in LIMIT_FIELDS if name in body} != before
 
 
 def sampling_range(body: dict, context: Context) -> bool:
@@ -2676,6 +2688,29 @@ def without_openai_only(body: dict, context: Context) -> bool:
     if body.get("modalities") == ["text"]:
         dropped.append(body.pop("modalities"))
     return bool(dropped)
+
+
+# Controls for other servers that clients offer for every server. What nobody here knows of passes, as a parameter
+# that Qwen will have tomorrow.
+FOREIGN_FIELDS = (
+    # Ollama, as Open WebUI's advanced parameters and Jan name them
+    "auto_compact", "ctx_len", "format", "keep_alive", "mirostat", "mirostat_eta", "mirostat_tau", "num_batch",
+    "num_ctx", "num_gpu", "num_keep", "num_thread", "repeat_last_n", "use_mlock", "use_mmap",
+    # llama.cpp, KoboldCpp, text-generation-webui, as SillyTavern names them
+    "add_bos_token", "cache_prompt", "dry_allowed_length", "dry_base", "dry_multiplier", "dry_sequence_breakers",
+    "min_p", "sampler_order", "tfs", "top_a", "typical_p", "xtc_probability", "xtc_threshold",
+    # OpenRouter and Mistral
+    "include_reasoning", "models", "plugins", "provider", "route", "safe_prompt", "transforms", "usage")
+
+
+def without_foreign_fields(body: dict, context: Context) -> bool:
+    """Fields of other servers are left out, and the one that Qwen has too gets Qwen's name."""
+    dropped = [body.pop(name) for name in FOREIGN_FIELDS if name in body]
+    if "repeat_penalty" not in body:
+        return bool(dropped)
+    body.setdefault("repetition_penalty", body["repeat_penalty"])
+    del body["repeat_penalty"]
+    return True
 
 
 def web_search(body: dict, context: Context) -> bool | str:
@@ -2877,6 +2912,7 @@ RULES = tuple(Rule(*row) for row in (
     ("web-search", web_search, _anywhere, "Model Studio, chat reference: enable_search"),
     ("openai-only", without_openai_only, lambda c: _alibaba(c) or c.family == "modelscope",
      "Model Studio, OpenAI compatibility"),
+    ("foreign-fields", without_foreign_fields, _alibaba, "Open WebUI 0.12, SillyTavern 1.19, Jan 0.8: their settings"),
     ("thinking", qwen_thinking, lambda c: c.speaks_qwen and c.mode != "unknown", "Model Studio, 'Deep thinking'"),
     ("thinking-words", other_thinking, lambda c: c.family in ("openrouter", "deepseek", "zai"),
      "each provider's reference"),
@@ -2932,7 +2968,7 @@ def fill_in_the_middle(body: dict, context: Context) -> bool:
 
 
 TEXT_RULES = (*(rule for rule in RULES if rule.name in (
-    "entry-defaults", "no-nulls", "max-tokens", "sampling-range", "openai-only", "stream")),
+    "entry-defaults", "no-nulls", "max-tokens", "sampling-range", "openai-only", "foreign-fields", "stream")),
     Rule("fill-in-the-middle", fill_in_the_middle, _alibaba,
          "Model Studio, 'Completions': there is no suffix parameter"))
 
@@ -5293,9 +5329,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._adopt_request_id(error.request_id)
         if not self._head_sent:
             return self._send_json(error.status, error.body(), error.headers)
-        self.close_connection, self.status = True, error.status
+        self.status = error.status
         self._write_pieces(self._form.problem(error))
-        return self._write_end()
+        return self._write_end()                # the body ends as it should: the connection can be used again
 
     def _adopt_request_id(self, request_id: str | None) -> None:
         """Answer with the upstream's own handle, if it fits into a header."""

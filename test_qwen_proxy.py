@@ -1587,6 +1587,7 @@ def test_everything_passes_unknown_endpoints_untouched():
     ({"temperature": 2}, {"temperature": 1.99}, "sampling-range"),
     ({"temperature": None}, {}, "no-nulls"),
     ({"store": False, "metadata": {}, "service_tier": "auto", "logit_bias": {}}, {}, "openai-only"),
+    ({"min_p": 0.1, "keep_alive": "5m"}, {}, "foreign-fields"), ({"repeat_penalty": 2, "repetition_penalty": 1}, {"repetition_penalty": 1}, "foreign-fields"),
     ({"tools": [], "tool_choice": "auto"}, {}, "tools"),
     ({"tools": [{"type": "function", "function": {"name": "f", "strict": True, "description": None}}]},
      {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]}, "tools"),
@@ -2671,6 +2672,16 @@ def test_host_must_name_this_machine(serve, login, host, status):
     assert ask(server, method="GET", path="/health", headers={"Host": host})[0] == status
 
 
+@pytest.mark.parametrize("end", [
+    [CUT], [chunk(error={"message": "Model service overloaded."}, choices=None)]])
+def test_the_connection_lives_on_after_an_error_in_mid_stream(key_server, upstream, end):
+    upstream.script.append(stream(*HELLO[:2], *end))
+    body = json.dumps({"messages": HI, "stream": True}).encode()
+    received = raw(key_server, b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+                   + b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    assert re.findall(rb"HTTP/1.1 (\d+)", received) == [b"200", b"200"] and received.count(b'data: {"error"') == 1
+
+
 @pytest.mark.parametrize("headers, status", [
     ({"Origin": "http://localhost:3000"}, 200), ({"Origin": "vscode-webview://abc"}, 200), ({"Origin": "https://good.example"}, 200),
     ({"Origin": "https://evil.example"}, 403), ({"Origin": "null"}, 403), ({"Origin": "http://localhost.evil.example"}, 403),
@@ -3095,6 +3106,9 @@ def test_client_23_roles_are_qwens_and_all_text_is_kept(key_server, upstream):
     messages = [{"role": "developer", "content": "a"}, *HI, *HI, {"role": "system", "content": "b"}]
     assert chat(key_server, messages=messages)[0] == 200
     assert upstream.bodies()[0]["messages"] == [{"role": "system", "content": "a\n\nb"}, *HI, *HI]
+    said = {"role": "assistant", "content": "I was asked."}
+    assert chat(key_server, messages=[{"role": "system", "content": "a"}, said, {"role": "system", "content": "b"}])[0] == 200
+    assert upstream.bodies()[1]["messages"] == [{"role": "system", "content": "a"}, said, {"role": "user", "content": "b"}]
 
 
 @pytest.mark.parametrize("fields", [{"content": None}, {}, {"content": ""}, {"content": None, "reasoning_content": "hm"}, {"content": "", "reasoning": "hm"}])
@@ -3120,6 +3134,14 @@ def test_client_26_parameters_of_openai_alone_do_not_reach_the_upstream(key_serv
     assert chat(key_server, **only)[0] == 200
     assert set(upstream.bodies()[0]) == {"model", "messages", "stream", "stream_options", "temperature"}
     assert upstream.bodies()[0]["stream_options"] == {"include_usage": True}
+
+
+def test_client_26_controls_for_other_servers_do_not_reach_the_upstream_or_get_qwens_names(key_server, upstream):
+    ours = {"repeat_penalty": 1.1, "think": False, "max_output_tokens": 9, "unheard_of": 1}
+    assert chat(key_server, model="qwen3.7-plus", **dict.fromkeys(qp.FOREIGN_FIELDS, 1), **ours)[0] == 200
+    body = upstream.bodies()[0]
+    assert set(body) == {"model", "messages", "stream", "stream_options", "repetition_penalty", "enable_thinking", "max_tokens", "unheard_of"}
+    assert (body["repetition_penalty"], body["enable_thinking"], body["max_tokens"]) == (1.1, False, 9)
 
 
 @pytest.mark.parametrize("asked, sent", [({"max_tokens": 320000}, {"max_tokens": 65536}), ({"max_completion_tokens": 320000}, {"max_tokens": 65536}),
