@@ -4173,10 +4173,10 @@ def to_chat_request(request: Any, memory: ItemMemory) -> ResponseRequest:
     """The chat request for a request to /v1/responses; raises BadRequest for what is forgotten or cannot be meant."""
     if not isinstance(request, dict):
         raise BadRequest("the body must be a JSON object, not %s" % json_type(request))
-    if request.get("previous_response_id") or request.get("conversation"):
+    if request.get("previous_response_id"):
         raise BadRequest("nothing is stored here, so there is no previous response: send the whole conversation as "
                          "input", code="previous_response_not_found", param="previous_response_id")
-    for name in ("background", "prompt"):
+    for name in ("background", "prompt", "conversation"):
         if request.get(name):
             raise BadRequest("%s is not supported: nothing is stored here" % name, param=name)
     names, skipped = ToolNames(), []        # type: ignore[var-annotated]
@@ -4458,12 +4458,17 @@ class ResponseEvents:
         return [*events, self._event("response." + status, response=self.response(status, usage))]
 
     def fail(self, error: ProxyError) -> list[dict]:
-        """The one event that ends a response that broke off; the codes are those that Codex knows."""
+        """The two events that end a response that broke off, as at OpenAI; the codes are those that Codex knows.
+
+        Codex waits for response.failed; LangChain JS and with it n8n would take what came for whole without error,
+        down to a tool call cut in its arguments.
+        """
         known = ("context_length_exceeded", "insufficient_quota", "rate_limit_exceeded")
         failure = {"code": error.code if error.code in known else "server_error", "message": mask(error.message)}
         if error.code == "rate_limit_exceeded":
             failure["message"] += ". Please try again in %ds." % max(1, int(error.retry_after or 5))
-        return [self._event("response.failed", response={**self.response("failed"), "error": failure})]
+        return [self._event("error", **failure, param=None, error={**failure, "type": error.type, "param": None}),
+                self._event("response.failed", response={**self.response("failed"), "error": failure})]
 
     def response(self, status: str = "in_progress", usage: dict | None = None) -> dict:
         """The response object as it is now."""
@@ -4938,7 +4943,7 @@ class ResponseForm:
         return self._encoded(self._finished(usage))
 
     def problem(self, error: ProxyError) -> list[bytes]:
-        """response.failed: two of four clients do not notice a stream that just ends."""
+        """error and response.failed: two of four clients do not notice a stream that just ends."""
         return self.start() + self._encoded(self._events.fail(error))
 
     def whole(self, answer: Answer) -> dict:

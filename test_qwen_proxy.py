@@ -2321,6 +2321,9 @@ def test_a_response_that_breaks_off_has_failed(key_server, upstream, pieces, cod
     _, events = respond(key_server, stream=True)
     assert events[-1][0] == "response.failed" and events[-1][1]["response"]["error"]["code"] == code
     assert events[-1][1]["response"]["status"] == "failed" and events[0][0] == "response.created"
+    failure = events[-2][1]
+    assert (events[-2][0], failure["code"], failure["error"]["code"]) == ("error", code, code)
+    assert failure["message"] == failure["error"]["message"] == events[-1][1]["response"]["error"]["message"]
     assert [event["sequence_number"] for _, event in events] == list(range(len(events)))
 
 
@@ -2477,7 +2480,7 @@ def test_a_compaction_without_a_summary_has_failed(key_server, upstream):
 
 
 @pytest.mark.parametrize("request_, words", [
-    ({"previous_response_id": "resp_1"}, "send the whole conversation"), ({"input": None}, "input must be"), ({"input": []}, "input must be"),
+    ({"previous_response_id": "resp_1"}, "send the whole conversation"), ({"conversation": "conv_1"}, "conversation is not"), ({"input": None}, "input must be"), ({"input": []}, "input must be"),
     ({"input": [{"type": "item_reference", "id": "x"}]}, "item_reference"), ({"input": [{"type": "computer_call"}]}, "computer_call"),
     ({"input": [5]}, "input[0]"), ({"input": [{"role": "robot", "content": "x"}]}, "robot"), ({"background": True}, "background"),
     ({"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "f"}]}]}, "input_file"),
