@@ -2480,7 +2480,8 @@ def test_a_compaction_without_a_summary_has_failed(key_server, upstream):
 
 
 @pytest.mark.parametrize("request_, words", [
-    ({"previous_response_id": "resp_1"}, "send the whole conversation"), ({"conversation": "conv_1"}, "conversation is not"), ({"input": None}, "input must be"), ({"input": []}, "input must be"),
+    ({"previous_response_id": "resp_1"}, "send the whole conversation"), ({"conversation": "conv_1"}, "conversation is not"),
+    ({"input": None}, "input must be"), ({"input": []}, "input must be"),
     ({"input": [{"type": "item_reference", "id": "x"}]}, "item_reference"), ({"input": [{"type": "computer_call"}]}, "computer_call"),
     ({"input": [5]}, "input[0]"), ({"input": [{"role": "robot", "content": "x"}]}, "robot"), ({"background": True}, "background"),
     ({"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "f"}]}]}, "input_file"),
