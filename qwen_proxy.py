@@ -3246,11 +3246,13 @@ class Increments:
     it. Only what both readings agree on is passed on until one of them is out: one delta that does not
     start with the delta before it proves increments for good; EVIDENCE repeated characters prove a
     cumulative stream, unless the text is one short unit over and over, which is what a model that
-    laughs or draws a line really sends. Undecidable are cumulative answers that end before that, and
-    periodic ones: they are read as increments, so real repetition is never eaten.
+    laughs or draws a line really sends. A mere repeat speaks for neither. Undecidable are cumulative answers that
+    end before that, and periodic ones: they are read as increments. What is read wrongly is an answer whose first
+    increments each begin with all of the one before, as rows that grow ("1 2 3", "1 2 3 4 5 6", ...).
     """
 
     EVIDENCE = 24
+    MOST = 1024                         # characters of mere repeats that are held; the CLI compares as many
 
     def __init__(self) -> None:
         self.is_settled = False         # increments for good: feed() need not be asked any more
@@ -3264,9 +3266,9 @@ class Increments:
             return text
         if self._is_cumulative:
             return self._feed_cumulative(text)
-        if self._latest and (text == self._latest or not text.startswith(self._latest)):
-            return self._settle(self._joined + text)        # a mere repeat adds nothing to a cumulative text
-        self._evidence += len(self._latest)
+        if not text.startswith(self._latest) or text == self._latest and len(self._joined) > self.MOST:
+            return self._settle(self._joined + text)
+        self._evidence += len(self._latest) if text != self._latest else 0
         self._joined, self._latest = self._joined + text, text
         if self._evidence >= self.EVIDENCE and not is_periodic(text):
             self._is_cumulative = True
@@ -3414,12 +3416,13 @@ class ToolCall:
         self.index, self.upstream_index, self.upstream_id, self._number = -1, upstream_index, upstream_id, number
         self.id = upstream_id or "call_" + secrets.token_hex(12)
         self.name, self.arguments, self._held = "", LongText(), ""
-        self._increments = Increments()
+        self._increments, self._repeats_name = Increments(), False
 
     def add(self, name: str, arguments: str) -> dict | None:
         """The delta to pass on now: id, type and name once and first, then nothing but arguments."""
-        if arguments and self._is_all(arguments):
+        if arguments and self._is_all(name, arguments):
             arguments = ""              # the whole call once more
+        self._repeats_name = self._repeats_name or bool(name and self.name)
         fresh = self._held + self._increments.feed(arguments)
         is_first = not self.name and bool(name)
         self.name = self.name or name
@@ -3438,7 +3441,13 @@ class ToolCall:
         """Whether a delta with this one's id is another call all the same: some give one id to all."""
         if not (name and self.name):
             return False
-        return name != self.name or bool(arguments.strip()) and not self._is_all(arguments) and self.is_complete()
+        return name != self.name or bool(arguments.strip()) and not self._is_all(name, arguments) and self.is_complete()
+
+    def is_followed_without_id_by(self, name: str, arguments: str) -> bool:
+        """The same where there are no ids: a name again after whole arguments, unless it came with every delta."""
+        if not (name and self.name) or self.upstream_id:
+            return False
+        return name != self.name or self.is_complete() and (bool(arguments.strip()) or not self._repeats_name)
 
     def close(self) -> dict | None:
         """The delta that completes it: what was held back, and {} for a call without arguments."""
@@ -3456,9 +3465,16 @@ class ToolCall:
             return False
         return True
 
-    def _is_all(self, arguments: str) -> bool:
-        """Whether these are all of the arguments once more."""
-        return len(arguments) == self.arguments.size and arguments == str(self.arguments) and self.is_complete()
+    def _is_all(self, name: str, arguments: str) -> bool:
+        """Whether these are all of the arguments once more, with the name perhaps in other blanks."""
+        if len(arguments) == self.arguments.size and arguments == str(self.arguments):
+            return self.is_complete()
+        if not name or arguments.lstrip()[:1] != "{" or not self.is_complete():
+            return False
+        try:
+            return bool(json.loads(arguments) == json.loads(str(self.arguments)))
+        except (ValueError, RecursionError):
+            return False
 
 
 class ToolCalls:
@@ -3511,10 +3527,7 @@ class ToolCalls:
             latest = self.calls[-1]
         if latest is None:
             return self._new(index, "")
-        # Without an id, a name again after whole arguments is the next call, not the same one repeated.
-        if name and latest.name and latest.is_complete() and not latest.upstream_id:
-            return self._new(index, "")
-        return latest
+        return self._new(index, "") if latest.is_followed_without_id_by(name, arguments) else latest
 
     def _new(self, index: Any, call_id: str) -> ToolCall:
         is_taken = any(call.id == call_id for call in self.calls)
@@ -3585,6 +3598,14 @@ def decode_chunk(data: bytes) -> dict:
     return chunk
 
 
+def whole_delta(message: Any) -> dict:
+    """A whole message as a delta: each of its tool calls is a call of its own, whatever ids they have."""
+    if not isinstance(message, dict) or not isinstance(message.get("tool_calls"), list):
+        return message if isinstance(message, dict) else {}
+    return {**message, "tool_calls": [{**call, "index": place} if isinstance(call, dict) else call
+                                      for place, call in enumerate(message["tool_calls"])]}
+
+
 class ChunkTranslator:
     """Upstream chunks in, chunks as OpenAI shapes them out, for one answer.
 
@@ -3640,6 +3661,8 @@ class ChunkTranslator:
         try:
             chunk = decode_chunk(data)
         except (ValueError, RecursionError):
+            if b"\n" in event.data:             # some put no blank line between their events
+                return [item for line in event.data.split(b"\n") for item in self.feed(event._replace(data=line))]
             raise UpstreamError("the upstream sent a chunk that is not JSON, or was cut off in one; try again",
                                 code="upstream_cut") from None
         choices = chunk.get("choices")
@@ -3720,7 +3743,7 @@ class ChunkTranslator:
         index, state = self._state_of(choice)
         delta, finish_reason = choice.get("delta"), choice.get("finish_reason")
         if not isinstance(delta, dict):
-            delta = choice["message"] if isinstance(choice.get("message"), dict) else {}
+            delta = whole_delta(choice.get("message"))
         if len(delta) == 1 and finish_reason is None and state.passes_text() and type(delta.get("content")) is str \
                 and type(choice.get("index")) is int and "finish_reason" in choice and "message" not in choice:
             return None if delta["content"] else []
@@ -3862,6 +3885,7 @@ def iter_chunks(pieces: Iterable[bytes], translator: Any) -> Iterator[Translated
     start = head[:1]
     if start in (b"{", b"<", b"["):
         yield translator.feed(Event(whole_answer(head, pieces, translator.family)))
+        translator.is_done = True       # JSON that can be read is whole, even if it names no finish reason
     else:
         for piece in itertools.chain([head], until_finished(pieces, translator)):
             yield from translated_events(decoder.feed(piece), translator)

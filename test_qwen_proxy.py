@@ -1890,6 +1890,8 @@ TOOL_DELTAS = {
                                chunk(tool_call(1, "call_b", "get_time", "{}")), chunk({}, "stop"), DONE],
     "in the finish chunk": [chunk({"tool_calls": tool_call(0, "call_a", "get_weather", '{"city": "Paris"}')["tool_calls"]
                                    + tool_call(1, "call_b", "get_time", "{}")["tool_calls"]}, "stop"), DONE],
+    "the whole call replayed in other blanks": [chunk(tool_call(0, "call_a", "get_weather", blanks)) for blanks in ('{"city": "Paris"}', '{"city":"Paris"}')]
+                                               + [chunk(tool_call(1, "call_b", "get_time", "{}")), chunk({}, "stop"), DONE],
     "truncated by length, but whole": [chunk(tool_call(0, "call_a", "get_weather", '{"city": "Paris"}')),
                                        chunk(tool_call(1, "call_b", "get_time", "{}")), chunk({}, "length"), DONE],
 }
@@ -2012,6 +2014,7 @@ DIRTY = {
     "CR": ([b"".join(HELLO).replace(b"\n", b"\r")], {}),
     "comments, ids, names, retry": ([b": keep-alive\n\nretry: 100\n\nid:%d\nevent:result\n:HTTP_STATUS/200\n" % number + data
                                      for number, data in enumerate(HELLO)], {}),
+    "no blank line between events": ([b"".join(HELLO).replace(b"\n\n", b"\n")], {}),
     "BOM": ([b"\xef\xbb\xbf" + b"".join(HELLO)], {}),
     "keep-alives in words and empty data": ([b"data: ping\n\n", b"data:\n\n", *HELLO], {}),
     "one event in several data lines": ([HELLO[0].replace(b'"index": 0,', b'"index": 0,\ndata: '), *HELLO[1:]], {}),
@@ -2049,6 +2052,17 @@ DIRTY = {
     "whole: two calls with one id": (whole({"role": "assistant", "tool_calls": [
         {"id": "a", "type": "function", "function": {"name": name, "arguments": "{}"}} for name in "fg"]}, "tool_calls"),
         {"content": None, "calls": [("f", {}), ("g", {})], "finish_reason": "tool_calls"}),
+    "whole: no finish reason": (whole(choices=[{"index": 0, "message": {"role": "assistant", "content": "Hello, wörld"}}]), {}),
+    "whole: finish reason null": (whole(finish_reason=None), {}),
+    "whole: calls without ids and arguments": (whole({"role": "assistant", "tool_calls": [
+        {"type": "function", "function": {"name": name, "arguments": None}} for name in "ffg"]}),
+        {"content": None, "calls": [("f", {}), ("f", {}), ("g", {})], "finish_reason": "tool_calls"}),
+    # tool calls without ids
+    "no ids, another name before any arguments": ([chunk({"tool_calls": [{"function": {"name": name, "arguments": None}}]}) for name in "fg"] + END,
+                                                  {"content": None, "calls": [("f", {}), ("g", {})], "finish_reason": "tool_calls"}),
+    "no ids, the name on every delta": ([chunk({"tool_calls": [{"index": 0, "function": {"name": "f", "arguments": text}}]})
+                                         for text in ("", '{"a":', "1}", "")] + END,
+                                        {"content": None, "calls": [("f", {"a": 1})], "finish_reason": "tool_calls"}),
     # errors that come with status 200
     "native error frame, soft": ([NATIVE % MINUTE], {"error": (429, "rate_limit_exceeded")}),
     "native error frame, hard": ([NATIVE % FREE], {"error": (429, "insufficient_quota")}),
@@ -2157,6 +2171,8 @@ def test_dirty_answers_reach_the_client_clean_streamed_and_not(key_server, upstr
     (["A longer beginning of a text", "A longer beginning of a text, and", "A longer beginning of a text, and", "A longer beginning of a text, and end"],
      "A longer beginning of a text, and end"),
     (["Hello", " world", "Hello world, again"], "Hello worldHello world, again"),
+    (["Hello", "Hello", "Hello, I am", "Hello, I am a model", "Hello, I am a model of"], "Hello, I am a model of"),
+    (["--", "--", "-", "\nx"], "-----\nx"), (["ab"] * 2000, "ab" * 2000),
 ])
 def test_cumulative_deltas_become_increments_and_repetition_survives(texts, expected):
     assert text_in(translate([b"".join(deltas_of(*texts))])) == expected
@@ -3082,18 +3098,35 @@ def test_client_16_no_character_is_ever_split_between_writes(key_server, upstrea
     assert "wörld" in "".join(piece.decode() for piece in pieces) and all(piece.endswith(b"\n\n") for piece in pieces[:-1])
 
 
-@pytest.mark.parametrize("name", ["as documented", "no index, id repeated", "index from 1", "one index for two calls", "two in one chunk",
-                                  "arguments before the name", "arguments as an object"])
-def test_client_17_18_19_21_22_tool_calls_are_rebuilt(key_server, upstream, name):
-    """Complete first deltas, indexes from 0, one call a chunk, arguments as text, finish_reason tool_calls."""
-    upstream.script.append(stream(*TOOL_DELTAS[name]))
-    _, _, data = chat(key_server, stream=True, tools=[TOOL])
+def tool_deltas(server, upstream, pieces):
+    """The tool_calls entries of a streamed answer to these pieces, and the last finish_reason."""
+    upstream.script.append(stream(*pieces))
+    _, _, data = chat(server, stream=True, tools=[TOOL])
     chunks = [json.loads(value) for value in data[:-1]]
     check_canonical(chunks)
-    calls = [choice["delta"]["tool_calls"][0] for value in chunks for choice in value["choices"] if "tool_calls" in choice["delta"]]
-    assert [call["index"] for call in calls if "id" in call] == [0, 1] and chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
-    assert all(set(call) == {"index", "function"} and set(call["function"]) == {"arguments"} for call in calls if "id" not in call)
-    assert all(isinstance(call["function"]["arguments"], str) for call in calls)
+    deltas = [choice["delta"]["tool_calls"] for value in chunks for choice in value["choices"] if "tool_calls" in choice["delta"]]
+    return deltas, chunks[-1]["choices"][0]["finish_reason"]
+
+
+@pytest.mark.parametrize("name", ["as documented", "no index, id repeated", "the whole call replayed"])
+def test_client_17_the_first_delta_is_complete_and_later_ones_have_arguments_alone(key_server, upstream, name):
+    deltas, _ = tool_deltas(key_server, upstream, TOOL_DELTAS[name])
+    firsts = [call for [call] in deltas if "id" in call]
+    assert [(call["id"], call["type"], call["function"]["name"]) for call in firsts] == [
+        ("call_a", "function", "get_weather"), ("call_b", "function", "get_time")]
+    assert all(set(call) == {"index", "function"} and set(call["function"]) == {"arguments"} for [call] in deltas if "id" not in call)
+
+
+@pytest.mark.parametrize("name", ["no index, id repeated", "index from 1", "one index for two calls"])
+def test_client_18_indexes_count_from_0_with_one_call_each(key_server, upstream, name):
+    deltas, _ = tool_deltas(key_server, upstream, TOOL_DELTAS[name])
+    assert [(call["index"], call["id"]) for [call] in deltas if "id" in call] == [(0, "call_a"), (1, "call_b")]
+
+
+@pytest.mark.parametrize("name", ["two in one chunk", "same index in one chunk", "in the finish chunk"])
+def test_client_19_there_is_one_tool_delta_a_chunk(key_server, upstream, name):
+    deltas, _ = tool_deltas(key_server, upstream, TOOL_DELTAS[name])
+    assert [len(entries) for entries in deltas] == [1] * len(deltas) and len(deltas) >= 2
 
 
 @pytest.mark.parametrize("is_stream", [True, False])
@@ -3104,6 +3137,27 @@ def test_client_20_calls_without_id_and_type_get_them(key_server, upstream, is_s
     calls = collect([json.loads(value) for value in answer[:-1]]) if is_stream else answer
     calls = calls["choices"][0]["message"]["tool_calls"]
     assert len({call["id"] for call in calls}) == 2 and {call["type"] for call in calls} == {"function"}
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+@pytest.mark.parametrize("given, arguments", [({"city": "Paris"}, '{"city": "Paris"}'), (None, "{}"), ("", "{}")])
+def test_client_21_arguments_are_always_json_text(key_server, upstream, is_stream, given, arguments):
+    upstream.script.append(stream(chunk(tool_call(0, "call_a", "f", given)), *END))
+    _, _, answer = chat(key_server, stream=is_stream, tools=[TOOL])
+    completion = collect([json.loads(value) for value in answer[:-1]]) if is_stream else answer
+    assert completion["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"] == arguments
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+@pytest.mark.parametrize("pieces, reason", [
+    ([chunk(tool_call(0, "c", "f", "{}")), chunk({}, "stop"), DONE], "tool_calls"), ([chunk(tool_call(0, "c", "f", "{}")), chunk({}, "length"), DONE], "tool_calls"),
+    ([chunk(tool_call(0, "c", "f", '{"a')), chunk({}, "tool_calls"), DONE], "length"), ([*DELTAS, chunk({}, "length"), DONE], "length"),
+    ([*DELTAS, chunk({}, "tool_calls"), DONE], "stop")])
+def test_client_22_the_finish_reason_says_what_came(key_server, upstream, is_stream, pieces, reason):
+    upstream.script.append(stream(*pieces))
+    _, _, answer = chat(key_server, stream=is_stream, tools=[TOOL])
+    completion = collect([json.loads(value) for value in answer[:-1]]) if is_stream else answer
+    assert completion["choices"][0]["finish_reason"] == reason
 
 
 def test_client_23_roles_are_qwens_and_all_text_is_kept(key_server, upstream):
