@@ -1894,7 +1894,7 @@ class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
                 if is_fresh or connection.has_received:
                     raise UpstreamError("%s gave no answer (%s); try again" % (
                         request.host, "it closed the connection" if isinstance(error, http.client.HTTPException)
-                        else reason_of(error)), code="upstream_cut") from error
+                        else reason_of(error)), code="upstream_cut", moves_on=not connection.has_received) from error
                 log.debug("a kept connection to %s was dead", request.host)
                 connection = None
 
@@ -2015,7 +2015,7 @@ def open_answer(routes: list[Route], attempt: Callable[[Route, str], Any], repai
     routes = sorted(routes, key=lambda route: route.provider.rests_until > now)
     for index, route in enumerate(routes):
         try:
-            return _open_on(route, attempt, repair, watch, retries, now + PATIENCE)
+            return _open_on(route, attempt, repair, watch, retries, now + PATIENCE, index + 1 == len(routes))
         except ProxyError as error:
             if index + 1 == len(routes) or not error.moves_on or time.monotonic() > now + PATIENCE:
                 raise
@@ -2026,7 +2026,7 @@ def open_answer(routes: list[Route], attempt: Callable[[Route, str], Any], repai
 
 
 def _open_on(route: Route, attempt: Callable[[Route, str], Any], repair: Callable[[UpstreamError], bool],
-             watch: Watch, retries: int, deadline: float) -> Any:
+             watch: Watch, retries: int, deadline: float, is_last: bool) -> Any:
     credentials, rejected, is_repaired, delay = route.provider.credentials, "", False, RETRY_DELAY_FIRST
     while True:
         access_token = credentials.access_token(rejected, watch.sleep)
@@ -2043,6 +2043,8 @@ def _open_on(route: Route, attempt: Callable[[Route, str], Any], repair: Callabl
             if not is_repaired and repair(error):
                 is_repaired = True
                 continue
+            if error.code == "upstream_unreachable" and not is_last:
+                raise                           # three attempts of 10 s would leave no time for the next provider
             pause = delay if error.retry_after is None else error.retry_after
             if not error.retry or retries <= 0 or pause > RETRY_DELAY_MOST or time.monotonic() + pause > deadline:
                 raise

@@ -3438,6 +3438,25 @@ def test_failover_from_an_unreachable_host(home, upstream, second, serve, monkey
         assert chat(serve(failover=True), model="qwen3-max")[0] == 200
 
 
+def test_failover_from_hosts_that_take_no_connection_or_close_it_at_once(home, upstream, second, serve, monkeypatch):
+    monkeypatch.setattr(qp, "CONNECT_TIMEOUT", 0.2)
+    monkeypatch.setattr(qp, "RETRY_DELAY_FIRST", 0.01)
+    monkeypatch.setattr(qp, "PATIENCE", 0.5)                # three attempts to connect are too many
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, contextlib.ExitStack() as waiting:
+        for _ in range(3):                                  # its queue is full, so the next SYN is not answered
+            one = waiting.enter_context(socket.socket())
+            one.setblocking(False)
+            one.connect_ex(full.getsockname())
+        settings(home, upstream, {"id": "m", "baseUrl": "http://127.0.0.1:%d/compatible-mode/v1" % full.getsockname()[1]},
+                 {"id": "m", "baseUrl": second.dashscope})
+        assert chat(serve(failover=True), model="m")[0] == 200
+    with socket.create_server(("127.0.0.1", 0)) as shy:
+        threading.Thread(target=lambda: shy.accept()[0].close(), daemon=True).start()
+        settings(home, upstream, {"id": "m", "baseUrl": "http://127.0.0.1:%d/compatible-mode/v1" % shy.getsockname()[1]},
+                 {"id": "m", "baseUrl": second.dashscope})
+        assert chat(serve(failover=True), model="m")[0] == 200
+
+
 def test_without_the_flag_nothing_moves_to_another_key(home, upstream, second, serve):
     settings(home, upstream, {"id": "qwen3-max"}, {"id": "qwen3-max", "baseUrl": second.dashscope})
     upstream.script.append(EXHAUSTED)
