@@ -160,7 +160,8 @@ KEEP_ALIVE_INTERVAL = 15        # a streaming client hears something at least th
 RETRIES = 2
 RETRY_DELAY_FIRST = 0.5         # doubled each time
 RETRY_DELAY_MOST = 10           # a Retry-After beyond this is the client's to wait for
-RETRY_STATUSES = frozenset({502, 503, 529})
+RETRY_STATUSES = frozenset({429, 502, 503, 529})
+MAX_REPAIRS = 2                 # of a body, each without what was refused by name: one reason may hide another
 PATIENCE = 30                   # no retry and no failover begins later than this: clients have timeouts too
 REST_AFTER_FAILURE = 60         # a provider that another one stood in for comes last for so long
 IDLE_CONNECTIONS = 64           # kept open to each upstream
@@ -2007,7 +2008,7 @@ def open_answer(routes: list[Route], attempt: Callable[[Route, str], Any], repai
                 watch: Watch, retries: int) -> Any:
     """The first answer that one of the routes gives, as attempt(route, access_token) began it.
 
-    Everything here happens before the first byte of an answer: one refresh after a 401, one repair of a
+    Everything here happens before the first byte of an answer: one refresh after a 401, some repairs of a
     refused body, some retries, and the next route. attempt() raises UpstreamError for whatever is not the
     beginning of an answer; repair() changes what the next attempt sends. All of it ends with PATIENCE.
     """
@@ -2027,7 +2028,7 @@ def open_answer(routes: list[Route], attempt: Callable[[Route, str], Any], repai
 
 def _open_on(route: Route, attempt: Callable[[Route, str], Any], repair: Callable[[UpstreamError], bool],
              watch: Watch, retries: int, deadline: float, is_last: bool) -> Any:
-    credentials, rejected, is_repaired, delay = route.provider.credentials, "", False, RETRY_DELAY_FIRST
+    credentials, rejected, repairs, delay = route.provider.credentials, "", MAX_REPAIRS, RETRY_DELAY_FIRST
     while True:
         access_token = credentials.access_token(rejected, watch.sleep)
         try:
@@ -2040,8 +2041,8 @@ def _open_on(route: Route, attempt: Callable[[Route, str], Any], repair: Callabl
                                         error.type, request_id=error.request_id, moves_on=True) from error
                 rejected = access_token
                 continue
-            if not is_repaired and repair(error):
-                is_repaired = True
+            if repairs and repair(error):
+                repairs -= 1
                 continue
             if error.code == "upstream_unreachable" and not is_last:
                 raise                           # three attempts of 10 s would leave no time for the next provider
@@ -2749,10 +2750,10 @@ def qwen_thinking(body: dict, context: Context) -> bool:
     else:
         if mode != "always":
             body["enable_thinking"] = True
-        budget = asked.budget or EFFORT_BUDGETS.get(asked.effort or "")
+        budget = asked.budget or (EFFORT_BUDGETS.get(asked.effort or "") if mode != "unknown" else None)
         if budget:
             body["thinking_budget"] = budget
-    return {name: body[name] for name in before if name in body} != before
+    return {name: body[name] for name in (*THINKING_FIELDS, "chat_template_kwargs") if name in body} != before
 
 
 def thinking_off(body: dict, context: Context) -> None:
@@ -2809,11 +2810,16 @@ def forced_tool(body: dict, context: Context) -> bool | str:
     if can_stop_thinking(context):
         thinking_off(body, context)
         return "no thinking, since a tool call is forced"
-    name = dig(choice, "function", "name")
+    call_in_words(body)
+    return "the tool call is asked for in words only, since the model thinks"
+
+
+def call_in_words(body: dict) -> None:
+    """A sentence instead of a tool_choice that forces a call; of a named tool nothing else is offered."""
+    name = dig(body["tool_choice"], "function", "name")
     named = [tool for tool in body["tools"] if isinstance(name, str) and dig(tool, "function", "name") == name]
     body["tools"], body["tool_choice"] = named or body["tools"], "auto"
     add_instruction(body, "Call %s now; do not answer in text." % ("the tool " + name if named else "one of the tools"))
-    return "the tool call is asked for in words only, since the model thinks"
 
 
 def json_output(body: dict, context: Context) -> bool | str:
@@ -2915,7 +2921,8 @@ RULES = tuple(Rule(*row) for row in (
     ("openai-only", without_openai_only, lambda c: _alibaba(c) or c.family == "modelscope",
      "Model Studio, OpenAI compatibility"),
     ("foreign-fields", without_foreign_fields, _alibaba, "Open WebUI 0.12, SillyTavern 1.19, Jan 0.8: their settings"),
-    ("thinking", qwen_thinking, lambda c: c.speaks_qwen and c.mode != "unknown", "Model Studio, 'Deep thinking'"),
+    ("thinking", qwen_thinking, lambda c: _alibaba(c) or c.speaks_qwen and c.mode != "unknown",
+     "Model Studio, 'Deep thinking'"),
     ("thinking-words", other_thinking, lambda c: c.family in ("openrouter", "deepseek", "zai"),
      "each provider's reference"),
     ("forced-tool", forced_tool, lambda c: c.speaks_qwen, "Model Studio, 'Function calling'"),
@@ -3019,54 +3026,88 @@ def to_embedding_request(request: dict, texts: list[str], route: Route) -> dict:
     return {**body, "model": route.model, "input": texts, "encoding_format": "float"}
 
 
-def schema_to_prompt(body: dict, match: Any) -> None:
+def schema_to_prompt(body: dict, match: Any) -> str:
     """A JSON schema that was refused goes into the prompt."""
     wanted = body["response_format"]
     body["response_format"] = {"type": "json_object"}
     add_instruction(body, schema_instruction(wanted))
+    return "with the JSON schema in words"
 
 
-def set_max_tokens(body: dict, match: Any) -> None:
+def set_max_tokens(body: dict, match: Any) -> str:
     """The limit that the refusal names."""
     body["max_tokens"] = int(match.group(1))
+    return "with max_tokens %d" % body["max_tokens"]
 
 
-def drop_logprobs(body: dict, match: Any) -> None:
+def set_thinking_budget(body: dict, match: Any) -> str:
+    """The limit that the refusal names."""
+    body["thinking_budget"] = int(match.group(1))
+    return "with thinking_budget %d" % body["thinking_budget"]
+
+
+def drop_logprobs(body: dict, match: Any) -> str:
     """No log probabilities."""
     body.pop("logprobs", None)
     body.pop("top_logprobs", None)
+    return "without log probabilities"
 
 
-def think_on(body: dict, match: Any) -> None:
+def think_on(body: dict, match: Any) -> str:
     """Thinking that cannot be switched off stays on."""
     body["enable_thinking"] = True
+    return "with thinking"
 
 
-def tool_choice_auto(body: dict, match: Any) -> None:
+def think_off(body: dict, match: Any) -> str:
+    """A model that thinks by default, though nobody here knew."""
+    body["enable_thinking"] = False
+    return "without thinking"
+
+
+def json_in_words(body: dict, match: Any) -> str:
+    """Where the client wants thinking, JSON is asked for in words."""
+    add_instruction(body, schema_instruction(body.pop("response_format")))
+    return "with the JSON asked for in words only"
+
+
+def tool_in_words(body: dict, match: Any) -> str:
     """A choice that was refused is left to the model."""
-    body["tool_choice"] = "auto"
+    call_in_words(body)
+    return "with the tool call asked for in words only"
+
+
+def _wants_json(body: dict) -> bool:
+    return dig(body, "response_format", "type") in ("json_object", "json_schema")
+
+
+def _forces_tool(body: dict) -> bool:
+    return bool(body.get("tools")) and body.get("tool_choice") not in (None, "auto", "none")
 
 
 # What an upstream may refuse by name: the text of its 400, whether the body has it, and what to do about it.
-REPAIRS: tuple[tuple[str, Callable[[dict], bool], Callable[[dict, Any], None]], ...] = (
+REPAIRS: tuple[tuple[str, Callable[[dict], bool], Callable[[dict, Any], str]], ...] = (
     (r"[Rr]ange of max_tokens should be \[\d+, ?(\d+)\]", lambda body: "max_tokens" in body, set_max_tokens),
+    (r"thinking_budget.*not greater than (\d+)", lambda body: "thinking_budget" in body, set_thinking_budget),
+    (r"enable_thinking is true", lambda body: _wants_json(body) and "enable_thinking" not in body, think_off),
+    (r"enable_thinking is true", lambda body: _wants_json(body) and body["enable_thinking"] is True, json_in_words),
     (r"json_schema|response_format", lambda body: dig(body, "response_format", "type") == "json_schema",
      schema_to_prompt),
     (r"logprobs", lambda body: "logprobs" in body or "top_logprobs" in body, drop_logprobs),
     (r"enable_thinking.*(restricted to True|must be True)", lambda body: body.get("enable_thinking") is False,
      think_on),
-    (r"tool_choice", lambda body: body.get("tool_choice") not in (None, "auto", "none"), tool_choice_auto),
+    (r'tool_choice.*\["none", "auto"\]', lambda body: _forces_tool(body) and "enable_thinking" not in body, think_off),
+    (r"tool_choice", _forces_tool, tool_in_words),
 )
 
 
-def repair_request(body: dict, error: UpstreamError) -> bool:
-    """Take out of the body what the upstream has just refused by name; whether there was such a thing."""
+def repair_request(body: dict, error: UpstreamError) -> str:
+    """Take out of the body what the upstream has just refused by name; says how, or "" if there was no such thing."""
     for pattern, applies, repair in REPAIRS if error.status == 400 else ():
         match = re.search(pattern, error.message[:CLASSIFIED], re.S)
         if match and applies(body):
-            repair(body, match)
-            return True
-    return False
+            return repair(body, match)
+    return ""
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -3094,6 +3135,7 @@ class Verdict(NamedTuple):
     code: str | None             # None keeps the upstream's
     retry: bool = False
     moves_on: bool = False
+    families: tuple[str, ...] = ()      # () for any
 
 
 # First match wins. Model Studio 'Error messages', Coding Plan FAQ, qwen-code issues; by text where the code
@@ -3110,6 +3152,7 @@ CATALOGUE = tuple(Verdict(*row) for row in (
          r"daily (quota|limit)|quota_exceeded", 429, "insufficient_quota", "insufficient_quota", False, True),
     ((402,), r"", 429, "insufficient_quota", "insufficient_quota", False, True),
     ((403,), r"insufficient_quota", 429, "insufficient_quota", "insufficient_quota", False, True),
+    ((429,), r"insufficient_quota", 429, "insufficient_quota", "insufficient_quota", False, True, ("portal",)),
     ((), r"only available for coding agents", 403, "permission_error", "client_not_accepted"),
     ((500, 503, 0), r"ModelServingError|ModelUnavailable|too many requests", 503, "server_error", None, True),
     ((429,), r"", 429, "rate_limit_error", "rate_limit_exceeded", True),
@@ -3120,8 +3163,8 @@ CATALOGUE = tuple(Verdict(*row) for row in (
      "authentication_error", "invalid_api_key", False, True),
     ((403,), r"", 403, "permission_error", None),
     ((0,), r"access_?denied|unpurchased", 403, "permission_error", None),
-    ((404, 400, 0), r"model_?not_?found|model .*(not exist|not supported)|model not exist|unsupported model", 404,
-     "invalid_request_error", "model_not_found"),
+    ((404, 400, 0), r"model_?not_?found|model \S+( does| is)? not (exist|supported)|model not exist|unsupported model",
+     404, "invalid_request_error", "model_not_found"),
     ((404,), r"", 404, "invalid_request_error", None),
     ((413,), r"", 413, "invalid_request_error", "request_too_large"),
     ((504,), r"", 504, "upstream_timeout", None),
@@ -3203,8 +3246,9 @@ def refusal_in(status: int, value: dict) -> Refusal:
 def to_upstream_error(refusal: Refusal, family: str, retry_after: float | None = None) -> UpstreamError:
     """The error for the client: status, type and code of the catalogue, the upstream's message, advice."""
     text = ("%s: %s" % (refusal.code, refusal.message))[:CLASSIFIED]
-    verdict = next((row for row in CATALOGUE if (not row.statuses or refusal.status in row.statuses)
-                    and re.search(row.pattern, text, re.I)), Verdict((), "", 502, "upstream_error", None))
+    matching = (row for row in CATALOGUE if (not row.statuses or refusal.status in row.statuses)
+                and (not row.families or family in row.families) and re.search(row.pattern, text, re.I))
+    verdict = next(matching, Verdict((), "", 502, "upstream_error", None))
     if refusal.code == "html" and refusal.status not in RETRY_STATUSES:
         verdict = Verdict((), "", 502, "upstream_error", "upstream_html")
     code = verdict.code or refusal.code or None
@@ -4821,10 +4865,10 @@ class Completion:
             log.debug("rules: %s; to %s: %s", ", ".join(fired) or "none", route.provider.name, excerpt(self._body))
 
     def _repair(self, error: UpstreamError) -> bool:
-        if not repair_request(self._body, error):
-            return False
-        log.info("refused: %s; repeated once without the cause", error.message)
-        return True
+        how = repair_request(self._body, error)
+        if how:
+            log.info("refused: %s; repeated %s", error.message, how)
+        return bool(how)
 
 
 def refuse_unserved(path: str, route: Route) -> None:

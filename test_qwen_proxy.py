@@ -218,9 +218,10 @@ class FakeQwen:
         if any(not re.match(r"[A-Za-z0-9_-]{1,64}$", tool["function"]["name"]) or "parameters" not in tool["function"]
                for tool in request.get("tools", [])):
             return refusal("function parameters is empty (2013)")
-        if not 0 < request.get("thinking_budget", 1) <= 262144 or {"thinking_budget", "reasoning_effort"} <= set(request):
-            return refusal("The thinking_budget parameter must be a positive integer and not greater than 262144")
-        messages, thinking = request["messages"], request.get("enable_thinking", "qwen3.7" in request["model"])
+        most = 32768 if request["model"].startswith("glm-5") else 262144
+        if not 0 < request.get("thinking_budget", 1) <= most or {"thinking_budget", "reasoning_effort"} <= set(request):
+            return refusal("The thinking_budget parameter must be a positive integer and not greater than %d" % most)
+        messages, thinking = request["messages"], request.get("enable_thinking", bool(re.match("qwen3.7|qwen4", request["model"])))
         pending = []
         for index, message in enumerate(messages):
             if message["role"] not in ("system", "assistant", "user", "tool", "function"):
@@ -1205,6 +1206,37 @@ def test_named_refusal_is_repaired_once(serve, upstream, monkeypatch):
     server = serve(base_url=upstream.dashscope, model="some-model")
     assert chat(server, max_tokens=100000)[0] == 200
     assert [body["max_tokens"] for body in upstream.bodies()] == [100000, 65536]
+
+
+JSON_PLEASE = {"response_format": {"type": "json_object"}}
+CALL_PLEASE = {"tool_choice": "required", "tools": [{"type": "function", "function": {"name": "f"}}]}
+
+
+@pytest.mark.parametrize("model, request_, repaired, words", [
+    ("qwen4-plus", JSON_PLEASE, {"enable_thinking": False, "response_format": {"type": "json_object"}}, "without thinking"),
+    ("qwen4-plus", {**JSON_PLEASE, "reasoning_effort": "high"}, {"enable_thinking": True, "response_format": None}, ""),
+    ("qwen4-plus", {**JSON_PLEASE, "reasoning_effort": "none"}, {"enable_thinking": False, "response_format": {"type": "json_object"}}, ""),
+    ("qwen4-plus", CALL_PLEASE, {"enable_thinking": False, "tool_choice": "required"}, "without thinking"),
+    ("qwen4-plus", {**CALL_PLEASE, "think": True}, {"enable_thinking": True, "tool_choice": "auto"}, ""),
+    ("glm-5", {"thinking_budget": 40000}, {"enable_thinking": True, "thinking_budget": 32768}, "with thinking_budget 32768"),
+])
+def test_a_model_that_nobody_knows_thinks_as_the_client_wants(key_server, upstream, caplog, model, request_, repaired, words):
+    caplog.set_level(logging.INFO, "qwen_proxy")
+    assert chat(key_server, model=model, **request_)[0] == 200
+    assert {name: upstream.bodies()[-1].get(name) for name in repaired} == repaired
+    assert len(upstream.bodies()) == (2 if words else 1) and "repeated " + words in caplog.text + "repeated "
+
+
+@pytest.mark.parametrize("message, request_, repaired", [
+    ("The model qwen3-max: json_schema is not supported", {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}},
+     {"response_format": {"type": "json_object"}}),
+    ("For model qwen3-max, logprobs is not supported", {"logprobs": True, "top_logprobs": 2}, {"logprobs": None, "top_logprobs": None}),
+    ("tool_choice: required is not supported", CALL_PLEASE, {"tool_choice": "auto"}),
+])
+def test_what_is_refused_by_name_is_taken_out(key_server, upstream, message, request_, repaired):
+    upstream.script.append(refusal(message))
+    assert chat(key_server, model="qwen3-max", **request_)[0] == 200
+    assert {name: upstream.bodies()[1].get(name) for name in repaired} == repaired
 
 
 # -- HTTP as upstreams and gateways break it -----------------------------------------------------
@@ -3488,11 +3520,12 @@ def test_retries_and_failover_end_with_the_clients_patience(home, upstream, seco
     assert len(upstream.bodies()) == 2 and second.requests == []
 
 
-def test_several_oauth_files_rotate_on_quota(home, upstream, login, serve):
+@pytest.mark.parametrize("words", ["Free allocated quota exceeded.", "You exceeded your current quota, please check your plan and billing details."])
+def test_several_oauth_files_rotate_on_quota(home, upstream, login, serve, words):
     write_login(home, upstream, name="oauth_creds_work.json", access_token="at_work")
     upstream.access_tokens.add("at_work")
     server = serve()
-    upstream.script.append(refusal("Free allocated quota exceeded.", 429, "insufficient_quota"))
+    upstream.script.append(refusal(words, 429, "insufficient_quota"))
     status, headers, _ = chat(server)
     assert (status, headers["x-qwen-provider"]) == (200, "oauth-work")
     assert [headers["Authorization"] for _, headers, _ in upstream.requests] == ["Bearer at_1", "Bearer at_work"]
