@@ -1226,6 +1226,9 @@ def settings_providers(settings: CliSettings) -> list[Provider]:
         for entry in entries if isinstance(entries, list) else []:
             if is_chat_entry(entry):
                 add_entry(providers, entry, settings)
+            elif as_text(dig(entry, "wireApi")) not in ("", "chat-completions"):
+                log.info("settings.json: %s speaks %s only, which no upstream is asked in; left out",
+                         as_text(dig(entry, "id")), as_text(entry["wireApi"]))
     return list(providers.values())
 
 
@@ -1558,11 +1561,12 @@ class Watch:
         while True:
             if self._stopping:
                 raise ShuttingDown
-            remaining = deadline - time.monotonic()
-            if remaining <= 0:
+            now = time.monotonic()
+            if now >= deadline:
                 raise UpstreamError("the upstream has sent nothing for %g s; try again, or allow more with --timeout"
                                     % self.timeout, 504, "upstream_timeout")
-            ready = self._both.wait(min(self._interval, remaining))
+            due = max(0.0, self._last_sign + self._interval - now) if self._on_silence else self._interval
+            ready = self._both.wait(min(due, deadline - now))
             if upstream in ready and not self._stopping:
                 return
             if self._client in ready:
@@ -2347,11 +2351,29 @@ def entry_defaults(body: dict, context: Context) -> bool:
 
 
 def without_nulls(body: dict, context: Context) -> bool:
-    """No null at the top level: it means "not set" there."""
-    nulls = [name for name, value in body.items() if value is None]
+    """No null that means "not set": at the top, in messages but for their content, in a JSON schema's frame."""
+    changed = drop_nulls(body)
+    for message in body.get("messages", ()):
+        changed = drop_nulls(message, "content") or changed
+    wanted = dig(body, "response_format", "json_schema")
+    if isinstance(wanted, dict) and None in wanted.values():
+        body["response_format"], changed = {**body["response_format"], "json_schema": stated(wanted)}, True
+    return changed
+
+
+def drop_nulls(value: dict, kept: str = "") -> bool:
+    """In place: an object without its nulls but one; whether there were any."""
+    nulls = [name for name, item in value.items() if item is None and name != kept]
     for name in nulls:
-        del body[name]
+        del value[name]
     return bool(nulls)
+
+
+def stated(value: Any) -> Any:
+    """An object without its nulls, but for those that are values of a JSON Schema."""
+    if not isinstance(value, dict):
+        return value
+    return {name: item for name, item in value.items() if item is not None or name in ("default", "const")}
 
 
 def functions_to_tools(body: dict, context: Context) -> bool:
@@ -2501,8 +2523,8 @@ def answers_by_call(messages: list[dict]) -> dict[tuple[int, int], dict]:
 
 
 def valid_tool_calls(body: dict, context: Context) -> bool:
-    """Tool calls of the history with arguments that are JSON; no empty lists of them."""
-    changed = False
+    """Tool calls of the history with ids and with arguments that are JSON; no empty lists of them."""
+    changed = with_call_ids(body["messages"])
     for message in body["messages"]:
         calls = message.get("tool_calls")
         if message["role"] != "assistant" or "tool_calls" not in message:
@@ -2514,6 +2536,23 @@ def valid_tool_calls(body: dict, context: Context) -> bool:
         repaired = [valid_call(call) for call in calls]
         changed = changed or repaired != calls
         message["tool_calls"] = repaired
+    return changed
+
+
+def with_call_ids(messages: list[dict]) -> bool:
+    """In place: ids for the calls that have none; answers without one belong to these calls in their order."""
+    waiting: list[str] = []
+    changed = False
+    for place, message in enumerate(messages):
+        calls = as_list(calls_of(message))
+        if any(isinstance(call, dict) and not call.get("id") for call in calls):
+            ids = ["call_%d_%d" % (place, number) for number in range(len(calls))]
+            waiting += [name for name, call in zip(ids, calls) if isinstance(call, dict) and not call.get("id")]
+            message["tool_calls"] = [call if not isinstance(call, dict) or call.get("id") else {**call, "id": name}
+                                     for name, call in zip(ids, calls)]
+            changed = True
+        if message["role"] == "tool" and not message.get("tool_call_id") and waiting:
+            message["tool_call_id"], changed = waiting.pop(0), True
     return changed
 
 
@@ -2585,12 +2624,14 @@ def media_out_of_tools(body: dict, context: Context) -> bool:
 
 
 def reasoning_sent_back(body: dict, context: Context) -> bool:
-    """Thoughts that a client sends back are called reasoning_content."""
+    """Thoughts that a client sends back are called reasoning_content; a model that never thinks gets none."""
     changed = False
     for message in body["messages"]:
         if message["role"] == "assistant" and isinstance(message.get("reasoning"), str):
             message.setdefault("reasoning_content", message["reasoning"])
             del message["reasoning"]
+            changed = True
+        if context.mode == "none" and message.pop("reasoning_content", None) is not None:
             changed = True
     return changed
 
@@ -2605,9 +2646,9 @@ def reasoning_required(body: dict, context: Context) -> bool:
 
 
 def few_cache_markers(body: dict, context: Context) -> bool:
-    """DashScope takes four cache_control markers at most; the later ones cover the earlier ones' prefixes."""
-    holders = [as_list(body.get("tools"))] + [message["content"] for message in body["messages"]
-                                              if isinstance(message.get("content"), list)]
+    """DashScope takes four cache_control markers at most: the first message's, which the portal wants, and the last."""
+    holders = [message["content"] for message in body["messages"] if isinstance(message.get("content"), list)]
+    holders.insert(1, as_list(body.get("tools")))
     marked = [part for holder in holders for part in holder if isinstance(part, dict) and "cache_control" in part]
     surplus = {id(part) for part in (marked[1:-3] if len(marked) > 4 else ())}
 
@@ -2672,7 +2713,10 @@ def usable_tool(tool: Any, context: Context) -> Any:
     kept = {name: value for name, value in function.items()
             if value is not None and (name != "strict" or context.family not in ALIBABA_FAMILIES)}
     kept.setdefault("parameters", {"type": "object", "properties": {}})
-    return {**tool, "function": kept}
+    if isinstance(dig(kept, "parameters", "properties"), dict):
+        properties = {name: stated(schema) for name, schema in kept["parameters"]["properties"].items()}
+        kept["parameters"] = {**stated(kept["parameters"]), "properties": properties}
+    return {**stated(tool), "function": kept}
 
 
 # Overview page of Model Studio's OpenAI compatibility: 'ignored'; object metadata and the rest are refused
@@ -3014,8 +3058,8 @@ def embedding_texts(request: Any) -> list[str]:
 
 def embedding_batch_size(route: Route) -> int:
     """How many texts a request to this route may hold."""
-    if route.provider.family not in ALIBABA_FAMILIES:
-        return MAX_EMBEDDING_INPUTS
+    if route.provider.family not in ALIBABA_FAMILIES and not route.model.lower().startswith("text-embedding-v"):
+        return MAX_EMBEDDING_INPUTS             # nobody else has models of Model Studio's names
     return next(size for pattern, size in EMBEDDING_BATCHES if fnmatch.fnmatchcase(route.model.lower(), pattern))
 
 
@@ -3252,7 +3296,8 @@ def to_upstream_error(refusal: Refusal, family: str, retry_after: float | None =
     if refusal.code == "html" and refusal.status not in RETRY_STATUSES:
         verdict = Verdict((), "", 502, "upstream_error", "upstream_html")
     code = verdict.code or refusal.code or None
-    message = refusal.message or "the upstream answered HTTP %d without a word" % refusal.status
+    message = refusal.message or ("the upstream answered HTTP %d without a word" % refusal.status if refusal.status else
+                                  "the upstream reported an error and said no word about it")
     if refusal.status == 404 and not refusal.message:
         message = "the upstream knows no such path (HTTP 404, empty answer); check the base URL"
     advice = ADVICE.get((code or "", family), ADVICE.get((code or "", ""), ""))

@@ -1183,6 +1183,7 @@ def test_useless_login_is_not_refreshed_for_every_request(login, upstream, serve
     (refusal("The model `x` does not exist", 404, "model_not_found"), 404, "model_not_found", "does not exist"),
     (Reply(404, [], []), 404, None, "base URL"),
     (reply(200, b"<html><title>WAF</title></html>", "text/html"), 502, "upstream_html", "WAF"),
+    (reply(429, b"<html><title>Slow down</title></html>", "text/html"), 429, "rate_limit_exceeded", "Slow down"),
     (reply(200, b"", "text/event-stream"), 502, "upstream_cut", "empty"),
     (reply(200, {"error": {"message": "m4", "code": "Throttling.AllocationQuota"}}), 429, "rate_limit_exceeded", "m4"),
     (stream(b'id:1\nevent:error\n:HTTP_STATUS/400\ndata:{"request_id":"r-1","code":"InvalidParameter","message":"m5"}\n\n'), 400,
@@ -1771,6 +1772,41 @@ def test_an_answer_belongs_to_the_nearest_call_of_its_id(messages, contents):
 def test_where_the_client_ends_with_a_result_the_model_goes_on_from_a_result(messages, order):
     body, _ = to_upstream({"messages": [*HI, *messages]})
     assert [message["content"] for message in body["messages"][1:]] == order
+
+
+def test_calls_and_results_without_ids_find_each_other():
+    calls = [{"type": "function", "function": {"name": name, "arguments": "{}"}} for name in "fg"]
+    body, _ = to_upstream({"messages": [*HI, {"role": "assistant", "content": "", "tool_calls": calls}, {"role": "tool", "content": "of f"},
+                                        {"role": "tool", "tool_call_id": None, "content": "of g"}]})
+    messages = body["messages"][1:]
+    assert [message["content"] for message in messages] == ["", "of f", "of g"]
+    assert [call["id"] for call in messages[0]["tool_calls"]] == [message["tool_call_id"] for message in messages[1:]]
+    assert len({call["id"] for call in messages[0]["tool_calls"]}) == 2
+
+
+@pytest.mark.parametrize("model, is_kept", [("qwen3-coder-plus", False), ("qwen3.7-plus", True)])
+def test_thoughts_go_back_only_to_models_that_think(model, is_kept):
+    body, _ = to_upstream({"messages": [*HI, {"role": "assistant", "content": "a", "reasoning": "hm"}, *HI]}, model)
+    assert body["messages"][1] == {"role": "assistant", "content": "a", **({"reasoning_content": "hm"} if is_kept else {})}
+
+
+def test_nulls_that_mean_not_set_are_left_out_and_those_that_are_values_stay():
+    schema = {"type": "object", "title": None, "properties": {"a": {"type": "string", "description": None, "default": None, "enum": [None, "x"]}}}
+    body, _ = to_upstream({
+        "messages": [{"role": "user", "content": "Hi", "name": None}, {"role": "assistant", "content": None, "function_call": None}, *HI],
+        "tools": [{"type": "function", "strict": None, "function": {"name": "f", "parameters": schema}}],
+        "response_format": {"type": "json_schema", "json_schema": {"name": "json", "strict": None, "schema": {"default": None}}}})
+    assert body["messages"][1:3] == [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ""}]      # behind 'Answer in JSON.'
+    assert body["tools"] == [{"type": "function", "function": {"name": "f", "parameters": {
+        "type": "object", "properties": {"a": {"type": "string", "default": None, "enum": [None, "x"]}}}}}]
+    assert body["response_format"]["json_schema"] == {"name": "json", "schema": {"default": None}}
+
+
+def test_the_marker_that_the_portal_wants_is_never_the_surplus_one():
+    marker = {"cache_control": {"type": "ephemeral"}}
+    body, _ = to_upstream({"tools": [{**TWO_TOOLS[0], **marker}], "messages": [
+        {"role": "user", "content": [{"type": "text", "text": str(number), **marker} for number in range(5)]}]}, "coder-model", "portal")
+    assert "cache_control" in body["messages"][0]["content"][0] and json.dumps(body).count("cache_control") == 4
 
 
 def test_nothing_but_orphans_is_refused_by_name(key_server, upstream):
@@ -3113,6 +3149,22 @@ def test_client_15_silence_is_filled_with_plain_comments(serve, upstream, monkey
     assert lines.count(": keep-alive") >= 3 and all(line == ": keep-alive" or line[:7] in ("data: {", "data: [") for line in lines)
 
 
+def test_client_15_comments_of_the_upstream_do_not_put_it_off(serve, upstream, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
+    server, gates = serve(base_url=upstream.dashscope, model="m", keep_alive=0.5), [threading.Event() for _ in range(3)]
+    upstream.script.append(stream(HELLO[0], *[piece for gate in gates for piece in (gate, b": still here\n\n")], *HELLO[1:]))
+    for number, gate in enumerate(gates):
+        threading.Timer(0.4 * (number + 1), gate.set).start()
+    started, times = time.monotonic(), []
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=WAIT)
+    connection.request("POST", "/v1/chat/completions", json.dumps({"messages": HI, "stream": True}))
+    for line in connection.getresponse():
+        if line == b": keep-alive\n":
+            times.append(time.monotonic() - started)
+    connection.close()
+    assert len(times) >= 2          # after 0.5 and 1 s; put off by the comments it would be one, after 0.8 s
+
+
 def test_client_16_no_character_is_ever_split_between_writes(key_server, upstream):
     whole_answer = b"".join(HELLO)
     at = whole_answer.index("ö".encode()) + 1
@@ -3292,6 +3344,11 @@ def test_client_33_embeddings_come_as_asked(key_server, encoding):
     vector = answer["data"][0]["embedding"]
     assert status == 200 and list(struct.unpack("<2f", base64.b64decode(vector)) if encoding == "base64" else vector) == [2.0, 0.25]
     assert (answer["object"], answer["model"], answer["usage"]) == ("list", "text-embedding-v4", {"prompt_tokens": 1, "total_tokens": 1})
+
+
+@pytest.mark.parametrize("model, size", [("text-embedding-v4", 10), ("text-embedding-v2", 25), ("nomic-embed-text", 2048)])
+def test_client_34_a_batch_is_as_large_as_the_model_takes_behind_any_gateway(model, size):
+    assert qp.embedding_batch_size(qp.Route(qp.Provider("t", "http://h/v1", None, "t", {}, "other"), model)) == size
 
 
 def test_client_34_a_thousand_texts_come_back_in_order(key_server, upstream):
