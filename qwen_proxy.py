@@ -2376,6 +2376,30 @@ def stated(value: Any) -> Any:
     return {name: item for name, item in value.items() if item is not None or name in ("default", "const")}
 
 
+def parts_to_calls(body: dict, context: Context) -> bool:
+    """Calls and results that are parts, as Anthropic has them and Cursor sends them, in OpenAI's places."""
+    messages: list[dict] = []
+    for message in body["messages"]:
+        parts = [part for part in as_list(message.get("content")) if part.get("type") in ("tool_use", "tool_result")]
+        messages += with_calls(message, parts) if parts else [message]
+    changed = [id(message) for message in messages] != [id(message) for message in body["messages"]]
+    body["messages"] = messages
+    return changed
+
+
+def with_calls(message: dict, parts: list[dict]) -> list[dict]:
+    """The messages for one that holds such parts: the results first, as they answer the turn before."""
+    results = [{"role": "tool", "tool_call_id": part.get("tool_use_id"), "content": part.get("content") or ""}
+               for part in parts if part["type"] == "tool_result"]
+    calls = [{"id": part.get("id"), "type": "function", "function": {
+        "name": part.get("name"), "arguments": json.dumps(part.get("input") or {}, ensure_ascii=False)}}
+        for part in parts if part["type"] == "tool_use"]
+    rest = [part for part in message["content"] if part not in parts]
+    if not rest and not calls:
+        return results
+    return [*results, {**message, "content": rest or "", **({"tool_calls": calls} if calls else {})}]
+
+
 def functions_to_tools(body: dict, context: Context) -> bool:
     """The deprecated functions and function_call, also in the history, as tools."""
     changed = False
@@ -2707,6 +2731,10 @@ def usable_tools(body: dict, context: Context) -> bool:
 
 def usable_tool(tool: Any, context: Context) -> Any:
     """A tool with parameters and without nulls; without `strict` where that is unknown."""
+    if isinstance(tool, dict) and "function" not in tool and isinstance(tool.get("name"), str):
+        tool = {"type": "function", "function": {           # Anthropic's shape, or that of /v1/responses
+            "name": tool["name"], "description": tool.get("description"),
+            "parameters": tool.get("input_schema") or tool.get("parameters")}}
     function = dig(tool, "function")
     if not isinstance(function, dict):
         return tool
@@ -2943,6 +2971,7 @@ def _alibaba(context: Context) -> bool:
 RULES = tuple(Rule(*row) for row in (
     ("entry-defaults", entry_defaults, _anywhere, "Qwen Code, model-providers.md: samplingParams, extra_body"),
     ("no-nulls", without_nulls, _anywhere, "pydantic-ai and LangChain JS send null for 'not set'"),
+    ("parts-to-calls", parts_to_calls, _anywhere, "Anthropic's messages, which Cursor sends to chat completions"),
     ("legacy-functions", functions_to_tools, _anywhere, "OpenAI reference: functions, deprecated by tools"),
     ("developer-role", developer_to_system, _anywhere, "DashScope 400: developer is not one of [...]"),
     ("system-first", system_first, lambda c: _alibaba(c) or c.speaks_qwen,
@@ -4875,16 +4904,16 @@ class _DeadlineReader(io.RawIOBase):
 class Completion:
     """One request of a client on its way through the upstream: prepared, opened, read."""
 
-    def __init__(self, proxy: ProxyServer, kind: Kind, request: dict, watch: Watch, user_agent: str):
-        self._proxy, self._kind, self._request, self._watch = proxy, kind, request, watch
+    def __init__(self, proxy: ProxyServer, kind: Kind, request: dict, routes: list[Route], watch: Watch,
+                 user_agent: str):
+        self._proxy, self._kind, self._request, self._routes, self._watch = proxy, kind, request, routes, watch
         self._headers = {"Accept": "text/event-stream", "User-Agent": user_agent}
         self._body: dict = {}
         self._prepared_for: Route | None = None
 
     def open(self) -> Answer:
         """The answer, begun: whatever can still become an HTTP status has been raised."""
-        routes = self._proxy.catalogue.routes(self._request.get("model"))
-        return open_answer(routes, self._attempt, self._repair, self._watch, self._proxy.options.retries)
+        return open_answer(self._routes, self._attempt, self._repair, self._watch, self._proxy.options.retries)
 
     def _attempt(self, route: Route, access_token: str) -> Answer:
         if self._prepared_for is not route:
@@ -5463,8 +5492,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._send(200, [("Content-Type", "text/event-stream; charset=utf-8"), ("Cache-Control", "no-cache"),
                              *headers], None)
 
-    def _sign_of_life(self) -> None:
-        self._start_stream()
+    def _sign_of_life(self, routes: list[Route]) -> None:
+        # The head goes out with it, so that it names who will answer where nobody else can.
+        self._start_stream([("x-qwen-provider", routes[0].provider.name)] if len(routes) == 1 else ())
         self._write_pieces(self._form.alive())
 
     def _write_pieces(self, pieces: list[bytes]) -> None:
@@ -5522,9 +5552,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """The one path of all completions, streamed and not."""
         kind.check(request)
         options, is_stream = self.proxy.options, request.get("stream") is True
-        watch = Watch(self.connection, options.timeout, options.keep_alive, self._sign_of_life if is_stream else None)
+        routes = self.proxy.catalogue.routes(request.get("model"))
+        watch = Watch(self.connection, options.timeout, options.keep_alive,
+                      functools.partial(self._sign_of_life, routes) if is_stream else None)
         with self.proxy.running(watch):
-            answer = Completion(self.proxy, kind, request, watch, self._user_agent()).open()
+            answer = Completion(self.proxy, kind, request, routes, watch, self._user_agent()).open()
             try:
                 self._note = "%s via %s" % (answer.route.model, answer.route.provider.name)
                 self._adopt_request_id(answer.request_id)

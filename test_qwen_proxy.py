@@ -1774,6 +1774,23 @@ def test_where_the_client_ends_with_a_result_the_model_goes_on_from_a_result(mes
     assert [message["content"] for message in body["messages"][1:]] == order
 
 
+def test_calls_results_and_tools_in_anthropics_shapes_are_understood(key_server, upstream):
+    text = {"type": "text", "text": "I look."}
+    tool_use = {"type": "tool_use", "id": "tu_1", "name": "f", "input": {"city": "Köln"}}
+    tool_result = {"type": "tool_result", "tool_use_id": "tu_1", "content": [{"type": "text", "text": "sunny"}]}
+    status, _, _ = chat(key_server, tools=[{"name": "f", "description": "d", "input_schema": {"type": "object", "properties": {}}}],
+                        tool_choice={"type": "any"}, messages=[
+        *HI, {"role": "assistant", "content": [text, tool_use]}, {"role": "user", "content": [tool_result, {"type": "text", "text": "And?"}]}])
+    body = upstream.bodies()[0]
+    assert status == 200 and body["tool_choice"] == "required"
+    assert body["tools"] == [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}}]
+    assert body["messages"][1:] == [
+        {"role": "assistant", "content": "I look.", "tool_calls": [
+            {"id": "tu_1", "type": "function", "function": {"name": "f", "arguments": '{"city": "Köln"}'}}]},
+        {"role": "tool", "tool_call_id": "tu_1", "content": [{"type": "text", "text": "sunny"}]},
+        {"role": "user", "content": [{"type": "text", "text": "And?"}]}]
+
+
 def test_calls_and_results_without_ids_find_each_other():
     calls = [{"type": "function", "function": {"name": name, "arguments": "{}"}} for name in "fg"]
     body, _ = to_upstream({"messages": [*HI, {"role": "assistant", "content": "", "tool_calls": calls}, {"role": "tool", "content": "of f"},
