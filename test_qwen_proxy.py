@@ -3641,12 +3641,21 @@ def mutated(value, random_, times):
     return value
 
 
+REFUSED_BY_NAME = ["Range of max_tokens should be [1, 5] json_schema logprobs", "thinking_budget must be not greater than 5", "tool_choice",
+                   "Json mode response is not supported when enable_thinking is true", 'tool_choice should be ["none", "auto"]']
 FUZZED_REQUESTS = {
     "chat": (EVERYTHING, qp.check_chat_request, qp.to_upstream_request),
     "history": ({**EVERYTHING, "messages": EVERYTHING["messages"] * 2, "functions": [{"name": "f"}], "function_call": {"name": "f"},
                  "reasoning": {"effort": "low", "max_tokens": 5}, "thinking": {"type": "enabled", "budget_tokens": 5}, "tool_choice": "required",
                  "chat_template_kwargs": {"enable_thinking": True}, "response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
                 qp.check_chat_request, qp.to_upstream_request),
+    "anthropic": ({"messages": [*HI, {"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "tool_use", "id": "t", "name": "f", "input": {}}]},
+                                {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t", "content": [{"type": "text", "text": "x"}]}]},
+                                {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]},
+                                {"role": "tool", "content": "x"}, {"role": "assistant", "content": "a"}, {"role": "system", "content": "b"}],
+                   "tools": [{"name": "f", "input_schema": {"type": "object", "properties": {"a": {"description": None}}}}], "think": "high",
+                   "tool_choice": {"type": "any"}, "max_output_tokens": -1, "repeat_penalty": 1, "thinking_budget": 5, "min_p": 1},
+                  qp.check_chat_request, qp.to_upstream_request),
     "text": ({"prompt": "a", "suffix": "b", "max_tokens": 5, "stream": True, "stream_options": {}, "temperature": 1, "user": "u"},
              qp.check_text_request, qp.to_upstream_text_request),
 }
@@ -3666,7 +3675,7 @@ def test_odd_requests_are_served_or_refused_by_name(name):
         try:
             check(odd)
             body, _ = to_upstream_(odd, qp.Route(provider, model))
-            qp.repair_request(body, qp.UpstreamError("Range of max_tokens should be [1, 5] tool_choice json_schema logprobs", 400))
+            qp.repair_request(body, qp.UpstreamError(random_.choice(REFUSED_BY_NAME), 400))
             qp.encode_json(body)
         except qp.BadRequest as error:
             refused += 1
@@ -3701,7 +3710,8 @@ def test_odd_response_and_embedding_requests_are_served_or_refused_by_name():
 
 
 FUZZED_STREAMS = {name: [data for data in DIRTY[name][0]] for name in ("plain", "usage on every chunk", "cumulative text", "error_finish",
-                                                                       "native error frame later", "a think tag", "tools: as documented")}
+                                                                       "native error frame later", "a think tag", "tools: as documented",
+                                                                       "no ids, the name on every delta", "whole: calls without ids and arguments")}
 
 
 def odd_answer(pieces, random_):
