@@ -2489,29 +2489,38 @@ def paired_tool_messages(body: dict, context: Context) -> bool:
     if not any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
         return False
     answers, paired = answers_by_call(messages), []        # type: ignore[var-annotated]
+    between = places_before_results(messages)
     for place, message in enumerate(messages):
         if message["role"] == "tool":
             continue
-        paired.append(message)
+        paired.insert(open_turn(paired) if place in between else len(paired), message)
         for number, call in enumerate(calls_of(message)):
             paired.append(answers.get((place, number)) or {
                 "role": "tool", "tool_call_id": dig(call, "id"), "content": "(no result: the call was interrupted)"})
     if not paired:
         raise BadRequest("messages holds nothing but answers to tool calls that are not there", param="messages")
-    if messages[-1]["role"] == "tool":
-        results_last(paired)
     changed = [id(message) for message in paired] != [id(message) for message in messages]
     messages[:] = paired
     return changed
 
 
-def results_last(messages: list[dict]) -> None:
-    """Words that stood between the last results, as Jan writes them, go before the calls: a result is the last word."""
-    words: list[dict] = []
-    while messages and messages[-1]["role"] == "assistant" and not calls_of(messages[-1]):
-        words.insert(0, messages.pop())
-    turn = max((place for place, message in enumerate(messages) if calls_of(message)), default=len(messages))
-    messages[turn:turn] = words
+def places_before_results(messages: list[dict]) -> set[int]:
+    """Where the assistant speaks between results, as Jan has it: behind them it would have the last word."""
+    places, follower = set(), ""
+    for place in range(len(messages) - 1, -1, -1):
+        if messages[place]["role"] != "assistant" or calls_of(messages[place]):
+            follower = messages[place]["role"]
+        elif follower == "tool":
+            places.add(place)
+    return places
+
+
+def open_turn(messages: list[dict]) -> int:
+    """The place of the calls that the messages end with the results of; the end, if they end otherwise."""
+    place = len(messages)
+    while place and messages[place - 1]["role"] == "tool":
+        place -= 1
+    return place - 1 if place and calls_of(messages[place - 1]) else len(messages)
 
 
 def calls_of(message: dict) -> list:

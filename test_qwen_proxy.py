@@ -1768,8 +1768,11 @@ def test_an_answer_belongs_to_the_nearest_call_of_its_id(messages, contents):
     ([call("a"), {"role": "assistant", "content": "."}, result("a", "1")], [".", "", "1"]),
     ([call("a"), result("a", "1"), {"role": "assistant", "content": "."}], ["", "1", "."]),
     ([{"role": "assistant", "content": "."}, result("orphan", "2")], ["."]),
+    ([call("a"), result("a", "1"), {"role": "assistant", "content": "."}, result("orphan", "2"), {"role": "user", "content": "and?"}],
+     [".", "", "1", "and?"]),
+    ([call("a"), {"role": "user", "content": "wait"}, {"role": "assistant", "content": "."}, result("a", "1")], ["", "1", "wait", "."]),
 ])
-def test_where_the_client_ends_with_a_result_the_model_goes_on_from_a_result(messages, order):
+def test_what_the_assistant_says_between_results_goes_before_the_calls(messages, order):
     body, _ = to_upstream({"messages": [*HI, *messages]})
     assert [message["content"] for message in body["messages"][1:]] == order
 
