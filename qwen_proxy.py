@@ -2329,6 +2329,17 @@ def json_type(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
+def extra_body(body: dict, context: Context) -> bool:
+    """What stands in extra_body belongs beside it: openai-python puts it there, other clients send it as written."""
+    if not isinstance(body.get("extra_body"), dict):
+        return False
+    for name, value in body.pop("extra_body").items():
+        body.setdefault(name, value)
+    if "messages" in body:
+        check_chat_request(body)
+    return True
+
+
 def entry_defaults(body: dict, context: Context) -> bool:
     """samplingParams and extra_body of the settings entry, where the client says nothing."""
     if not context.config:
@@ -2782,7 +2793,7 @@ FOREIGN_FIELDS = (
     "num_ctx", "num_gpu", "num_keep", "num_thread", "repeat_last_n", "use_mlock", "use_mmap",
     # llama.cpp, KoboldCpp, text-generation-webui, as SillyTavern names them
     "add_bos_token", "cache_prompt", "dry_allowed_length", "dry_base", "dry_multiplier", "dry_sequence_breakers",
-    "min_p", "sampler_order", "tfs", "top_a", "typical_p", "xtc_probability", "xtc_threshold",
+    "min_p", "sampler_order", "tfs", "tfs_z", "top_a", "typical_p", "xtc_probability", "xtc_threshold",
     # OpenRouter and Mistral
     "include_reasoning", "models", "plugins", "provider", "route", "safe_prompt", "transforms", "usage")
 
@@ -2978,6 +2989,7 @@ def _alibaba(context: Context) -> bool:
 
 # In this order. `where` gates a rule by the endpoint's or the model's family, never by one host's name.
 RULES = tuple(Rule(*row) for row in (
+    ("extra-body", extra_body, _anywhere, "openai-python, README: undocumented request params"),
     ("entry-defaults", entry_defaults, _anywhere, "Qwen Code, model-providers.md: samplingParams, extra_body"),
     ("no-nulls", without_nulls, _anywhere, "pydantic-ai and LangChain JS send null for 'not set'"),
     ("parts-to-calls", parts_to_calls, _anywhere, "Anthropic's messages, which Cursor sends to chat completions"),
@@ -3028,7 +3040,7 @@ def to_upstream_request(request: dict, route: Route) -> tuple[dict, dict[str, st
     """
     family, config = route.provider.family, route.provider.entries.get(route.model) or {}
     body = {**request, "model": route.model, "messages": [dict(message) for message in request["messages"]]}
-    wants_thinking = bool(asked_thinking(request).enabled)
+    wants_thinking = bool(asked_thinking({**as_object(request.get("extra_body")), **request}).enabled)
     context, fired = Context(family, route.model, model_facts(route.model), config, Thinking(), wants_thinking), {}
     for rule in rules_for(family, route.model, config.get("thinkingMandatory") is True):
         changed = rule.apply(body, context)
@@ -3059,7 +3071,8 @@ def fill_in_the_middle(body: dict, context: Context) -> bool:
 
 
 TEXT_RULES = (*(rule for rule in RULES if rule.name in (
-    "entry-defaults", "no-nulls", "max-tokens", "sampling-range", "openai-only", "foreign-fields", "stream")),
+    "extra-body", "entry-defaults", "no-nulls", "max-tokens", "sampling-range", "openai-only", "foreign-fields",
+    "stream")),
     Rule("fill-in-the-middle", fill_in_the_middle, _alibaba,
          "Model Studio, 'Completions': there is no suffix parameter"))
 
