@@ -3388,13 +3388,13 @@ class Increments:
     it. Only what both readings agree on is passed on until one of them is out: one delta that does not
     start with the delta before it proves increments for good; EVIDENCE repeated characters prove a
     cumulative stream, unless the text is one short unit over and over, which is what a model that
-    laughs or draws a line really sends. A mere repeat speaks for neither. Undecidable are cumulative answers that
-    end before that, and periodic ones: they are read as increments. What is read wrongly is an answer whose first
-    increments each begin with all of the one before, as rows that grow ("1 2 3", "1 2 3 4 5 6", ...).
+    laughs or draws a line really sends. A mere repeat of fewer characters is an increment, as to wait would
+    make every answer of equal chunks late; a longer one speaks for neither. Undecidable are cumulative answers
+    that end before that, and periodic ones: they are read as increments. What is read wrongly is an answer whose
+    first increments each begin with all of the one before, as rows that grow ("1 2 3", "1 2 3 4 5 6", ...).
     """
 
     EVIDENCE = 24
-    MOST = 1024                         # characters of mere repeats that are held; the CLI compares as many
 
     def __init__(self) -> None:
         self.is_settled = False         # increments for good: feed() need not be asked any more
@@ -3408,9 +3408,10 @@ class Increments:
             return text
         if self._is_cumulative:
             return self._feed_cumulative(text)
-        if not text.startswith(self._latest) or text == self._latest and len(self._joined) > self.MOST:
+        is_repeat = bool(self._latest) and text == self._latest
+        if not text.startswith(self._latest) or is_repeat and self._is_increment(text):
             return self._settle(self._joined + text)
-        self._evidence += len(self._latest) if text != self._latest else 0
+        self._evidence += 0 if is_repeat else len(self._latest)
         self._joined, self._latest = self._joined + text, text
         if self._evidence >= self.EVIDENCE and not is_periodic(text):
             self._is_cumulative = True
@@ -3423,6 +3424,9 @@ class Increments:
     def close(self) -> str:
         """What was held back, when no more will come."""
         return "" if self.is_settled or self._is_cumulative else self._settle(self._joined)
+
+    def _is_increment(self, repeat: str) -> bool:
+        return len(repeat) < self.EVIDENCE or len(self._joined) > 2 * len(repeat)       # it is held two times at most
 
     def _settle(self, joined: str) -> str:
         self.is_settled, self._joined, self._latest = True, "", ""

@@ -2261,11 +2261,17 @@ def test_dirty_answers_reach_the_client_clean_streamed_and_not(key_server, upstr
     (["A longer beginning of a text", "A longer beginning of a text, and", "A longer beginning of a text, and", "A longer beginning of a text, and end"],
      "A longer beginning of a text, and end"),
     (["Hello", " world", "Hello world, again"], "Hello worldHello world, again"),
-    (["Hello", "Hello", "Hello, I am", "Hello, I am a model", "Hello, I am a model of"], "Hello, I am a model of"),
-    (["--", "--", "-", "\nx"], "-----\nx"), (["ab"] * 2000, "ab" * 2000),
+    (["Hello, I am a model by Qwen"] * 3 + ["Hello, I am a model by Qwen of", "Hello, I am a model by Qwen of this"], "Hello, I am a model by Qwen of this"),
+    (["--", "--", "-", "\nx"], "-----\nx"), (["ab"] * 2000, "ab" * 2000), (["as it says: no end of it "] * 900, "as it says: no end of it " * 900),
+    (["a line of the poem that comes twice\n"] * 2 + ["x"], "a line of the poem that comes twice\n" * 2 + "x"),
 ])
 def test_cumulative_deltas_become_increments_and_repetition_survives(texts, expected):
     assert text_in(translate([b"".join(deltas_of(*texts))])) == expected
+
+
+def test_equal_chunks_are_passed_on_as_they_come():
+    increments = qp.Increments()
+    assert [increments.feed("xxxxxxxx") for _ in range(3)] == ["xxxxxxxx"] * 3
 
 
 @pytest.mark.parametrize("texts, thoughts, content", [
