@@ -2387,11 +2387,14 @@ def stated(value: Any) -> Any:
     return {name: item for name, item in value.items() if item is not None or name in ("default", "const")}
 
 
+CALL_PARTS = ("tool_use", "tool_result")
+
+
 def parts_to_calls(body: dict, context: Context) -> bool:
     """Calls and results that are parts, as Anthropic has them and Cursor sends them, in OpenAI's places."""
     messages: list[dict] = []
     for message in body["messages"]:
-        parts = [part for part in as_list(message.get("content")) if part.get("type") in ("tool_use", "tool_result")]
+        parts = [part for part in as_list(message.get("content")) if part.get("type") in CALL_PARTS]
         messages += with_calls(message, parts) if parts else [message]
     changed = [id(message) for message in messages] != [id(message) for message in body["messages"]]
     body["messages"] = messages
@@ -2405,7 +2408,7 @@ def with_calls(message: dict, parts: list[dict]) -> list[dict]:
     calls = [{"id": part.get("id"), "type": "function", "function": {
         "name": part.get("name"), "arguments": json.dumps(part.get("input") or {}, ensure_ascii=False)}}
         for part in parts if part["type"] == "tool_use"]
-    rest = [part for part in message["content"] if part not in parts]
+    rest = [part for part in message["content"] if part.get("type") not in CALL_PARTS]
     if not rest and not calls:
         return results
     return [*results, {**message, "content": rest or "", **({"tool_calls": calls} if calls else {})}]
@@ -2500,11 +2503,16 @@ def paired_tool_messages(body: dict, context: Context) -> bool:
     if not any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
         return False
     answers, paired = answers_by_call(messages), []        # type: ignore[var-annotated]
-    between = places_before_results(messages)
+    between, turn = places_before_results(messages), -1     # turn: where the calls are that the results so far answer
     for place, message in enumerate(messages):
         if message["role"] == "tool":
             continue
-        paired.insert(open_turn(paired) if place in between else len(paired), message)
+        if place in between and turn >= 0:
+            paired.insert(turn, message)
+            turn += 1
+            continue
+        turn = len(paired) if calls_of(message) else -1
+        paired.append(message)
         for number, call in enumerate(calls_of(message)):
             paired.append(answers.get((place, number)) or {
                 "role": "tool", "tool_call_id": dig(call, "id"), "content": "(no result: the call was interrupted)"})
@@ -2524,14 +2532,6 @@ def places_before_results(messages: list[dict]) -> set[int]:
         elif follower == "tool":
             places.add(place)
     return places
-
-
-def open_turn(messages: list[dict]) -> int:
-    """The place of the calls that the messages end with the results of; the end, if they end otherwise."""
-    place = len(messages)
-    while place and messages[place - 1]["role"] == "tool":
-        place -= 1
-    return place - 1 if place and calls_of(messages[place - 1]) else len(messages)
 
 
 def calls_of(message: dict) -> list:
