@@ -2364,7 +2364,7 @@ def entry_defaults(body: dict, context: Context) -> bool:
 def without_nulls(body: dict, context: Context) -> bool:
     """No null that means "not set": at the top, in messages but for their content, in a JSON schema's frame."""
     changed = drop_nulls(body)
-    for message in body.get("messages", ()):
+    for message in body["messages"] if "prompt" not in body else ():
         changed = drop_nulls(message, "content") or changed
     wanted = dig(body, "response_format", "json_schema")
     if isinstance(wanted, dict) and None in wanted.values():
@@ -2408,6 +2408,7 @@ def with_calls(message: dict, parts: list[dict]) -> list[dict]:
     calls = [{"id": part.get("id"), "type": "function", "function": {
         "name": part.get("name"), "arguments": json.dumps(part.get("input") or {}, ensure_ascii=False)}}
         for part in parts if part["type"] == "tool_use"]
+    calls = as_list(message.get("tool_calls")) + calls
     rest = [part for part in message["content"] if part.get("type") not in CALL_PARTS]
     if not rest and not calls:
         return results
@@ -2503,7 +2504,8 @@ def paired_tool_messages(body: dict, context: Context) -> bool:
     if not any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
         return False
     answers, paired = answers_by_call(messages), []        # type: ignore[var-annotated]
-    between, turn = places_before_results(messages), -1     # turn: where the calls are that the results so far answer
+    between = places_before_results(messages, {id(answer) for answer in answers.values()})
+    turn = -1                           # where the calls are that the results so far answer
     for place, message in enumerate(messages):
         if message["role"] == "tool":
             continue
@@ -2523,12 +2525,12 @@ def paired_tool_messages(body: dict, context: Context) -> bool:
     return changed
 
 
-def places_before_results(messages: list[dict]) -> set[int]:
+def places_before_results(messages: list[dict], results: set[int]) -> set[int]:
     """Where the assistant speaks between results, as Jan has it: behind them it would have the last word."""
     places, follower = set(), ""
     for place in range(len(messages) - 1, -1, -1):
         if messages[place]["role"] != "assistant" or calls_of(messages[place]):
-            follower = messages[place]["role"]
+            follower = "tool" if id(messages[place]) in results else ""
         elif follower == "tool":
             places.add(place)
     return places
@@ -2589,6 +2591,7 @@ def with_call_ids(messages: list[dict]) -> bool:
     changed = False
     for place, message in enumerate(messages):
         calls = as_list(calls_of(message))
+        waiting = [] if calls else waiting
         if any(isinstance(call, dict) and not call.get("id") for call in calls):
             ids = ["call_%d_%d" % (place, number) for number in range(len(calls))]
             waiting += [name for name, call in zip(ids, calls) if isinstance(call, dict) and not call.get("id")]
@@ -2751,10 +2754,10 @@ def usable_tools(body: dict, context: Context) -> bool:
 
 def usable_tool(tool: Any, context: Context) -> Any:
     """A tool with parameters and without nulls; without `strict` where that is unknown."""
-    if isinstance(tool, dict) and "function" not in tool and isinstance(tool.get("name"), str):
-        tool = {"type": "function", "function": {           # Anthropic's shape, or that of /v1/responses
-            "name": tool["name"], "description": tool.get("description"),
-            "parameters": tool.get("input_schema") or tool.get("parameters")}}
+    schema = dig(tool, "input_schema") or dig(tool, "parameters")       # Anthropic's shape, or that of /v1/responses
+    if isinstance(schema, dict) and "function" not in tool and isinstance(tool.get("name"), str):
+        tool = {"type": "function", "cache_control": tool.get("cache_control"), "function": {
+            "name": tool["name"], "description": tool.get("description"), "parameters": schema}}
     function = dig(tool, "function")
     if not isinstance(function, dict):
         return tool
@@ -3131,8 +3134,8 @@ def schema_to_prompt(body: dict, match: Any) -> str:
 
 def set_max_tokens(body: dict, match: Any) -> str:
     """The limit that the refusal names."""
-    body["max_tokens"] = int(match.group(1))
-    return "with max_tokens %d" % body["max_tokens"]
+    before, body["max_tokens"] = body["max_tokens"], int(match.group(1))
+    return "with max_tokens %d" % body["max_tokens"] if body["max_tokens"] != before else ""
 
 
 def set_thinking_budget(body: dict, match: Any) -> str:
@@ -3196,11 +3199,14 @@ REPAIRS: tuple[tuple[str, Callable[[dict], bool], Callable[[dict, Any], str]], .
 )
 
 
+IN_WORDS = (schema_to_prompt, json_in_words, tool_in_words)     # these need messages
+
+
 def repair_request(body: dict, error: UpstreamError) -> str:
     """Take out of the body what the upstream has just refused by name; says how, or "" if there was no such thing."""
     for pattern, applies, repair in REPAIRS if error.status == 400 else ():
         match = re.search(pattern, error.message[:CLASSIFIED], re.S)
-        if match and applies(body):
+        if match and applies(body) and not ("prompt" in body and repair in IN_WORDS):
             return repair(body, match)
     return ""
 
@@ -3258,7 +3264,8 @@ CATALOGUE = tuple(Verdict(*row) for row in (
      "authentication_error", "invalid_api_key", False, True),
     ((403,), r"", 403, "permission_error", None),
     ((0,), r"access_?denied|unpurchased", 403, "permission_error", None),
-    ((404, 400, 0), r"model_?not_?found|model \S+( does| is)? not (exist|supported)|model not exist|unsupported model",
+    ((404, 400, 0), r"model_?not_?found|model( \S+| '[^']*')?( does| is)?( currently)? not (exist|supported)"
+                     r"|unsupported model",
      404, "invalid_request_error", "model_not_found"),
     ((404,), r"", 404, "invalid_request_error", None),
     ((413,), r"", 413, "invalid_request_error", "request_too_large"),
@@ -3618,7 +3625,8 @@ class ToolCall:
         if not name or arguments.lstrip()[:1] != "{" or not self.is_complete():
             return False
         try:
-            return bool(json.loads(arguments) == json.loads(str(self.arguments)))
+            ours, theirs = json.loads(str(self.arguments)), json.loads(arguments)
+            return json.dumps(ours, sort_keys=True) == json.dumps(theirs, sort_keys=True)      # 1 is not true
         except (ValueError, RecursionError):
             return False
 
@@ -3748,7 +3756,7 @@ def whole_delta(message: Any) -> dict:
     """A whole message as a delta: each of its tool calls is a call of its own, whatever ids they have."""
     if not isinstance(message, dict) or not isinstance(message.get("tool_calls"), list):
         return message if isinstance(message, dict) else {}
-    return {**message, "tool_calls": [{**call, "index": place} if isinstance(call, dict) else call
+    return {**message, "tool_calls": [{"index": place, **call} if isinstance(call, dict) else call
                                       for place, call in enumerate(message["tool_calls"])]}
 
 
@@ -5354,10 +5362,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Whether a cross-site request without Origin is a visit by link, or of an app that has web security off.
 
         Browsers send Origin with every cross-site request in mode cors (Fetch, 'append a request Origin header');
-        Chatbox and Cherry Studio have web security off, and no page of another site runs in them.
+        Chatbox and Cherry Studio have web security off.
         """
         mode = self.headers.get("sec-fetch-mode")
-        return mode == "cors" or mode == "navigate" and self.command == "GET"
+        content_type = self.headers.get("content-type", "").partition(";")[0].strip().lower()
+        return mode == "cors" and (self.command != "POST" or content_type == "application/json") or (
+            mode == "navigate" and self.command == "GET")
 
     def _send_preflight(self) -> None:
         headers = [("Allow", "GET, POST, OPTIONS")]

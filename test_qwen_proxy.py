@@ -1765,13 +1765,18 @@ def test_an_answer_belongs_to_the_nearest_call_of_its_id(messages, contents):
     assert [message["content"] for message in body["messages"] if message["role"] == "tool"] == contents
 
 
+def two_calls(*ids):
+    return {**call(ids[0]), "tool_calls": [call(call_id)["tool_calls"][0] for call_id in ids]}
+
+
 @pytest.mark.parametrize("messages, order", [
-    ([call("a"), result("a", "1"), {"role": "assistant", "content": "."}, result("orphan", "2")], [".", "", "1"]),
+    ([two_calls("a", "b"), result("a", "1"), {"role": "assistant", "content": "."}, result("b", "2")], [".", "", "1", "2"]),
+    ([call("a"), result("a", "1"), {"role": "assistant", "content": "."}, result("a", "1")], ["", "1", "."]),
     ([call("a"), {"role": "assistant", "content": "."}, result("a", "1")], [".", "", "1"]),
     ([call("a"), result("a", "1"), {"role": "assistant", "content": "."}], ["", "1", "."]),
     ([{"role": "assistant", "content": "."}, result("orphan", "2")], ["."]),
-    ([call("a"), result("a", "1"), {"role": "assistant", "content": "."}, result("orphan", "2"), {"role": "user", "content": "and?"}],
-     [".", "", "1", "and?"]),
+    ([two_calls("a", "b"), result("a", "1"), {"role": "assistant", "content": "."}, result("b", "2"), {"role": "user", "content": "and?"}],
+     [".", "", "1", "2", "and?"]),
     ([call("a"), {"role": "user", "content": "wait"}, {"role": "assistant", "content": "."}, result("a", "1")], ["", "1", "wait", "."]),
 ])
 def test_what_the_assistant_says_between_results_goes_before_the_calls(messages, order):
@@ -1794,6 +1799,22 @@ def test_calls_results_and_tools_in_anthropics_shapes_are_understood(key_server,
             {"id": "tu_1", "type": "function", "function": {"name": "f", "arguments": '{"city": "Köln"}'}}]},
         {"role": "tool", "tool_call_id": "tu_1", "content": [{"type": "text", "text": "sunny"}]},
         {"role": "user", "content": [{"type": "text", "text": "And?"}]}]
+
+
+@pytest.mark.parametrize("odd", [{"messages": 5}, {"messages": "hi"}, {"messages": [1]}, {"messages": [{"name": None}]}])
+def test_odd_messages_beside_a_prompt_are_no_500(key_server, odd):
+    assert ask(key_server, {"prompt": "x", **odd}, path="/v1/completions")[0] == 200
+
+
+def test_a_text_completion_is_not_repaired_in_words(key_server, upstream):
+    upstream.script.append(refusal("Json mode response is not supported when enable_thinking is true"))
+    assert ask(key_server, {"prompt": "x", "enable_thinking": True, **JSON_PLEASE}, path="/v1/completions")[0] == 400
+
+
+def test_results_without_ids_belong_to_the_turn_before_them():
+    calls = [{"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": name, "arguments": "{}"}}]} for name in "fg"]
+    body, _ = to_upstream({"messages": [*HI, calls[0], *HI, calls[1], {"role": "tool", "content": "of g"}, *HI]})
+    assert [message["content"] for message in body["messages"] if message["role"] == "tool"] == ["(no result: the call was interrupted)", "of g"]
 
 
 def test_calls_and_results_without_ids_find_each_other():
@@ -2804,6 +2825,7 @@ def test_the_connection_lives_on_after_an_error_in_mid_stream(key_server, upstre
     ({"Origin": "vscode-file://vscode-app"}, 200), ({"Origin": "file://"}, 200),
     ({"Sec-Fetch-Site": "cross-site"}, 403), ({"Sec-Fetch-Site": "same-origin"}, 200),
     ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}, 403), ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}, 403),
+    ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "cors", "Content-Type": "text/plain"}, 403),
     ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "cors"}, 200), ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "websocket"}, 403),
     ({"Origin": "http://localhost:3000", "Content-Type": "text/plain"}, 415), ({"Content-Type": "application/x-www-form-urlencoded"}, 200),
 ])
