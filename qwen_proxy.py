@@ -3815,8 +3815,6 @@ class ChunkTranslator:
         try:
             chunk = decode_chunk(data)
         except (ValueError, RecursionError):
-            if b"\n" in event.data:             # some put no blank line between their events
-                return [item for line in event.data.split(b"\n") for item in self.feed(event._replace(data=line))]
             raise UpstreamError("the upstream sent a chunk that is not JSON, or was cut off in one; try again",
                                 code="upstream_cut") from None
         choices = chunk.get("choices")
@@ -4057,11 +4055,22 @@ def last_events(decoder: EventDecoder, translator: Any) -> Iterator[Translated]:
             raise
 
 
+def separate_events(event: Event) -> list[Event]:
+    """The events in one whose lines are JSON each and not together: some put no blank line between their events."""
+    if b"\n" not in event.data:
+        return [event]
+    try:
+        json.loads(event.data.decode("utf-8", "replace"))
+        return [event]
+    except (ValueError, RecursionError):
+        return [event._replace(data=line) for line in event.data.split(b"\n")]
+
+
 def translated_events(events: list[Event], translator: Any) -> Iterator[Translated]:
     """The chunks of some events, all in one; those before an error come out before it is raised."""
     chunks: Translated = []
     try:
-        for event in events:
+        for event in itertools.chain.from_iterable(map(separate_events, events)):
             chunks += translator.feed(event)
     except UpstreamError:
         if chunks:

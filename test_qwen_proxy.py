@@ -2290,6 +2290,11 @@ def test_cumulative_deltas_become_increments_and_repetition_survives(texts, expe
     assert text_in(translate([b"".join(deltas_of(*texts))])) == expected
 
 
+def test_text_before_a_cut_line_is_not_lost_where_no_blank_lines_are():
+    lines = b"".join([*DELTAS, chunk({}, "stop"), b'data: {"id":"x","usa\n\n']).replace(b"\n\n", b"\n")
+    assert text_in(translate([lines])) == "Hello, w\u00f6rld"
+
+
 def test_equal_chunks_are_passed_on_as_they_come():
     increments = qp.Increments()
     assert [increments.feed("xxxxxxxx") for _ in range(3)] == ["xxxxxxxx"] * 3
