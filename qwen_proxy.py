@@ -2329,15 +2329,14 @@ def json_type(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-def extra_body(body: dict, context: Context) -> bool:
-    """What stands in extra_body belongs beside it: openai-python puts it there, other clients send it as written."""
-    if not isinstance(body.get("extra_body"), dict):
-        return False
-    for name, value in body.pop("extra_body").items():
-        body.setdefault(name, value)
-    if "messages" in body:
-        check_chat_request(body)
-    return True
+def with_extra_body(request: Any) -> Any:
+    """The request with what stands in extra_body beside it: openai-python puts it there, others send it as written."""
+    extra = dig(request, "extra_body")
+    if not isinstance(extra, dict):
+        return request
+    log.debug("extra_body is merged: %s", ", ".join(extra))
+    stated_fields = {name: value for name, value in request.items() if value is not None and name != "extra_body"}
+    return {**extra, **stated_fields}
 
 
 def entry_defaults(body: dict, context: Context) -> bool:
@@ -2405,10 +2404,10 @@ def with_calls(message: dict, parts: list[dict]) -> list[dict]:
     """The messages for one that holds such parts: the results first, as they answer the turn before."""
     results = [{"role": "tool", "tool_call_id": part.get("tool_use_id"), "content": part.get("content") or ""}
                for part in parts if part["type"] == "tool_result"]
-    calls = [{"id": part.get("id"), "type": "function", "function": {
-        "name": part.get("name"), "arguments": json.dumps(part.get("input") or {}, ensure_ascii=False)}}
+    calls = as_list(message.get("tool_calls")) + [
+        {"id": part.get("id"), "type": "function", "function": {
+            "name": part.get("name"), "arguments": json.dumps(part.get("input") or {}, ensure_ascii=False)}}
         for part in parts if part["type"] == "tool_use"]
-    calls = as_list(message.get("tool_calls")) + calls
     rest = [part for part in message["content"] if part.get("type") not in CALL_PARTS]
     if not rest and not calls:
         return results
@@ -2693,7 +2692,7 @@ def reasoning_required(body: dict, context: Context) -> bool:
 
 
 def few_cache_markers(body: dict, context: Context) -> bool:
-    """DashScope takes four cache_control markers at most: the first message's, which the portal wants, and the last."""
+    """Four cache_control markers at most: the first message's, which the portal wants, and the last three."""
     holders = [message["content"] for message in body["messages"] if isinstance(message.get("content"), list)]
     holders.insert(1, as_list(body.get("tools")))
     marked = [part for holder in holders for part in holder if isinstance(part, dict) and "cache_control" in part]
@@ -2765,7 +2764,7 @@ def usable_tool(tool: Any, context: Context) -> Any:
             if value is not None and (name != "strict" or context.family not in ALIBABA_FAMILIES)}
     kept.setdefault("parameters", {"type": "object", "properties": {}})
     if isinstance(dig(kept, "parameters", "properties"), dict):
-        properties = {name: stated(schema) for name, schema in kept["parameters"]["properties"].items()}
+        properties = {name: stated(value) for name, value in kept["parameters"]["properties"].items()}
         kept["parameters"] = {**stated(kept["parameters"]), "properties": properties}
     return {**stated(tool), "function": kept}
 
@@ -2917,10 +2916,14 @@ def call_in_words(body: dict) -> None:
     add_instruction(body, "Call %s now; do not answer in text." % ("the tool " + name if named else "one of the tools"))
 
 
+def wants_json(body: dict) -> bool:
+    """Whether a request asks for nothing but JSON."""
+    return dig(body, "response_format", "type") in ("json_object", "json_schema")
+
+
 def json_output(body: dict, context: Context) -> bool | str:
     """Model Studio, 'Structured output': no JSON mode while thinking."""
-    kind = dig(body, "response_format", "type")
-    if kind not in ("json_object", "json_schema") or not thinks(body, context):
+    if not wants_json(body) or not thinks(body, context):
         return False
     if can_stop_thinking(context):
         thinking_off(body, context)
@@ -2931,7 +2934,7 @@ def json_output(body: dict, context: Context) -> bool | str:
 
 def json_word(body: dict, context: Context) -> bool:
     """Refused otherwise: 'messages' must contain the word 'json' in some form."""
-    if dig(body, "response_format", "type") not in ("json_object", "json_schema"):
+    if not wants_json(body):
         return False
     if any("json" in text_of(message.get("content")).lower() for message in body["messages"]):
         return False
@@ -2992,7 +2995,6 @@ def _alibaba(context: Context) -> bool:
 
 # In this order. `where` gates a rule by the endpoint's or the model's family, never by one host's name.
 RULES = tuple(Rule(*row) for row in (
-    ("extra-body", extra_body, _anywhere, "openai-python, README: undocumented request params"),
     ("entry-defaults", entry_defaults, _anywhere, "Qwen Code, model-providers.md: samplingParams, extra_body"),
     ("no-nulls", without_nulls, _anywhere, "pydantic-ai and LangChain JS send null for 'not set'"),
     ("parts-to-calls", parts_to_calls, _anywhere, "Anthropic's messages, which Cursor sends to chat completions"),
@@ -3043,7 +3045,7 @@ def to_upstream_request(request: dict, route: Route) -> tuple[dict, dict[str, st
     """
     family, config = route.provider.family, route.provider.entries.get(route.model) or {}
     body = {**request, "model": route.model, "messages": [dict(message) for message in request["messages"]]}
-    wants_thinking = bool(asked_thinking({**as_object(request.get("extra_body")), **request}).enabled)
+    wants_thinking = bool(asked_thinking(request).enabled)
     context, fired = Context(family, route.model, model_facts(route.model), config, Thinking(), wants_thinking), {}
     for rule in rules_for(family, route.model, config.get("thinkingMandatory") is True):
         changed = rule.apply(body, context)
@@ -3074,8 +3076,7 @@ def fill_in_the_middle(body: dict, context: Context) -> bool:
 
 
 TEXT_RULES = (*(rule for rule in RULES if rule.name in (
-    "extra-body", "entry-defaults", "no-nulls", "max-tokens", "sampling-range", "openai-only", "foreign-fields",
-    "stream")),
+    "entry-defaults", "no-nulls", "max-tokens", "sampling-range", "openai-only", "foreign-fields", "stream")),
     Rule("fill-in-the-middle", fill_in_the_middle, _alibaba,
          "Model Studio, 'Completions': there is no suffix parameter"))
 
@@ -3134,8 +3135,8 @@ def schema_to_prompt(body: dict, match: Any) -> str:
 
 def set_max_tokens(body: dict, match: Any) -> str:
     """The limit that the refusal names."""
-    before, body["max_tokens"] = body["max_tokens"], int(match.group(1))
-    return "with max_tokens %d" % body["max_tokens"] if body["max_tokens"] != before else ""
+    body["max_tokens"] = int(match.group(1))
+    return "with max_tokens %d" % body["max_tokens"]
 
 
 def set_thinking_budget(body: dict, match: Any) -> str:
@@ -3175,10 +3176,6 @@ def tool_in_words(body: dict, match: Any) -> str:
     return "with the tool call asked for in words only"
 
 
-def _wants_json(body: dict) -> bool:
-    return dig(body, "response_format", "type") in ("json_object", "json_schema")
-
-
 def _forces_tool(body: dict) -> bool:
     return bool(body.get("tools")) and body.get("tool_choice") not in (None, "auto", "none")
 
@@ -3187,8 +3184,8 @@ def _forces_tool(body: dict) -> bool:
 REPAIRS: tuple[tuple[str, Callable[[dict], bool], Callable[[dict, Any], str]], ...] = (
     (r"[Rr]ange of max_tokens should be \[\d+, ?(\d+)\]", lambda body: "max_tokens" in body, set_max_tokens),
     (r"thinking_budget.*not greater than (\d+)", lambda body: "thinking_budget" in body, set_thinking_budget),
-    (r"enable_thinking is true", lambda body: _wants_json(body) and "enable_thinking" not in body, think_off),
-    (r"enable_thinking is true", lambda body: _wants_json(body) and body["enable_thinking"] is True, json_in_words),
+    (r"enable_thinking is true", lambda body: wants_json(body) and "enable_thinking" not in body, think_off),
+    (r"enable_thinking is true", lambda body: wants_json(body) and body["enable_thinking"] is True, json_in_words),
     (r"json_schema|response_format", lambda body: dig(body, "response_format", "type") == "json_schema",
      schema_to_prompt),
     (r"logprobs", lambda body: "logprobs" in body or "top_logprobs" in body, drop_logprobs),
@@ -3207,7 +3204,8 @@ def repair_request(body: dict, error: UpstreamError) -> str:
     for pattern, applies, repair in REPAIRS if error.status == 400 else ():
         match = re.search(pattern, error.message[:CLASSIFIED], re.S)
         if match and applies(body) and not ("prompt" in body and repair in IN_WORDS):
-            return repair(body, match)
+            before, how = dict(body), repair(body, match)
+            return how if body != before else ""        # the same body would be refused again
     return ""
 
 
@@ -3775,7 +3773,7 @@ class ChunkTranslator:
         self.model, self.family = route.model, route.provider.family
         self.wants_usage = bool(dig(request, "stream_options", "include_usage"))
         self._is_legacy = bool(request.get("functions")) and not request.get("tools")
-        self._is_json = dig(request, "response_format", "type") in ("json_object", "json_schema")
+        self._is_json = wants_json(request)
         self._states: dict[int, ChoiceState] = {}
         self._id, self._created, self._their_model = "", 0, None
         self._model_bytes: list[tuple[bytes, bytes]] = []
@@ -5360,8 +5358,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._cors = [("Access-Control-Allow-Origin", origin), ("Vary", "Origin"),
                           ("Access-Control-Expose-Headers",
                            "x-request-id, retry-after, retry-after-ms, x-qwen-provider")]
-            content_type = self.headers.get("content-type", "").partition(";")[0].strip().lower()
-            if self.command == "POST" and content_type != "application/json":
+            if self.command == "POST" and not self._declares_json():
                 raise BadRequest("a request from a web page must be declared as Content-Type: application/json", 415)
         elif self.headers.get("sec-fetch-site") == "cross-site" and not self._is_harmless():
             raise ProxyError("a request from another site, without an Origin that could be checked", 403,
@@ -5374,9 +5371,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         Chatbox and Cherry Studio have web security off.
         """
         mode = self.headers.get("sec-fetch-mode")
-        content_type = self.headers.get("content-type", "").partition(";")[0].strip().lower()
-        return mode == "cors" and (self.command != "POST" or content_type == "application/json") or (
-            mode == "navigate" and self.command == "GET")
+        return (mode == "cors" and (self.command != "POST" or self._declares_json())
+                or mode == "navigate" and self.command == "GET")
+
+    def _declares_json(self) -> bool:
+        return self.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json"
 
     def _send_preflight(self) -> None:
         headers = [("Allow", "GET, POST, OPTIONS")]
@@ -5595,6 +5594,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _complete(self, kind: Kind, request: Any) -> None:
         """The one path of all completions, streamed and not."""
+        request = with_extra_body(request)
         kind.check(request)
         options, is_stream = self.proxy.options, request.get("stream") is True
         routes = self.proxy.catalogue.routes(request.get("model"))

@@ -1241,6 +1241,12 @@ def test_what_is_refused_by_name_is_taken_out(key_server, upstream, message, req
     assert {name: upstream.bodies()[1].get(name) for name in repaired} == repaired
 
 
+def test_a_body_that_no_repair_changes_is_not_sent_again(key_server, upstream):
+    upstream.script.extend([refusal("Range of max_tokens should be [1, 8192]")] * 3)
+    assert chat(key_server, model="qwen3-max", max_tokens=9000)[0] == 400
+    assert [body["max_tokens"] for body in upstream.bodies()] == [9000, 8192]
+
+
 # -- HTTP as upstreams and gateways break it -----------------------------------------------------
 
 class RawUpstream:
@@ -1621,7 +1627,6 @@ def test_everything_passes_unknown_endpoints_untouched():
     ({"temperature": 2}, {"temperature": 1.99}, "sampling-range"),
     ({"temperature": None}, {}, "no-nulls"),
     ({"store": False, "metadata": {}, "service_tier": "auto", "logit_bias": {}}, {}, "openai-only"),
-    ({"extra_body": {"seed": 3, "top_k": 1}, "top_k": 2}, {"top_k": 2, "seed": 3}, "extra-body"),
     ({"min_p": 0.1, "keep_alive": "5m"}, {}, "foreign-fields"), ({"repeat_penalty": 2, "repetition_penalty": 1}, {"repetition_penalty": 1}, "foreign-fields"),
     ({"tools": [], "tool_choice": "auto"}, {}, "tools"),
     ({"tools": [{"type": "function", "function": {"name": "f", "strict": True, "description": None}}]},
@@ -3341,6 +3346,16 @@ def test_client_26_controls_for_other_servers_do_not_reach_the_upstream_or_get_q
     assert (body["repetition_penalty"], body["enable_thinking"], body["max_tokens"]) == (1.1, False, 9)
 
 
+def test_extra_body_sent_as_it_is_written_is_merged(key_server, upstream, caplog):
+    caplog.set_level(logging.DEBUG, "qwen_proxy")
+    extra = {"seed": 3, "top_k": 1, "temperature": 0.5, "stream_options": {"include_usage": True}}
+    _, _, data = chat(key_server, stream=True, top_k=2, temperature=None, extra_body=extra)
+    sent = upstream.bodies()[0]
+    assert (sent["seed"], sent["top_k"], sent["temperature"], "extra_body" in sent) == (3, 2, 0.5, False)
+    assert json.loads(data[-2])["usage"] == USAGE and "extra_body is merged: seed" in caplog.text
+    assert chat(key_server, extra_body={"tools": 5})[0] == 400
+
+
 @pytest.mark.parametrize("asked, sent", [({"max_tokens": 320000}, {"max_tokens": 65536}), ({"max_completion_tokens": 320000}, {"max_tokens": 65536}),
                                          ({"temperature": 2, "top_p": 0}, {"temperature": 1.99})])
 def test_client_27_limits_are_kept(key_server, upstream, asked, sent):
@@ -3707,7 +3722,7 @@ def test_odd_requests_are_served_or_refused_by_name(name):
     config = {"samplingParams": {"top_p": 0.5}, "extra_body": {"enable_thinking": True}, "customHeaders": {}}
     refused = 0
     for number in range(1500):
-        odd = mutated(request, random_, random_.randrange(1, 4))
+        odd = qp.with_extra_body(mutated(request, random_, random_.randrange(1, 4)))
         family, model = random_.choice([("dashscope", "qwen3.7-plus"), ("portal", "coder-model"), ("coding", "glm-4.7"), ("token", "qwen3.8-max"),
                                         ("openrouter", "qwen/qwen3-max"), ("deepseek", "deepseek-v4"), ("other", "m")])
         provider = qp.Provider("t", "http://h/v1", None, "t", {model: mutated(config, random_, 1) if number % 3 == 0 else {}}, family)
