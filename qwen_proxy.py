@@ -12,7 +12,7 @@ What it touches
     reads     ~/.qwen/oauth_creds*.json, settings.json, trustedFolders.json and .env (QWEN_HOME moves them),
               ~/.env, the system settings of Qwen Code, .qwen/ and .env of a trusted working directory
     writes    ~/.qwen/oauth_creds.json (mode 0600) when the access token is refreshed, and while it does
-              so ~/.qwen/oauth_creds.lock; nothing else
+              so ~/.qwen/oauth_creds.lock and a temporary file beside it; nothing else
     connects  to chat.qwen.ai for log-in and refresh, and to the base URL of the provider in use, over
               the forward proxy of HTTP(S)_PROXY if there is one; every host is in 'Constants' below
     listens   on 127.0.0.1 and ::1, port 8080, unless told otherwise
@@ -40,6 +40,7 @@ import collections
 import concurrent.futures
 import contextlib
 import copy
+import errno
 import fnmatch
 import functools
 import gc
@@ -52,6 +53,7 @@ import ipaddress
 import itertools
 import json
 import logging
+import logging.handlers
 import os
 import platform
 import queue
@@ -115,7 +117,6 @@ PRESETS = {
     "openrouter": ("https://openrouter.ai/api/v1", "OPENROUTER_API_KEY"),
     "modelscope": ("https://api-inference.modelscope.cn/v1", "MODELSCOPE_API_KEY"),
 }
-OPENAI_BASE_URL = "https://api.openai.com/v1"   # what the CLI uses for an entry that names no base URL
 
 # Endpoint families: which dialect a base URL speaks. First match of host, then of path (a gateway, a fake).
 FAMILIES_BY_HOST = (
@@ -195,6 +196,7 @@ MAX_LINE = 65536                # request line or one header line
 MAX_HEADERS = 100
 MAX_HEAD = 262_144              # all headers together
 MAX_ERROR_BODY = 262_144
+MAX_FILE = 4_194_304            # of the CLI's settings and login files
 CLASSIFIED = 10_000             # so much of an error is searched for what it means
 LONGEST_START = 2000            # of a text, where it is looked at for more than it says: thoughts, fences, repetition
 MAX_ITEM_MEMORY = 4_194_304                     # of answers to /v1/responses, see ItemMemory
@@ -206,12 +208,15 @@ IDLE_TIMEOUT = 75               # a client's connection between requests
 HEADER_TIMEOUT = 20             # from the first byte of a request to the end of its headers
 BODY_TIMEOUT = 60               # for the body, and one second more for every
 BODY_RATE = 65_536              # bytes of it
+SMALL_BODY = 65_536             # of a refused request: it is read and dropped, so that the connection stays,
+DROP_TIMEOUT = 1                # if it arrives within this time
 WRITE_TIMEOUT = 60              # a client that takes nothing for this long has left
-GRACE = 10                      # for running answers after Ctrl-C or SIGTERM
+STATUS_TIMEOUT = 3              # for what `status` asks an upstream
+GRACE = 8                       # from the first signal to the end: docker kills after 10
+LAST_WORDS = 1.5                # of it, for what running streams are told and the last log lines
 RETRY_AFTER_MOST = 60           # openai-node sleeps any Retry-After, openai-python none above 60
 GC_THRESHOLD = 20_000           # new containers before the collector looks at the young ones
 SWITCH_INTERVAL = 0.05          # between threads; CPython's 0.005 costs 15 % more with 100 streams, measured here
-LOG_PAUSE = 0.05                # lines of the log are gathered for so long and written together
 LOG_MOST = 10_000               # lines that wait for a terminal that takes none; more are lost
 PIECE = 16_384                  # read at most this much at once; 65,536 costs 20 KiB more a stream and is no faster
 
@@ -310,10 +315,15 @@ class ProxyError(Exception):
             if value is not None:
                 setattr(self, name, value)
 
+    def error_object(self) -> dict:
+        """OpenAI's error object, as it may leave the program."""
+        return {"message": public(self.message, keep="\n\t"), "type": self.type,
+                "param": self.param and public(self.param), "code": self.code and public(self.code)}
+
     def body(self) -> dict:
-        """The error object as OpenAI shapes it, with the upstream's request_id where there is one."""
-        error = {"message": mask(self.message), "type": self.type, "param": self.param, "code": self.code}
-        return {"error": error, "request_id": self.request_id} if self.request_id else {"error": error}
+        """The body of an error answer: the error object, and the upstream's request_id where there is one."""
+        body = {"error": self.error_object()}
+        return {**body, "request_id": public(self.request_id)} if self.request_id else body
 
 
 class BadRequest(ProxyError):
@@ -342,41 +352,148 @@ class ShuttingDown(Exception):
     """The server stops and this answer has used up its time of grace."""
 
 
-_secrets: dict[str, None] = {}
-_SECRET_SHAPES = re.compile(r"(?<=://)[^/@\s]+(?=@)|\b(sk|ms)-[A-Za-z0-9_-]{8,}|\beyJ[A-Za-z0-9_-]{10,}[A-Za-z0-9._-]*"
-                            r"|(?<=Bearer )[^\s\"',]{6,}")
+class Secrets:
+    """The values that must not leave the program, in every form in which they travel.
+
+    Any thread may add one. Values of fewer than 6 characters cannot be told from ordinary words and are
+    not kept. Tokens that rotate give way to newer ones, so that a long run does not collect them.
+    """
+
+    SHAPES = re.compile(r"(?<=://)[^/@\s]+(?=@)|\b(sk|ms)-[A-Za-z0-9_-]{8,}"
+                        r"|\beyJ[A-Za-z0-9_-]{10,}[A-Za-z0-9._-]*|(?<=Bearer )(?!YOUR_KEY)[^\s\"',]{6,}")
+    SIGNS = ("://", "sk-", "ms-", "eyJ", "Bearer ")     # without one of these no shape matches
+    ROTATING = 64
+
+    def __init__(self) -> None:
+        self._lock, self._rotating = threading.Lock(), collections.deque()  # type: ignore[var-annotated]
+        self._values: dict[str, set[str]] = {}
+        self._forms: list[str] = []
+
+    def add(self, value: Any, rotates: bool = False) -> None:
+        """From now on mask() hides this value."""
+        if not isinstance(value, str) or len(value) < 6 or value in self._values:
+            return
+        with self._lock:
+            self._values[value] = self.forms(value)
+            if rotates:
+                self._rotating.append(value)
+                if len(self._rotating) > self.ROTATING:
+                    self._values.pop(self._rotating.popleft(), None)
+            # The longest first: a secret that contains another one is masked whole.
+            self._forms = sorted(set().union(*self._values.values()), key=len, reverse=True)
+
+    @staticmethod
+    def forms(value: str) -> set[str]:
+        """The value as it is, in URLs, in JSON, and in the base64 of a header."""
+        forms = {value, json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1]}
+        forms |= {form.replace("/", "\\/") for form in forms}
+        for quoted in (urllib.parse.quote(value, safe="", errors="replace"),
+                       urllib.parse.quote(value, errors="replace"),
+                       urllib.parse.quote_plus(value, errors="replace")):
+            forms |= {quoted, re.sub("%[0-9A-F]{2}", lambda match: match.group().lower(), quoted)}
+        for plain in (value, "Bearer " + value):
+            # Without the padding, which the unpadded form is found in front of.
+            encoded = base64.b64encode(plain.encode("utf-8", "replace")).decode().rstrip("=")
+            forms |= {encoded, encoded.replace("+", "-").replace("/", "_"), encoded.replace("/", "\\/")}
+        return forms
+
+    def mask(self, text: str) -> str:
+        """The text without secrets: those that are known, and anything shaped like a key."""
+        for form in self._forms:
+            if form in text:
+                text = text.replace(form, "***")
+        return self.SHAPES.sub("***", text) if any(sign in text for sign in self.SIGNS) else text
 
 
-def keep_secret(value: str | None) -> None:
-    """From now on mask() hides this value."""
-    if value and len(value) >= 6:
-        _secrets[value] = None
+SECRETS = Secrets()
+keep_secret = SECRETS.add
 
 
-def printable(text: str) -> str:
-    """The text with control characters made visible: no client may write lines into our log."""
-    if text.isprintable():
+def keep_userinfo(url: str) -> None:
+    """Keep user name and password of a URL secret, also those that a URL may not hold unquoted."""
+    userinfo, at, _ = (url.partition("://")[2] or url).rpartition("@")
+    if at and ":" in userinfo:
+        for part in (userinfo, userinfo.partition(":")[2]):
+            keep_secret(part)
+            keep_secret(urllib.parse.unquote(part))
+        keep_secret(userinfo + "@")
+
+
+_SECRET_NAME = re.compile(r"key|token|secret|passw|auth(?!or)|credential|cookie|session", re.I)
+_PUBLIC_NAMES = frozenset({"envkey", "http-referer", "referer", "x-openrouter-title", "x-title", "user-agent", "accept",
+                           "content-type"})
+
+
+def keep_secrets_in(value: Any, name: str = "", holder: str = "") -> None:
+    """Keep what is secret in a JSON value of settings: by its name, or by the object that holds it."""
+    if isinstance(value, dict):
+        is_holder = name in ("customHeaders", "headers", "extra_body")
+        for key, item in value.items():
+            keep_secrets_in(item, key, name if is_holder else holder)
+    elif isinstance(value, list):
+        for item in value:
+            keep_secrets_in(item, name, holder)
+    elif isinstance(value, str) and name.lower() not in _PUBLIC_NAMES:
+        keep_userinfo(value)
+        is_long = len(value) >= 12 and len(value.split()) == 1
+        if _SECRET_NAME.search(name) or holder in ("customHeaders", "headers") or holder == "extra_body" and is_long:
+            keep_secret(value)
+
+
+def public(text: str, keep: str = "") -> str:
+    """The text as it may leave the program: secrets masked, control characters made visible but those in `keep`.
+
+    The one exit of what the program itself says: errors, header values, the log, the terminal. What a model
+    answers is not the program's own word and does not pass here.
+
+    >>> public("a\\x1b[31mb\\n"), public("a\\nb", keep="\\n")
+    ('a\\\\x1b[31mb\\\\n', 'a\\nb')
+    """
+    text = SECRETS.mask(text)
+    probe = text
+    for char in keep:
+        probe = probe.replace(char, "")
+    if probe.isprintable():
         return text
-    return "".join(char if char.isprintable() else "\\x%02x" % ord(char) for char in text)
+    return "".join(char if char.isprintable() or char in keep else char.encode("unicode_escape").decode()
+                   for char in text)
 
 
-class _MaskingFilter(logging.Filter):
-    """Masks whatever is logged and keeps it on its line, so that no log line has to think of it."""
+def shorten(text: str, limit: int) -> str:
+    """The text cut to so many characters, after secrets were masked: a cut must not leave half of one."""
+    return SECRETS.mask(text)[:limit]
+
+
+class _PublicFilter(logging.Filter):
+    """Lets nothing but public() lines into the log, so that no caller has to think of it."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = printable(mask(record.getMessage())), ()
+        record.msg, record.args = public(record.getMessage()), ()
         return True
 
 
-log.addFilter(_MaskingFilter())
+log.addFilter(_PublicFilter())
 
 
-def mask(text: str) -> str:
-    """The text without secrets: what keep_secret() was told of, and anything shaped like a key."""
-    for value in list(_secrets):
-        if value in text:
-            text = text.replace(value, "***")
-    return _SECRET_SHAPES.sub("***", text)
+def json_type(value: Any) -> str:
+    """A JSON value's type in JSON's words."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def read_regular(path: str, errors: str = "strict") -> tuple[str, os.stat_result]:
+    """Text and status of a regular file; raises OSError for anything else, so that no pipe is waited for."""
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file", path)
+        if status.st_size > MAX_FILE:
+            raise OSError(errno.EFBIG, f"it is larger than {MAX_FILE} bytes", path)
+        with os.fdopen(handle, "rb", closefd=False) as file:
+            return file.read(MAX_FILE).decode("utf-8-sig", errors), status
+    finally:
+        os.close(handle)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -414,35 +531,73 @@ def parse_login(text: str) -> Login:
         raise CredentialError("it is not JSON") from None
     if not isinstance(fields, dict):
         raise CredentialError("it is not a JSON object")
+    return login_of(fields)
+
+
+def login_of(fields: dict) -> Login:
+    """The login in the fields of oauth_creds.json; raises CredentialError that names what is wrong."""
     for name in ("access_token", "refresh_token", "token_type"):
         if not isinstance(fields.get(name), str) or not fields[name]:
-            raise CredentialError("it has no %s" % name)
+            raise CredentialError(f"it has no {name}")
+    if not _TOKEN.match(fields["access_token"]):
+        raise CredentialError("its access_token holds a character that no header may hold")
     expiry_date = fields.get("expiry_date")
     if isinstance(expiry_date, bool) or not isinstance(expiry_date, (int, float)) or not 0 < expiry_date < 1e17:
         raise CredentialError("its expiry_date is not a time in milliseconds")
-    resource_url = fields.get("resource_url")
-    keep_secret(fields["access_token"])
-    keep_secret(fields["refresh_token"])
-    return Login(fields["access_token"], fields["refresh_token"], expiry_date / 1000,
-                 resource_url if isinstance(resource_url, str) and resource_url else PORTAL_RESOURCE_URL, fields)
+    keep_secret(fields["access_token"], rotates=True)
+    keep_secret(fields["refresh_token"], rotates=True)
+    resource_url = PORTAL_RESOURCE_URL if fields.get("resource_url") in (None, "") else fields["resource_url"]
+    keep_userinfo(str(resource_url))
+    fault = base_url_fault(base_url_of(resource_url) if isinstance(resource_url, str) else resource_url)
+    if fault:
+        raise CredentialError(f"its resource_url {fault}")
+    return Login(fields["access_token"], fields["refresh_token"], expiry_date / 1000, resource_url, fields)
+
+
+_TOKEN = re.compile(r"[\x21-\x7e]+\Z")
 
 
 def login_from_answer(answer: dict, before: dict) -> Login:
     """The login after a token response (RFC 6749 5.1); fields of the file that it does not name are kept.
 
     Kept above all: the refresh token when the answer rotates none, and resource_url, whose loss makes
-    the CLI fall back to a host that refuses the token.
+    the CLI fall back to a host that refuses the token. Raises UpstreamError for an answer that gives no
+    new access token: the old one must not get a new expiry.
     """
-    fields = dict(before)
-    for name in ("access_token", "refresh_token", "token_type", "resource_url"):
+    fields = {**before, "access_token": answer.get("access_token")}
+    for name in ("refresh_token", "token_type", "resource_url"):
         if isinstance(answer.get(name), str) and answer[name]:
             fields[name] = answer[name]
     fields.setdefault("token_type", "Bearer")
     fields.setdefault("resource_url", PORTAL_RESOURCE_URL)
-    expires_in = answer.get("expires_in")
-    seconds = expires_in if isinstance(expires_in, (int, float)) and 0 < expires_in < 1e9 else 3600
-    fields["expiry_date"] = int((time.time() + seconds) * 1000)
-    return parse_login(json.dumps(fields))
+    fields["expiry_date"] = int((time.time() + seconds_in(answer.get("expires_in"), 3600)) * 1000)
+    try:
+        return login_of(fields)
+    except CredentialError as error:
+        raise UpstreamError(f"the token endpoint's answer is unusable: {error.message}", 503, "token_refresh_failed",
+                            retry=True, headers=[("Retry-After", str(REFRESH_PAUSE))]) from None
+
+
+def seconds_in(value: Any, default: float) -> float:
+    """A span in seconds that an answer names; the default where it is no number of a sensible size."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value if is_number and 0 < value < 1e9 else default
+
+
+def base_url_fault(url: Any) -> str:
+    """What is wrong with a base URL, as the end of a sentence; empty for one that can be used."""
+    if not isinstance(url, str):
+        return f"must be a string, not {json_type(url)}"
+    try:
+        parts = urllib.parse.urlsplit(url)
+        has_host = bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        has_host = False
+    if not has_host or parts.scheme not in ("http", "https") or len(url.split()) != 1 or not url.isprintable():
+        return "must begin with http:// or https:// and name a host"
+    if "@" in parts.netloc:
+        return "must hold no user name and no password"
+    return ""
 
 
 def base_url_of(resource_url: str) -> str:
@@ -515,8 +670,8 @@ class LockFile:
     def _read(self) -> tuple[str, int] | None:
         """Content and mtime (ns) of the lock as it is, or None when it is gone."""
         try:
-            with open(self.path, encoding="utf-8", errors="replace") as file:
-                return file.read(100), os.fstat(file.fileno()).st_mtime_ns
+            text, status = read_regular(self.path, "replace")
+            return text[:100], status.st_mtime_ns
         except OSError:
             return None
 
@@ -535,66 +690,153 @@ class LockFile:
         except FileNotFoundError:
             return
         with contextlib.suppress(OSError):
-            with open(away, encoding="utf-8", errors="replace") as file:
-                is_live = holder is not None and file.read(100) != holder[0]
-            if is_live:
+            if holder is not None and read_regular(away, "replace")[0][:100] != holder[0]:
                 os.link(away, self.path)
         with contextlib.suppress(OSError):
             os.unlink(away)
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Refuses every redirect: urllib would take our secrets along to the new place."""
+    """Refuses every redirect."""
 
     def redirect_request(self, *_: Any) -> None:
         return None
 
 
-def post_form(url: str, fields: dict[str, str], headers: dict[str, str] | None = None) -> tuple[int, dict | None, str]:
-    """POST a form to the identity host: the HTTP status, the JSON object or None, and a short excerpt.
+class DeadlineSocket(socket.socket):
+    """A socket that receives nothing after `deadline` (monotonic), however slowly the bytes drip in."""
 
-    Raises UpstreamError when no answer came. Status and body are judged by the caller, since the host
-    sits behind a firewall that answers HTML with any status, which is no verdict on anything.
+    deadline = float("inf")
+
+    def recv_into(self, *arguments: Any) -> int:
+        """As socket's; raises socket.timeout at the deadline."""
+        self.settimeout(time_left(self.deadline))
+        return super().recv_into(*arguments)
+
+
+class DeadlineTLSSocket(ssl.SSLSocket):
+    """The TLS counterpart of DeadlineSocket."""
+
+    deadline = float("inf")
+
+    def recv_into(self, *arguments: Any) -> int:        # type: ignore[override]
+        """As SSLSocket's; raises socket.timeout at the deadline."""
+        self.settimeout(time_left(self.deadline))
+        return super().recv_into(*arguments)
+
+
+def time_left(deadline: float) -> float:
+    """The seconds until a deadline; raises socket.timeout when there are none."""
+    remaining = deadline - time.monotonic()
+    if remaining <= 0:
+        raise socket.timeout("timed out")
+    return remaining
+
+
+def connect_before(deadline: float) -> Callable[..., socket.socket]:
+    """A socket.create_connection() with one deadline for all addresses of a name and all that is received."""
+    def create_connection(address: tuple[str, int], *_: Any, **__: Any) -> socket.socket:
+        failure: OSError = OSError("the host name has no address")
+        for family, kind, protocol, _, place in socket.getaddrinfo(*address, type=socket.SOCK_STREAM):
+            connection = DeadlineSocket(family, kind, protocol)
+            try:
+                connection.deadline = deadline
+                connection.settimeout(time_left(deadline))
+                connection.connect(place)
+                return connection
+            except OSError as error:
+                connection.close()
+                failure = error
+        raise failure
+
+    return create_connection
+
+
+class DeadlineHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    """urllib's own connections, with one deadline for connect, head and body together."""
+
+    def __init__(self, seconds: float):
+        super().__init__()
+        self._deadline = time.monotonic() + seconds
+
+    def http_open(self, request: urllib.request.Request) -> Any:
+        return self.do_open(functools.partial(self._connection, http.client.HTTPConnection), request)
+
+    def https_open(self, request: urllib.request.Request) -> Any:
+        context = ssl.create_default_context()
+        context.sslsocket_class = type("_", (DeadlineTLSSocket,), {"deadline": self._deadline})
+        return self.do_open(functools.partial(self._connection, http.client.HTTPSConnection), request, context=context)
+
+    def _connection(self, kind: Any, host: str, **arguments: Any) -> Any:
+        connection = kind(host, **arguments)
+        connection._create_connection = connect_before(self._deadline)
+        return connection
+
+
+def open_before(request: urllib.request.Request, seconds: float) -> Any:
+    """The response to a request to the identity host, or for `status`; raises OSError, http.client.HTTPException.
+
+    No redirect is followed: urllib would take our secrets along to the new place.
+    """
+    for proxy in urllib.request.getproxies().values():
+        keep_userinfo(proxy)
+    try:
+        return urllib.request.build_opener(_NoRedirect, DeadlineHandler(seconds)).open(request, timeout=seconds)
+    except urllib.error.HTTPError as error:
+        return error
+
+
+def post_form(url: str, fields: dict[str, str], headers: dict[str, str] | None = None) -> tuple[int, dict | None, str]:
+    """POST a form to the identity host: the HTTP status, the JSON object or None, and what the body is.
+
+    Raises UpstreamError when no answer came within REFRESH_TIMEOUT. Status and body are judged by the
+    caller, since the host sits behind a firewall that answers HTML with any status, which is no verdict
+    on anything. The body itself is never quoted, since a token may be in it.
     """
     try:
         data = urllib.parse.urlencode(fields).encode()
         request = urllib.request.Request(url, data, {
             "Content-Type": "application/x-www-form-urlencoded", "Accept": "application/json",
             # Without a User-Agent of its own choice the host answers HTML (hermes-agent #7746).
-            "User-Agent": "qwen_proxy/" + __version__, **(headers or {})})
+            "User-Agent": f"qwen_proxy/{__version__}", **(headers or {})})
     except ValueError as error:
-        raise UpstreamError("the address %s or the login cannot be used: %s" % (url, error)) from error
-    opener = urllib.request.build_opener(_NoRedirect)
+        raise UpstreamError(f"the address {url} or the login cannot be used: {error}") from error
     try:
-        try:
-            response = opener.open(request, timeout=REFRESH_TIMEOUT)
-        except urllib.error.HTTPError as error:
-            response = error
-        with response:
-            status = response.status if hasattr(response, "status") else response.code
-            body = read_in_time(response, time.monotonic() + REFRESH_TIMEOUT)
+        with open_before(request, REFRESH_TIMEOUT) as response:
+            status, body = response.getcode(), response.read(MAX_ERROR_BODY)
     except (OSError, http.client.HTTPException) as error:
-        raise UpstreamError("no answer from %s: %s" % (urllib.parse.urlsplit(url).netloc, reason_of(error)),
-                            retry=True) from error
-    text = body.decode("utf-8", "replace")
+        raise UpstreamError(f"no answer from {host_of(url, with_port=True)}: {reason_of(error)}", retry=True) from error
     try:
-        answer = json.loads(text)
+        answer = json.loads(body.decode("utf-8", "replace"))
     except (ValueError, RecursionError):
         answer = None
-    return status, answer if isinstance(answer, dict) else None, mask(" ".join(text.split()))[:120]
+    if not isinstance(answer, dict):
+        return status, None, described_body(body)
+    for name in ("access_token", "refresh_token", "id_token", "device_code"):
+        keep_secret(answer.get(name), rotates=True)
+    detail = next((answer[name] for name in ("error_description", "error") if isinstance(answer.get(name), str)), "")
+    return status, answer, shorten(detail, 120) or "a JSON object without an error"
 
 
-def read_in_time(response: Any, deadline: float) -> bytes:
-    """The body of an answer, all of it before the deadline: the lock is held meanwhile. Raises socket.timeout."""
-    body = b""
-    while len(body) < MAX_ERROR_BODY:
-        piece = response.read1(MAX_ERROR_BODY)
-        if not piece:
-            break
-        body += piece
-        if time.monotonic() > deadline:
-            raise socket.timeout("timed out")
-    return body
+def described_body(body: bytes) -> str:
+    """What a body is that must not be quoted.
+
+    >>> described_body(b""), described_body(b"<html><title>Not now</title>"), described_body(b'{"access_tok')
+    ('an empty body', "a web page ('Not now')", '12 bytes that are no JSON object')
+    """
+    text = body.decode("utf-8", "replace").strip()
+    if not text:
+        return "an empty body"
+    return web_page(text) or f"{len(body)} bytes that are no JSON object"
+
+
+def web_page(text: str) -> str:
+    """'a web page', with its title, for text that is one; empty for other text."""
+    if not re.match(r"<[!?a-zA-Z]", text):
+        return ""
+    title = re.search(r"<title[^>]*>(.*?)</title>", text[:CLASSIFIED], re.S | re.I)
+    words = " ".join(SECRETS.mask(title.group(1)).split()) if title else ""
+    return f"a web page ('{shorten(words, 80)}')" if words else "a web page"
 
 
 def reason_of(error: BaseException) -> str:
@@ -609,7 +851,7 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, ssl.SSLError):
         return "TLS failed (%s)" % (error.reason or "connection closed")
     if isinstance(error, OSError) and error.strerror:
-        return error.strerror.lower()
+        return error.strerror[:1].lower() + error.strerror[1:]
     return str(error) or type(error).__name__
 
 
@@ -705,6 +947,7 @@ class OAuthCredentials:
         with self._reading:
             self._login, self.problem, self._save_again_at = login, "", 0.0
             try:
+                sweep_leftovers(self.path)
                 write_private(self.path, json.dumps(login.fields, indent=2))
             except OSError as error:
                 self._save_again_at = time.monotonic() + SAVE_PAUSE
@@ -738,8 +981,7 @@ class OAuthCredentials:
 
     def _read(self, signature: Any) -> None:
         try:
-            with open(self.path, encoding="utf-8-sig") as file:
-                login = parse_login(file.read(MAX_ERROR_BODY))
+            login = parse_login(read_regular(self.path)[0])
         except (OSError, UnicodeError, CredentialError) as error:
             self.problem, self._signature = reason_of(error), signature
             if self._login:
@@ -772,30 +1014,27 @@ class OAuthCredentials:
     def _refresh(self, login: Login) -> Login:
         if login.refresh_token == self._refused:
             raise self._login_needed()
-        status, answer, excerpt = post_form(self._token_url, {
+        status, answer, detail = post_form(self._token_url, {
             "grant_type": "refresh_token", "refresh_token": login.refresh_token, "client_id": CLIENT_ID})
-        if status == 200 and answer and answer.get("access_token") and not answer.get("error"):
+        if status == 200 and answer and not answer.get("error"):
             refreshed = login_from_answer(answer, login.fields)
             self.save(refreshed)
             log.info("refreshed the access token, valid for %d min", (refreshed.expires_at - time.time()) / 60)
             return refreshed
         # Only JSON is a verdict (the firewall's HTML comes with any status), and only on this refresh token.
         if status in (400, 401) and answer is not None:
-            return self._refused_by_host(login, answer)
-        detail = (answer or {}).get("error_description") or (answer or {}).get("error") or excerpt or "no body"
-        raise UpstreamError("the token endpoint answered %d (%s); the login is kept and tried again"
-                            % (status, mask(str(detail))[:120]), 503, "token_refresh_failed", retry=True,
-                            headers=[("Retry-After", str(REFRESH_PAUSE))])
+            return self._refused_by_host(login, detail)
+        raise UpstreamError(f"the token endpoint answered {status} ({detail}); the login is kept and tried again",
+                            503, "token_refresh_failed", retry=True, headers=[("Retry-After", str(REFRESH_PAUSE))])
 
-    def _refused_by_host(self, login: Login, answer: dict) -> Login:
+    def _refused_by_host(self, login: Login, detail: str) -> Login:
         """After a refusal: adopt what another process has put into the file, else remember the token as dead."""
         self._looked = 0.0
         current = self.login()
         if current.refresh_token != login.refresh_token and current.is_fresh():
             return current
         self._refused = login.refresh_token
-        log.warning("the token endpoint refused the refresh token: %s",
-                    mask(str(answer.get("error", "no reason given")))[:80])
+        log.warning("the token endpoint refused the refresh token: %s", detail)
         raise self._login_needed()
 
     def _login_needed(self) -> CredentialError:
@@ -803,33 +1042,117 @@ class OAuthCredentials:
                                % (self.path, LOGIN_AGAIN))
 
 
-def write_private(path: str, text: str) -> None:
-    """Replace a file of the user's atomically, mode 0600, whatever was there before; raises OSError.
+# os.replace() fails so on a file that is mounted by itself, in a folder of somebody else's, across a mount.
+NOT_REPLACEABLE = frozenset({errno.EBUSY, errno.EACCES, errno.EPERM, errno.EROFS, errno.EXDEV})
 
-    A link is followed, so that it stays a link. The new mtime is always later than the old one: the CLI
-    reloads only then. Qwen Code, sharedTokenManager.ts.
+
+def write_private(path: str, text: str) -> None:
+    """Write a login file, mode 0600: atomically where it can be renamed over, else in place; raises OSError.
+
+    The new mtime is always later than the old one: the CLI reloads only then. Qwen Code,
+    sharedTokenManager.ts. Everything is done by descriptor, so that nobody who may write into the folder
+    can turn it to another file.
     """
-    path = os.path.realpath(path)
-    temporary = "%s.%s.tmp" % (path, secrets.token_hex(6))
+    path, data = login_file(path), text.encode()
     try:
-        before: os.stat_result | None = os.stat(path)
+        before: os.stat_result | None = os.lstat(path)
     except FileNotFoundError:
         before = None
+    if before is None or not hasattr(os, "geteuid") or os.geteuid() in (0, before.st_uid):
+        try:
+            return replace_file(path, data, before)
+        except OSError as error:
+            if before is None or error.errno not in NOT_REPLACEABLE:
+                raise
+    return overwrite_file(path, data, before)
+
+
+def login_file(path: str) -> str:
+    """The file to write for this path: itself, or what a link leads to, if that is a login file of the same owner.
+
+    Raises OSError for a link to anything else: the refresh must not overwrite some other file of the user.
+    """
+    if not os.path.islink(path):
+        return path
+    target = os.path.realpath(path)
     try:
-        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-            file.write(text)
+        text, status = read_regular(target)
+        parse_login(text)
+    except (OSError, ValueError, CredentialError) as error:
+        raise OSError(errno.EPERM, f"it is a link to {target}, which is no login file ({reason_of(error)})") from None
+    if status.st_uid != os.lstat(path).st_uid:
+        raise OSError(errno.EPERM, f"it is a link to {target}, which belongs to another user")
+    return target
+
+
+def replace_file(path: str, data: bytes, before: os.stat_result | None) -> None:
+    """Put a new file in the place of the old one, which keeps its owner; raises OSError."""
+    temporary = f"{path}.qwen_proxy-{secrets.token_hex(6)}.tmp"
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _OPEN_FLAGS, 0o600)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
             file.flush()
-            os.fsync(file.fileno())
-        if before and hasattr(os, "chown") and (before.st_uid, before.st_gid) != (os.geteuid(), os.getegid()):
-            with contextlib.suppress(OSError):  # root must not take the file away from its user
-                os.chown(temporary, before.st_uid, before.st_gid)
-        if before and os.stat(temporary).st_mtime_ns <= before.st_mtime_ns:
-            os.utime(temporary, ns=(before.st_atime_ns, before.st_mtime_ns + 1_000_000))
+            if before and hasattr(os, "fchown") and before.st_uid != os.geteuid():
+                os.fchown(handle, before.st_uid, before.st_gid)     # root must not take it away from its user
+            finish_file(handle, before)
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def overwrite_file(path: str, data: bytes, before: os.stat_result) -> None:
+    """Write over the old file, which is whole JSON at each moment: blanks fill it up before it is cut."""
+    handle = os.open(path, os.O_WRONLY | _OPEN_FLAGS)
+    try:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode) or (status.st_dev, status.st_ino) != (before.st_dev, before.st_ino):
+            raise OSError(errno.EPERM, "it was replaced meanwhile")
+        rest = memoryview(data.ljust(status.st_size))
+        while rest:
+            rest = rest[os.write(handle, rest):]
+        os.ftruncate(handle, len(data))
+        finish_file(handle, before)
+    finally:
+        os.close(handle)
+
+
+_OPEN_FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+
+
+def finish_file(handle: int, before: os.stat_result | None) -> None:
+    """Mode, a later mtime than before, and all of it on the disk."""
+    if hasattr(os, "fchmod"):
+        with contextlib.suppress(PermissionError):      # another user's file that we may write
+            os.fchmod(handle, 0o600)
+    os.fsync(handle)
+    if before and os.fstat(handle).st_mtime_ns <= before.st_mtime_ns and os.utime in os.supports_fd:
+        with contextlib.suppress(PermissionError):
+            os.utime(handle, ns=(before.st_atime_ns, before.st_mtime_ns + 1_000_000))
+
+
+def sweep_leftovers(path: str) -> None:
+    """Remove what a killed refresh of ours has left beside a login file; by the holder of the lock."""
+    folder, name = os.path.split(path)
+    leftover = re.compile(re.escape(name) + r"\.qwen_proxy-[0-9a-f]{12}\.tmp\Z")
+    with contextlib.suppress(OSError):
+        for found in filter(leftover.match, os.listdir(folder)):
+            status = os.lstat(os.path.join(folder, found))
+            if stat.S_ISREG(status.st_mode) and time.time() - status.st_mtime > LOCK_STALE:
+                os.unlink(os.path.join(folder, found))
+
+
+def why_not_saved(path: str) -> str:
+    """Why a refreshed login could not be saved in this file; empty where it can be, or there is none."""
+    try:
+        path = login_file(path)
+    except OSError as error:
+        return reason_of(error)
+    if not os.path.exists(path) or os.access(path, os.W_OK) or os.access(os.path.dirname(path), os.W_OK | os.X_OK):
+        return ""
+    return "it is read-only"
 
 
 class ApiKey:
@@ -837,20 +1160,23 @@ class ApiKey:
 
     kind = "api-key"
 
-    def __init__(self, value: str, source: str):
-        self._value, self.source = value, source
+    def __init__(self, value: str, source: str, problem: str = ""):
+        self._value, self.source, self._problem = value, source, problem
         keep_secret(value)
 
     def access_token(self, rejected: str = "", pause: Callable[[float], None] = time.sleep) -> str:
-        """The key; raises CredentialError when the place it should be in is empty."""
-        if not self._value:
-            raise CredentialError("%s; set it in the environment, in ~/.qwen/.env, or run `qwen` and then /auth"
-                                  % self.source)
+        """The key; raises CredentialError when there is none, or its entry is wrong."""
+        if self._problem:
+            raise CredentialError(self._problem)
         return self._value
+
+    def base_url(self) -> str:
+        """For an entry whose base URL is wrong: raises CredentialError that says so."""
+        raise CredentialError(self._problem)
 
     def describe(self) -> dict:
         """Facts for /health and status; nothing secret."""
-        return {"type": self.kind, "source": self.source, "problem": None if self._value else self.source}
+        return {"type": self.kind, "source": self.source, "problem": self._problem or None}
 
 
 class DeviceCode(NamedTuple):
@@ -873,17 +1199,34 @@ def pkce_pair() -> tuple[str, str]:
 def request_device_code(oauth_base_url: str) -> DeviceCode:
     """Start a device authorization (RFC 8628 3.1); raises UpstreamError when the host refuses."""
     code_verifier, code_challenge = pkce_pair()
-    status, answer, excerpt = post_form(oauth_base_url.rstrip("/") + DEVICE_CODE_PATH, {
+    status, answer, detail = post_form(oauth_base_url.rstrip("/") + DEVICE_CODE_PATH, {
         "client_id": CLIENT_ID, "scope": SCOPE, "code_challenge": code_challenge, "code_challenge_method": "S256"},
         {"x-request-id": str(uuid.uuid4())})
     if not answer or not isinstance(answer.get("device_code"), str):
-        detail = (answer or {}).get("error_description") or (answer or {}).get("error") or excerpt
-        raise UpstreamError("the device authorization endpoint answered %d: %s" % (status, detail))
-    keep_secret(answer["device_code"])
-    expires_in = answer.get("expires_in")
-    return DeviceCode(answer["device_code"], code_verifier, str(answer.get("user_code") or ""),
-                      str(answer.get("verification_uri_complete") or answer.get("verification_uri") or ""),
-                      expires_in if isinstance(expires_in, (int, float)) and expires_in > 0 else 900)
+        raise UpstreamError(f"the device authorization endpoint answered {status}: {detail}")
+    keep_secret(code_verifier)
+    addresses = (answer.get("verification_uri_complete"), answer.get("verification_uri"))
+    address = next((address for address in addresses if is_page_of(oauth_base_url, address)), None)
+    if address is None:
+        raise UpstreamError("the device authorization endpoint named no page of its own site to approve the log-in at")
+    return DeviceCode(answer["device_code"], code_verifier, str(answer.get("user_code") or "")[:60], address,
+                      seconds_in(answer.get("expires_in"), 900))
+
+
+def is_page_of(base_url: str, address: Any) -> bool:
+    """Whether an address is a page of the same site, in the same scheme: a browser would open anything.
+
+    >>> is_page_of(OAUTH_BASE_URL, OAUTH_BASE_URL + "/authorize?user_code=AB"), is_page_of(OAUTH_BASE_URL, "file:///a")
+    (True, False)
+    """
+    if base_url_fault(address):
+        return False
+    ours, theirs = urllib.parse.urlsplit(base_url), urllib.parse.urlsplit(address)
+    host, other = ours.hostname or "", theirs.hostname or ""
+    is_address = host.replace(".", "").isdigit() or ":" in host
+    # chat.qwen.ai is a page of qwen.ai, and so are its other names.
+    site = host if is_address or host.count(".") < 2 else host.partition(".")[2]
+    return (other == site or other.endswith("." + site)) and theirs.scheme == ours.scheme
 
 
 def poll_for_login(oauth_base_url: str, device: DeviceCode, sleep: Callable[[float], None] = time.sleep) -> Login:
@@ -896,7 +1239,7 @@ def poll_for_login(oauth_base_url: str, device: DeviceCode, sleep: Callable[[flo
     while time.monotonic() < deadline:
         sleep(interval)
         try:
-            status, answer, excerpt = post_form(oauth_base_url.rstrip("/") + TOKEN_PATH, {
+            status, answer, detail = post_form(oauth_base_url.rstrip("/") + TOKEN_PATH, {
                 "grant_type": DEVICE_GRANT, "client_id": CLIENT_ID, "device_code": device.device_code,
                 "code_verifier": device.code_verifier})
         except UpstreamError as error:          # a network that comes and goes must not end the log-in
@@ -904,7 +1247,7 @@ def poll_for_login(oauth_base_url: str, device: DeviceCode, sleep: Callable[[flo
             continue
         reason = (answer or {}).get("error")
         if status == 200 and answer is not None and not reason:
-            if answer.get("access_token") and answer.get("refresh_token"):
+            if answer.get("access_token") is not None:
                 return login_from_answer(answer, {})
         elif reason == "authorization_pending":
             interval = LOGIN_POLL_FIRST
@@ -915,8 +1258,7 @@ def poll_for_login(oauth_base_url: str, device: DeviceCode, sleep: Callable[[flo
         elif reason == "expired_token" or status == 401:
             raise CredentialError("the code has expired; run login again for a new one")
         elif answer is not None or status < 500:
-            detail = (answer or {}).get("error_description") or reason or excerpt
-            raise CredentialError("the token endpoint answered %d: %s; run login again" % (status, detail))
+            raise CredentialError(f"the token endpoint answered {status}: {detail}; run login again")
     raise CredentialError("nobody approved the log-in within %d minutes; run login again" % (device.expires_in / 60))
 
 
@@ -948,6 +1290,11 @@ class Provider:
         self.family = family or family_of(base_url)
         self._base_url = base_url.rstrip("/")
         self.rests_until = 0.0      # monotonic; another provider goes first until then
+
+    @property
+    def stated_url(self) -> str:
+        """The base URL that settings or options name; empty for an OAuth login."""
+        return self._base_url
 
     @property
     def base_url(self) -> str:
@@ -994,6 +1341,7 @@ class Discovery(NamedTuple):
     model: str
     notes: list[str]                # what a person should know: skipped files, ambiguous keys
     settings_files: list[str]
+    problem: str = ""               # settings that cannot be read: nothing stands in for what they may name
 
 
 def family_of(base_url: str, variable: str | None = None) -> str:
@@ -1012,22 +1360,15 @@ def qwen_home(environ: dict[str, str], option: str | None = None) -> str:
     named = option or environ.get("QWEN_HOME")
     if not named:
         # Qwen Code reads QWEN_HOME from the home .env files too.
-        found = [parse_dotenv(read_text(os.path.join(home, name))).get("QWEN_HOME") for name in (".qwen/.env", ".env")]
-        named = next(filter(None, found), None)
+        for name in (".qwen/.env", ".env"):
+            with contextlib.suppress(OSError):
+                text = read_regular(os.path.join(home, name), "replace")[0]
+                named = named or parse_dotenv(text).get("QWEN_HOME")
     if not named:
         return os.path.join(home if os.path.isabs(home) else tempfile.gettempdir(), ".qwen")
     if named == "~" or named.startswith(("~/", "~\\")):
         named = home + named[1:]
     return os.path.abspath(named)
-
-
-def read_text(path: str) -> str:
-    """The text of a small file; empty when there is none."""
-    try:
-        with open(path, encoding="utf-8-sig", errors="replace") as file:
-            return file.read()
-    except OSError:
-        return ""
 
 
 _DOTENV_LINE = re.compile(r"""^[ \t]*(?:export[ \t]+)?([\w.-]+)[ \t]*[=:][ \t]*
@@ -1118,83 +1459,175 @@ def dig(settings: Any, *path: str) -> Any:
     return settings
 
 
+class WatchedFiles:
+    """The CLI's files in their last good state, and what they looked like when they were read.
+
+    While the program runs, a file that cannot be read or parsed any more, is emptied or gone (an editor
+    at work, a disk that is full) keeps its last good state, and a warning says so: another account must
+    not silently stand in for the one that the file names.
+    """
+
+    def __init__(self) -> None:
+        self._good: dict[str, dict] = {}
+        self._warned: dict[str, str] = {}
+        self._stamps: dict[str, Any] = {}
+        self.faults: dict[str, str] = {}        # files that were never good, and why
+
+    def load(self, path: str, parse: Callable[[str], dict]) -> dict:
+        """What is in a file, empty where there is none and never was, or where it cannot be used."""
+        self._stamps[path] = None
+        self.faults.pop(path, None)
+        try:
+            self._stamps[path] = stamp_of(path)
+            text, _ = read_regular(path, "replace")
+            if not text.strip() and self._good.get(path):
+                raise ValueError("it is empty")
+            self._good[path] = found = parse(text)
+            self._warned.pop(path, None)
+            return found
+        except FileNotFoundError:
+            if not self._good.get(path):
+                return {}
+            reason = "it is gone"
+        except (OSError, ValueError) as error:
+            reason = reason_of(error)
+        if path not in self._good:
+            self.faults[path] = reason
+            return {}
+        if self._warned.get(path) != reason:
+            self._warned[path] = reason
+            log.warning("%s: %s; what it said before still counts", path, reason)
+        return self._good[path]
+
+    def known(self) -> Iterable[str]:
+        """The files that were good once."""
+        return self._good
+
+    def has_changed(self) -> bool:
+        """True if a file that was asked for does not look as it did then."""
+        return any(stamp_of(path) != stamp for path, stamp in self._stamps.items())
+
+    def watch(self, path: str) -> None:
+        """Look at a folder, too."""
+        self._stamps[path] = stamp_of(path)
+
+
+def stamp_of(path: str) -> Any:
+    """What changes when a file does; None where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size, status.st_ino
+
+
 class CliSettings:
     """What the CLI's settings files, .env files and the environment say together.
 
     Qwen Code, settings.ts: system defaults < user < project < system for the files; the environment,
-    then .env files, then settings.env for variables. Files of the working directory count only where
-    trustedFolders.json trusts it: a cloned repository must not be able to send a key to its own host.
+    then .env files, then settings.env for variables. Files of the working directory and above count only
+    where trustedFolders.json trusts the folder that holds them: a cloned repository must not be able to
+    send a key to its own host.
     """
 
-    def __init__(self, home: str, environ: dict[str, str], folder: str):
-        self.home, self.environ, self.files, self.notes = home, environ, [], []
-        user_home = environ.get("HOME") or os.path.expanduser("~")
-        dotenv = [os.path.join(home, ".env"), os.path.join(user_home, ".qwen", ".env"), os.path.join(user_home, ".env")]
-        project = self._project_files(folder, user_home)
+    def __init__(self, home: str, environ: dict[str, str], folder: str, files: WatchedFiles | None = None):
+        self.home, self.environ, self._files = home, environ, files or WatchedFiles()
+        self.files: list[str] = []
+        self.notes: list[str] = []
+        self._user_home = environ.get("HOME") or os.path.expanduser("~")
         self.variables: dict[str, str] = {}
-        for path in [path for path in project if path.endswith(".env")] + dotenv:
-            for name, value in parse_dotenv(self._text_of(path)).items():
+        self._own_variables: dict[str, str] = {}    # of files that are nobody's but the user's
+        own = [os.path.join(home, ".env"), os.path.join(self._user_home, ".qwen", ".env")]
+        for path in dict.fromkeys([*self._project_dotenv(folder), *own, os.path.join(self._user_home, ".env")]):
+            for name, value in self._load(path, parse_dotenv).items():
                 self.variables.setdefault(name, value)
+                if path in own:
+                    self._own_variables.setdefault(name, value)
         self.values: dict = {}
-        for path in [self._system_file("system-defaults.json", "QWEN_CODE_SYSTEM_DEFAULTS_PATH"),
-                     os.path.join(home, "settings.json"), *[path for path in project if path.endswith(".json")],
-                     self._system_file("settings.json", "QWEN_CODE_SYSTEM_SETTINGS_PATH")]:
-            self.values = merge(self.values, self._settings_of(path))
+        binding = [os.path.join(home, "settings.json"),
+                   self._system_file("settings.json", "QWEN_CODE_SYSTEM_SETTINGS_PATH")]
+        for path in [self._system_file("system-defaults.json", "QWEN_CODE_SYSTEM_DEFAULTS_PATH"), binding[0],
+                     *self._project_settings(folder), binding[1]]:
+            read = expand_variables(self._load(path, parse_settings), {**self.environ, **self.variables})
+            self.values = merge(self.values, read)
         for name, value in as_object(dig(self.values, "env")).items():
             if isinstance(value, str):
                 self.variables.setdefault(name, value)
+        self.problem = next((f"{path} cannot be used: {self._files.faults[path]}; mend it, or start with --provider NAME"
+                             for path in binding if path in self._files.faults), "")
+        keep_secrets_in(self.values)
+        keep_secrets_in(self.variables)
 
     def variable(self, name: str) -> str:
-        """The value of a variable, '' when it is unset; a set but empty one counts as unset."""
-        return self.environ.get(name) or self.variables.get(name) or ""
+        """The value of a variable without blanks around it; '' when it is unset or empty."""
+        return (self.environ.get(name) or self.variables.get(name) or "").strip()
 
-    def _text_of(self, path: str) -> str:
-        text = read_text(path)
-        if text and path not in self.files:
+    def oauth_base_url(self) -> str:
+        """The identity host, which gets the refresh token: no project and no settings file may move it."""
+        return (self.environ.get("QWEN_OAUTH_BASE_URL") or self._own_variables.get("QWEN_OAUTH_BASE_URL")
+                or OAUTH_BASE_URL)
+
+    def _load(self, path: str, parse: Callable[[str], dict]) -> dict:
+        found = self._files.load(path, parse)
+        if path in self._files.faults:
+            self.notes.append(f"{path} is ignored: {self._files.faults[path]}")
+        elif found and path not in self.files:
             self.files.append(path)
-        return text
-
-    def _settings_of(self, path: str) -> dict:
-        text = self._text_of(path)
-        try:
-            return expand_variables(parse_settings(text), {**self.environ, **self.variables}) if text.strip() else {}
-        except ValueError as error:
-            self.notes.append("%s is ignored: %s" % (path, error))
-            return {}
+        return found
 
     def _system_file(self, name: str, variable: str) -> str:
         folder = {"Darwin": "/Library/Application Support/QwenCode", "Windows": "C:\\ProgramData\\qwen-code"}
         return self.environ.get(variable) or os.path.join(folder.get(platform.system(), "/etc/qwen-code"), name)
 
-    def _project_files(self, folder: str, user_home: str) -> list[str]:
-        """settings.json of the working directory and the nearest .env above it, where it is trusted."""
-        found = [path for path in [os.path.join(folder, ".qwen", "settings.json")] if os.path.isfile(path)]
-        above = folder
-        while not any(path.endswith(".env") for path in found):
-            for name in (os.path.join(above, ".qwen", ".env"), os.path.join(above, ".env")):
-                if os.path.isfile(name) and not any(path.endswith(".env") for path in found):
-                    found.append(name)
-            if above == os.path.dirname(above):
-                break
-            above = os.path.dirname(above)
+    def _project_settings(self, folder: str) -> list[str]:
+        """settings.json of the working directory, where that is trusted and not the user's own."""
+        return self._where_trusted(folder, os.path.join(folder, ".qwen", "settings.json"))
+
+    def _project_dotenv(self, folder: str) -> list[str]:
+        """The nearest .env of the working directory or above, where the folder that holds it is trusted."""
+        while True:
+            for path in (os.path.join(folder, ".qwen", ".env"), os.path.join(folder, ".env")):
+                if os.path.lexists(path) or path in self._files.known():
+                    return self._where_trusted(folder, path)
+                self._files.watch(path)
+            if folder == os.path.dirname(folder):
+                return []
+            folder = os.path.dirname(folder)
+
+    def _where_trusted(self, folder: str, path: str) -> list[str]:
         own = {os.path.realpath(os.path.join(base, name))
-               for base in (self.home, os.path.join(user_home, ".qwen"), user_home)
+               for base in (self.home, os.path.join(self._user_home, ".qwen"), self._user_home)
                for name in (".env", "settings.json")}
-        found = [path for path in found if os.path.realpath(path) not in own]
-        if found and not self._is_trusted(folder):
-            self.notes.append("not read, since trustedFolders.json does not trust this directory: " + ", ".join(found))
+        self._files.watch(path)
+        if os.path.realpath(path) in own or not os.path.lexists(path) and path not in self._files.known():
             return []
-        return found
+        if not self._is_trusted(folder):
+            self.notes.append(f"not read, since trustedFolders.json does not trust its folder: {path}")
+            return []
+        return [path]
 
     def _is_trusted(self, folder: str) -> bool:
-        """Qwen Code, trustedFolders.ts: a folder at or below a TRUST_FOLDER, or below a TRUST_PARENT's parent."""
-        try:
-            rules = parse_settings(read_text(os.path.join(self.home, "trustedFolders.json")))
-        except ValueError:
-            return False
-        roots = [path if level == "TRUST_FOLDER" else os.path.dirname(path) for path, level in rules.items()
-                 if level in ("TRUST_FOLDER", "TRUST_PARENT")]
-        return any(folder == root or folder.startswith(root.rstrip(os.sep) + os.sep) for root in roots)
+        """Qwen Code, trustedFolders.ts: the most specific rule for a folder decides; without one it is not trusted."""
+        path = self.environ.get("QWEN_CODE_TRUSTED_FOLDERS_PATH") or os.path.join(self.home, "trustedFolders.json")
+        folder, best = real_case(folder), (-1, False)
+        for rule, level in self._load(path, parse_settings).items():
+            root = real_case(rule)
+            root = os.path.dirname(root) if level == "TRUST_PARENT" else root
+            is_trust = level in ("TRUST_FOLDER", "TRUST_PARENT")
+            if (is_trust or level == "DO_NOT_TRUST") and is_within(folder, root):
+                # Of two rules for one folder the one that does not trust it.
+                best = max(best, (len(root), is_trust), key=lambda rule: (rule[0], not rule[1]))
+        return best[1]
+
+
+def real_case(path: str) -> str:
+    """A path without links and `..`, in the one spelling that can be compared."""
+    return os.path.normcase(os.path.realpath(path))
+
+
+def is_within(folder: str, root: str) -> bool:
+    """Whether a folder is another one, or inside it."""
+    return folder == root or folder.startswith(root.rstrip(os.sep) + os.sep)
 
 
 def preset_of(base_url: str) -> str | None:
@@ -1212,7 +1645,9 @@ def preset_provider(name: str, settings: CliSettings) -> Provider:
 def key_from(settings: CliSettings, variable: str) -> ApiKey:
     """The key in a variable; without one, an ApiKey that says so when it is asked."""
     value = settings.variable(variable)
-    return ApiKey(value, variable if value else "the variable %s is not set" % variable)
+    problem = (f"the variable {variable} is not set; set it in the environment, in ~/.qwen/.env, or run `qwen` and "
+               "then /auth")
+    return ApiKey(value, variable, "" if value else problem)
 
 
 def settings_providers(settings: CliSettings) -> list[Provider]:
@@ -1223,9 +1658,9 @@ def settings_providers(settings: CliSettings) -> list[Provider]:
         if kind != "openai" and protocols.get(kind) != "openai":
             continue
         entries = listed.get("models") if isinstance(listed, dict) else listed
-        for entry in entries if isinstance(entries, list) else []:
+        for index, entry in enumerate(entries if isinstance(entries, list) else []):
             if is_chat_entry(entry):
-                add_entry(providers, entry, settings)
+                add_entry(providers, entry, settings, f"modelProviders.{kind}[{index}] in settings.json")
             elif as_text(dig(entry, "wireApi")) not in ("", "chat-completions"):
                 log.info("settings.json: %s speaks %s only, which no upstream is asked in; left out",
                          as_text(dig(entry, "id")), as_text(entry["wireApi"]))
@@ -1239,23 +1674,38 @@ def is_chat_entry(entry: Any) -> bool:
             and not any(entry.get(flag) for flag in ("voiceOnly", "imageOnly", "realtimeOnly")))
 
 
-def add_entry(providers: dict[tuple[str, str], Provider], entry: dict, settings: CliSettings) -> None:
+def add_entry(providers: dict[tuple[str, str], Provider], entry: dict, settings: CliSettings, where: str) -> None:
     """Put a modelProviders entry under its provider. Key and base URL come from the entry alone.
 
     The CLI would fall back from a missing envKey to OPENAI_API_KEY, and so send one company's key to
-    another; here a variable that is not set stays an error with its name in it.
+    another; here a variable that is not set stays an error with its name in it. Nor does anything wrong
+    or missing get a default host.
     """
-    variable = as_text(entry.get("envKey")) or "OPENAI_API_KEY"
-    base_url = (as_text(entry.get("baseUrl")) or settings.variable("OPENAI_BASE_URL")
-                or as_text(dig(settings.values, "security", "auth", "baseUrl")) or OPENAI_BASE_URL).rstrip("/")
-    provider = providers.get((base_url, variable))
-    if provider is None:
+    variable = entry.get("envKey") if entry.get("envKey") is not None else "OPENAI_API_KEY"
+    base_url, problem = base_url_of_entry(entry, settings)
+    if not isinstance(variable, str) or not variable.strip():
+        variable, problem = "", "envKey must be the name of a variable"
+    variable = variable.strip()
+    key = (where if problem else base_url, variable)
+    if key not in providers:
         name = preset_of(base_url) or host_of(base_url, with_port=True) or "unnamed"
         taken = sum(1 for other in providers.values() if other.name.split("#")[0] == name)
-        provider = providers[base_url, variable] = Provider(
-            "%s#%d" % (name, taken + 1) if taken else name, base_url, key_from(settings, variable),
-            "modelProviders in settings.json, %s" % variable, family=family_of(base_url, variable))
-    provider.entries.setdefault(entry["id"], as_object(entry.get("generationConfig")))
+        credentials = ApiKey("", where, f"{where}: {problem}") if problem else key_from(settings, variable)
+        providers[key] = Provider(f"{name}#{taken + 1}" if taken else name, "" if problem else base_url, credentials,
+                                  f"{where}, {variable}", family=family_of(base_url, variable))
+    providers[key].entries.setdefault(entry["id"], as_object(entry.get("generationConfig")))
+
+
+def base_url_of_entry(entry: dict, settings: CliSettings) -> tuple[str, str]:
+    """The base URL of a modelProviders entry and '', or what it says and why that is none."""
+    stated = [("baseUrl", entry.get("baseUrl")), ("OPENAI_BASE_URL", settings.variable("OPENAI_BASE_URL") or None),
+              ("security.auth.baseUrl", dig(settings.values, "security", "auth", "baseUrl"))]
+    name, url = next(((name, url) for name, url in stated if url is not None), ("baseUrl", None))
+    if url is None:
+        return "", "baseUrl is missing, and no host is guessed for a key"
+    url = url.strip().rstrip("/") if isinstance(url, str) else url
+    fault = base_url_fault(url)
+    return (str(url), f"{name} {fault}") if fault else (url, "")
 
 
 def environment_provider(settings: CliSettings, base_url: str, source: str) -> Provider:
@@ -1264,6 +1714,10 @@ def environment_provider(settings: CliSettings, base_url: str, source: str) -> P
     That is OPENAI_API_KEY, the deprecated security.auth.apiKey, or the variable of a plan, if base_url
     is on that plan's host.
     """
+    base_url = base_url.strip() if isinstance(base_url, str) else base_url
+    fault = base_url_fault(base_url)
+    if fault:
+        return Provider("unnamed", "", ApiKey("", source, f"{source} {fault}"), source)
     host = host_of(base_url, with_port=True)
     plan = next((variable for url, variable in PRESETS.values() if host_of(url) == host), None)
     stored = dig(settings.values, "security", "auth", "apiKey")
@@ -1302,7 +1756,7 @@ def oauth_providers(home: str, settings: CliSettings, known: dict[str, OAuthCred
     for name in ["oauth_creds.json", *names]:
         path = os.path.join(home, name)
         if path not in known:
-            known[path] = OAuthCredentials(path, settings.variable("QWEN_OAUTH_BASE_URL") or OAUTH_BASE_URL)
+            known[path] = OAuthCredentials(path, settings.oauth_base_url())
         suffix = name[len("oauth_creds"):-len(".json")].strip("._-")
         providers.append(Provider("oauth-" + suffix if suffix else "oauth", "", known[path], path, {OAUTH_MODEL: {}},
                                   "portal"))
@@ -1331,8 +1785,8 @@ def active_provider(settings: CliSettings, options: Options, listed: list[Provid
             settings.variable("OPENAI_MODEL") or settings.variable("QWEN_MODEL")):
         kind = "openai"
     if kind in ("anthropic", "gemini", "vertex-ai"):
-        note = "the CLI is set to %s, which has no OpenAI-compatible endpoint here" % kind
-        return next(iter(listed), None), note
+        return None, (f"the CLI is set to {kind}, which has no OpenAI-compatible endpoint here; choose another one with "
+                      "--provider NAME")
     if kind == "qwen-oauth" or (kind is None and oauth[0].credentials.is_there()):
         return oauth[0], ""
     return provider_of_model(settings, options, listed, base_url)
@@ -1343,14 +1797,17 @@ def provider_of_model(settings: CliSettings, options: Options, listed: list[Prov
     """Qwen Code, its model resolver: the entry with the wanted id (and model.baseUrl), else the environment."""
     model, stored_url = wanted_model(settings, options), dig(settings.values, "model", "baseUrl")
     having = [provider for provider in listed if model in provider.entries]
-    having.sort(key=lambda provider: provider.base_url != str(stored_url or "").rstrip("/"))
+    having.sort(key=lambda provider: provider.stated_url != str(stored_url or "").rstrip("/"))
     if having:
         return having[0], ""
-    base_url = base_url or as_text(dig(settings.values, "security", "auth", "baseUrl"))
     if base_url:
         return environment_provider(settings, base_url, "OPENAI_BASE_URL"), ""
+    stored = dig(settings.values, "security", "auth", "baseUrl")
+    if stored:
+        return environment_provider(settings, stored, "security.auth.baseUrl in settings.json"), ""
     if listed:
-        return next((provider for provider in listed if not provider.problem()), listed[0]), ""
+        # The entry of the CLI's default model, else the first one: never another because that one has no key.
+        return next((provider for provider in listed if DEFAULT_MODEL in provider.entries), listed[0]), ""
     return provider_of_lone_key(settings)
 
 
@@ -1365,15 +1822,22 @@ def named_provider(name: str, settings: CliSettings, found: list[Provider]) -> t
     return None, "there is no provider %r; known are %s" % (name, ", ".join(known))
 
 
-def discover(options: Options, environ: dict[str, str], folder: str, known: dict[str, OAuthCredentials]) -> Discovery:
-    """Everything that can be used on this machine, the active provider first."""
+def discover(options: Options, environ: dict[str, str], folder: str, known: dict[str, OAuthCredentials],
+             files: WatchedFiles | None = None) -> Discovery:
+    """Everything that can be used on this machine, the active provider first; raises ValueError for a wrong option."""
     home = qwen_home(environ, options.qwen_home)
-    settings = CliSettings(home, environ, folder)
+    settings = CliSettings(home, environ, folder, files)
+    if settings.problem and not (options.provider or options.base_url):
+        return Discovery([], wanted_model(settings, options) or DEFAULT_MODEL, settings.notes, settings.files,
+                         settings.problem)
     listed, oauth = settings_providers(settings), oauth_providers(home, settings, known)
     active, note = active_provider(settings, options, listed, oauth)
     present = [provider for provider in oauth if provider.credentials.is_there() or provider is active]
     others = [provider for provider in listed + present if provider is not active]
-    notes = settings.notes + ([note] if note else [])
+    notes = settings.notes + ([note] if note else []) + [
+        f"{provider.credentials.path} cannot be saved ({reason}): a refreshed token stays in memory only, and after a "
+        "restart the login is dead, for the CLI too"
+        for provider in present for reason in [why_not_saved(provider.credentials.path)] if reason]
     if active is None and options.provider:
         raise ValueError(note)
     providers = [active, *others] if active else []     # none is chosen in the place of one that was meant
@@ -1391,29 +1855,83 @@ def default_model(settings: CliSettings, options: Options, active: Provider | No
     return wanted or (known[0] if known else DEFAULT_MODEL)
 
 
+class Serving:
+    """Who serves which model: the one list that /v1/models shows and that requests follow.
+
+    A model belongs to the provider whose settings list it, since that is whose key the CLI would use; then
+    to the active provider, if its own list names it. One that cannot be used is passed over where another
+    has the model, but never the active one for a model of its own, nor one that was named.
+    """
+
+    def __init__(self, discovery: Discovery, lists: list[list[str]], is_chosen: bool):
+        self._discovery, self._is_chosen = discovery, is_chosen
+        self._known = [list(dict.fromkeys([*provider.model_ids(), *listed]))
+                       for provider, listed in zip(discovery.providers, lists)]
+        if self._known and not self._known[0]:
+            self._known[0] = [discovery.model]
+        self._of_active = set(self._known[0]) if self._known else set()
+
+    def routes(self, model: str) -> list[Route]:
+        """Where a model is asked for, best first; never empty where there is a provider."""
+        claims = [(self._rank(place, provider, model), place, provider)
+                  for place, provider in enumerate(self._discovery.providers)]
+        claims = sorted((claim for claim in claims if claim[0] is not None), key=lambda claim: claim[:2])
+        listing = [Route(provider, model) for _, _, provider in claims]
+        if not listing or self._is_chosen:
+            named = next((provider for provider in self._discovery.providers if model.startswith(provider.name + "/")),
+                         None)
+            if named and model not in self._of_active:
+                return [Route(named, model[len(named.name) + 1:])]
+        return listing or [Route(self._discovery.providers[0], model)]
+
+    def listing(self) -> list[tuple[str, Route]]:
+        """Each model under the id that leads to it: `provider/model` where the plain id leads to another provider."""
+        listed = []
+        for provider, models in zip(self._discovery.providers, self._known):
+            for model in models:
+                is_first = self.routes(model)[0] == Route(provider, model)
+                listed.append((model if is_first else f"{provider.name}/{model}", Route(provider, model)))
+        return listed
+
+    def _rank(self, place: int, provider: Provider, model: str) -> int | None:
+        if place == 0 and (self._is_chosen or model in provider.entries):
+            return 0
+        if model in provider.entries:
+            return 3 if provider.problem() else 1
+        return 2 if place == 0 and model in self._of_active else None
+
+
 class Catalogue:
     """The discovery, made anew when a file behind it changes; any thread may ask."""
 
     def __init__(self, options: Options, environ: dict[str, str] | None = None):
         self.options, self._environ = options, dict(os.environ if environ is None else environ)
         self._folder, self._known = os.getcwd(), {}     # type: ignore[var-annotated]
-        self._lock, self._checked = threading.Lock(), 0.0
+        self._lock, self._checked, self._files = threading.Lock(), 0.0, WatchedFiles()
         self.home = qwen_home(self._environ, options.qwen_home)
         self._seed_login()
-        self._signature = self._files_now()
-        self._discovery = discover(options, self._environ, self._folder, self._known)
+        self._discovery = self._discover()
 
     def current(self) -> Discovery:
         """The discovery as of now; the disk is looked at once a second at most."""
         with self._lock:
             if time.monotonic() - self._checked > 1:
-                self._checked, signature = time.monotonic(), self._files_now()
-                if signature != self._signature:
-                    self._signature = signature
-                    self._discovery = discover(self.options, self._environ, self._folder, self._known)
+                self._checked = time.monotonic()
+                if self._files.has_changed():
+                    self._discovery = self._discover()
             return self._discovery
 
-    def routes(self, model: Any) -> list[Route]:
+    def _discover(self) -> Discovery:
+        self._files.watch(self.home)            # oauth_creds*.json may come and go
+        return discover(self.options, self._environ, self._folder, self._known, self._files)
+
+    def serving(self, lists: list[list[str]] | None = None) -> Serving:
+        """Who serves which model now, as far as known; lists are the live ones, in the order of the providers."""
+        discovery = self.current()
+        is_chosen = self.options.base_url is not None or self.options.provider is not None
+        return Serving(discovery, lists or [[] for _ in discovery.providers], is_chosen)
+
+    def routes(self, model: Any, lists: list[list[str]] | None = None) -> list[Route]:
         """Where a model can be had, best first: all of them with --failover, else only one.
 
         Several OAuth logins stand in for each other in any case, since that costs nobody anything.
@@ -1425,11 +1943,13 @@ class Catalogue:
             raise BadRequest("model is longer than %d characters" % MAX_MODEL_ID, param="model")
         discovery = self.current()
         model = self._unaliased(model.strip() if model else "") or discovery.model
+        if discovery.problem:
+            raise ProxyError(discovery.problem, 503, "settings_unreadable", "server_error",
+                             headers=[("x-should-retry", "false")])
         if not discovery.providers:
             raise CredentialError(" ".join(["no Qwen login on this machine: %s, or start with --provider NAME and its "
                                             "key in the environment." % LOGIN_AGAIN, *discovery.notes]).strip())
-        routes = (self._explicit(discovery, model) or self._listing(discovery, model)
-                  or [Route(discovery.providers[0], model)])
+        routes = self.serving(lists).routes(model)
         if self.options.failover:
             return routes
         if routes[0].provider.credentials.kind == "oauth":
@@ -1442,22 +1962,6 @@ class Catalogue:
                 return target
         return model
 
-    @staticmethod
-    def _explicit(discovery: Discovery, model: str) -> list[Route]:
-        """provider/model"""
-        for provider in discovery.providers:
-            is_listed = any(model in other.entries for other in discovery.providers)
-            if model.startswith(provider.name + "/") and not is_listed:
-                return [Route(provider, model[len(provider.name) + 1:])]
-        return []
-
-    def _listing(self, discovery: Discovery, model: str) -> list[Route]:
-        """Those that list the model; one chosen on the command line comes first, whatever it lists."""
-        first, *others = discovery.providers
-        is_chosen = self.options.base_url is not None or self.options.provider is not None
-        listing = [Route(first, model)] if is_chosen or model in first.model_ids() else []
-        return listing + [Route(provider, model) for provider in others if model in provider.model_ids()]
-
     def _seed_login(self) -> None:
         """QWEN_CLI_AUTH holds the JSON of oauth_creds.json, for containers; it never replaces a file."""
         seed, path = self._environ.get("QWEN_CLI_AUTH"), os.path.join(self.home, "oauth_creds.json")
@@ -1468,25 +1972,9 @@ class Catalogue:
         except CredentialError as error:
             log.warning("QWEN_CLI_AUTH is ignored: %s", error.message)
             return
-        base = self._environ.get("QWEN_OAUTH_BASE_URL") or OAUTH_BASE_URL
+        base = CliSettings(self.home, self._environ, self._folder).oauth_base_url()
         self._known[path] = OAuthCredentials(path, base)
         self._known[path].replace(login)
-
-    def _files_now(self) -> list[Any]:
-        user_home = self._environ.get("HOME") or os.path.expanduser("~")
-        paths = [self.home, os.path.join(user_home, ".env"), os.path.join(user_home, ".qwen", ".env"),
-                 os.path.join(self._folder, ".qwen", "settings.json"), os.path.join(self._folder, ".env")]
-        paths += [os.path.join(self.home, name) for name in ("settings.json", ".env", "trustedFolders.json")]
-        return [self._stamp(path) for path in paths]
-
-    @staticmethod
-    def _stamp(path: str) -> Any:
-        try:
-            status = os.stat(path)
-        except OSError:
-            return None
-        return status.st_mtime_ns, status.st_size, status.st_ino
-
 
 # ----------------------------------------------------------------------------------------------------
 # Upstream
@@ -1934,7 +2422,9 @@ class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
 
     def _connect(self, http_class: Any, request: Any, connection_args: dict, tunnel_headers: dict) -> Any:
         try:
-            connection = http_class(request.host, timeout=min(request.timeout, CONNECT_TIMEOUT), **connection_args)
+            seconds = min(request.timeout, CONNECT_TIMEOUT)
+            connection = http_class(request.host, timeout=seconds, **connection_args)
+            connection._create_connection = connect_before(time.monotonic() + seconds)
             if request._tunnel_host:
                 connection.set_tunnel(request._tunnel_host, headers=tunnel_headers)
             connection.connect()
@@ -1967,6 +2457,8 @@ class Upstream:
 
     def __init__(self) -> None:
         self._connections = KeepAliveHandler()
+        for proxy in urllib.request.getproxies().values():
+            keep_userinfo(proxy)
         self._opener = urllib.request.OpenerDirector()      # no redirects, no errors raised: both are judged here
         for handler in (urllib.request.ProxyHandler(), self._connections, urllib.request.UnknownHandler()):
             self._opener.add_handler(handler)
@@ -2321,12 +2813,6 @@ def check_chat_request(request: Any) -> None:
             raise BadRequest("%s must be %s"
                              % (name, {bool: "true or false", list: "a list", dict: "an object"}[kinds]),
                              param=name)
-
-
-def json_type(value: Any) -> str:
-    """A JSON value's type in JSON's words."""
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")
 
 
 def with_extra_body(request: Any) -> Any:
@@ -3311,11 +3797,10 @@ def refusal_of(status: int, text: str) -> Refusal:
         value = None
     if isinstance(value, dict):
         return refusal_in(status, value)
-    if re.match(r"<[!?a-zA-Z]", stripped):         # DashScope's own messages begin with <400>
-        title = re.search(r"<title[^>]*>(.*?)</title>", stripped[:CLASSIFIED], re.S | re.I)
-        return Refusal(status, "a gateway answered with a web page%s instead of the API" % (
-            " ('%s')" % " ".join(title.group(1).split())[:80] if title else ""), "html")
-    return Refusal(status, " ".join(stripped.split())[:500])
+    page = web_page(stripped)                   # DashScope's own messages begin with <400>
+    if page:
+        return Refusal(status, f"a gateway answered with {page} instead of the API", "html")
+    return Refusal(status, " ".join(shorten(stripped, 500).split()))
 
 
 def refusal_in(status: int, value: dict) -> Refusal:
@@ -3333,14 +3818,15 @@ def refusal_in(status: int, value: dict) -> Refusal:
     message = next((item for item in (error.get("message"), error.get("detail"), value.get("detail"),
                                       value.get("message"))
                     if isinstance(item, str) and item), "")
-    code = next((str(item) for item in (error.get("code"), error.get("type")) if item not in (None, "")), "")
+    codes = [str(item) for item in (error.get("code"), error.get("type")) if isinstance(item, (str, int)) and item != ""]
+    code = next((code for code in codes if len(code) <= 60 and len(code.split()) == 1), "")
     request_id = next((item for item in (value.get("request_id"), error.get("request_id"), value.get("traceId"))
                        if isinstance(item, str)), None)
     param = error.get("param")
     if message.startswith(("{", "data:", "id:", "event:")):
         inner = refusal_of(status, message)             # JSON or a frame as the message
         return inner._replace(request_id=request_id or inner.request_id, code=inner.code or code)
-    return Refusal(status, message, code, request_id, param if isinstance(param, str) else None)
+    return Refusal(status, message, code, request_id, shorten(param, 200) if isinstance(param, str) else None)
 
 
 def to_upstream_error(refusal: Refusal, family: str, retry_after: float | None = None) -> UpstreamError:
@@ -4321,21 +4807,21 @@ class ItemMemory:
 
     def __init__(self, limit: int = MAX_ITEM_MEMORY):
         self._limit, self._size, self._lock = limit, 0, threading.Lock()
-        self._items: collections.OrderedDict[str, bytes] = collections.OrderedDict()
+        self._items: collections.OrderedDict[tuple[str, str], bytes] = collections.OrderedDict()
 
-    def keep(self, items: list[dict]) -> None:
-        """Remember some items; the oldest give way to them."""
+    def keep(self, items: list[dict], owner: str = "") -> None:
+        """Remember some items for whoever presented the key of that owner; the oldest give way to them."""
         with self._lock:
             for item in items:
-                self._items[item["id"]] = encoded = encode_json(item)
+                self._items[owner, item["id"]] = encoded = encode_json(item)
                 self._size += len(encoded)
             while self._size > self._limit:
                 self._size -= len(self._items.popitem(last=False)[1])
 
-    def get(self, item_id: Any) -> dict | None:
-        """The item of that id, if it is still here."""
+    def get(self, item_id: Any, owner: str = "") -> dict | None:
+        """The owner's item of that id, if it is still here."""
         with self._lock:
-            encoded = self._items.get(item_id) if isinstance(item_id, str) else None
+            encoded = self._items.get((owner, item_id)) if isinstance(item_id, str) else None
         return json.loads(encoded) if encoded else None
 
 
@@ -4354,7 +4840,7 @@ def carried_text(value: Any) -> str:
         return ""
 
 
-def to_chat_request(request: Any, memory: ItemMemory) -> ResponseRequest:
+def to_chat_request(request: Any, memory: ItemMemory, owner: str = "") -> ResponseRequest:
     """The chat request for a request to /v1/responses; raises BadRequest for what is forgotten or cannot be meant."""
     if not isinstance(request, dict):
         raise BadRequest("the body must be a JSON object, not %s" % json_type(request))
@@ -4370,7 +4856,7 @@ def to_chat_request(request: Any, memory: ItemMemory) -> ResponseRequest:
     if not isinstance(items, list) or not items:
         raise BadRequest("input must be a string or a list of items", param="input")
     seen: set[str] = set()
-    items = [found for index, item in enumerate(items) for found in referred(item, index, memory, seen)]
+    items = [found for index, item in enumerate(items) for found in referred(item, index, memory, owner, seen)]
     is_compaction = bool(items) and dig(items[-1], "type") == "compaction_trigger"
     chat = {name: value for name, value in request.items() if name not in RESPONSE_ONLY and value is not None}
     chat["messages"] = messages_of(request.get("instructions"), items, names)
@@ -4382,14 +4868,14 @@ def to_chat_request(request: Any, memory: ItemMemory) -> ResponseRequest:
     return ResponseRequest(chat, request, names, is_compaction, skipped)
 
 
-def referred(item: Any, index: int, memory: ItemMemory, seen: set[str]) -> list[Any]:
+def referred(item: Any, index: int, memory: ItemMemory, owner: str, seen: set[str]) -> list[Any]:
     """The item that an item_reference stands for; thoughts that are forgotten are no loss, anything else is refused."""
     if dig(item, "type") != "item_reference":
         return [item]
     if item.get("id") in seen:                  # else a small request could grow without limit
         raise BadRequest("input[%d] refers to an item a second time" % index, param="input.%d" % index)
     seen.add(as_text(item.get("id")))
-    found = memory.get(item.get("id"))
+    found = memory.get(item.get("id"), owner)
     if found is None and not as_text(item.get("id")).startswith("rs_"):
         raise BadRequest("input[%d] is of type 'item_reference', and %r is not in memory here: send the item itself "
                          "(AI SDK: providerOptions.openai.store = false)" % (index, str(item.get("id"))[:60]),
@@ -4649,7 +5135,8 @@ class ResponseEvents:
         down to a tool call cut in its arguments.
         """
         known = ("context_length_exceeded", "insufficient_quota", "rate_limit_exceeded")
-        failure = {"code": error.code if error.code in known else "server_error", "message": mask(error.message)}
+        failure = {"code": error.code if error.code in known else "server_error",
+                   "message": error.error_object()["message"]}
         if error.code == "rate_limit_exceeded":
             failure["message"] += ". Please try again in %ds." % max(1, int(error.retry_after or 5))
         return [self._event("error", **failure, param=None, error={**failure, "type": error.type, "param": None}),
@@ -4817,6 +5304,7 @@ class ServerOptions(NamedTuple):
     max_connections: int = MAX_CONNECTIONS
     max_body: int = MAX_BODY_MIB * 1024 * 1024
     keep_alive: float = KEEP_ALIVE_INTERVAL
+    grace: float = GRACE
 
 
 def _no_constant(name: str) -> None:
@@ -4872,10 +5360,26 @@ def is_loopback(name: str) -> bool:
         return False
 
 
-class AccessPolicy:
-    """Who may use the server: the Host and Origin of browsers, and the keys of clients.
+def checked_keys(keys: Iterable[str] | str, source: str = "--api-key") -> tuple[str, ...]:
+    """The keys that clients may present, without blanks around them; raises ValueError for one that is none.
 
-    A page on the web reaches a server on loopback by DNS rebinding (stopped by Host) or by a plain
+    An empty key is mostly a variable that was not set: to serve without a key then would open the door.
+    """
+    checked = []
+    for key in [keys] if isinstance(keys, str) else keys:
+        key = key.strip()
+        if len(key) < 2 or not key.isprintable():
+            raise ValueError(f"{source}: a key must have at least 2 characters, none of them a control character; "
+                             "is the variable that should hold it set?")
+        checked.append(key)
+    return tuple(checked)
+
+
+class AccessPolicy:
+    """Who may use the server: which keys there are, whether one is needed, and whether a request may pass.
+
+    Command line and make_server() come here; the constructor raises ValueError for options that would
+    leave the door open. A page on the web reaches a server on loopback by DNS rebinding (stopped by Host) or by a plain
     cross-site request (stopped by Origin and Sec-Fetch-Site). Ollama's CVE-2024-28224 was the first.
     """
 
@@ -4883,9 +5387,33 @@ class AccessPolicy:
         self._hosts = {name.lower() for name in options.allow_hosts} | {
             "host.docker.internal", socket.gethostname().lower(), options.host.lower()}
         self._origins = {re.sub(r"(?<![/:])/\Z", "", origin).lower() for origin in options.allow_origins}
-        self._keys = [key.encode() for key in options.api_keys if key]
+        self._keys = [key.encode() for key in checked_keys(options.api_keys)]
+        for key in options.api_keys:
+            keep_secret(key.strip())
         # An address cannot be rebound; where the server is open to a network it is reached by one.
-        self._any_address = not is_loopback(options.host)
+        self._any_address = not self.is_local(options.host)
+        if self._any_address and not (self._keys or options.no_auth):
+            raise ValueError(
+                f"listening on {options.host or 'all addresses'} lets everybody on the network spend your quota. With a "
+                f"key (a fresh one): --host {options.host or '0.0.0.0'} --api-key {secrets.token_urlsafe(24)}, or say "
+                "--no-auth")
+
+    @staticmethod
+    def is_local(host: str) -> bool:
+        """Whether only this machine can reach a server that listens there; a name may lead anywhere."""
+        try:
+            return host == "localhost" or ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            return False
+
+    def warnings(self) -> list[str]:
+        """What the options open that a person may not have meant."""
+        found = []
+        if "null" in self._origins:
+            found.append("--allow-origin null lets every web page use this server: a sandboxed frame has that origin")
+        if "*" in self._origins and not self._keys:
+            found.append("--allow-origin * without --api-key lets every web page use this server")
+        return found
 
     def check_host(self, host: str | None, is_required: bool) -> None:
         """Raise ProxyError unless the Host header names this machine."""
@@ -4907,19 +5435,20 @@ class AccessPolicy:
         """Whether pages of this origin may use the server."""
         return "*" in self._origins or origin.lower() in self._origins or bool(LOCAL_ORIGINS.match(origin))
 
-    def check_key(self, headers: dict[str, str]) -> None:
-        """Raise ProxyError unless a key is presented that is one of ours; without keys anything goes."""
+    def check_key(self, headers: dict[str, str]) -> str:
+        """The name of the key that is presented, '' where none is needed; raises ProxyError for a wrong one."""
         if not self._keys:
-            return
+            return ""
         scheme, _, bearer = headers.get("authorization", "").partition(" ")
         presented = [headers.get("x-api-key", ""), headers.get("api-key", ""),
                      bearer if scheme.lower() == "bearer" else ""]
-        matches = [hmac.compare_digest(key, value.strip().encode("latin-1", "replace")) for key in self._keys
-                   for value in presented]
+        matches = [any([hmac.compare_digest(key, value.strip().encode("latin-1", "replace")) for value in presented])
+                   for key in self._keys]
         if not any(matches):
             raise ProxyError("this server wants an API key: one of those given with --api-key, as "
                              "'Authorization: Bearer KEY'", 401, "invalid_api_key", "authentication_error",
                              headers=[("WWW-Authenticate", "Bearer")])
+        return f"key {matches.index(True) + 1}"
 
 
 class _DeadlineReader(io.RawIOBase):
@@ -5037,7 +5566,7 @@ def fetch_batches(batches: list[EmbeddingBatch], routes: list[Route],
 def refused(response: UpstreamResponse, route: Route) -> UpstreamError:
     """The error for an answer whose status is none of success."""
     text = response.read(MAX_ERROR_BODY).decode("utf-8", "replace")
-    log.debug("HTTP %d from %s: %s", response.status, route.provider.name, mask(text)[:2000])
+    log.debug("HTTP %d from %s: %s", response.status, route.provider.name, shorten(text, 2000))
     refusal = refusal_of(response.status, text)
     if not refusal.request_id:
         refusal = refusal._replace(request_id=response.headers.get("x-request-id"))
@@ -5103,8 +5632,8 @@ class ChunkForm:
 class ResponseForm:
     """How an answer is written to a client of /v1/responses: as events with a name each."""
 
-    def __init__(self, request: ResponseRequest, model: str, memory: ItemMemory):
-        self._events = ResponseEvents(request, model, int(time.time()))
+    def __init__(self, request: ResponseRequest, model: str, memory: ItemMemory, owner: str):
+        self._events, self._owner = ResponseEvents(request, model, int(time.time())), owner
         self._memory = memory if request.asked.get("store") is not False else None
         self._has_started = False
 
@@ -5141,7 +5670,7 @@ class ResponseForm:
     def _finished(self, usage: dict | None) -> list[dict]:
         events = self._events.finish(usage)
         if self._memory:
-            self._memory.keep(events[-1]["response"]["output"])
+            self._memory.keep(events[-1]["response"]["output"], self._owner)
         return events
 
     @staticmethod
@@ -5153,7 +5682,7 @@ def excerpt(value: Any, longest: int = 200) -> str:
     """A JSON value for the log, long strings cut."""
     def cut(item: Any) -> Any:
         if isinstance(item, str) and len(item) > longest:
-            return "%s... (%d characters)" % (mask(item)[:longest], len(item))
+            return f"{shorten(item, longest)}... ({len(item)} characters)"
         if isinstance(item, dict):
             return {name: cut(inner) for name, inner in item.items()}
         return [cut(inner) for inner in item] if isinstance(item, list) else item
@@ -5246,7 +5775,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.status, self._unread, self._is_chunked, self._length = 0, False, False, 0
         self._head_sent = self._is_http_1_0 = False
         self._cors: list[tuple[str, str]] = []
-        self._note, self._watch = "", None      # type: ignore[var-annotated]
+        self._note = self._owner = ""
         self._request_id = "req_%024x" % random.getrandbits(96)     # no secret; os.urandom is a system call
         self._started = time.monotonic()
 
@@ -5313,7 +5842,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return self._send_preflight()
             method, needs_key = self._route()
             if needs_key:
-                self.proxy.access.check_key(self.headers)       # type: ignore[arg-type]
+                self._owner = self.proxy.access.check_key(self.headers)         # type: ignore[arg-type]
             return method()
         except ProxyError as error:
             self._guarded(self._send_problem, error)
@@ -5331,7 +5860,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             while frame and frame.tb_next:
                 frame = frame.tb_next
             log.error("%s in line %d: %s; please report this", type(error).__name__, frame.tb_lineno if frame else 0,
-                      mask(str(error))[:200])
+                      shorten(str(error), 200))
             for line in traceback.format_exc().splitlines():
                 log.debug("%s", line)
             self.close_connection = True
@@ -5483,6 +6012,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
                           % (self.proxy.options.max_body >> 20), 413,
                           "request_too_large")
 
+    def _drop_body(self) -> None:
+        """Read the small body of a request that is refused, so that its connection can be used again."""
+        is_small = self._is_chunked or self._length <= SMALL_BODY
+        if not self._unread or not is_small or "expect" in self.headers or self.close_connection:
+            return
+        self._reader.deadline = time.monotonic() + DROP_TIMEOUT
+        with contextlib.suppress(BadRequest, OSError):
+            if self._is_chunked:
+                self._read_chunked(SMALL_BODY)
+                self._unread = False
+            else:
+                self._unread = len(self.rfile.read(self._length)) < self._length
+
     def _linger(self) -> None:
         """Take in some of a body that nobody wants: closing on unread bytes would reset the answer away."""
         with contextlib.suppress(OSError, ValueError):
@@ -5506,11 +6048,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif status != 204:
             lines.append("Content-Length: %d" % len(body))
         if self._unread and body is not None:
-            self.close_connection = True
+            self._drop_body()
+            self.close_connection = self.close_connection or self._unread
         if body is not None and self.close_connection:
             lines.append("Connection: close")
         self._head_sent, self.status = True, status
-        head = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
+        # One line each, whatever a header's value holds, and nothing secret in them.
+        text = public("\r\n".join(line if line.isprintable() else public(line) for line in lines), keep="\r\n")
+        head = (text + "\r\n\r\n").encode("latin-1", "replace")
         self._write(head if self.command == "HEAD" else head + (body or b""))
 
     def _send_json(self, status: int, value: Any, headers: Iterable[tuple[str, str]] = ()) -> None:
@@ -5568,7 +6113,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         request = self._read_json()
         if isinstance(request, dict) and "messages" not in request and "input" in request:
             # Cursor sends the body of a Responses request here and wants chunks back (forum.cursor.com #159298).
-            request = {**to_chat_request(request, self.proxy.items).chat, "stream_options": {"include_usage": True}}
+            request = {**to_chat_request(request, self.proxy.items, self._owner).chat,
+                       "stream_options": {"include_usage": True}}
         self._complete(CHAT, request)
 
     def post_completions(self) -> None:
@@ -5576,12 +6122,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def post_responses(self) -> None:
         """The Responses API in front of and behind the one path of all completions."""
-        asked = to_chat_request(self._read_json(), self.proxy.items)
+        asked = to_chat_request(self._read_json(), self.proxy.items, self._owner)
         if asked.skipped:
             log.info("left out, since only OpenAI runs them: tools of type %s",
                      ", ".join(sorted(set(asked.skipped)))[:200])
-        self._form = ResponseForm(asked, self.proxy.catalogue.routes(asked.chat.get("model"))[0].model,
-                                  self.proxy.items)
+        self._form = ResponseForm(asked, self.proxy.routes(asked.chat.get("model"))[0].model, self.proxy.items,
+                                  self._owner)
         self._complete(CHAT, asked.chat)
 
     def get_responses(self) -> None:
@@ -5597,7 +6143,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         request = with_extra_body(request)
         kind.check(request)
         options, is_stream = self.proxy.options, request.get("stream") is True
-        routes = self.proxy.catalogue.routes(request.get("model"))
+        routes = self.proxy.routes(request.get("model"))
         watch = Watch(self.connection, options.timeout, options.keep_alive,
                       functools.partial(self._sign_of_life, routes) if is_stream else None)
         with self.proxy.running(watch):
@@ -5631,7 +6177,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def post_embeddings(self) -> None:
         """All texts in batches that the model takes, a few at a time, and one answer."""
         request = self._read_json()
-        texts, routes = embedding_texts(request), self.proxy.catalogue.routes(request["model"])
+        texts, routes = embedding_texts(request), self.proxy.routes(request["model"])
         size = min(embedding_batch_size(route) for route in routes)
         parts = [texts[start:start + size] for start in range(0, len(texts), size)]
         watches = [Watch(self.connection, self.proxy.options.timeout) for _ in parts]
@@ -5678,7 +6224,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         attempt = self.headers.get("x-stainless-retry-count", "0")
         log.info("%s %s %d %.2fs%s%s", self.command or "?", self.path.partition("?")[0][:100] or "?",
                  self.status or 499, time.monotonic() - self._started,
-                 " " + mask(self._note)[:300] if self._note else "",
+                 " " + shorten(self._note, 300) if self._note else "",
                  " (the client's attempt %s)" % attempt[:4] if attempt != "0" else "")
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -5752,7 +6298,7 @@ class Listener(http.server.ThreadingHTTPServer):
         super().process_request_thread(request, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        log.error("a connection ended in %s", repr(sys.exc_info()[1])[:200])
+        log.error("a connection ended in %s", shorten(repr(sys.exc_info()[1]), 200))
 
 
 class ProxyServer:
@@ -5763,8 +6309,8 @@ class ProxyServer:
         self.access, self.is_stopping = AccessPolicy(options), False
         self.handlers: set[Handler] = set()
         self.items = ItemMemory()
-        for key in options.api_keys:
-            keep_secret(key)
+        for warning in self.access.warnings():
+            log.warning("%s", warning)
         self._watches: set = set()
         self._lists = ModelLists(self.upstream)
         self._stopped = threading.Event()
@@ -5802,12 +6348,17 @@ class ProxyServer:
         self._is_serving = True
         for listener in self._listeners[1:]:
             threading.Thread(target=listener.serve_forever, args=(listener.poll_interval,), daemon=True).start()
-        self._listeners[0].serve_forever(self._listeners[0].poll_interval)
+        try:
+            self._listeners[0].serve_forever(self._listeners[0].poll_interval)
+        except BaseException:                   # Ctrl-C in a program that vendors this file
+            self.shutdown()
+            raise
         self._stopped.wait()
 
-    def shutdown(self, grace: float = GRACE) -> None:
-        """Accept no more, give running answers that many seconds, tell the rest, and close the ports."""
+    def shutdown(self, grace: float | None = None) -> None:
+        """Accept no more, let running answers end, tell the rest, close the ports: all within `grace` seconds."""
         self.is_stopping = True
+        end = time.monotonic() + (self.options.grace if grace is None else grace)
         for listener in self._listeners:
             if self._is_serving:
                 listener.shutdown()
@@ -5815,15 +6366,15 @@ class ProxyServer:
         for handler in [handler for handler in list(self.handlers) if not handler.is_busy]:
             with contextlib.suppress(OSError):
                 handler.connection.shutdown(socket.SHUT_RDWR)
-        self._wait_until_idle(grace)
+        self._wait_until_idle(end - LAST_WORDS)
         for watch in list(self._watches):
             watch.stop()
-        self._wait_until_idle(2)                # for their last words
+        self._wait_until_idle(max(end, time.monotonic() + LAST_WORDS) - LAST_WORDS / 2)
         self.upstream.close()
+        LockFile.release_all()
         self._stopped.set()
 
-    def _wait_until_idle(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
+    def _wait_until_idle(self, end: float) -> None:
         while time.monotonic() < end and any(handler.is_busy for handler in list(self.handlers)):
             time.sleep(0.02)
 
@@ -5842,17 +6393,17 @@ class ProxyServer:
         An id belongs to the first provider whose settings list it. Of the other providers, what only the
         live list names is there as `provider/model`: no request moves to another key without being told.
         """
-        found: dict[str, dict] = {}
-        discovery = self.catalogue.current()
-        lists = self._lists.get(discovery.providers, seconds)
-        for provider, listed in zip(discovery.providers, lists):
-            is_active = provider is discovery.providers[0]
-            known = provider.model_ids() or ([discovery.model] if is_active and not listed else [])
-            for model in dict.fromkeys([*known, *listed]):
-                is_plain = model not in found and (is_active or model in known)
-                name = model if is_plain else "%s/%s" % (provider.name, model)
-                found[name] = self._model_object(name, model, provider)
-        return list(found.values())
+        lists = self._lists.get(self.catalogue.current().providers, seconds)
+        listing = self.catalogue.serving(lists).listing()
+        return [self._model_object(name, route.model, route.provider) for name, route in listing]
+
+    def routes(self, model: Any) -> list[Route]:
+        """Where a model can be had, by the same list; it is asked for if all that is known leads to a problem."""
+        providers = self.catalogue.current().providers
+        routes = self.catalogue.routes(model, self._lists.get(providers, 0))
+        if routes[0].provider.problem() and routes[0].provider is not providers[0]:
+            routes = self.catalogue.routes(model, self._lists.get(providers, MODELS_WAIT))
+        return routes
 
     def _model_object(self, name: str, model: str, provider: Provider) -> dict:
         facts, config = model_facts(model), provider.entries.get(model) or {}
@@ -5875,16 +6426,16 @@ def make_server(host: str = "localhost", port: int = 8080, *, api_keys: Iterable
                 base_url: str | None = None, model: str | None = None, aliases: dict[str, str] | None = None,
                 failover: bool = False, qwen_home: str | None = None, timeout: float = UPSTREAM_TIMEOUT,
                 retries: int = RETRIES, max_connections: int = MAX_CONNECTIONS, max_body_mib: int = MAX_BODY_MIB,
-                keep_alive: float = KEEP_ALIVE_INTERVAL, environ: dict[str, str] | None = None) -> ProxyServer:
+                keep_alive: float = KEEP_ALIVE_INTERVAL, grace: float = GRACE,
+                environ: dict[str, str] | None = None) -> ProxyServer:
     """A server that is bound to its port and not yet running; the arguments are the options of `serve`.
 
-    environ stands in for os.environ. Raises ValueError for a host beyond loopback without a key, OSError
-    when the port is taken.
+    environ stands in for os.environ. Raises ValueError for a key that is none, or a host beyond loopback
+    without a key; OSError when the port is taken.
     """
-    options = ServerOptions(host, port, tuple(api_keys), no_auth, tuple(allow_origins), tuple(allow_hosts), timeout,
-                            retries, max_connections, max_body_mib * 1024 * 1024, keep_alive)
-    if not (is_loopback(host) or options.api_keys or no_auth):
-        raise ValueError("listening on %s lets the network spend your quota" % host)
+    options = ServerOptions(host, port, checked_keys(api_keys), no_auth, tuple(allow_origins), tuple(allow_hosts), timeout,
+                            retries, max_connections, max_body_mib * 1024 * 1024, keep_alive, grace)
+    AccessPolicy(options)
     catalogue = Catalogue(Options(provider, base_url, model, tuple((aliases or {}).items()), qwen_home, failover),
                           environ)
     return ProxyServer(catalogue, options)
@@ -6040,6 +6591,8 @@ def add_serve_options(group: Any) -> None:
     add("--max-connections", type=int, default=MAX_CONNECTIONS, metavar="N",
         help="the next one gets 503 (default: 1024)")
     add("--max-body", type=int, default=MAX_BODY_MIB, metavar="MIB", help="largest request (default: 64)")
+    add("--grace", type=float, default=GRACE, metavar="SECONDS",
+        help="from the first signal to the end, for running answers (default: 8)")
     add("--log-level", default="info", choices=["debug", "info", "warning", "error"],
         help="debug shows requests and answers, secrets masked (default: info)")
     add("--demo", action="store_true", help="a built-in stand-in answers instead of Qwen: no account needed")
@@ -6055,78 +6608,83 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     options = parser.parse_args(arguments)
     check_options(parser, options)
-    handler = LogWriter(sys.stderr) if command == "serve" else logging.StreamHandler(sys.stderr)
-    handler.setFormatter(LogFormatter())
-    logging.basicConfig(handlers=[handler], level=options.log_level.upper())
-    try:
-        return {"serve": cmd_serve, "login": cmd_login, "status": cmd_status}[command](options)
-    except KeyboardInterrupt:
-        say("stopped")
-        return 130
+    with logged_to(sys.stderr, options.log_level.upper()), ended_by_signals():
+        try:
+            return {"serve": cmd_serve, "login": cmd_login, "status": cmd_status}[command](options)
+        except KeyboardInterrupt:
+            say("stopped")
+            return 130
 
 
-class LogFormatter(logging.Formatter):
-    """Time, level and message; the time is made once a second."""
+class LogQueue(logging.handlers.QueueHandler):
+    """Hands lines to the thread that writes them; what does not fit is lost, since no request waits for a terminal."""
 
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname).1s %(message)s")
-
-    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
-        """The local time of a record."""
-        return clock_time(int(record.created))
-
-
-@functools.lru_cache(maxsize=2)
-def clock_time(second: int) -> str:
-    """12:34:56, local time, for seconds since the epoch."""
-    return time.strftime("%H:%M:%S", time.localtime(second))
-
-
-class LogWriter(logging.Handler):
-    """Writes the log from a thread of its own, the lines of one moment in one go.
-
-    With 16 clients a write for each answer is an eighth of what the answer costs, measured here: it is
-    one more system call at which the threads contend for the interpreter.
-    """
-
-    terminator = "\n"
-
-    def __init__(self, stream: Any):
-        super().__init__()
-        self._stream, self._writing = stream, threading.Lock()
-        self._records: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
-        threading.Thread(target=self._run, daemon=True).start()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if self._records.qsize() < LOG_MOST:
-            self._records.put(record)
+    def enqueue(self, record: logging.LogRecord) -> None:
+        """Queue a record, if there is room."""
+        with contextlib.suppress(queue.Full):
+            self.queue.put_nowait(record)           # type: ignore[union-attr]
 
     def flush(self) -> None:
-        """Write what there is, now."""
-        self._write([])
+        """Wait until all is written, but no more than a second: a terminal may take nothing."""
+        end = time.monotonic() + 1
+        while self.queue.unfinished_tasks and time.monotonic() < end:         # type: ignore[union-attr]
+            time.sleep(0.005)
 
-    def _run(self) -> None:
-        share_one_processor()
-        while True:
-            first = self._records.get()
-            time.sleep(LOG_PAUSE)
-            self._write([first])
 
-    def _write(self, records: list) -> None:
-        with self._writing:
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    records.append(self._records.get_nowait())
-            with contextlib.suppress(OSError, ValueError):      # a closed stderr is no reason to stop serving
-                self._stream.write("".join(self.format(record) + self.terminator for record in records))
-                self._stream.flush()
+@contextlib.contextmanager
+def logged_to(stream: Any, level: str) -> Iterator[None]:
+    """Writes the log to a stream from a thread of its own; whatever ends the program, the last lines too."""
+    writer = logging.StreamHandler(stream)
+    writer.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
+    handler = LogQueue(queue.Queue(LOG_MOST))       # type: ignore[arg-type]
+    listener = logging.handlers.QueueListener(handler.queue, writer)
+    root = logging.getLogger()
+    before = root.level
+    root.addHandler(handler)
+    root.setLevel(level)
+    listener.start()
+    try:
+        yield
+    finally:
+        handler.flush()
+        root.removeHandler(handler)
+        root.setLevel(before)
+        if not handler.queue.unfinished_tasks:      # type: ignore[union-attr]
+            listener.stop()
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """SIGTERM, SIGHUP and SIGBREAK end a command as Ctrl-C does, so that the CLI's lock does not stay behind."""
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    with signal_handlers(stop):
+        yield
+
+
+@contextlib.contextmanager
+def signal_handlers(stop: Callable[[int, Any], None]) -> Iterator[None]:
+    """stop() for every signal that asks a program to end; one that is ignored, as by nohup, stays so."""
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        if before[number] is not signal.SIG_IGN:
+            signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, before[number] or signal.SIG_DFL)
 
 
 def check_options(parser: argparse.ArgumentParser, options: Any) -> None:
     """Ends the program with a sentence and exit code 2 for a value that cannot be meant."""
     if not 0 <= options.port <= 65535:
         parser.error("--port must be between 0 and 65535")
-    for name in ("timeout", "max_connections", "max_body"):
+    for name in ("timeout", "max_connections", "max_body", "grace"):
         if not getattr(options, name) > 0:
             parser.error("--%s must be more than 0" % name.replace("_", "-"))
     if options.retries < 0:
@@ -6134,15 +6692,14 @@ def check_options(parser: argparse.ArgumentParser, options: Any) -> None:
     for alias in options.alias:
         if not all(alias.partition("=")):
             parser.error("--alias must be NAME=ID, not %r" % alias)
-    if options.base_url and urllib.parse.urlsplit(options.base_url).scheme not in ("http", "https"):
-        parser.error("--base-url must begin with http:// or https://")
-    if "@" in urllib.parse.urlsplit(options.base_url or "").netloc:
-        parser.error("--base-url must hold no password; the key is read from OPENAI_API_KEY")
+    fault = base_url_fault(options.base_url) if options.base_url else ""
+    if fault:
+        parser.error(f"--base-url {fault}; the key is read from OPENAI_API_KEY")
 
 
-def say(text: str) -> None:
-    """A line for the person at the terminal."""
-    print(mask(text), file=sys.stderr, flush=True)
+def say(*lines: str) -> None:
+    """Lines for the person at the terminal; each stays one line, whatever it holds."""
+    print("\n".join(map(public, lines)), file=sys.stderr, flush=True)
 
 
 def provider_options(options: Any) -> dict:
@@ -6162,20 +6719,16 @@ def server_for(options: Any, keys: list[str]) -> ProxyServer:
     return make_server(options.host, options.port, api_keys=keys, no_auth=options.no_auth,
                        allow_origins=options.allow_origin, allow_hosts=options.allow_host, timeout=options.timeout,
                        retries=options.retries, max_connections=options.max_connections,
-                       max_body_mib=options.max_body, environ=environ, **choice)
+                       max_body_mib=options.max_body, grace=options.grace, environ=environ, **choice)
 
 
 def cmd_serve(options: Any) -> int:
-    """Serve until Ctrl-C or SIGTERM; running answers get some seconds then, a second signal ends at once."""
-    keys = options.api_key + [key.strip() for key in os.environ.get("QWEN_PROXY_API_KEYS", "").split(",")
-                              if key.strip()]
-    if not (is_loopback(options.host) or keys or options.no_auth):
-        say("Listening on %s lets everybody on the network spend your quota. With a key (a fresh one):\n\n"
-            "    python3 qwen_proxy.py --host %s --port %d --api-key %s\n\nor say --no-auth." % (
-                options.host, options.host, options.port, secrets.token_urlsafe(24)))
-        return 2
+    """Serve until a signal; running answers get some seconds then, a second signal ends at once."""
     try:
-        server = server_for(options, keys)
+        keys = checked_keys(options.api_key)
+        if "QWEN_PROXY_API_KEYS" in os.environ:
+            keys += checked_keys(os.environ["QWEN_PROXY_API_KEYS"].split(","), "QWEN_PROXY_API_KEYS")
+        server = server_for(options, list(keys))
     except ValueError as error:
         say(str(error))
         return 2
@@ -6183,14 +6736,24 @@ def cmd_serve(options: Any) -> int:
         say("cannot listen on %s port %d: %s; choose another --port, or 0 for a free one"
             % (options.host, options.port, reason_of(error)))
         return 2
-    stop_on_signals(server)
-    tune_process()
-    say(banner(server, options.demo, bool(keys)))
-    server.serve_forever()
+    with signal_handlers(functools.partial(stop_serving, server)):
+        tune_process()
+        say(*banner(server, options.demo, bool(keys)))
+        server.serve_forever()
     if not last_words("stopped"):
-        LockFile.release_all()
         os._exit(0)                 # the interpreter would wait for stderr at its end
     return 0
+
+
+def stop_serving(server: ProxyServer, number: int, frame: Any) -> None:
+    """The first signal stops gently, the second one at once."""
+    if server.is_stopping:
+        LockFile.release_all()
+        last_words("stopped at once")
+        os._exit(1)
+    server.is_stopping = True
+    threading.Thread(target=server.shutdown).start()
+    last_words(f"stopping within {server.options.grace:g} s, for running answers; a second signal ends at once")
 
 
 def last_words(text: str) -> bool:
@@ -6226,21 +6789,8 @@ def tune_process() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def stop_on_signals(server: ProxyServer) -> None:
-    """Ctrl-C and SIGTERM: the first one stops gently, the second one at once."""
-    def stop(number: int, frame: Any) -> None:
-        if server.is_stopping:
-            LockFile.release_all()
-            os._exit(1)
-        server.is_stopping = True
-        threading.Thread(target=server.shutdown).start()
-        last_words("stopping; running answers have %d s, a second signal ends at once" % GRACE)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-
-
-def banner(server: ProxyServer, is_demo: bool, has_keys: bool) -> str:
-    """What a newcomer needs next."""
+def banner(server: ProxyServer, is_demo: bool, has_keys: bool) -> list[str]:
+    """The lines with what a newcomer needs next."""
     discovery = server.catalogue.current()
     lines = ["qwen_proxy %s on %s" % (__version__, server.url)]
     if is_demo:
@@ -6252,6 +6802,8 @@ def banner(server: ProxyServer, is_demo: bool, has_keys: bool) -> str:
             lines.append("warning   %s" % active.problem())
         elif active.credentials.kind == "oauth":
             lines.append("note      " + FREE_TIER_ENDED)
+    elif discovery.problem:
+        lines.append("warning   " + discovery.problem)
     else:
         lines.append("warning   no Qwen login on this machine: %s, or start with --provider NAME and its key in the "
                      "environment; until then requests get 401" % LOGIN_AGAIN)
@@ -6263,20 +6815,20 @@ def banner(server: ProxyServer, is_demo: bool, has_keys: bool) -> str:
     body = json.dumps({"model": discovery.model, "messages": [{"role": "user", "content": "Hello"}]})
     lines.append("try       curl %s/chat/completions %s-H 'Content-Type: application/json' -d '%s'"
                  % (server.url, key, body))
-    return "\n".join(lines)
+    return lines
 
 
 def cmd_login(options: Any) -> int:
     """Device authorization in the browser; writes oauth_creds.json."""
     import webbrowser       # here, since it costs every start 10 ms
 
-    base = os.environ.get("QWEN_OAUTH_BASE_URL") or OAUTH_BASE_URL
-    path = os.path.join(qwen_home(dict(os.environ), options.qwen_home), "oauth_creds.json")
-    say("Note: " + FREE_TIER_ENDED + ".\n")
+    home = qwen_home(dict(os.environ), options.qwen_home)
+    base, path = CliSettings(home, dict(os.environ), home).oauth_base_url(), os.path.join(home, "oauth_creds.json")
+    say(f"Note: {FREE_TIER_ENDED}.", "")
     try:
         device = request_device_code(base)
-        say("Open this address and approve the log-in, within %d minutes:\n\n    %s\n"
-            % (device.expires_in / 60, device.verification_uri))
+        say(f"Open this address and approve the log-in, within {device.expires_in / 60:.0f} minutes:", "",
+            f"    {device.verification_uri}", "")
         if device.user_code:
             say("The code it shows must be %s." % device.user_code)
         if not options.no_browser:
@@ -6317,12 +6869,12 @@ def cmd_status(options: Any) -> int:
         return 2
     facts = status_facts(catalogue, options.port)
     if options.json:
-        print(mask(json.dumps(facts, indent=2, ensure_ascii=False)))
+        print(public(json.dumps(facts, indent=2, ensure_ascii=False), keep="\n"))
     else:
         for name, value in facts.items():
-            lines = [line if isinstance(line, str) else json.dumps(line)
-                     for line in (value if isinstance(value, list) else [value])]
-            print("%-13s %s" % (name.replace("_", " "), mask(("\n" + " " * 14).join(lines))))
+            for index, line in enumerate(value if isinstance(value, list) else [value]):
+                label = "" if index else name.replace("_", " ")
+                print(public(f"{label:13} {line if isinstance(line, str) else json.dumps(line)}"))
     return 0 if facts["usable"] else 1
 
 
@@ -6330,7 +6882,7 @@ def status_facts(catalogue: Catalogue, port: int) -> dict:
     """What `status` prints, in its order."""
     discovery = catalogue.current()
     active = discovery.providers[0] if discovery.providers else None
-    problem = active.problem() if active else "no Qwen login on this machine: %s" % LOGIN_AGAIN
+    problem = active.problem() if active else discovery.problem or "no Qwen login on this machine: %s" % LOGIN_AGAIN
     facts: dict = {"version": __version__, "usable": problem is None, "problem": problem, "qwen_home": catalogue.home,
                    "settings": discovery.settings_files, "notes": discovery.notes}
     if active:
@@ -6343,17 +6895,14 @@ def status_facts(catalogue: Catalogue, port: int) -> dict:
             facts.update(oauth_facts(active.credentials))
         if described["base_url"]:
             facts["clock"] = clock_words(described["base_url"])
-    proxies = {name: mask_userinfo(url) for name, url in urllib.request.getproxies().items()}
+    proxies = urllib.request.getproxies()
+    for url in proxies.values():
+        keep_userinfo(url)
     facts["forward_proxy"] = ["%s: %s" % item for item in sorted(proxies.items())] or ["none"]
     facts["client"] = ["base URL http://localhost:%d/v1" % (port or 8080),
                        "API key  anything, unless --api-key is given",
                        "model    %s" % discovery.model]
     return {name: value for name, value in facts.items() if value not in (None, [])}
-
-
-def mask_userinfo(url: str) -> str:
-    """A proxy's address without user name and password."""
-    return re.sub(r"//[^/@]*@", "//***@", url)
 
 
 def oauth_facts(credentials: OAuthCredentials) -> dict:
@@ -6381,10 +6930,8 @@ def clock_words(base_url: str) -> str:
     try:
         request = urllib.request.Request(urllib.parse.urljoin(base_url, "/"), method="HEAD",
                                          headers={"User-Agent": "qwen_proxy/" + __version__})
-        try:
-            date = urllib.request.build_opener(_NoRedirect).open(request, timeout=3).headers.get("Date")
-        except urllib.error.HTTPError as error:
-            date = error.headers.get("Date")
+        with open_before(request, STATUS_TIMEOUT) as response:
+            date = response.headers.get("Date")
         skew = time.time() - parsedate_to_datetime(date).timestamp()
     except (OSError, http.client.HTTPException, TypeError, ValueError) as error:
         reason = reason_of(error) if isinstance(error, OSError) else "no Date header"

@@ -752,7 +752,7 @@ def test_unwritable_file_is_said_and_served_from_memory(home, upstream, monkeypa
     def refuse(*arguments):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(qp.os, "replace", refuse)
+    monkeypatch.setattr(qp, "write_private", refuse)
     assert credentials.access_token() == "at_2" and "read-only" in credentials.problem
     assert credentials.access_token() == "at_2" and json.loads(path.read_text())["access_token"] == "at_1"
     assert os.listdir(str(home)) == ["oauth_creds.json"]
@@ -801,16 +801,6 @@ def test_a_failure_that_many_share_keeps_nobodys_frames(home, upstream):
         seen.append(caught.value)
     assert len({id(error) for error in seen}) == 3 and len({str(error) for error in seen}) == 1
     assert credentials._failure[1].__traceback__ is None and len(upstream.requests) == 1
-
-
-def test_a_token_endpoint_that_drips_is_given_up_in_time(home, upstream, monkeypatch):
-    monkeypatch.setattr(qp, "REFRESH_TIMEOUT", 0.3)
-
-    class Dripping:
-        read1 = staticmethod(lambda size: time.sleep(0.1) or b" ")
-
-    with pytest.raises(socket.timeout):
-        qp.read_in_time(Dripping, time.monotonic() + qp.REFRESH_TIMEOUT)
 
 
 def test_half_a_surrogate_pair_in_the_file_is_kept(home, upstream):
