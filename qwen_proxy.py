@@ -359,50 +359,87 @@ class Secrets:
     not kept. Tokens that rotate give way to newer ones, so that a long run does not collect them.
     """
 
+    PLAIN = re.compile(r"[\w.~-]*\Z", re.A)      # neither JSON nor a URL has another spelling for these
     SHAPES = re.compile(r"(?<=://)[^/@\s]+(?=@)|\b(sk|ms)-[A-Za-z0-9_-]{8,}"
                         r"|\beyJ[A-Za-z0-9_-]{10,}[A-Za-z0-9._-]*|(?<=Bearer )(?!YOUR_KEY)[^\s\"',]{6,}")
     SIGNS = ("://", "sk-", "ms-", "eyJ", "Bearer ")     # without one of these no shape matches
+    BASE64 = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/_-=\\")
     ROTATING = 64
 
     def __init__(self) -> None:
         self._lock, self._rotating = threading.Lock(), collections.deque()  # type: ignore[var-annotated]
         self._values: dict[str, set[str]] = {}
         self._forms: list[str] = []
+        self._encoded: set[str] = set()
+        self._patterns: list[re.Pattern[str]] = []
 
     def add(self, value: Any, rotates: bool = False) -> None:
         """From now on mask() hides this value."""
         if not isinstance(value, str) or len(value) < 6 or value in self._values:
             return
         with self._lock:
-            self._values[value] = self.forms(value)
+            self._encoded = {*self._encoded, *self.encoded_forms(value)}
+            self._values[value] = {value, *self.encoded_forms(value)}
+            if not self.PLAIN.match(value):
+                self._patterns = [*self._patterns, self.pattern(value)]
+                self._patterns.sort(key=lambda pattern: -len(pattern.pattern))
             if rotates:
                 self._rotating.append(value)
                 if len(self._rotating) > self.ROTATING:
-                    self._values.pop(self._rotating.popleft(), None)
+                    gone = self._rotating.popleft()
+                    self._values.pop(gone, None)
+                    self._encoded -= self.encoded_forms(gone)
             # The longest first: a secret that contains another one is masked whole.
             self._forms = sorted(set().union(*self._values.values()), key=len, reverse=True)
 
+    @classmethod
+    def pattern(cls, value: str) -> re.Pattern[str]:
+        """The value in every spelling of JSON and of URLs, also of one within another, each with more \\ or %25."""
+        parts = []
+        for char in value:
+            escape = json.dumps(char)[1:-1]
+            ways = [re.escape(char)] if char != "\\" else []
+            ways += ["".join("%(?:25)*" + f"{byte:02x}" for byte in char.encode("utf-8", "surrogatepass"))]
+            if char in '\\"/':
+                ways.append(r"\\+" + ("" if char == "\\" else char))
+            elif escape != char:
+                ways.append("".join(r"\\+" + part for part in escape.split("\\")[1:]))
+            elif char == " ":
+                ways.append(r"\+")
+            parts.append(char if cls.PLAIN.match(char) and char != "." else f"(?:{'|'.join(ways)})")
+        return re.compile("".join(parts), re.I)
+
     @staticmethod
-    def forms(value: str) -> set[str]:
-        """The value as it is, in URLs, in JSON, and in the base64 of a header."""
-        forms = {value, json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1]}
-        forms |= {form.replace("/", "\\/") for form in forms}
-        for quoted in (urllib.parse.quote(value, safe="", errors="replace"),
-                       urllib.parse.quote(value, errors="replace"),
-                       urllib.parse.quote_plus(value, errors="replace")):
-            forms |= {quoted, re.sub("%[0-9A-F]{2}", lambda match: match.group().lower(), quoted)}
-        for plain in (value, "Bearer " + value):
-            # Without the padding, which the unpadded form is found in front of.
-            encoded = base64.b64encode(plain.encode("utf-8", "replace")).decode().rstrip("=")
-            forms |= {encoded, encoded.replace("+", "-").replace("/", "_"), encoded.replace("/", "\\/")}
-        return forms
+    def encoded_forms(value: str) -> set[str]:
+        """What base64 makes of the value, behind whatever user name or scheme: the part that holds nothing else."""
+        data, found = value.encode("utf-8", "replace"), set()
+        for before in range(3):
+            encoded = base64.b64encode(bytes(before) + data).decode()[(before * 4 + 2) // 3:(before + len(data)) * 4 // 3]
+            found |= {encoded, encoded.replace("+", "-").replace("/", "_"), encoded.replace("/", "\\/")}
+        return found
 
     def mask(self, text: str) -> str:
         """The text without secrets: those that are known, and anything shaped like a key."""
+        for pattern in self._patterns:
+            text = pattern.sub("***", text)
         for form in self._forms:
             if form in text:
-                text = text.replace(form, "***")
+                text = self._without(text, form)
         return self.SHAPES.sub("***", text) if any(sign in text for sign in self.SIGNS) else text
+
+    def _without(self, text: str, form: str) -> str:
+        """The text with *** for a form, and of an encoded one for all of the word that it is in."""
+        parts, done, at = [], 0, text.find(form)
+        while at >= 0:
+            start, end = at, at + len(form)
+            if form in self._encoded:
+                while start > done and text[start - 1] in self.BASE64:
+                    start -= 1
+                while end < len(text) and text[end] in self.BASE64:
+                    end += 1
+            parts += [text[done:start], "***"]
+            done, at = end, text.find(form, end)
+        return "".join([*parts, text[done:]])
 
 
 SECRETS = Secrets()
@@ -413,13 +450,14 @@ def keep_userinfo(url: str) -> None:
     """Keep user name and password of a URL secret, also those that a URL may not hold unquoted."""
     userinfo, at, _ = (url.partition("://")[2] or url).rpartition("@")
     if at and ":" in userinfo:
-        for part in (userinfo, userinfo.partition(":")[2]):
+        password = userinfo.partition(":")[2]
+        # The pieces, too: one that holds / ? # or @ is read in part as a host.
+        for part in (userinfo + "@", userinfo, password, *re.split("[/?#@]", password)):
             keep_secret(part)
             keep_secret(urllib.parse.unquote(part))
-        keep_secret(userinfo + "@")
 
 
-_SECRET_NAME = re.compile(r"key|token|secret|passw|auth(?!or)|credential|cookie|session", re.I)
+_SECRET_NAME = re.compile(r"key|token|secret|passw|auth(?!or(?!iz))|credential|cookie|session", re.I)
 _PUBLIC_NAMES = frozenset({"envkey", "http-referer", "referer", "x-openrouter-title", "x-title", "user-agent", "accept",
                            "content-type"})
 
@@ -438,6 +476,7 @@ def keep_secrets_in(value: Any, name: str = "", holder: str = "") -> None:
         is_long = len(value) >= 12 and len(value.split()) == 1
         if _SECRET_NAME.search(name) or holder in ("customHeaders", "headers") or holder == "extra_body" and is_long:
             keep_secret(value)
+            keep_secret(value.partition(" ")[2])        # behind Bearer or Basic
 
 
 def public(text: str, keep: str = "") -> str:
@@ -590,13 +629,13 @@ def base_url_fault(url: Any) -> str:
         return f"must be a string, not {json_type(url)}"
     try:
         parts = urllib.parse.urlsplit(url)
-        has_host = bool(parts.hostname) and (parts.port is None or parts.port > 0)
+        is_good = bool(re.match(r"[\w.-]+\Z|[0-9a-f:.]+\Z", parts.hostname or "")) and parts.port != 0
     except ValueError:
-        has_host = False
-    if not has_host or parts.scheme not in ("http", "https") or len(url.split()) != 1 or not url.isprintable():
-        return "must begin with http:// or https:// and name a host"
-    if "@" in parts.netloc:
+        is_good = False
+    if "@" in url.partition("://")[2].partition("/")[0]:
         return "must hold no user name and no password"
+    if not is_good or parts.scheme not in ("http", "https") or " " in url or not url.isprintable():
+        return "must begin with http:// or https:// and name a host"
     return ""
 
 
@@ -1548,11 +1587,12 @@ class CliSettings:
                    self._system_file("settings.json", "QWEN_CODE_SYSTEM_SETTINGS_PATH")]
         for path in [self._system_file("system-defaults.json", "QWEN_CODE_SYSTEM_DEFAULTS_PATH"), binding[0],
                      *self._project_settings(folder), binding[1]]:
-            read = expand_variables(self._load(path, parse_settings), {**self.environ, **self.variables})
-            self.values = merge(self.values, read)
+            self.values = merge(self.values, self._load(path, parse_settings))
+        known = {**self.environ, **self.variables}
         for name, value in as_object(dig(self.values, "env")).items():
             if isinstance(value, str):
-                self.variables.setdefault(name, value)
+                self.variables.setdefault(name, expand_variables(value, known))
+        self.values = expand_variables(self.values, {**self.variables, **self.environ})
         self.problem = next((f"{path} cannot be used: {self._files.faults[path]}; mend it, or start with --provider NAME"
                              for path in binding if path in self._files.faults), "")
         keep_secrets_in(self.values)
@@ -1688,7 +1728,7 @@ def add_entry(providers: dict[tuple[str, str], Provider], entry: dict, settings:
     variable = variable.strip()
     key = (where if problem else base_url, variable)
     if key not in providers:
-        name = preset_of(base_url) or host_of(base_url, with_port=True) or "unnamed"
+        name = "unnamed" if problem else preset_of(base_url) or host_of(base_url, with_port=True)
         taken = sum(1 for other in providers.values() if other.name.split("#")[0] == name)
         credentials = ApiKey("", where, f"{where}: {problem}") if problem else key_from(settings, variable)
         providers[key] = Provider(f"{name}#{taken + 1}" if taken else name, "" if problem else base_url, credentials,
@@ -1803,7 +1843,7 @@ def provider_of_model(settings: CliSettings, options: Options, listed: list[Prov
     if base_url:
         return environment_provider(settings, base_url, "OPENAI_BASE_URL"), ""
     stored = dig(settings.values, "security", "auth", "baseUrl")
-    if stored:
+    if stored not in (None, ""):
         return environment_provider(settings, stored, "security.auth.baseUrl in settings.json"), ""
     if listed:
         # The entry of the CLI's default model, else the first one: never another because that one has no key.
@@ -1823,9 +1863,9 @@ def named_provider(name: str, settings: CliSettings, found: list[Provider]) -> t
 
 
 def discover(options: Options, environ: dict[str, str], folder: str, known: dict[str, OAuthCredentials],
-             files: WatchedFiles | None = None) -> Discovery:
+             files: WatchedFiles | None = None, home: str = "") -> Discovery:
     """Everything that can be used on this machine, the active provider first; raises ValueError for a wrong option."""
-    home = qwen_home(environ, options.qwen_home)
+    home = home or qwen_home(environ, options.qwen_home)
     settings = CliSettings(home, environ, folder, files)
     if settings.problem and not (options.provider or options.base_url):
         return Discovery([], wanted_model(settings, options) or DEFAULT_MODEL, settings.notes, settings.files,
@@ -1834,6 +1874,9 @@ def discover(options: Options, environ: dict[str, str], folder: str, known: dict
     active, note = active_provider(settings, options, listed, oauth)
     present = [provider for provider in oauth if provider.credentials.is_there() or provider is active]
     others = [provider for provider in listed + present if provider is not active]
+    for provider in others:
+        if active and provider.name == active.name:     # --base-url at the host of an entry: another key, another name
+            provider.name += "#settings"
     notes = settings.notes + ([note] if note else []) + [
         f"{provider.credentials.path} cannot be saved ({reason}): a refreshed token stays in memory only, and after a "
         "restart the login is dead, for the CLI too"
@@ -1923,7 +1966,7 @@ class Catalogue:
 
     def _discover(self) -> Discovery:
         self._files.watch(self.home)            # oauth_creds*.json may come and go
-        return discover(self.options, self._environ, self._folder, self._known, self._files)
+        return discover(self.options, self._environ, self._folder, self._known, self._files, self.home)
 
     def serving(self, lists: list[list[str]] | None = None) -> Serving:
         """Who serves which model now, as far as known; lists are the live ones, in the order of the providers."""
@@ -2175,7 +2218,7 @@ def parse_head(head: bytes) -> tuple[int, dict[str, str], bool]:
     status_line, *lines = head.decode("latin-1").split("\n")
     match = _STATUS_LINE.match(status_line.rstrip("\r"))
     if not match:
-        raise http.client.BadStatusLine(status_line[:100])
+        raise http.client.BadStatusLine(shorten(status_line, 100))
     headers: dict[str, str] = {}
     for line in lines:
         name, _, value = line.partition(":")
@@ -4878,7 +4921,7 @@ def referred(item: Any, index: int, memory: ItemMemory, owner: str, seen: set[st
     found = memory.get(item.get("id"), owner)
     if found is None and not as_text(item.get("id")).startswith("rs_"):
         raise BadRequest("input[%d] is of type 'item_reference', and %r is not in memory here: send the item itself "
-                         "(AI SDK: providerOptions.openai.store = false)" % (index, str(item.get("id"))[:60]),
+                         "(AI SDK: providerOptions.openai.store = false)" % (index, shorten(str(item.get("id")), 60)),
                          param="input.%d" % index)
     return [found] if found else []
 
@@ -4973,7 +5016,7 @@ def messages_of(instructions: Any, items: list, names: ToolNames) -> list[dict]:
         if add is not None:
             add(messages, item, names)
         elif kind not in IGNORED_ITEMS and kind != "compaction_trigger":
-            raise BadRequest("input[%d] is of type %r; it is not supported here" % (index, kind[:60]),
+            raise BadRequest("input[%d] is of type %r; it is not supported here" % (index, shorten(kind, 60)),
                              param="input.%d" % index)
     return [message for message in messages if message.get("content") or message.get("tool_calls")
             or message["role"] != "assistant"]
@@ -4992,7 +5035,7 @@ def add_message(messages: list[dict], item: dict, names: ToolNames) -> None:
     """message"""
     role, content = item.get("role"), item.get("content")
     if role not in ("user", "assistant", "system", "developer"):
-        raise BadRequest("a message of the input has the role %r" % str(role)[:60], param="input")
+        raise BadRequest("a message of the input has the role %r" % shorten(str(role), 60), param="input")
     if role == "assistant":
         assistant_turn(messages, is_text=True)["content"] = chat_content(content)
     else:
@@ -5023,7 +5066,7 @@ def chat_part(part: Any) -> dict:
     if kind == "input_audio":
         return {"type": "input_audio", "input_audio": part.get("input_audio")}
     raise BadRequest("a part of type %r cannot be sent; files and images must be in the request itself, since none "
-                     "are stored" % str(kind)[:60], param="input")
+                     "are stored" % shorten(str(kind), 60), param="input")
 
 
 def add_call(messages: list[dict], item: dict, names: ToolNames) -> None:
@@ -5360,14 +5403,19 @@ def is_loopback(name: str) -> bool:
         return False
 
 
+def listed(values: Iterable[str] | str) -> list[str]:
+    """The values as a list; a string is one value, not one for each of its characters."""
+    return [values] if isinstance(values, str) else list(values)
+
+
 def checked_keys(keys: Iterable[str] | str, source: str = "--api-key") -> tuple[str, ...]:
     """The keys that clients may present, without blanks around them; raises ValueError for one that is none.
 
     An empty key is mostly a variable that was not set: to serve without a key then would open the door.
     """
     checked = []
-    for key in [keys] if isinstance(keys, str) else keys:
-        key = key.strip()
+    for key in listed(keys):
+        key = key.strip() if isinstance(key, str) else ""
         if len(key) < 2 or not key.isprintable():
             raise ValueError(f"{source}: a key must have at least 2 characters, none of them a control character; "
                              "is the variable that should hold it set?")
@@ -5394,9 +5442,9 @@ class AccessPolicy:
         self._any_address = not self.is_local(options.host)
         if self._any_address and not (self._keys or options.no_auth):
             raise ValueError(
-                f"listening on {options.host or 'all addresses'} lets everybody on the network spend your quota. With a "
-                f"key (a fresh one): --host {options.host or '0.0.0.0'} --api-key {secrets.token_urlsafe(24)}, or say "
-                "--no-auth")
+                f"listening on {options.host or 'all addresses'} lets everybody on the network spend your quota: say "
+                "--no-auth, or give a key, here a fresh one: python3 qwen_proxy.py --host "
+                f"{options.host or '0.0.0.0'} --port {options.port} --api-key {secrets.token_hex(16)}")
 
     @staticmethod
     def is_local(host: str) -> bool:
@@ -5429,7 +5477,7 @@ class AccessPolicy:
                 ipaddress.ip_address(name)
                 return
         raise ProxyError("the Host header %r does not name this machine; if it should, add --allow-host NAME"
-                         % host[:100], 403, "host_not_allowed", "permission_error")
+                         % shorten(host, 100), 403, "host_not_allowed", "permission_error")
 
     def allows_origin(self, origin: str) -> bool:
         """Whether pages of this origin may use the server."""
@@ -5442,7 +5490,7 @@ class AccessPolicy:
         scheme, _, bearer = headers.get("authorization", "").partition(" ")
         presented = [headers.get("x-api-key", ""), headers.get("api-key", ""),
                      bearer if scheme.lower() == "bearer" else ""]
-        matches = [any([hmac.compare_digest(key, value.strip().encode("latin-1", "replace")) for value in presented])
+        matches = [any([hmac.compare_digest(key, value.strip(" ").encode("latin-1", "replace")) for value in presented])
                    for key in self._keys]
         if not any(matches):
             raise ProxyError("this server wants an API key: one of those given with --api-key, as "
@@ -5826,7 +5874,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if length is not None or self._is_http_1_0:
                 raise BadRequest("Transfer-Encoding beside Content-Length, or in HTTP/1.0")
             if coding.lower() != "chunked":
-                raise BadRequest("the transfer coding %r is not supported; use chunked" % coding[:40])
+                raise BadRequest("the transfer coding %r is not supported; use chunked" % shorten(coding, 40))
             self._is_chunked = self._unread = True
         elif length is not None:
             if not re.match(r"[0-9]{1,18}\Z", length):
@@ -5882,8 +5930,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         access.check_host(self.headers.get("host"), not self._is_http_1_0)
         if origin is not None:
             if not access.allows_origin(origin):
+                if origin == "null":
+                    raise ProxyError("pages without an origin of their own (a file, a sandboxed frame) may not use this "
+                                     "server; serve the page over http on localhost", 403, "origin_not_allowed",
+                                     "permission_error")
                 raise ProxyError("pages of %s may not use this server; if they should, start it with --allow-origin %s"
-                                 % (origin[:100], origin[:100]), 403, "origin_not_allowed", "permission_error")
+                                 % (shorten(origin, 100), shorten(origin, 100)), 403, "origin_not_allowed", "permission_error")
             self._cors = [("Access-Control-Allow-Origin", origin), ("Vary", "Origin"),
                           ("Access-Control-Expose-Headers",
                            "x-request-id, retry-after, retry-after-ms, x-qwen-provider")]
@@ -5940,7 +5992,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             known = ", ".join("%s /v1%s" % (method, route) for route, methods in ROUTES.items() for method in methods
                               if route not in WITHOUT_KEY)
             raise BadRequest("there is no %s here; there are: %s, GET /health"
-                             % (self.path.partition("?")[0][:200], known), 404,
+                             % (shorten(self.path.partition("?")[0], 200), known), 404,
                              "unknown_url")
         command = "GET" if self.command == "HEAD" else self.command
         if command not in methods:
@@ -5992,7 +6044,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if coding in ("identity", ""):
             return body
         if coding not in ("gzip", "x-gzip", "deflate"):
-            raise BadRequest("the content coding %r is not supported; send the body plain or as gzip" % coding[:40],
+            raise BadRequest("the content coding %r is not supported; send the body plain or as gzip" % shorten(coding, 40),
                              415)
         limit = self.proxy.options.max_body
         try:
@@ -6125,7 +6177,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         asked = to_chat_request(self._read_json(), self.proxy.items, self._owner)
         if asked.skipped:
             log.info("left out, since only OpenAI runs them: tools of type %s",
-                     ", ".join(sorted(set(asked.skipped)))[:200])
+                     shorten(", ".join(sorted(set(asked.skipped))), 200))
         self._form = ResponseForm(asked, self.proxy.routes(asked.chat.get("model"))[0].model, self.proxy.items,
                                   self._owner)
         self._complete(CHAT, asked.chat)
@@ -6204,7 +6256,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def get_model(self) -> None:
         found = next((model for model in self.proxy.models() if model["id"] == self._model_id), None)
         if found is None:
-            raise BadRequest("the model %r is not among those of /v1/models" % self._model_id[:100], 404,
+            raise BadRequest("the model %r is not among those of /v1/models" % shorten(self._model_id, 100), 404,
                              "model_not_found", param="model")
         self._send_json(200, found)
 
@@ -6222,7 +6274,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _log_answer(self) -> None:
         attempt = self.headers.get("x-stainless-retry-count", "0")
-        log.info("%s %s %d %.2fs%s%s", self.command or "?", self.path.partition("?")[0][:100] or "?",
+        log.info("%s %s %d %.2fs%s%s", self.command or "?", shorten(self.path.partition("?")[0], 100) or "?",
                  self.status or 499, time.monotonic() - self._started,
                  " " + shorten(self._note, 300) if self._note else "",
                  " (the client's attempt %s)" % attempt[:4] if attempt != "0" else "")
@@ -6433,8 +6485,8 @@ def make_server(host: str = "localhost", port: int = 8080, *, api_keys: Iterable
     environ stands in for os.environ. Raises ValueError for a key that is none, or a host beyond loopback
     without a key; OSError when the port is taken.
     """
-    options = ServerOptions(host, port, checked_keys(api_keys), no_auth, tuple(allow_origins), tuple(allow_hosts), timeout,
-                            retries, max_connections, max_body_mib * 1024 * 1024, keep_alive, grace)
+    options = ServerOptions(host, port, checked_keys(api_keys), no_auth, tuple(listed(allow_origins)), tuple(listed(allow_hosts)),
+                            timeout, retries, max_connections, max_body_mib * 1024 * 1024, keep_alive, grace)
     AccessPolicy(options)
     catalogue = Catalogue(Options(provider, base_url, model, tuple((aliases or {}).items()), qwen_home, failover),
                           environ)
