@@ -363,6 +363,7 @@ class Secrets:
     SHAPES = re.compile(r"(?<=://)[^/@\s]+(?=@)|\b(sk|ms)-[A-Za-z0-9_-]{8,}"
                         r"|\beyJ[A-Za-z0-9_-]{10,}[A-Za-z0-9._-]*|(?<=Bearer )(?!YOUR_KEY)[^\s\"',]{6,}")
     SIGNS = ("://", "sk-", "ms-", "eyJ", "Bearer ")     # without one of these no shape matches
+    BACKSLASH = r"(?:\\|%(?:25)*5c)"
     BASE64 = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/_-=\\")
     ROTATING = 64
 
@@ -401,9 +402,9 @@ class Secrets:
             ways = [re.escape(char)] if char != "\\" else []
             ways += ["".join("%(?:25)*" + f"{byte:02x}" for byte in char.encode("utf-8", "surrogatepass"))]
             if char in '\\"/':
-                ways.append(r"\\+" + ("" if char == "\\" else char))
+                ways = [cls.BACKSLASH + "+"] if char == "\\" else [f"{cls.BACKSLASH}*{way}" for way in ways]
             elif escape != char:
-                ways.append("".join(r"\\+" + part for part in escape.split("\\")[1:]))
+                ways.append("".join(cls.BACKSLASH + "+" + part for part in escape.split("\\")[1:]))
             elif char == " ":
                 ways.append(r"\+")
             parts.append(char if cls.PLAIN.match(char) and char != "." else f"(?:{'|'.join(ways)})")
@@ -455,6 +456,18 @@ def keep_userinfo(url: str) -> None:
         for part in (userinfo + "@", userinfo, password, *re.split("[/?#@]", password)):
             keep_secret(part)
             keep_secret(urllib.parse.unquote(part))
+
+
+def forward_proxies() -> dict[str, str]:
+    """The forward proxies of the environment by scheme, their passwords kept secret and quoted as URLs need it."""
+    proxies = {}
+    for scheme, url in urllib.request.getproxies().items():
+        keep_userinfo(url)
+        before, _, rest = url.rpartition("://")
+        userinfo, at, host = rest.rpartition("@")
+        quoted = urllib.parse.quote(userinfo, safe=":%", errors="replace")
+        proxies[scheme] = (before + "://" if before else "") + quoted + at + host
+    return proxies
 
 
 _SECRET_NAME = re.compile(r"key|token|secret|passw|auth(?!or(?!iz))|credential|cookie|session", re.I)
@@ -605,7 +618,7 @@ def login_from_answer(answer: dict, before: dict) -> Login:
     """
     fields = {**before, "access_token": answer.get("access_token")}
     for name in ("refresh_token", "token_type", "resource_url"):
-        if isinstance(answer.get(name), str) and answer[name]:
+        if isinstance(answer.get(name), str) and _TOKEN.match(answer[name]):
             fields[name] = answer[name]
     fields.setdefault("token_type", "Bearer")
     fields.setdefault("resource_url", PORTAL_RESOURCE_URL)
@@ -817,10 +830,9 @@ def open_before(request: urllib.request.Request, seconds: float) -> Any:
 
     No redirect is followed: urllib would take our secrets along to the new place.
     """
-    for proxy in urllib.request.getproxies().values():
-        keep_userinfo(proxy)
+    handlers = urllib.request.ProxyHandler(forward_proxies()), _NoRedirect, DeadlineHandler(seconds)
     try:
-        return urllib.request.build_opener(_NoRedirect, DeadlineHandler(seconds)).open(request, timeout=seconds)
+        return urllib.request.build_opener(*handlers).open(request, timeout=seconds)
     except urllib.error.HTTPError as error:
         return error
 
@@ -1143,19 +1155,30 @@ def replace_file(path: str, data: bytes, before: os.stat_result | None) -> None:
 
 
 def overwrite_file(path: str, data: bytes, before: os.stat_result) -> None:
-    """Write over the old file, which is whole JSON at each moment: blanks fill it up before it is cut."""
+    """Write over the old file, which stays whole JSON if the disk is full: blanks make room before, and fill up."""
     handle = os.open(path, os.O_WRONLY | _OPEN_FLAGS)
     try:
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode) or (status.st_dev, status.st_ino) != (before.st_dev, before.st_ino):
             raise OSError(errno.EPERM, "it was replaced meanwhile")
-        rest = memoryview(data.ljust(status.st_size))
-        while rest:
-            rest = rest[os.write(handle, rest):]
+        try:
+            write_at(handle, status.st_size, b" " * (len(data) - status.st_size))
+        except OSError:
+            os.ftruncate(handle, status.st_size)
+            raise
+        write_at(handle, 0, data.ljust(status.st_size))
         os.ftruncate(handle, len(data))
         finish_file(handle, before)
     finally:
         os.close(handle)
+
+
+def write_at(handle: int, place: int, data: bytes) -> None:
+    """Write all of the data to a place in a file."""
+    os.lseek(handle, place, os.SEEK_SET)
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(handle, rest):]
 
 
 _OPEN_FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
@@ -1167,7 +1190,7 @@ def finish_file(handle: int, before: os.stat_result | None) -> None:
         with contextlib.suppress(PermissionError):      # another user's file that we may write
             os.fchmod(handle, 0o600)
     os.fsync(handle)
-    if before and os.fstat(handle).st_mtime_ns <= before.st_mtime_ns and os.utime in os.supports_fd:
+    if before and os.fstat(handle).st_mtime_ns <= before.st_mtime_ns and os.name != "nt":
         with contextlib.suppress(PermissionError):
             os.utime(handle, ns=(before.st_atime_ns, before.st_mtime_ns + 1_000_000))
 
@@ -1583,10 +1606,11 @@ class CliSettings:
                 if path in own:
                     self._own_variables.setdefault(name, value)
         self.values: dict = {}
-        binding = [os.path.join(home, "settings.json"),
+        # Where one of these is broken, the CLI stops.
+        binding = [self._system_file("system-defaults.json", "QWEN_CODE_SYSTEM_DEFAULTS_PATH"),
+                   os.path.join(home, "settings.json"),
                    self._system_file("settings.json", "QWEN_CODE_SYSTEM_SETTINGS_PATH")]
-        for path in [self._system_file("system-defaults.json", "QWEN_CODE_SYSTEM_DEFAULTS_PATH"), binding[0],
-                     *self._project_settings(folder), binding[1]]:
+        for path in [*binding[:2], *self._project_settings(folder), binding[2]]:
             self.values = merge(self.values, self._load(path, parse_settings))
         known = {**self.environ, **self.variables}
         for name, value in as_object(dig(self.values, "env")).items():
@@ -1609,8 +1633,9 @@ class CliSettings:
 
     def _load(self, path: str, parse: Callable[[str], dict]) -> dict:
         found = self._files.load(path, parse)
-        if path in self._files.faults:
-            self.notes.append(f"{path} is ignored: {self._files.faults[path]}")
+        note = f"{path} is ignored: {self._files.faults.get(path)}"
+        if path in self._files.faults and note not in self.notes:
+            self.notes.append(note)
         elif found and path not in self.files:
             self.files.append(path)
         return found
@@ -1619,50 +1644,54 @@ class CliSettings:
         folder = {"Darwin": "/Library/Application Support/QwenCode", "Windows": "C:\\ProgramData\\qwen-code"}
         return self.environ.get(variable) or os.path.join(folder.get(platform.system(), "/etc/qwen-code"), name)
 
+    def _project_dotenv(self, folder: str) -> list[str]:
+        """The nearest .env of the working directory or above, where that and the folder that holds it are trusted."""
+        above, user_home = folder, os.path.realpath(self._user_home)
+        while os.path.realpath(above) != user_home:
+            for path in (os.path.join(above, ".qwen", ".env"), os.path.join(above, ".env")):
+                if self._may_count(above, path) and self._is_trusted(folder):
+                    return [path]
+            if above == os.path.dirname(above):
+                break
+            above = os.path.dirname(above)
+        return []
+
     def _project_settings(self, folder: str) -> list[str]:
         """settings.json of the working directory, where that is trusted and not the user's own."""
-        return self._where_trusted(folder, os.path.join(folder, ".qwen", "settings.json"))
+        path = os.path.join(folder, ".qwen", "settings.json")
+        return [path] if self._may_count(folder, path) else []
 
-    def _project_dotenv(self, folder: str) -> list[str]:
-        """The nearest .env of the working directory or above, where the folder that holds it is trusted."""
-        while True:
-            for path in (os.path.join(folder, ".qwen", ".env"), os.path.join(folder, ".env")):
-                if os.path.lexists(path) or path in self._files.known():
-                    return self._where_trusted(folder, path)
-                self._files.watch(path)
-            if folder == os.path.dirname(folder):
-                return []
-            folder = os.path.dirname(folder)
-
-    def _where_trusted(self, folder: str, path: str) -> list[str]:
+    def _may_count(self, folder: str, path: str) -> bool:
+        """Whether there is (or was) such a file, not one of the user's own, in a folder that is trusted."""
         own = {os.path.realpath(os.path.join(base, name))
                for base in (self.home, os.path.join(self._user_home, ".qwen"), self._user_home)
                for name in (".env", "settings.json")}
         self._files.watch(path)
-        if os.path.realpath(path) in own or not os.path.lexists(path) and path not in self._files.known():
-            return []
+        if os.path.realpath(path) in own or not (os.path.lexists(path) or path in self._files.known()):
+            return False
         if not self._is_trusted(folder):
             self.notes.append(f"not read, since trustedFolders.json does not trust its folder: {path}")
-            return []
-        return [path]
+            return False
+        return True
 
     def _is_trusted(self, folder: str) -> bool:
-        """Qwen Code, trustedFolders.ts: the most specific rule for a folder decides; without one it is not trusted."""
+        """Qwen Code, trustedFolders.ts: the most specific rule for a folder decides, DO_NOT_TRUST of two alike."""
         path = self.environ.get("QWEN_CODE_TRUSTED_FOLDERS_PATH") or os.path.join(self.home, "trustedFolders.json")
-        folder, best = real_case(folder), (-1, False)
+        deciding = (-1, False)                  # without a rule it is not trusted
         for rule, level in self._load(path, parse_settings).items():
-            root = real_case(rule)
-            root = os.path.dirname(root) if level == "TRUST_PARENT" else root
-            is_trust = level in ("TRUST_FOLDER", "TRUST_PARENT")
-            if (is_trust or level == "DO_NOT_TRUST") and is_within(folder, root):
-                # Of two rules for one folder the one that does not trust it.
-                best = max(best, (len(root), is_trust), key=lambda rule: (rule[0], not rule[1]))
-        return best[1]
+            if level not in ("TRUST_FOLDER", "TRUST_PARENT", "DO_NOT_TRUST"):
+                continue
+            root = os.path.dirname(rule.rstrip(os.sep)) if level == "TRUST_PARENT" else rule
+            for spelled in spellings(root):
+                if any(is_within(place, spelled) for place in spellings(folder)):
+                    found = (spelled.rstrip(os.sep).count(os.sep), level != "DO_NOT_TRUST")
+                    deciding = max(deciding, found, key=lambda match: (match[0], not match[1]))
+        return deciding[1]
 
 
-def real_case(path: str) -> str:
-    """A path without links and `..`, in the one spelling that can be compared."""
-    return os.path.normcase(os.path.realpath(path))
+def spellings(path: str) -> set[str]:
+    """A path without `..`, with its links and without."""
+    return {os.path.normcase(os.path.abspath(path)), os.path.normcase(os.path.realpath(path))}
 
 
 def is_within(folder: str, root: str) -> bool:
@@ -2500,10 +2529,8 @@ class Upstream:
 
     def __init__(self) -> None:
         self._connections = KeepAliveHandler()
-        for proxy in urllib.request.getproxies().values():
-            keep_userinfo(proxy)
         self._opener = urllib.request.OpenerDirector()      # no redirects, no errors raised: both are judged here
-        for handler in (urllib.request.ProxyHandler(), self._connections, urllib.request.UnknownHandler()):
+        for handler in (urllib.request.ProxyHandler(forward_proxies()), self._connections, urllib.request.UnknownHandler()):
             self._opener.add_handler(handler)
 
     def send(self, route: Route, path: str, body: bytes | None, access_token: str, watch: Watch,
@@ -6947,10 +6974,7 @@ def status_facts(catalogue: Catalogue, port: int) -> dict:
             facts.update(oauth_facts(active.credentials))
         if described["base_url"]:
             facts["clock"] = clock_words(described["base_url"])
-    proxies = urllib.request.getproxies()
-    for url in proxies.values():
-        keep_userinfo(url)
-    facts["forward_proxy"] = ["%s: %s" % item for item in sorted(proxies.items())] or ["none"]
+    facts["forward_proxy"] = ["%s: %s" % item for item in sorted(forward_proxies().items())] or ["none"]
     facts["client"] = ["base URL http://localhost:%d/v1" % (port or 8080),
                        "API key  anything, unless --api-key is given",
                        "model    %s" % discovery.model]
