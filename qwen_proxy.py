@@ -31,6 +31,7 @@ To vendor it, copy the file. Importing it starts nothing:
     print(server.url)                                       # http://localhost:PORT/v1
     server.shutdown()                                       # ends serve_forever, closes the port
 """
+
 from __future__ import annotations
 
 import argparse
@@ -85,10 +86,11 @@ __all__ = ["make_server", "ProxyServer", "ProxyError", "CredentialError", "Upstr
 log = logging.getLogger("qwen_proxy")
 
 
-# ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Constants
-# ----------------------------------------------------------------------------------------------------
-# Times are seconds and sizes are bytes unless the name says otherwise. No other section names a host.
+# ------------------------------------------------------------------------------------------------
+# Times are seconds and sizes are bytes unless the name says otherwise. No other section names a
+# host.
 
 # OAuth of the Qwen Code CLI: device authorization (RFC 8628) with PKCE (RFC 7636), public client.
 # Qwen Code, packages/core/src/qwen/qwenOAuth2.ts.
@@ -98,27 +100,42 @@ TOKEN_PATH = "/api/v1/oauth2/token"
 CLIENT_ID = "f0304373b74a44d2b584a3fb70ca9e56"
 SCOPE = "openid profile email model.completion"
 DEVICE_GRANT = "urn:ietf:params:oauth:grant-type:device_code"
-PORTAL_RESOURCE_URL = "portal.qwen.ai"          # where a login that names no resource_url is served
-OAUTH_MODEL = "coder-model"                     # the one model id that an OAuth login serves
-FREE_TIER_END = "2026-04-15"                    # QwenLM/qwen-code PR #3291
+# where a login that names no resource_url is served
+PORTAL_RESOURCE_URL = "portal.qwen.ai"
+# the one model id that an OAuth login serves
+OAUTH_MODEL = "coder-model"
+# QwenLM/qwen-code PR #3291
+FREE_TIER_END = "2026-04-15"
 
 # A provider's name on the command line: its base URL and the variable that holds its key.
 # Qwen Code, the presets of its /auth dialogue.
 PRESETS = {
     "coding": ("https://coding.dashscope.aliyuncs.com/v1", "BAILIAN_CODING_PLAN_API_KEY"),
     "coding-intl": ("https://coding-intl.dashscope.aliyuncs.com/v1", "BAILIAN_CODING_PLAN_API_KEY"),
-    "token-cn": ("https://token-plan.cn-beijing.maas.aliyuncs.com/compatible-mode/v1", "BAILIAN_TOKEN_PLAN_API_KEY"),
-    "token-intl": ("https://token-plan.ap-southeast-1.maas.aliyuncs.com/compatible-mode/v1",
-                   "BAILIAN_TOKEN_PLAN_API_KEY"),
+    "token-cn": (
+        "https://token-plan.cn-beijing.maas.aliyuncs.com/compatible-mode/v1",
+        "BAILIAN_TOKEN_PLAN_API_KEY",
+    ),
+    "token-intl": (
+        "https://token-plan.ap-southeast-1.maas.aliyuncs.com/compatible-mode/v1",
+        "BAILIAN_TOKEN_PLAN_API_KEY",
+    ),
     "dashscope": ("https://dashscope.aliyuncs.com/compatible-mode/v1", "DASHSCOPE_API_KEY"),
-    "dashscope-intl": ("https://dashscope-intl.aliyuncs.com/compatible-mode/v1", "DASHSCOPE_API_KEY"),
+    "dashscope-intl": (
+        "https://dashscope-intl.aliyuncs.com/compatible-mode/v1",
+        "DASHSCOPE_API_KEY",
+    ),
     "dashscope-us": ("https://dashscope-us.aliyuncs.com/compatible-mode/v1", "DASHSCOPE_API_KEY"),
-    "dashscope-hk": ("https://cn-hongkong.dashscope.aliyuncs.com/compatible-mode/v1", "DASHSCOPE_API_KEY"),
+    "dashscope-hk": (
+        "https://cn-hongkong.dashscope.aliyuncs.com/compatible-mode/v1",
+        "DASHSCOPE_API_KEY",
+    ),
     "openrouter": ("https://openrouter.ai/api/v1", "OPENROUTER_API_KEY"),
     "modelscope": ("https://api-inference.modelscope.cn/v1", "MODELSCOPE_API_KEY"),
 }
 
-# Endpoint families: which dialect a base URL speaks. First match of host, then of path (a gateway, a fake).
+# Endpoint families: which dialect a base URL speaks. First match of host, then of path (a gateway,
+# a fake).
 FAMILIES_BY_HOST = (
     (r"(^|\.)coding(-intl)?\.dashscope\.aliyuncs\.com$", "coding"),
     (r"^token-plan\..*\.maas\.aliyuncs\.com$", "token"),
@@ -130,98 +147,197 @@ FAMILIES_BY_HOST = (
     (r"(^|\.)deepseek\.com$", "deepseek"),
     (r"(^|\.)(z\.ai|bigmodel\.cn)$", "zai"),
 )
-FAMILIES_BY_VARIABLE = {"BAILIAN_CODING_PLAN_API_KEY": "coding", "BAILIAN_TOKEN_PLAN_API_KEY": "token",
-                        "DASHSCOPE_API_KEY": "dashscope", "OPENROUTER_API_KEY": "openrouter",
-                        "MODELSCOPE_API_KEY": "modelscope"}
+FAMILIES_BY_VARIABLE = {
+    "BAILIAN_CODING_PLAN_API_KEY": "coding",
+    "BAILIAN_TOKEN_PLAN_API_KEY": "token",
+    "DASHSCOPE_API_KEY": "dashscope",
+    "OPENROUTER_API_KEY": "openrouter",
+    "MODELSCOPE_API_KEY": "modelscope",
+}
 ALIBABA_FAMILIES = frozenset({"portal", "coding", "token", "dashscope"})
 
-# The Coding Plan and the Token Plan are asked for no list of models; these are the CLI's own presets.
+# The Coding Plan and the Token Plan are asked for no list of models; these are the CLI's own
+# presets.
 # Qwen Code 0.24.4, model-providers.
 PLAN_MODELS = {
-    "coding": ("qwen3.7-plus", "qwen3.6-plus", "qwen3.5-plus", "glm-5", "kimi-k2.5", "MiniMax-M2.5", "qwen3-coder-plus",
-               "qwen3-coder-next", "qwen3-max-2026-01-23", "glm-4.7"),
-    "token": ("qwen3.7-plus", "qwen3.6-plus", "qwen3.7-max", "qwen3.8-max", "qwen3.8-max-preview", "qwen3.6-flash",
-              "qwen3.8-flash", "deepseek-v4-pro", "deepseek-v4-flash-0731", "deepseek-v3.2", "kimi-k2.7-code",
-              "kimi-k2.6", "kimi-k2.5", "glm-5.2", "glm-5.1", "glm-5", "MiniMax-M2.5"),
+    "coding": (
+        "qwen3.7-plus",
+        "qwen3.6-plus",
+        "qwen3.5-plus",
+        "glm-5",
+        "kimi-k2.5",
+        "MiniMax-M2.5",
+        "qwen3-coder-plus",
+        "qwen3-coder-next",
+        "qwen3-max-2026-01-23",
+        "glm-4.7",
+    ),
+    "token": (
+        "qwen3.7-plus",
+        "qwen3.6-plus",
+        "qwen3.7-max",
+        "qwen3.8-max",
+        "qwen3.8-max-preview",
+        "qwen3.6-flash",
+        "qwen3.8-flash",
+        "deepseek-v4-pro",
+        "deepseek-v4-flash-0731",
+        "deepseek-v3.2",
+        "kimi-k2.7-code",
+        "kimi-k2.6",
+        "kimi-k2.5",
+        "glm-5.2",
+        "glm-5.1",
+        "glm-5",
+        "MiniMax-M2.5",
+    ),
 }
-DEFAULT_MODEL = "qwen3.7-max"                   # Qwen Code 0.24.4, when nothing else names one
+# Qwen Code 0.24.4, when nothing else names one
+DEFAULT_MODEL = "qwen3.7-max"
 
-FILE_CHECK_INTERVAL = 0.05      # look at oauth_creds.json no more often: with many clients it is a cost
-REFRESH_MARGIN = 30             # a token counts as expired this long before it is: the CLI's own margin
-REFRESH_TIMEOUT = 8             # one attempt while holding the lock: a CLI before 0.24 breaks it after 10 s
-SAVE_PAUSE = 30                 # before a login that could not be written is tried again
-REFRESH_PAUSE = 5               # after a failure that may pass, requests fail at once for this long
-LOCK_STALE = 35                 # Qwen Code 0.24, sharedTokenManager.ts: a lock older than this is broken
+# look at oauth_creds.json no more often: with many clients it is a cost
+FILE_CHECK_INTERVAL = 0.05
+# a token counts as expired this long before it is: the CLI's own margin
+REFRESH_MARGIN = 30
+# one attempt while holding the lock: a CLI before 0.24 breaks it after 10 s
+REFRESH_TIMEOUT = 8
+# before a login that could not be written is tried again
+SAVE_PAUSE = 30
+# after a failure that may pass, requests fail at once for this long
+REFRESH_PAUSE = 5
+# Qwen Code 0.24, sharedTokenManager.ts: a lock older than this is broken
+LOCK_STALE = 35
 LOCK_WAIT_FIRST, LOCK_WAIT_FACTOR, LOCK_WAIT_MOST = 0.1, 1.5, 2.0
-LOGIN_POLL_FIRST, LOGIN_POLL_MOST = 2.0, 10.0   # RFC 8628 3.5; the CLI's first interval and its ceiling
+LOGIN_POLL_FIRST, LOGIN_POLL_MOST = (
+    2.0,
+    10.0,
+    # RFC 8628 3.5; the CLI's first interval and its ceiling
+)
 
 CONNECT_TIMEOUT = 10
-UPSTREAM_TIMEOUT = 300          # longest silence of the upstream
-KEEP_ALIVE_INTERVAL = 15        # a streaming client hears something at least this often
+# longest silence of the upstream
+UPSTREAM_TIMEOUT = 300
+# a streaming client hears something at least this often
+KEEP_ALIVE_INTERVAL = 15
 RETRIES = 2
-RETRY_DELAY_FIRST = 0.5         # doubled each time
-RETRY_DELAY_MOST = 10           # a Retry-After beyond this is the client's to wait for
+# doubled each time
+RETRY_DELAY_FIRST = 0.5
+# a Retry-After beyond this is the client's to wait for
+RETRY_DELAY_MOST = 10
 RETRY_STATUSES = frozenset({429, 502, 503, 529})
-MAX_REPAIRS = 2                 # of a body, each without what was refused by name: one reason may hide another
-PATIENCE = 30                   # no retry and no failover begins later than this: clients have timeouts too
-REST_AFTER_FAILURE = 60         # a provider that another one stood in for comes last for so long
-IDLE_CONNECTIONS = 64           # kept open to each upstream
-IDLE_CONNECTION_AGE = 30        # shorter than the idle limit of any gateway we know
-DRAIN_TIMEOUT = 0.25            # for what an upstream still sends after [DONE]
+# of a body, each without what was refused by name: one reason may hide another
+MAX_REPAIRS = 2
+# no retry and no failover begins later than this: clients have timeouts too
+PATIENCE = 30
+# a provider that another one stood in for comes last for so long
+REST_AFTER_FAILURE = 60
+# kept open to each upstream
+IDLE_CONNECTIONS = 64
+# shorter than the idle limit of any gateway we know
+IDLE_CONNECTION_AGE = 30
+# for what an upstream still sends after [DONE]
+DRAIN_TIMEOUT = 0.25
 
-MODELS_AGE = 300                # a live list of models is asked for again after this long
-MODELS_AGE_FAILED = 30          # and after this long if there was none to be had
-MODELS_WAIT = 0.8               # GET /v1/models waits no longer for one: LibreChat gives it 5 s, Claude Code 3
-MODELS_TIMEOUT = 5              # what such a request itself may take; Qwen Code's own limits
+# a live list of models is asked for again after this long
+MODELS_AGE = 300
+# and after this long if there was none to be had
+MODELS_AGE_FAILED = 30
+# GET /v1/models waits no longer for one: LibreChat gives it 5 s, Claude Code 3
+MODELS_WAIT = 0.8
+# what such a request itself may take; Qwen Code's own limits
+MODELS_TIMEOUT = 5
 MODELS_SIZE = 1_048_576
-UNLISTED_FAMILIES = frozenset({"portal", "coding"})     # no dependable /models: Coding Plan FAQ
+# no dependable /models: Coding Plan FAQ
+UNLISTED_FAMILIES = frozenset({"portal", "coding"})
 
-# Texts in one request to /embeddings. Model Studio, 'Text embedding'; langchain4j #1140 for v1 and v2.
+# Texts in one request to /embeddings. Model Studio, 'Text embedding'; langchain4j #1140 for v1 and
+# v2.
 EMBEDDING_BATCHES = (("text-embedding-v[12]*", 25), ("*", 10))
-MAX_EMBEDDING_INPUTS = 2048     # OpenAI reference, embeddings
+# OpenAI reference, embeddings
+MAX_EMBEDDING_INPUTS = 2048
 PARALLEL_BATCHES = 4
 
 # What a family of endpoints is known not to have, and the way out.
 UNSERVED = {
-    ("/embeddings", "portal"): "an OAuth login serves chat only; embeddings need a standard key (--provider dashscope)",
-    ("/embeddings", "coding"): "the Coding Plan has no embeddings; they need a standard key (--provider dashscope)",
+    (
+        "/embeddings",
+        "portal",
+    ): "an OAuth login serves chat only; embeddings need a standard key (--provider dashscope)",
+    (
+        "/embeddings",
+        "coding",
+    ): "the Coding Plan has no embeddings; they need a standard key (--provider dashscope)",
     ("/completions", "portal"): "an OAuth login serves chat only; use /v1/chat/completions",
     ("/completions", "coding"): "the Coding Plan has no text completions; use /v1/chat/completions",
 }
 
 MAX_CONNECTIONS = 1024
-TURNED_AWAY = 8                 # above that, so many at a time are told why; the others are just closed
+# above that, so many at a time are told why; the others are just closed
+TURNED_AWAY = 8
 MAX_BODY_MIB = 64
-MAX_LINE = 65536                # request line or one header line
+# request line or one header line
+MAX_LINE = 65536
 MAX_HEADERS = 100
-MAX_HEAD = 262_144              # all headers together
+# all headers together
+MAX_HEAD = 262_144
 MAX_ERROR_BODY = 262_144
-MAX_FILE = 4_194_304            # of the CLI's settings and login files
-CLASSIFIED = 10_000             # so much of an error is searched for what it means
-LONGEST_START = 2000            # of a text, where it is looked at for more than it says: thoughts, fences, repetition
-MAX_ITEM_MEMORY = 4_194_304                     # of answers to /v1/responses, see ItemMemory
-MAX_EVENT = 64 * 1024 * 1024    # one event of a stream, or a whole answer that was not streamed
-MAX_ANSWER = 128 * 1024 * 1024  # characters of one text that is held to its end; a stream of chunks holds none
+# of the CLI's settings and login files
+MAX_FILE = 4_194_304
+# so much of an error is searched for what it means
+CLASSIFIED = 10_000
+LONGEST_START = (
+    # of a text, where it is looked at for more than it says: thoughts, fences, repetition
+    2000
+)
+# of answers to /v1/responses, see ItemMemory
+MAX_ITEM_MEMORY = 4_194_304
+# one event of a stream, or a whole answer that was not streamed
+MAX_EVENT = 64 * 1024 * 1024
+MAX_ANSWER = (
+    128 * 1024 * 1024
+    # characters of one text that is held to its end; a stream of chunks holds none
+)
 MAX_MODEL_ID = 512
-MAX_JSON_DIGITS = 1000          # of one number: CPython before 3.11 takes quadratic time for more
-IDLE_TIMEOUT = 75               # a client's connection between requests
-HEADER_TIMEOUT = 20             # from the first byte of a request to the end of its headers
-BODY_TIMEOUT = 60               # for the body, and one second more for every
-BODY_RATE = 65_536              # bytes of it
-SMALL_BODY = 65_536             # of a refused request: it is read and dropped, so that the connection stays,
-DROP_TIMEOUT = 1                # if it arrives within this time
-WRITE_TIMEOUT = 60              # a client that takes nothing for this long has left
-STATUS_TIMEOUT = 3              # for what `status` asks an upstream
-GRACE = 8                       # from the first signal to the end: docker kills after 10
-LAST_WORDS = 1.5                # of it, for what running streams are told and the last log lines
-RETRY_AFTER_MOST = 60           # openai-node sleeps any Retry-After, openai-python none above 60
-GC_THRESHOLD = 20_000           # new containers before the collector looks at the young ones
-SWITCH_INTERVAL = 0.05          # between threads; CPython's 0.005 costs 15 % more with 100 streams, measured here
-LOG_MOST = 10_000               # lines that wait for a terminal that takes none; more are lost
-PIECE = 16_384                  # read at most this much at once; 65,536 costs 20 KiB more a stream and is no faster
+# of one number: CPython before 3.11 takes quadratic time for more
+MAX_JSON_DIGITS = 1000
+# a client's connection between requests
+IDLE_TIMEOUT = 75
+# from the first byte of a request to the end of its headers
+HEADER_TIMEOUT = 20
+# for the body, and one second more for every
+BODY_TIMEOUT = 60
+# bytes of it
+BODY_RATE = 65_536
+# of a refused request: it is read and dropped, so that the connection stays,
+SMALL_BODY = 65_536
+# if it arrives within this time
+DROP_TIMEOUT = 1
+# a client that takes nothing for this long has left
+WRITE_TIMEOUT = 60
+# for what `status` asks an upstream
+STATUS_TIMEOUT = 3
+# from the first signal to the end: docker kills after 10
+GRACE = 8
+# of it, for what running streams are told and the last log lines
+LAST_WORDS = 1.5
+# openai-node sleeps any Retry-After, openai-python none above 60
+RETRY_AFTER_MOST = 60
+# new containers before the collector looks at the young ones
+GC_THRESHOLD = 20_000
+SWITCH_INTERVAL = (
+    # between threads; CPython's 0.005 costs 15 % more with 100 streams, measured here
+    0.05
+)
+# lines that wait for a terminal that takes none; more are lost
+LOG_MOST = 10_000
+# read at most this much at once; 65,536 costs 20 KiB more a stream and is no faster
+PIECE = 16_384
 
-LOCAL_ORIGINS = re.compile(r"(https?://(localhost|127\.\d+\.\d+\.\d+|\[::1\]|tauri\.localhost)(:\d+)?"
-                           r"|(app|tauri|vscode-webview|vscode-file)://.*)\Z", re.I)
+LOCAL_ORIGINS = re.compile(
+    r"(https?://(localhost|127\.\d+\.\d+\.\d+|\[::1\]|tauri\.localhost)(:\d+)?"
+    r"|(app|tauri|vscode-webview|vscode-file)://.*)\Z",
+    re.I,
+)
 
 
 class ModelFacts(NamedTuple):
@@ -240,41 +356,44 @@ class ModelFacts(NamedTuple):
 
 # First match of the id without its vendor prefix, in lower case. State of 2026-11: Qwen Code 0.24.4
 # (tokenLimits.ts, modality table), Model Studio 'Deep thinking' and model pages, models.dev.
-MODELS = tuple(ModelFacts(*row) for row in (
-    ("qwen3.8-max*", 1_000_000, 131_072, "effort", True),
-    ("qwen3.8-*", 1_000_000, 131_072, "effort", True),
-    ("coder-model", 1_000_000, 65_536, "on", True),
-    ("qwen3.[567]-plus*", 1_000_000, 65_536, "on", True),
-    ("qwen3.[567]*", 1_000_000, 65_536, "on", False),
-    ("qwen3-coder-next*", 262_144, 65_536, "none", False),
-    ("qwen3-coder*", 1_000_000, 65_536, "none", False),
-    ("qwen3-vl-*-thinking*", 262_144, 32_768, "always", True),
-    ("qwen3-vl-*", 262_144, 32_768, "off", True),
-    ("qwen3-omni*", 65_536, 16_384, "off", True),
-    ("qwen3-max*", 262_144, 65_536, "off", False),
-    ("qwen3-*-thinking*", 131_072, None, "always", False),
-    ("qwen3-*", 131_072, None, "on", False),
-    ("qwen-vl-max*", 131_072, 8_192, "none", True),
-    ("qwen-vl*", 131_072, None, "none", True),
-    ("qwen-turbo*", 1_000_000, 16_384, "off", False),
-    ("qwen-plus*", 1_000_000, 32_768, "off", False),
-    ("qwen-flash*", 1_000_000, 32_768, "off", False),
-    ("qwq*", 131_072, None, "always", False),
-    ("qvq*", 131_072, None, "always", True),
-    ("kimi-k3*", 1_000_000, 131_072, "always", True),
-    ("kimi-k2.7-code*", 262_144, None, "always", True),
-    ("kimi-k2.5*", 262_144, 32_768, "on", True),
-    ("kimi-*", 262_144, None, "on", True),
-    ("glm-5.[2-9]*", 1_000_000, 131_072, "on", False),
-    ("glm-5*", 202_752, 131_072, "on", False),
-    ("glm-4.7*", 202_752, 16_384, "on", False),
-    ("deepseek-v4*", 1_000_000, 384_000, "on", False),
-    ("deepseek-v3*", 131_072, None, "off", False),
-    ("deepseek-r*", 131_072, 65_536, "always", False),
-    ("minimax-m2.5*", 196_608, 65_536, "always", False),
-    ("minimax-m3*", 1_000_000, None, "always", True),
-    ("*",),
-))
+MODELS = tuple(
+    ModelFacts(*row)
+    for row in (
+        ("qwen3.8-max*", 1_000_000, 131_072, "effort", True),
+        ("qwen3.8-*", 1_000_000, 131_072, "effort", True),
+        ("coder-model", 1_000_000, 65_536, "on", True),
+        ("qwen3.[567]-plus*", 1_000_000, 65_536, "on", True),
+        ("qwen3.[567]*", 1_000_000, 65_536, "on", False),
+        ("qwen3-coder-next*", 262_144, 65_536, "none", False),
+        ("qwen3-coder*", 1_000_000, 65_536, "none", False),
+        ("qwen3-vl-*-thinking*", 262_144, 32_768, "always", True),
+        ("qwen3-vl-*", 262_144, 32_768, "off", True),
+        ("qwen3-omni*", 65_536, 16_384, "off", True),
+        ("qwen3-max*", 262_144, 65_536, "off", False),
+        ("qwen3-*-thinking*", 131_072, None, "always", False),
+        ("qwen3-*", 131_072, None, "on", False),
+        ("qwen-vl-max*", 131_072, 8_192, "none", True),
+        ("qwen-vl*", 131_072, None, "none", True),
+        ("qwen-turbo*", 1_000_000, 16_384, "off", False),
+        ("qwen-plus*", 1_000_000, 32_768, "off", False),
+        ("qwen-flash*", 1_000_000, 32_768, "off", False),
+        ("qwq*", 131_072, None, "always", False),
+        ("qvq*", 131_072, None, "always", True),
+        ("kimi-k3*", 1_000_000, 131_072, "always", True),
+        ("kimi-k2.7-code*", 262_144, None, "always", True),
+        ("kimi-k2.5*", 262_144, 32_768, "on", True),
+        ("kimi-*", 262_144, None, "on", True),
+        ("glm-5.[2-9]*", 1_000_000, 131_072, "on", False),
+        ("glm-5*", 202_752, 131_072, "on", False),
+        ("glm-4.7*", 202_752, 16_384, "on", False),
+        ("deepseek-v4*", 1_000_000, 384_000, "on", False),
+        ("deepseek-v3*", 131_072, None, "off", False),
+        ("deepseek-r*", 131_072, 65_536, "always", False),
+        ("minimax-m2.5*", 196_608, 65_536, "always", False),
+        ("minimax-m3*", 1_000_000, None, "always", True),
+        ("*",),
+    )
+)
 
 
 @functools.lru_cache(maxsize=256)
@@ -284,9 +403,10 @@ def model_facts(model: str) -> ModelFacts:
     return next(row for row in MODELS if fnmatch.fnmatchcase(name, row.pattern))
 
 
-# ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Errors
-# ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
+
 
 class ProxyError(Exception):
     """A failure that is told to the client: an HTTP status and OpenAI's error object.
@@ -304,21 +424,45 @@ class ProxyError(Exception):
     status, type, code = 500, "api_error", None
     retry = moves_on = False
 
-    def __init__(self, message: str, status: int | None = None, code: str | None = None, type: str | None = None,
-                 param: str | None = None, request_id: str | None = None, headers: Iterable[tuple[str, str]] = (),
-                 retry: bool | None = None, retry_after: float | None = None, moves_on: bool | None = None):
+    def __init__(
+        self,
+        message: str,
+        status: int | None = None,
+        code: str | None = None,
+        type: str | None = None,
+        param: str | None = None,
+        request_id: str | None = None,
+        headers: Iterable[tuple[str, str]] = (),
+        retry: bool | None = None,
+        retry_after: float | None = None,
+        moves_on: bool | None = None,
+    ):
         super().__init__(message)
-        self.message, self.param, self.request_id, self.retry_after = message, param, request_id, retry_after
+        self.message, self.param, self.request_id, self.retry_after = (
+            message,
+            param,
+            request_id,
+            retry_after,
+        )
         self.headers = list(headers)
-        for name, value in (("status", status), ("code", code), ("type", type), ("retry", retry),
-                            ("moves_on", moves_on)):
+        for name, value in (
+            ("status", status),
+            ("code", code),
+            ("type", type),
+            ("retry", retry),
+            ("moves_on", moves_on),
+        ):
             if value is not None:
                 setattr(self, name, value)
 
     def error_object(self) -> dict:
         """OpenAI's error object, as it may leave the program."""
-        return {"message": public(self.message, keep="\n\t"), "type": self.type,
-                "param": self.param and public(self.param), "code": self.code and public(self.code)}
+        return {
+            "message": public(self.message, keep="\n\t"),
+            "type": self.type,
+            "param": self.param and public(self.param),
+            "code": self.code and public(self.code),
+        }
 
     def body(self) -> dict:
         """The body of an error answer: the error object, and the upstream's request_id where there is one."""
@@ -359,10 +503,14 @@ class Secrets:
     not kept. Tokens that rotate give way to newer ones, so that a long run does not collect them.
     """
 
-    PLAIN = re.compile(r"[\w.~-]*\Z", re.A)      # neither JSON nor a URL has another spelling for these
-    SHAPES = re.compile(r"(?<=://)[^/@\s]+(?=@)|\b(sk|ms)-[A-Za-z0-9_-]{8,}"
-                        r"|\beyJ[A-Za-z0-9_-]{10,}[A-Za-z0-9._-]*|(?<=Bearer )(?!YOUR_KEY)[^\s\"',]{6,}")
-    SIGNS = ("://", "sk-", "ms-", "eyJ", "Bearer ")     # without one of these no shape matches
+    # neither JSON nor a URL has another spelling for these
+    PLAIN = re.compile(r"[\w.~-]*\Z", re.A)
+    SHAPES = re.compile(
+        r"(?<=://)[^/@\s]+(?=@)|\b(sk|ms)-[A-Za-z0-9_-]{8,}"
+        r"|\beyJ[A-Za-z0-9_-]{10,}[A-Za-z0-9._-]*|(?<=Bearer )(?!YOUR_KEY)[^\s\"',]{6,}"
+    )
+    # without one of these no shape matches
+    SIGNS = ("://", "sk-", "ms-", "eyJ", "Bearer ")
     BACKSLASH = r"(?:\\|%(?:25)*5c)"
     BASE64 = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/_-=\\")
     ROTATING = 64
@@ -400,9 +548,17 @@ class Secrets:
         for char in value:
             escape = json.dumps(char)[1:-1]
             ways = [re.escape(char)] if char != "\\" else []
-            ways += ["".join("%(?:25)*" + f"{byte:02x}" for byte in char.encode("utf-8", "surrogatepass"))]
+            ways += [
+                "".join(
+                    "%(?:25)*" + f"{byte:02x}" for byte in char.encode("utf-8", "surrogatepass")
+                )
+            ]
             if char in '\\"/':
-                ways = [cls.BACKSLASH + "+"] if char == "\\" else [f"{cls.BACKSLASH}*{way}" for way in ways]
+                ways = (
+                    [cls.BACKSLASH + "+"]
+                    if char == "\\"
+                    else [f"{cls.BACKSLASH}*{way}" for way in ways]
+                )
             elif escape != char:
                 ways.append("".join(cls.BACKSLASH + "+" + part for part in escape.split("\\")[1:]))
             elif char == " ":
@@ -415,8 +571,14 @@ class Secrets:
         """What base64 makes of the value, behind whatever user name or scheme: the part that holds nothing else."""
         data, found = value.encode("utf-8", "replace"), set()
         for before in range(3):
-            encoded = base64.b64encode(bytes(before) + data).decode()[(before * 4 + 2) // 3:(before + len(data)) * 4 // 3]
-            found |= {encoded, encoded.replace("+", "-").replace("/", "_"), encoded.replace("/", "\\/")}
+            encoded = base64.b64encode(bytes(before) + data).decode()[
+                (before * 4 + 2) // 3 : (before + len(data)) * 4 // 3
+            ]
+            found |= {
+                encoded,
+                encoded.replace("+", "-").replace("/", "_"),
+                encoded.replace("/", "\\/"),
+            }
         return found
 
     def mask(self, text: str) -> str:
@@ -470,9 +632,21 @@ def forward_proxies() -> dict[str, str]:
     return proxies
 
 
-_SECRET_NAME = re.compile(r"key|token|secret|passw|auth(?!or(?!iz))|credential|cookie|session", re.I)
-_PUBLIC_NAMES = frozenset({"envkey", "http-referer", "referer", "x-openrouter-title", "x-title", "user-agent", "accept",
-                           "content-type"})
+_SECRET_NAME = re.compile(
+    r"key|token|secret|passw|auth(?!or(?!iz))|credential|cookie|session", re.I
+)
+_PUBLIC_NAMES = frozenset(
+    {
+        "envkey",
+        "http-referer",
+        "referer",
+        "x-openrouter-title",
+        "x-title",
+        "user-agent",
+        "accept",
+        "content-type",
+    }
+)
 
 
 def keep_secrets_in(value: Any, name: str = "", holder: str = "") -> None:
@@ -487,9 +661,15 @@ def keep_secrets_in(value: Any, name: str = "", holder: str = "") -> None:
     elif isinstance(value, str) and name.lower() not in _PUBLIC_NAMES:
         keep_userinfo(value)
         is_long = len(value) >= 12 and len(value.split()) == 1
-        if _SECRET_NAME.search(name) or holder in ("customHeaders", "headers") or holder == "extra_body" and is_long:
+        if (
+            _SECRET_NAME.search(name)
+            or holder in ("customHeaders", "headers")
+            or holder == "extra_body"
+            and is_long
+        ):
             keep_secret(value)
-            keep_secret(value.partition(" ")[2])        # behind Bearer or Basic
+            # behind Bearer or Basic
+            keep_secret(value.partition(" ")[2])
 
 
 def public(text: str, keep: str = "") -> str:
@@ -507,8 +687,10 @@ def public(text: str, keep: str = "") -> str:
         probe = probe.replace(char, "")
     if probe.isprintable():
         return text
-    return "".join(char if char.isprintable() or char in keep else char.encode("unicode_escape").decode()
-                   for char in text)
+    return "".join(
+        char if char.isprintable() or char in keep else char.encode("unicode_escape").decode()
+        for char in text
+    )
 
 
 def shorten(text: str, limit: int) -> str:
@@ -529,7 +711,13 @@ log.addFilter(_PublicFilter())
 
 def json_type(value: Any) -> str:
     """A JSON value's type in JSON's words."""
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a string",
+        bool: "a boolean",
+        type(None): "null",
+    }
     return names.get(type(value), "a number")
 
 
@@ -548,14 +736,15 @@ def read_regular(path: str, errors: str = "strict") -> tuple[str, os.stat_result
         os.close(handle)
 
 
-# ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Credentials
-# ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 LOGIN_AGAIN = "run `qwen` and then /auth, or `python3 qwen_proxy.py login`"
-FREE_TIER_ENDED = ("Qwen's free OAuth tier ended on %s: a login still works, but chat does not. Configure an API key "
-                   "in the CLI (run `qwen`, then /auth), or start with --provider NAME and its key in the environment"
-                   % FREE_TIER_END)
+FREE_TIER_ENDED = (
+    f"Qwen's free OAuth tier ended on {FREE_TIER_END}: a login still works, but chat does not. Configure an API key "
+    "in the CLI (run `qwen`, then /auth), or start with --provider NAME and its key in the environment"
+)
 
 
 class Login(NamedTuple):
@@ -594,16 +783,26 @@ def login_of(fields: dict) -> Login:
     if not _TOKEN.match(fields["access_token"]):
         raise CredentialError("its access_token holds a character that no header may hold")
     expiry_date = fields.get("expiry_date")
-    if isinstance(expiry_date, bool) or not isinstance(expiry_date, (int, float)) or not 0 < expiry_date < 1e17:
+    if (
+        isinstance(expiry_date, bool)
+        or not isinstance(expiry_date, (int, float))
+        or not 0 < expiry_date < 1e17
+    ):
         raise CredentialError("its expiry_date is not a time in milliseconds")
     keep_secret(fields["access_token"], rotates=True)
     keep_secret(fields["refresh_token"], rotates=True)
-    resource_url = PORTAL_RESOURCE_URL if fields.get("resource_url") in (None, "") else fields["resource_url"]
+    resource_url = (
+        PORTAL_RESOURCE_URL if fields.get("resource_url") in (None, "") else fields["resource_url"]
+    )
     keep_userinfo(str(resource_url))
-    fault = base_url_fault(base_url_of(resource_url) if isinstance(resource_url, str) else resource_url)
+    fault = base_url_fault(
+        base_url_of(resource_url) if isinstance(resource_url, str) else resource_url
+    )
     if fault:
         raise CredentialError(f"its resource_url {fault}")
-    return Login(fields["access_token"], fields["refresh_token"], expiry_date / 1000, resource_url, fields)
+    return Login(
+        fields["access_token"], fields["refresh_token"], expiry_date / 1000, resource_url, fields
+    )
 
 
 _TOKEN = re.compile(r"[\x21-\x7e]+\Z")
@@ -626,8 +825,13 @@ def login_from_answer(answer: dict, before: dict) -> Login:
     try:
         return login_of(fields)
     except CredentialError as error:
-        raise UpstreamError(f"the token endpoint's answer is unusable: {error.message}", 503, "token_refresh_failed",
-                            retry=True, headers=[("Retry-After", str(REFRESH_PAUSE))]) from None
+        raise UpstreamError(
+            f"the token endpoint's answer is unusable: {error.message}",
+            503,
+            "token_refresh_failed",
+            retry=True,
+            headers=[("Retry-After", str(REFRESH_PAUSE))],
+        ) from None
 
 
 def seconds_in(value: Any, default: float) -> float:
@@ -642,7 +846,9 @@ def base_url_fault(url: Any) -> str:
         return f"must be a string, not {json_type(url)}"
     try:
         parts = urllib.parse.urlsplit(url)
-        is_good = bool(re.match(r"[\w.-]+\Z|[0-9a-f:.]+\Z", parts.hostname or "")) and parts.port != 0
+        is_good = (
+            bool(re.match(r"[\w.-]+\Z|[0-9a-f:.]+\Z", parts.hostname or "")) and parts.port != 0
+        )
     except ValueError:
         is_good = False
     if "@" in url.partition("://")[2].partition("/")[0]:
@@ -708,13 +914,15 @@ class LockFile:
         except FileExistsError:
             return False
         except PermissionError:
-            if os.name == "nt" and os.path.exists(self.path):   # somebody is just deleting it
+            # somebody is just deleting it
+            if os.name == "nt" and os.path.exists(self.path):
                 return False
             raise
         try:
             with os.fdopen(handle, "w") as file:
                 file.write(self._owner)
-        except OSError:                         # a full disk: a lock without its owner's name would stay for good
+        except OSError:
+            # a full disk: a lock without its owner's name would stay for good
             os.unlink(self.path)
             raise
         return True
@@ -736,7 +944,7 @@ class LockFile:
 
     def _break(self, holder: tuple[str, int] | None) -> None:
         """Rename a stale lock away; should it be a new one after all, put that back. Raises OSError."""
-        away = "%s.stale.%s" % (self.path, uuid.uuid4())
+        away = f"{self.path}.stale.{uuid.uuid4()}"
         try:
             os.rename(self.path, away)
         except FileNotFoundError:
@@ -771,7 +979,7 @@ class DeadlineTLSSocket(ssl.SSLSocket):
 
     deadline = float("inf")
 
-    def recv_into(self, *arguments: Any) -> int:        # type: ignore[override]
+    def recv_into(self, *arguments: Any) -> int:  # type: ignore[override]
         """As SSLSocket's; raises socket.timeout at the deadline."""
         self.settimeout(time_left(self.deadline))
         return super().recv_into(*arguments)
@@ -787,9 +995,12 @@ def time_left(deadline: float) -> float:
 
 def connect_before(deadline: float) -> Callable[..., socket.socket]:
     """A socket.create_connection() with one deadline for all addresses of a name and all that is received."""
+
     def create_connection(address: tuple[str, int], *_: Any, **__: Any) -> socket.socket:
         failure: OSError = OSError("the host name has no address")
-        for family, kind, protocol, _, place in socket.getaddrinfo(*address, type=socket.SOCK_STREAM):
+        for family, kind, protocol, _, place in socket.getaddrinfo(
+            *address, type=socket.SOCK_STREAM
+        ):
             connection = DeadlineSocket(family, kind, protocol)
             try:
                 connection.deadline = deadline
@@ -812,12 +1023,18 @@ class DeadlineHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         self._deadline = time.monotonic() + seconds
 
     def http_open(self, request: urllib.request.Request) -> Any:
-        return self.do_open(functools.partial(self._connection, http.client.HTTPConnection), request)
+        return self.do_open(
+            functools.partial(self._connection, http.client.HTTPConnection), request
+        )
 
     def https_open(self, request: urllib.request.Request) -> Any:
         context = ssl.create_default_context()
         context.sslsocket_class = type("_", (DeadlineTLSSocket,), {"deadline": self._deadline})
-        return self.do_open(functools.partial(self._connection, http.client.HTTPSConnection), request, context=context)
+        return self.do_open(
+            functools.partial(self._connection, http.client.HTTPSConnection),
+            request,
+            context=context,
+        )
 
     def _connection(self, kind: Any, host: str, **arguments: Any) -> Any:
         connection = kind(host, **arguments)
@@ -837,7 +1054,9 @@ def open_before(request: urllib.request.Request, seconds: float) -> Any:
         return error
 
 
-def post_form(url: str, fields: dict[str, str], headers: dict[str, str] | None = None) -> tuple[int, dict | None, str]:
+def post_form(
+    url: str, fields: dict[str, str], headers: dict[str, str] | None = None
+) -> tuple[int, dict | None, str]:
     """POST a form to the identity host: the HTTP status, the JSON object or None, and what the body is.
 
     Raises UpstreamError when no answer came within REFRESH_TIMEOUT. Status and body are judged by the
@@ -846,17 +1065,26 @@ def post_form(url: str, fields: dict[str, str], headers: dict[str, str] | None =
     """
     try:
         data = urllib.parse.urlencode(fields).encode()
-        request = urllib.request.Request(url, data, {
-            "Content-Type": "application/x-www-form-urlencoded", "Accept": "application/json",
-            # Without a User-Agent of its own choice the host answers HTML (hermes-agent #7746).
-            "User-Agent": f"qwen_proxy/{__version__}", **(headers or {})})
+        request = urllib.request.Request(
+            url,
+            data,
+            {
+                "Content-Type": "application/x-www-form-urlencoded",
+                "Accept": "application/json",
+                # Without a User-Agent of its own choice the host answers HTML (hermes-agent #7746).
+                "User-Agent": f"qwen_proxy/{__version__}",
+                **(headers or {}),
+            },
+        )
     except ValueError as error:
         raise UpstreamError(f"the address {url} or the login cannot be used: {error}") from error
     try:
         with open_before(request, REFRESH_TIMEOUT) as response:
             status, body = response.getcode(), response.read(MAX_ERROR_BODY)
     except (OSError, http.client.HTTPException) as error:
-        raise UpstreamError(f"no answer from {host_of(url, with_port=True)}: {reason_of(error)}", retry=True) from error
+        raise UpstreamError(
+            f"no answer from {host_of(url, with_port=True)}: {reason_of(error)}", retry=True
+        ) from error
     try:
         answer = json.loads(body.decode("utf-8", "replace"))
     except (ValueError, RecursionError):
@@ -865,7 +1093,14 @@ def post_form(url: str, fields: dict[str, str], headers: dict[str, str] | None =
         return status, None, described_body(body)
     for name in ("access_token", "refresh_token", "id_token", "device_code"):
         keep_secret(answer.get(name), rotates=True)
-    detail = next((answer[name] for name in ("error_description", "error") if isinstance(answer.get(name), str)), "")
+    detail = next(
+        (
+            answer[name]
+            for name in ("error_description", "error")
+            if isinstance(answer.get(name), str)
+        ),
+        "",
+    )
     return status, answer, shorten(detail, 120) or "a JSON object without an error"
 
 
@@ -898,7 +1133,7 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, socket.gaierror):
         return "the host name cannot be resolved"
     if isinstance(error, ssl.SSLCertVerificationError):
-        return "its TLS certificate is not trusted (%s); a private CA goes into SSL_CERT_FILE" % error.verify_message
+        return f"its TLS certificate is not trusted ({error.verify_message}); a private CA goes into SSL_CERT_FILE"
     if isinstance(error, ssl.SSLError):
         return "TLS failed (%s)" % (error.reason or "connection closed")
     if isinstance(error, OSError) and error.strerror:
@@ -920,12 +1155,21 @@ class OAuthCredentials:
         self._token_url = oauth_base_url.rstrip("/") + TOKEN_PATH
         self._refreshing, self._reading = threading.Lock(), threading.Lock()
         self._login: Login | None = None
-        self._looked = 0.0                      # when the file was last looked at (monotonic)
-        self._save_again_at = 0.0               # when to try what could not be written (monotonic); 0: nothing
+        # when the file was last looked at (monotonic)
+        self._looked = 0.0
+        # when to try what could not be written (monotonic); 0: nothing
+        self._save_again_at = 0.0
         self._signature: Any = ()
-        self._refused: str | None = None        # the refresh token that the token endpoint refused
-        self._failure: tuple[float, ProxyError] | None = None   # the last failed refresh and its time
-        self.useless_token = ""                 # fresh from a refresh and refused all the same: no use in another one
+        # the refresh token that the token endpoint refused
+        self._refused: str | None = None
+        self._failure: tuple[float, ProxyError] | None = (
+            # the last failed refresh and its time
+            None
+        )
+        self.useless_token = (
+            # fresh from a refresh and refused all the same: no use in another one
+            ""
+        )
 
     def access_token(self, rejected: str = "", pause: Callable[[float], None] = time.sleep) -> str:
         """A token that is valid now and is not `rejected`, the one an upstream has just refused.
@@ -946,10 +1190,14 @@ class OAuthCredentials:
             login = self.login()
             if login.is_fresh() and login.access_token != rejected:
                 return login.access_token
-            # Those who waited while one attempt failed share its outcome instead of queueing for 8 s each.
+            # Those who waited while one attempt failed share its outcome instead of queueing for 8
+            # s each.
             failure = self._failure
             if failure and (failure[0] > asked or time.monotonic() - failure[0] < REFRESH_PAUSE):
-                raise copy.copy(failure[1])     # a copy: one that is raised again and again keeps all its frames
+                raise copy.copy(
+                    failure[1]
+                    # a copy: one that is raised again and again keeps all its frames
+                )
             try:
                 login = self._refresh_locked(rejected, pause)
             except UpstreamError as error:
@@ -967,10 +1215,14 @@ class OAuthCredentials:
         does not end a login that memory still holds.
         """
         with self._reading:
-            if self._login is None or not (in_memory or time.monotonic() - self._looked < FILE_CHECK_INTERVAL):
+            if self._login is None or not (
+                in_memory or time.monotonic() - self._looked < FILE_CHECK_INTERVAL
+            ):
                 self._look_at_file()
             if self._login is None:
-                raise CredentialError("no usable login in %s: %s; %s" % (self.path, self.problem, LOGIN_AGAIN))
+                raise CredentialError(
+                    f"no usable login in {self.path}: {self.problem}; {LOGIN_AGAIN}"
+                )
             return self._login
 
     def is_there(self) -> bool:
@@ -1002,7 +1254,7 @@ class OAuthCredentials:
                 write_private(self.path, json.dumps(login.fields, indent=2))
             except OSError as error:
                 self._save_again_at = time.monotonic() + SAVE_PAUSE
-                self.problem = "it could not be saved (%s), the new token is kept in memory only" % reason_of(error)
+                self.problem = f"it could not be saved ({reason_of(error)}), the new token is kept in memory only"
                 log.warning("%s: %s", self.path, self.problem)
             self._signature = self._signature_of_file()
 
@@ -1013,7 +1265,8 @@ class OAuthCredentials:
         try:
             with self._locked(pause):
                 login = self.login()
-                if self._save_again_at:         # else the file has changed, and holds a newer login
+                # else the file has changed, and holds a newer login
+                if self._save_again_at:
                     self.save(login)
         finally:
             self._refreshing.release()
@@ -1040,12 +1293,19 @@ class OAuthCredentials:
             return
         if self._login is None or login.refresh_token != self._login.refresh_token:
             self._refused = None
-        self._login, self._signature, self._failure, self.problem, self._save_again_at = login, signature, None, "", 0.0
+        self._login, self._signature, self._failure, self.problem, self._save_again_at = (
+            login,
+            signature,
+            None,
+            "",
+            0.0,
+        )
 
     def _refresh_locked(self, rejected: str, pause: Callable[[float], None]) -> Login:
         """Refresh under the CLI's lock, unless somebody else has done it meanwhile."""
         with self._locked(pause):
-            self._looked = 0.0                  # whoever held the lock before us has just written the file
+            # whoever held the lock before us has just written the file
+            self._looked = 0.0
             login = self.login()
             if login.is_fresh() and login.access_token != rejected:
                 return login
@@ -1058,25 +1318,43 @@ class OAuthCredentials:
             try:
                 os.makedirs(folder, mode=0o700, exist_ok=True)
                 stack.enter_context(LockFile(os.path.join(folder, "oauth_creds.lock"), pause))
-            except OSError as error:            # a read-only disk: nobody can write the file, so nobody needs the lock
+            except (
+                OSError
+                # a read-only disk: nobody can write the file, so nobody needs the lock
+            ) as error:
                 log.warning("no lock in %s (%s); going on without", folder, reason_of(error))
             yield
 
     def _refresh(self, login: Login) -> Login:
         if login.refresh_token == self._refused:
             raise self._login_needed()
-        status, answer, detail = post_form(self._token_url, {
-            "grant_type": "refresh_token", "refresh_token": login.refresh_token, "client_id": CLIENT_ID})
+        status, answer, detail = post_form(
+            self._token_url,
+            {
+                "grant_type": "refresh_token",
+                "refresh_token": login.refresh_token,
+                "client_id": CLIENT_ID,
+            },
+        )
         if status == 200 and answer and not answer.get("error"):
             refreshed = login_from_answer(answer, login.fields)
             self.save(refreshed)
-            log.info("refreshed the access token, valid for %d min", (refreshed.expires_at - time.time()) / 60)
+            log.info(
+                "refreshed the access token, valid for %d min",
+                (refreshed.expires_at - time.time()) / 60,
+            )
             return refreshed
-        # Only JSON is a verdict (the firewall's HTML comes with any status), and only on this refresh token.
+        # Only JSON is a verdict (the firewall's HTML comes with any status), and only on this
+        # refresh token.
         if status in (400, 401) and answer is not None:
             return self._refused_by_host(login, detail)
-        raise UpstreamError(f"the token endpoint answered {status} ({detail}); the login is kept and tried again",
-                            503, "token_refresh_failed", retry=True, headers=[("Retry-After", str(REFRESH_PAUSE))])
+        raise UpstreamError(
+            f"the token endpoint answered {status} ({detail}); the login is kept and tried again",
+            503,
+            "token_refresh_failed",
+            retry=True,
+            headers=[("Retry-After", str(REFRESH_PAUSE))],
+        )
 
     def _refused_by_host(self, login: Login, detail: str) -> Login:
         """After a refusal: adopt what another process has put into the file, else remember the token as dead."""
@@ -1089,11 +1367,13 @@ class OAuthCredentials:
         raise self._login_needed()
 
     def _login_needed(self) -> CredentialError:
-        return CredentialError("the login in %s has expired and its refresh token was refused; %s"
-                               % (self.path, LOGIN_AGAIN))
+        return CredentialError(
+            f"the login in {self.path} has expired and its refresh token was refused; {LOGIN_AGAIN}"
+        )
 
 
-# os.replace() fails so on a file that is mounted by itself, in a folder of somebody else's, across a mount.
+# os.replace() fails so on a file that is mounted by itself, in a folder of somebody else's, across
+# a mount.
 NOT_REPLACEABLE = frozenset({errno.EBUSY, errno.EACCES, errno.EPERM, errno.EROFS, errno.EXDEV})
 
 
@@ -1130,7 +1410,9 @@ def login_file(path: str) -> str:
         text, status = read_regular(target)
         parse_login(text)
     except (OSError, ValueError, CredentialError) as error:
-        raise OSError(errno.EPERM, f"it is a link to {target}, which is no login file ({reason_of(error)})") from None
+        raise OSError(
+            errno.EPERM, f"it is a link to {target}, which is no login file ({reason_of(error)})"
+        ) from None
     if status.st_uid != os.lstat(path).st_uid:
         raise OSError(errno.EPERM, f"it is a link to {target}, which belongs to another user")
     return target
@@ -1145,7 +1427,12 @@ def replace_file(path: str, data: bytes, before: os.stat_result | None) -> None:
             file.write(data)
             file.flush()
             if before and hasattr(os, "fchown") and before.st_uid != os.geteuid():
-                os.fchown(handle, before.st_uid, before.st_gid)     # root must not take it away from its user
+                os.fchown(
+                    handle,
+                    before.st_uid,
+                    before.st_gid,
+                    # root must not take it away from its user
+                )
             finish_file(handle, before)
         os.replace(temporary, path)
     except BaseException:
@@ -1159,7 +1446,10 @@ def overwrite_file(path: str, data: bytes, before: os.stat_result) -> None:
     handle = os.open(path, os.O_WRONLY | _OPEN_FLAGS)
     try:
         status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode) or (status.st_dev, status.st_ino) != (before.st_dev, before.st_ino):
+        if not stat.S_ISREG(status.st_mode) or (status.st_dev, status.st_ino) != (
+            before.st_dev,
+            before.st_ino,
+        ):
             raise OSError(errno.EPERM, "it was replaced meanwhile")
         try:
             write_at(handle, status.st_size, b" " * (len(data) - status.st_size))
@@ -1178,16 +1468,19 @@ def write_at(handle: int, place: int, data: bytes) -> None:
     os.lseek(handle, place, os.SEEK_SET)
     rest = memoryview(data)
     while rest:
-        rest = rest[os.write(handle, rest):]
+        rest = rest[os.write(handle, rest) :]
 
 
-_OPEN_FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+_OPEN_FLAGS = (
+    getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+)
 
 
 def finish_file(handle: int, before: os.stat_result | None) -> None:
     """Mode, a later mtime than before, and all of it on the disk."""
     if hasattr(os, "fchmod"):
-        with contextlib.suppress(PermissionError):      # another user's file that we may write
+        # another user's file that we may write
+        with contextlib.suppress(PermissionError):
             os.fchmod(handle, 0o600)
     os.fsync(handle)
     if before and os.fstat(handle).st_mtime_ns <= before.st_mtime_ns and os.name != "nt":
@@ -1212,7 +1505,11 @@ def why_not_saved(path: str) -> str:
         path = login_file(path)
     except OSError as error:
         return reason_of(error)
-    if not os.path.exists(path) or os.access(path, os.W_OK) or os.access(os.path.dirname(path), os.W_OK | os.X_OK):
+    if (
+        not os.path.exists(path)
+        or os.access(path, os.W_OK)
+        or os.access(os.path.dirname(path), os.W_OK | os.X_OK)
+    ):
         return ""
     return "it is read-only"
 
@@ -1261,18 +1558,32 @@ def pkce_pair() -> tuple[str, str]:
 def request_device_code(oauth_base_url: str) -> DeviceCode:
     """Start a device authorization (RFC 8628 3.1); raises UpstreamError when the host refuses."""
     code_verifier, code_challenge = pkce_pair()
-    status, answer, detail = post_form(oauth_base_url.rstrip("/") + DEVICE_CODE_PATH, {
-        "client_id": CLIENT_ID, "scope": SCOPE, "code_challenge": code_challenge, "code_challenge_method": "S256"},
-        {"x-request-id": str(uuid.uuid4())})
+    status, answer, detail = post_form(
+        oauth_base_url.rstrip("/") + DEVICE_CODE_PATH,
+        {
+            "client_id": CLIENT_ID,
+            "scope": SCOPE,
+            "code_challenge": code_challenge,
+            "code_challenge_method": "S256",
+        },
+        {"x-request-id": str(uuid.uuid4())},
+    )
     if not answer or not isinstance(answer.get("device_code"), str):
         raise UpstreamError(f"the device authorization endpoint answered {status}: {detail}")
     keep_secret(code_verifier)
     addresses = (answer.get("verification_uri_complete"), answer.get("verification_uri"))
     address = next((address for address in addresses if is_page_of(oauth_base_url, address)), None)
     if address is None:
-        raise UpstreamError("the device authorization endpoint named no page of its own site to approve the log-in at")
-    return DeviceCode(answer["device_code"], code_verifier, str(answer.get("user_code") or "")[:60], address,
-                      seconds_in(answer.get("expires_in"), 900))
+        raise UpstreamError(
+            "the device authorization endpoint named no page of its own site to approve the log-in at"
+        )
+    return DeviceCode(
+        answer["device_code"],
+        code_verifier,
+        str(answer.get("user_code") or "")[:60],
+        address,
+        seconds_in(answer.get("expires_in"), 900),
+    )
 
 
 def is_page_of(base_url: str, address: Any) -> bool:
@@ -1291,7 +1602,9 @@ def is_page_of(base_url: str, address: Any) -> bool:
     return (other == site or other.endswith("." + site)) and theirs.scheme == ours.scheme
 
 
-def poll_for_login(oauth_base_url: str, device: DeviceCode, sleep: Callable[[float], None] = time.sleep) -> Login:
+def poll_for_login(
+    oauth_base_url: str, device: DeviceCode, sleep: Callable[[float], None] = time.sleep
+) -> Login:
     """Wait until the user has approved (RFC 8628 3.4); raises CredentialError when that will not come.
 
     slow_down arrives as HTTP 429 here, not as RFC 8628's 400; a 200 with access_token null is 'pending'.
@@ -1301,10 +1614,17 @@ def poll_for_login(oauth_base_url: str, device: DeviceCode, sleep: Callable[[flo
     while time.monotonic() < deadline:
         sleep(interval)
         try:
-            status, answer, detail = post_form(oauth_base_url.rstrip("/") + TOKEN_PATH, {
-                "grant_type": DEVICE_GRANT, "client_id": CLIENT_ID, "device_code": device.device_code,
-                "code_verifier": device.code_verifier})
-        except UpstreamError as error:          # a network that comes and goes must not end the log-in
+            status, answer, detail = post_form(
+                oauth_base_url.rstrip("/") + TOKEN_PATH,
+                {
+                    "grant_type": DEVICE_GRANT,
+                    "client_id": CLIENT_ID,
+                    "device_code": device.device_code,
+                    "code_verifier": device.code_verifier,
+                },
+            )
+        except UpstreamError as error:
+            # a network that comes and goes must not end the log-in
             log.warning("%s", error)
             continue
         reason = (answer or {}).get("error")
@@ -1316,17 +1636,24 @@ def poll_for_login(oauth_base_url: str, device: DeviceCode, sleep: Callable[[flo
         elif reason == "slow_down":
             interval = min(interval * 1.5, LOGIN_POLL_MOST)
         elif reason == "access_denied":
-            raise CredentialError("the log-in was refused in the browser; run login again to start over")
+            raise CredentialError(
+                "the log-in was refused in the browser; run login again to start over"
+            )
         elif reason == "expired_token" or status == 401:
             raise CredentialError("the code has expired; run login again for a new one")
         elif answer is not None or status < 500:
-            raise CredentialError(f"the token endpoint answered {status}: {detail}; run login again")
-    raise CredentialError("nobody approved the log-in within %d minutes; run login again" % (device.expires_in / 60))
+            raise CredentialError(
+                f"the token endpoint answered {status}: {detail}; run login again"
+            )
+    raise CredentialError(
+        "nobody approved the log-in within %d minutes; run login again" % (device.expires_in / 60)
+    )
 
 
-# ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Providers
-# ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
+
 
 class Options(NamedTuple):
     """What the command line or make_server() says about providers."""
@@ -1346,12 +1673,25 @@ class Provider:
     entries: model id -> generationConfig of settings.json; source: where all this was found.
     """
 
-    def __init__(self, name: str, base_url: str, credentials: Any, source: str,
-                 entries: dict[str, dict] | None = None, family: str | None = None):
-        self.name, self.credentials, self.source, self.entries = name, credentials, source, entries or {}
+    def __init__(
+        self,
+        name: str,
+        base_url: str,
+        credentials: Any,
+        source: str,
+        entries: dict[str, dict] | None = None,
+        family: str | None = None,
+    ):
+        self.name, self.credentials, self.source, self.entries = (
+            name,
+            credentials,
+            source,
+            entries or {},
+        )
         self.family = family or family_of(base_url)
         self._base_url = base_url.rstrip("/")
-        self.rests_until = 0.0      # monotonic; another provider goes first until then
+        # monotonic; another provider goes first until then
+        self.rests_until = 0.0
 
     @property
     def stated_url(self) -> str:
@@ -1385,8 +1725,15 @@ class Provider:
             base_url: str | None = self.base_url
         except CredentialError:
             base_url = None
-        return {"name": self.name, "family": self.family, "base_url": base_url, "source": self.source,
-                "models": self.model_ids(), "login": self.credentials.describe(), "problem": self.problem()}
+        return {
+            "name": self.name,
+            "family": self.family,
+            "base_url": base_url,
+            "source": self.source,
+            "models": self.model_ids(),
+            "login": self.credentials.describe(),
+            "problem": self.problem(),
+        }
 
 
 class Route(NamedTuple):
@@ -1401,9 +1748,11 @@ class Discovery(NamedTuple):
 
     providers: list[Provider]
     model: str
-    notes: list[str]                # what a person should know: skipped files, ambiguous keys
+    # what a person should know: skipped files, ambiguous keys
+    notes: list[str]
     settings_files: list[str]
-    problem: str = ""               # settings that cannot be read: nothing stands in for what they may name
+    # settings that cannot be read: nothing stands in for what they may name
+    problem: str = ""
 
 
 def family_of(base_url: str, variable: str | None = None) -> str:
@@ -1433,8 +1782,11 @@ def qwen_home(environ: dict[str, str], option: str | None = None) -> str:
     return os.path.abspath(named)
 
 
-_DOTENV_LINE = re.compile(r"""^[ \t]*(?:export[ \t]+)?([\w.-]+)[ \t]*[=:][ \t]*
-    (?: "((?:\\.|[^"\\])*)" | '([^']*)' | `([^`]*)` | ([^#\r\n]*) )""", re.M | re.X)
+_DOTENV_LINE = re.compile(
+    r"""^[ \t]*(?:export[ \t]+)?([\w.-]+)[ \t]*[=:][ \t]*
+    (?: "((?:\\.|[^"\\])*)" | '([^']*)' | `([^`]*)` | ([^#\r\n]*) )""",
+    re.M | re.X,
+)
 
 
 def parse_dotenv(text: str) -> dict[str, str]:
@@ -1449,7 +1801,9 @@ def parse_dotenv(text: str) -> dict[str, str]:
         if double is not None:
             values[name] = double.replace("\\n", "\n").replace("\\r", "\r").replace('\\"', '"')
         else:
-            values[name] = next(value for value in (single, back, (bare or "").strip()) if value is not None)
+            values[name] = next(
+                value for value in (single, back, (bare or "").strip()) if value is not None
+            )
     return values
 
 
@@ -1474,8 +1828,11 @@ def parse_settings(text: str) -> dict:
 def expand_variables(value: Any, environ: dict[str, str]) -> Any:
     """$NAME and ${NAME} replaced in every string of a JSON value; unknown names stay as they are."""
     if isinstance(value, str):
-        return re.sub(r"\$(?:(\w+)|\{(\w+)\})",
-                      lambda match: environ.get(match.group(1) or match.group(2)) or match.group(0), value)
+        return re.sub(
+            r"\$(?:(\w+)|\{(\w+)\})",
+            lambda match: environ.get(match.group(1) or match.group(2)) or match.group(0),
+            value,
+        )
     if isinstance(value, dict):
         return {name: expand_variables(item, environ) for name, item in value.items()}
     return [expand_variables(item, environ) for item in value] if isinstance(value, list) else value
@@ -1533,7 +1890,8 @@ class WatchedFiles:
         self._good: dict[str, dict] = {}
         self._warned: dict[str, str] = {}
         self._stamps: dict[str, Any] = {}
-        self.faults: dict[str, str] = {}        # files that were never good, and why
+        # files that were never good, and why
+        self.faults: dict[str, str] = {}
 
     def load(self, path: str, parse: Callable[[str], dict]) -> dict:
         """What is in a file, empty where there is none and never was, or where it cannot be used."""
@@ -1592,24 +1950,31 @@ class CliSettings:
     send a key to its own host.
     """
 
-    def __init__(self, home: str, environ: dict[str, str], folder: str, files: WatchedFiles | None = None):
+    def __init__(
+        self, home: str, environ: dict[str, str], folder: str, files: WatchedFiles | None = None
+    ):
         self.home, self.environ, self._files = home, environ, files or WatchedFiles()
         self.files: list[str] = []
         self.notes: list[str] = []
         self._user_home = environ.get("HOME") or os.path.expanduser("~")
         self.variables: dict[str, str] = {}
-        self._own_variables: dict[str, str] = {}    # of files that are nobody's but the user's
+        # of files that are nobody's but the user's
+        self._own_variables: dict[str, str] = {}
         own = [os.path.join(home, ".env"), os.path.join(self._user_home, ".qwen", ".env")]
-        for path in dict.fromkeys([*self._project_dotenv(folder), *own, os.path.join(self._user_home, ".env")]):
+        for path in dict.fromkeys(
+            [*self._project_dotenv(folder), *own, os.path.join(self._user_home, ".env")]
+        ):
             for name, value in self._load(path, parse_dotenv).items():
                 self.variables.setdefault(name, value)
                 if path in own:
                     self._own_variables.setdefault(name, value)
         self.values: dict = {}
         # Where one of these is broken, the CLI stops.
-        binding = [self._system_file("system-defaults.json", "QWEN_CODE_SYSTEM_DEFAULTS_PATH"),
-                   os.path.join(home, "settings.json"),
-                   self._system_file("settings.json", "QWEN_CODE_SYSTEM_SETTINGS_PATH")]
+        binding = [
+            self._system_file("system-defaults.json", "QWEN_CODE_SYSTEM_DEFAULTS_PATH"),
+            os.path.join(home, "settings.json"),
+            self._system_file("settings.json", "QWEN_CODE_SYSTEM_SETTINGS_PATH"),
+        ]
         for path in [*binding[:2], *self._project_settings(folder), binding[2]]:
             self.values = merge(self.values, self._load(path, parse_settings))
         known = {**self.environ, **self.variables}
@@ -1617,8 +1982,14 @@ class CliSettings:
             if isinstance(value, str):
                 self.variables.setdefault(name, expand_variables(value, known))
         self.values = expand_variables(self.values, {**self.variables, **self.environ})
-        self.problem = next((f"{path} cannot be used: {self._files.faults[path]}; mend it, or start with --provider NAME"
-                             for path in binding if path in self._files.faults), "")
+        self.problem = next(
+            (
+                f"{path} cannot be used: {self._files.faults[path]}; mend it, or start with --provider NAME"
+                for path in binding
+                if path in self._files.faults
+            ),
+            "",
+        )
         keep_secrets_in(self.values)
         keep_secrets_in(self.variables)
 
@@ -1628,8 +1999,11 @@ class CliSettings:
 
     def oauth_base_url(self) -> str:
         """The identity host, which gets the refresh token: no project and no settings file may move it."""
-        return (self.environ.get("QWEN_OAUTH_BASE_URL") or self._own_variables.get("QWEN_OAUTH_BASE_URL")
-                or OAUTH_BASE_URL)
+        return (
+            self.environ.get("QWEN_OAUTH_BASE_URL")
+            or self._own_variables.get("QWEN_OAUTH_BASE_URL")
+            or OAUTH_BASE_URL
+        )
 
     def _load(self, path: str, parse: Callable[[str], dict]) -> dict:
         found = self._files.load(path, parse)
@@ -1641,8 +2015,13 @@ class CliSettings:
         return found
 
     def _system_file(self, name: str, variable: str) -> str:
-        folder = {"Darwin": "/Library/Application Support/QwenCode", "Windows": "C:\\ProgramData\\qwen-code"}
-        return self.environ.get(variable) or os.path.join(folder.get(platform.system(), "/etc/qwen-code"), name)
+        folder = {
+            "Darwin": "/Library/Application Support/QwenCode",
+            "Windows": "C:\\ProgramData\\qwen-code",
+        }
+        return self.environ.get(variable) or os.path.join(
+            folder.get(platform.system(), "/etc/qwen-code"), name
+        )
 
     def _project_dotenv(self, folder: str) -> list[str]:
         """The nearest .env of the working directory or above, where that and the folder that holds it are trusted."""
@@ -1663,21 +2042,30 @@ class CliSettings:
 
     def _may_count(self, folder: str, path: str) -> bool:
         """Whether there is (or was) such a file, not one of the user's own, in a folder that is trusted."""
-        own = {os.path.realpath(os.path.join(base, name))
-               for base in (self.home, os.path.join(self._user_home, ".qwen"), self._user_home)
-               for name in (".env", "settings.json")}
+        own = {
+            os.path.realpath(os.path.join(base, name))
+            for base in (self.home, os.path.join(self._user_home, ".qwen"), self._user_home)
+            for name in (".env", "settings.json")
+        }
         self._files.watch(path)
-        if os.path.realpath(path) in own or not (os.path.lexists(path) or path in self._files.known()):
+        if os.path.realpath(path) in own or not (
+            os.path.lexists(path) or path in self._files.known()
+        ):
             return False
         if not self._is_trusted(folder):
-            self.notes.append(f"not read, since trustedFolders.json does not trust its folder: {path}")
+            self.notes.append(
+                f"not read, since trustedFolders.json does not trust its folder: {path}"
+            )
             return False
         return True
 
     def _is_trusted(self, folder: str) -> bool:
         """Qwen Code, trustedFolders.ts: the most specific rule for a folder decides, DO_NOT_TRUST of two alike."""
-        path = self.environ.get("QWEN_CODE_TRUSTED_FOLDERS_PATH") or os.path.join(self.home, "trustedFolders.json")
-        deciding = (-1, False)                  # without a rule it is not trusted
+        path = self.environ.get("QWEN_CODE_TRUSTED_FOLDERS_PATH") or os.path.join(
+            self.home, "trustedFolders.json"
+        )
+        # without a rule it is not trusted
+        deciding = (-1, False)
         for rule, level in self._load(path, parse_settings).items():
             if level not in ("TRUST_FOLDER", "TRUST_PARENT", "DO_NOT_TRUST"):
                 continue
@@ -1707,15 +2095,22 @@ def preset_of(base_url: str) -> str | None:
 def preset_provider(name: str, settings: CliSettings) -> Provider:
     """A provider from PRESETS, with the key of its own variable."""
     base_url, variable = PRESETS[name]
-    return Provider(name, base_url, key_from(settings, variable), "--provider %s, %s" % (name, variable),
-                    family=family_of(base_url, variable))
+    return Provider(
+        name,
+        base_url,
+        key_from(settings, variable),
+        f"--provider {name}, {variable}",
+        family=family_of(base_url, variable),
+    )
 
 
 def key_from(settings: CliSettings, variable: str) -> ApiKey:
     """The key in a variable; without one, an ApiKey that says so when it is asked."""
     value = settings.variable(variable)
-    problem = (f"the variable {variable} is not set; set it in the environment, in ~/.qwen/.env, or run `qwen` and "
-               "then /auth")
+    problem = (
+        f"the variable {variable} is not set; set it in the environment, in ~/.qwen/.env, or run `qwen` and "
+        "then /auth"
+    )
     return ApiKey(value, variable, "" if value else problem)
 
 
@@ -1729,21 +2124,32 @@ def settings_providers(settings: CliSettings) -> list[Provider]:
         entries = listed.get("models") if isinstance(listed, dict) else listed
         for index, entry in enumerate(entries if isinstance(entries, list) else []):
             if is_chat_entry(entry):
-                add_entry(providers, entry, settings, f"modelProviders.{kind}[{index}] in settings.json")
+                add_entry(
+                    providers, entry, settings, f"modelProviders.{kind}[{index}] in settings.json"
+                )
             elif as_text(dig(entry, "wireApi")) not in ("", "chat-completions"):
-                log.info("settings.json: %s speaks %s only, which no upstream is asked in; left out",
-                         as_text(dig(entry, "id")), as_text(entry["wireApi"]))
+                log.info(
+                    "settings.json: %s speaks %s only, which no upstream is asked in; left out",
+                    as_text(dig(entry, "id")),
+                    as_text(entry["wireApi"]),
+                )
     return list(providers.values())
 
 
 def is_chat_entry(entry: Any) -> bool:
     """Whether an entry of modelProviders describes a model that answers chat completions."""
-    return (isinstance(entry, dict) and isinstance(entry.get("id"), str) and bool(entry["id"])
-            and entry.get("wireApi", "chat-completions") == "chat-completions"
-            and not any(entry.get(flag) for flag in ("voiceOnly", "imageOnly", "realtimeOnly")))
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("id"), str)
+        and bool(entry["id"])
+        and entry.get("wireApi", "chat-completions") == "chat-completions"
+        and not any(entry.get(flag) for flag in ("voiceOnly", "imageOnly", "realtimeOnly"))
+    )
 
 
-def add_entry(providers: dict[tuple[str, str], Provider], entry: dict, settings: CliSettings, where: str) -> None:
+def add_entry(
+    providers: dict[tuple[str, str], Provider], entry: dict, settings: CliSettings, where: str
+) -> None:
     """Put a modelProviders entry under its provider. Key and base URL come from the entry alone.
 
     The CLI would fall back from a missing envKey to OPENAI_API_KEY, and so send one company's key to
@@ -1759,16 +2165,26 @@ def add_entry(providers: dict[tuple[str, str], Provider], entry: dict, settings:
     if key not in providers:
         name = "unnamed" if problem else preset_of(base_url) or host_of(base_url, with_port=True)
         taken = sum(1 for other in providers.values() if other.name.split("#")[0] == name)
-        credentials = ApiKey("", where, f"{where}: {problem}") if problem else key_from(settings, variable)
-        providers[key] = Provider(f"{name}#{taken + 1}" if taken else name, "" if problem else base_url, credentials,
-                                  f"{where}, {variable}", family=family_of(base_url, variable))
+        credentials = (
+            ApiKey("", where, f"{where}: {problem}") if problem else key_from(settings, variable)
+        )
+        providers[key] = Provider(
+            f"{name}#{taken + 1}" if taken else name,
+            "" if problem else base_url,
+            credentials,
+            f"{where}, {variable}",
+            family=family_of(base_url, variable),
+        )
     providers[key].entries.setdefault(entry["id"], as_object(entry.get("generationConfig")))
 
 
 def base_url_of_entry(entry: dict, settings: CliSettings) -> tuple[str, str]:
     """The base URL of a modelProviders entry and '', or what it says and why that is none."""
-    stated = [("baseUrl", entry.get("baseUrl")), ("OPENAI_BASE_URL", settings.variable("OPENAI_BASE_URL") or None),
-              ("security.auth.baseUrl", dig(settings.values, "security", "auth", "baseUrl"))]
+    stated = [
+        ("baseUrl", entry.get("baseUrl")),
+        ("OPENAI_BASE_URL", settings.variable("OPENAI_BASE_URL") or None),
+        ("security.auth.baseUrl", dig(settings.values, "security", "auth", "baseUrl")),
+    ]
     name, url = next(((name, url) for name, url in stated if url is not None), ("baseUrl", None))
     if url is None:
         return "", "baseUrl is missing, and no host is guessed for a key"
@@ -1794,7 +2210,11 @@ def environment_provider(settings: CliSettings, base_url: str, source: str) -> P
         credentials = key_from(settings, "OPENAI_API_KEY")
     elif plan and settings.variable(plan):
         credentials = key_from(settings, plan)
-    elif isinstance(stored, str) and stored and dig(settings.values, "security", "auth", "baseUrl") == base_url:
+    elif (
+        isinstance(stored, str)
+        and stored
+        and dig(settings.values, "security", "auth", "baseUrl") == base_url
+    ):
         credentials = ApiKey(stored, "security.auth.apiKey in settings.json")
     else:
         credentials = key_from(settings, "OPENAI_API_KEY")
@@ -1803,22 +2223,36 @@ def environment_provider(settings: CliSettings, base_url: str, source: str) -> P
 
 def provider_of_lone_key(settings: CliSettings) -> tuple[Provider | None, str]:
     """The provider of the only key in the environment, if its host is certain; else None and a sentence."""
-    variables = sorted({variable for _, variable in PRESETS.values() if settings.variable(variable)})
+    variables = sorted(
+        {variable for _, variable in PRESETS.values() if settings.variable(variable)}
+    )
     fitting = [name for name, (_, variable) in PRESETS.items() if variable in variables]
     if len(fitting) == 1:
         return preset_provider(fitting[0], settings), ""
     if variables:
-        return None, "%s is set, but its host is not certain and never guessed; choose one: %s" % (
-            " and ".join(variables), ", ".join("--provider " + name for name in fitting))
+        return (
+            None,
+            "{} is set, but its host is not certain and never guessed; choose one: {}".format(
+                " and ".join(variables),
+                ", ".join("--provider " + name for name in fitting),
+            ),
+        )
     if settings.variable("OPENAI_API_KEY"):
-        return None, "OPENAI_API_KEY is set, but not its host; add --base-url URL or OPENAI_BASE_URL"
+        return (
+            None,
+            "OPENAI_API_KEY is set, but not its host; add --base-url URL or OPENAI_BASE_URL",
+        )
     return None, ""
 
 
-def oauth_providers(home: str, settings: CliSettings, known: dict[str, OAuthCredentials]) -> list[Provider]:
+def oauth_providers(
+    home: str, settings: CliSettings, known: dict[str, OAuthCredentials]
+) -> list[Provider]:
     """A provider for oauth_creds.json and for every oauth_creds*.json beside it."""
     try:
-        names = sorted(name for name in os.listdir(home) if fnmatch.fnmatchcase(name, "oauth_creds?*.json"))
+        names = sorted(
+            name for name in os.listdir(home) if fnmatch.fnmatchcase(name, "oauth_creds?*.json")
+        )
     except OSError:
         names = []
     providers = []
@@ -1826,9 +2260,17 @@ def oauth_providers(home: str, settings: CliSettings, known: dict[str, OAuthCred
         path = os.path.join(home, name)
         if path not in known:
             known[path] = OAuthCredentials(path, settings.oauth_base_url())
-        suffix = name[len("oauth_creds"):-len(".json")].strip("._-")
-        providers.append(Provider("oauth-" + suffix if suffix else "oauth", "", known[path], path, {OAUTH_MODEL: {}},
-                                  "portal"))
+        suffix = name[len("oauth_creds") : -len(".json")].strip("._-")
+        providers.append(
+            Provider(
+                "oauth-" + suffix if suffix else "oauth",
+                "",
+                known[path],
+                path,
+                {OAUTH_MODEL: {}},
+                "portal",
+            )
+        )
     return providers
 
 
@@ -1837,32 +2279,47 @@ def wanted_model(settings: CliSettings, options: Options) -> str | None:
     stored = dig(settings.values, "model", "name") or dig(settings.values, "model")
     if isinstance(stored, str) and stored.startswith("$runtime|"):
         stored = stored.split("|")[-1]
-    return (options.model or (stored if isinstance(stored, str) else None) or settings.variable("OPENAI_MODEL")
-            or settings.variable("QWEN_MODEL") or None)
+    return (
+        options.model
+        or (stored if isinstance(stored, str) else None)
+        or settings.variable("OPENAI_MODEL")
+        or settings.variable("QWEN_MODEL")
+        or None
+    )
 
 
-def active_provider(settings: CliSettings, options: Options, listed: list[Provider],
-                    oauth: list[Provider]) -> tuple[Provider | None, str]:
+def active_provider(
+    settings: CliSettings, options: Options, listed: list[Provider], oauth: list[Provider]
+) -> tuple[Provider | None, str]:
     """The provider that the command line or else the CLI's own rules choose, or None and why."""
     if options.base_url:
         return environment_provider(settings, options.base_url, "--base-url"), ""
     if options.provider:
         return named_provider(options.provider, settings, listed + oauth)
-    kind = dig(settings.values, "security", "auth", "selectedType") or dig(settings.values, "selectedAuthType")
+    kind = dig(settings.values, "security", "auth", "selectedType") or dig(
+        settings.values, "selectedAuthType"
+    )
     base_url = settings.variable("OPENAI_BASE_URL")
-    if not kind and settings.variable("OPENAI_API_KEY") and base_url and (
-            settings.variable("OPENAI_MODEL") or settings.variable("QWEN_MODEL")):
+    if (
+        not kind
+        and settings.variable("OPENAI_API_KEY")
+        and base_url
+        and (settings.variable("OPENAI_MODEL") or settings.variable("QWEN_MODEL"))
+    ):
         kind = "openai"
     if kind in ("anthropic", "gemini", "vertex-ai"):
-        return None, (f"the CLI is set to {kind}, which has no OpenAI-compatible endpoint here; choose another one with "
-                      "--provider NAME")
+        return None, (
+            f"the CLI is set to {kind}, which has no OpenAI-compatible endpoint here; choose another one with "
+            "--provider NAME"
+        )
     if kind == "qwen-oauth" or (kind is None and oauth[0].credentials.is_there()):
         return oauth[0], ""
     return provider_of_model(settings, options, listed, base_url)
 
 
-def provider_of_model(settings: CliSettings, options: Options, listed: list[Provider],
-                      base_url: str) -> tuple[Provider | None, str]:
+def provider_of_model(
+    settings: CliSettings, options: Options, listed: list[Provider], base_url: str
+) -> tuple[Provider | None, str]:
     """Qwen Code, its model resolver: the entry with the wanted id (and model.baseUrl), else the environment."""
     model, stored_url = wanted_model(settings, options), dig(settings.values, "model", "baseUrl")
     having = [provider for provider in listed if model in provider.entries]
@@ -1875,12 +2332,17 @@ def provider_of_model(settings: CliSettings, options: Options, listed: list[Prov
     if stored not in (None, ""):
         return environment_provider(settings, stored, "security.auth.baseUrl in settings.json"), ""
     if listed:
-        # The entry of the CLI's default model, else the first one: never another because that one has no key.
-        return next((provider for provider in listed if DEFAULT_MODEL in provider.entries), listed[0]), ""
+        # The entry of the CLI's default model, else the first one: never another because that one
+        # has no key.
+        return next(
+            (provider for provider in listed if DEFAULT_MODEL in provider.entries), listed[0]
+        ), ""
     return provider_of_lone_key(settings)
 
 
-def named_provider(name: str, settings: CliSettings, found: list[Provider]) -> tuple[Provider | None, str]:
+def named_provider(
+    name: str, settings: CliSettings, found: list[Provider]
+) -> tuple[Provider | None, str]:
     """--provider NAME: by the name or host of one that was found, else a preset."""
     for provider in found:
         if name in (provider.name, provider.host()):
@@ -1888,31 +2350,57 @@ def named_provider(name: str, settings: CliSettings, found: list[Provider]) -> t
     if name in PRESETS:
         return preset_provider(name, settings), ""
     known = sorted({*PRESETS, "oauth", *(provider.name for provider in found)})
-    return None, "there is no provider %r; known are %s" % (name, ", ".join(known))
+    return None, "there is no provider {!r}; known are {}".format(name, ", ".join(known))
 
 
-def discover(options: Options, environ: dict[str, str], folder: str, known: dict[str, OAuthCredentials],
-             files: WatchedFiles | None = None, home: str = "") -> Discovery:
+def discover(
+    options: Options,
+    environ: dict[str, str],
+    folder: str,
+    known: dict[str, OAuthCredentials],
+    files: WatchedFiles | None = None,
+    home: str = "",
+) -> Discovery:
     """Everything that can be used on this machine, the active provider first; raises ValueError for a wrong option."""
     home = home or qwen_home(environ, options.qwen_home)
     settings = CliSettings(home, environ, folder, files)
     if settings.problem and not (options.provider or options.base_url):
-        return Discovery([], wanted_model(settings, options) or DEFAULT_MODEL, settings.notes, settings.files,
-                         settings.problem)
+        return Discovery(
+            [],
+            wanted_model(settings, options) or DEFAULT_MODEL,
+            settings.notes,
+            settings.files,
+            settings.problem,
+        )
     listed, oauth = settings_providers(settings), oauth_providers(home, settings, known)
     active, note = active_provider(settings, options, listed, oauth)
-    present = [provider for provider in oauth if provider.credentials.is_there() or provider is active]
+    present = [
+        provider for provider in oauth if provider.credentials.is_there() or provider is active
+    ]
     others = [provider for provider in listed + present if provider is not active]
     for provider in others:
-        if active and provider.name == active.name:     # --base-url at the host of an entry: another key, another name
+        if (
+            active and provider.name == active.name
+            # --base-url at the host of an entry: another key, another name
+        ):
             provider.name += "#settings"
-    notes = settings.notes + ([note] if note else []) + [
-        f"{provider.credentials.path} cannot be saved ({reason}): a refreshed token stays in memory only, and after a "
-        "restart the login is dead, for the CLI too"
-        for provider in present for reason in [why_not_saved(provider.credentials.path)] if reason]
+    notes = (
+        settings.notes
+        + ([note] if note else [])
+        + [
+            f"{provider.credentials.path} cannot be saved ({reason}): a refreshed token stays in memory only, and after a "
+            "restart the login is dead, for the CLI too"
+            for provider in present
+            for reason in [why_not_saved(provider.credentials.path)]
+            if reason
+        ]
+    )
     if active is None and options.provider:
         raise ValueError(note)
-    providers = [active, *others] if active else []     # none is chosen in the place of one that was meant
+    providers = (
+        [active, *others] if active else []
+        # none is chosen in the place of one that was meant
+    )
     return Discovery(providers, default_model(settings, options, active), notes, settings.files)
 
 
@@ -1922,7 +2410,8 @@ def default_model(settings: CliSettings, options: Options, active: Provider | No
     if active is None:
         return wanted or DEFAULT_MODEL
     if active.credentials.kind == "oauth" and not options.model:
-        return OAUTH_MODEL          # Qwen Code: any other name falls back to it
+        # Qwen Code: any other name falls back to it
+        return OAUTH_MODEL
     known = active.model_ids()
     return wanted or (known[0] if known else DEFAULT_MODEL)
 
@@ -1937,23 +2426,35 @@ class Serving:
 
     def __init__(self, discovery: Discovery, lists: list[list[str]], is_chosen: bool):
         self._discovery, self._is_chosen = discovery, is_chosen
-        self._known = [list(dict.fromkeys([*provider.model_ids(), *listed]))
-                       for provider, listed in zip(discovery.providers, lists)]
+        self._known = [
+            list(dict.fromkeys([*provider.model_ids(), *listed]))
+            for provider, listed in zip(discovery.providers, lists)
+        ]
         if self._known and not self._known[0]:
             self._known[0] = [discovery.model]
         self._of_active = set(self._known[0]) if self._known else set()
 
     def routes(self, model: str) -> list[Route]:
         """Where a model is asked for, best first; never empty where there is a provider."""
-        claims = [(self._rank(place, provider, model), place, provider)
-                  for place, provider in enumerate(self._discovery.providers)]
-        claims = sorted((claim for claim in claims if claim[0] is not None), key=lambda claim: claim[:2])
+        claims = [
+            (self._rank(place, provider, model), place, provider)
+            for place, provider in enumerate(self._discovery.providers)
+        ]
+        claims = sorted(
+            (claim for claim in claims if claim[0] is not None), key=lambda claim: claim[:2]
+        )
         listing = [Route(provider, model) for _, _, provider in claims]
         if not listing or self._is_chosen:
-            named = next((provider for provider in self._discovery.providers if model.startswith(provider.name + "/")),
-                         None)
+            named = next(
+                (
+                    provider
+                    for provider in self._discovery.providers
+                    if model.startswith(provider.name + "/")
+                ),
+                None,
+            )
             if named and model not in self._of_active:
-                return [Route(named, model[len(named.name) + 1:])]
+                return [Route(named, model[len(named.name) + 1 :])]
         return listing or [Route(self._discovery.providers[0], model)]
 
     def listing(self) -> list[tuple[str, Route]]:
@@ -1962,7 +2463,9 @@ class Serving:
         for provider, models in zip(self._discovery.providers, self._known):
             for model in models:
                 is_first = self.routes(model)[0] == Route(provider, model)
-                listed.append((model if is_first else f"{provider.name}/{model}", Route(provider, model)))
+                listed.append(
+                    (model if is_first else f"{provider.name}/{model}", Route(provider, model))
+                )
         return listed
 
     def _rank(self, place: int, provider: Provider, model: str) -> int | None:
@@ -1978,7 +2481,7 @@ class Catalogue:
 
     def __init__(self, options: Options, environ: dict[str, str] | None = None):
         self.options, self._environ = options, dict(os.environ if environ is None else environ)
-        self._folder, self._known = os.getcwd(), {}     # type: ignore[var-annotated]
+        self._folder, self._known = os.getcwd(), {}  # type: ignore[var-annotated]
         self._lock, self._checked, self._files = threading.Lock(), 0.0, WatchedFiles()
         self.home = qwen_home(self._environ, options.qwen_home)
         self._seed_login()
@@ -1994,8 +2497,11 @@ class Catalogue:
             return self._discovery
 
     def _discover(self) -> Discovery:
-        self._files.watch(self.home)            # oauth_creds*.json may come and go
-        return discover(self.options, self._environ, self._folder, self._known, self._files, self.home)
+        # oauth_creds*.json may come and go
+        self._files.watch(self.home)
+        return discover(
+            self.options, self._environ, self._folder, self._known, self._files, self.home
+        )
 
     def serving(self, lists: list[list[str]] | None = None) -> Serving:
         """Who serves which model now, as far as known; lists are the live ones, in the order of the providers."""
@@ -2016,11 +2522,23 @@ class Catalogue:
         discovery = self.current()
         model = self._unaliased(model.strip() if model else "") or discovery.model
         if discovery.problem:
-            raise ProxyError(discovery.problem, 503, "settings_unreadable", "server_error",
-                             headers=[("x-should-retry", "false")])
+            raise ProxyError(
+                discovery.problem,
+                503,
+                "settings_unreadable",
+                "server_error",
+                headers=[("x-should-retry", "false")],
+            )
         if not discovery.providers:
-            raise CredentialError(" ".join(["no Qwen login on this machine: %s, or start with --provider NAME and its "
-                                            "key in the environment." % LOGIN_AGAIN, *discovery.notes]).strip())
+            raise CredentialError(
+                " ".join(
+                    [
+                        f"no Qwen login on this machine: {LOGIN_AGAIN}, or start with --provider NAME and its "
+                        "key in the environment.",
+                        *discovery.notes,
+                    ]
+                ).strip()
+            )
         routes = self.serving(lists).routes(model)
         if self.options.failover:
             return routes
@@ -2048,9 +2566,11 @@ class Catalogue:
         self._known[path] = OAuthCredentials(path, base)
         self._known[path].replace(login)
 
-# ----------------------------------------------------------------------------------------------------
+
+# ------------------------------------------------------------------------------------------------
 # Upstream
-# ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
+
 
 class Readiness:
     """Which of some sockets can be read; made once and asked often."""
@@ -2064,9 +2584,13 @@ class Readiness:
     def wait(self, seconds: float) -> list[socket.socket]:
         """Those that can be read without waiting, after at most that many seconds."""
         seconds = max(0, seconds)
-        if self._poll:                          # select() fails from descriptor 1024 on
-            return [self._by_descriptor[descriptor] for descriptor, _ in self._poll.poll(seconds * 1000)]
-        if not self._by_descriptor:             # Windows, where select() refuses to wait for nothing
+        # select() fails from descriptor 1024 on
+        if self._poll:
+            return [
+                self._by_descriptor[descriptor] for descriptor, _ in self._poll.poll(seconds * 1000)
+            ]
+        # Windows, where select() refuses to wait for nothing
+        if not self._by_descriptor:
             time.sleep(seconds)
             return []
         return select.select(list(self._by_descriptor.values()), [], [], seconds)[0]
@@ -2085,7 +2609,7 @@ def send_all(connection: socket.socket, data: bytes, wait: Callable[[socket.sock
     view = memoryview(data)
     while view:
         try:
-            view = view[connection.send(view):]
+            view = view[connection.send(view) :]
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             wait(connection)
 
@@ -2107,9 +2631,19 @@ class Watch:
     the silence has lasted too long, and that the server stops.
     """
 
-    def __init__(self, client: socket.socket | None = None, timeout: float = UPSTREAM_TIMEOUT,
-                 interval: float = KEEP_ALIVE_INTERVAL, on_silence: Callable[[], None] | None = None):
-        self._client, self.timeout, self._interval, self._on_silence = client, timeout, interval, on_silence
+    def __init__(
+        self,
+        client: socket.socket | None = None,
+        timeout: float = UPSTREAM_TIMEOUT,
+        interval: float = KEEP_ALIVE_INTERVAL,
+        on_silence: Callable[[], None] | None = None,
+    ):
+        self._client, self.timeout, self._interval, self._on_silence = (
+            client,
+            timeout,
+            interval,
+            on_silence,
+        )
         self._upstream: socket.socket | None = None
         self._stopping, self._lock = False, threading.Lock()
         self._last_sign = time.monotonic()
@@ -2123,9 +2657,16 @@ class Watch:
                 raise ShuttingDown
             now = time.monotonic()
             if now >= deadline:
-                raise UpstreamError("the upstream has sent nothing for %g s; try again, or allow more with --timeout"
-                                    % self.timeout, 504, "upstream_timeout")
-            due = max(0.0, self._last_sign + self._interval - now) if self._on_silence else self._interval
+                raise UpstreamError(
+                    f"the upstream has sent nothing for {self.timeout:g} s; try again, or allow more with --timeout",
+                    504,
+                    "upstream_timeout",
+                )
+            due = (
+                max(0.0, self._last_sign + self._interval - now)
+                if self._on_silence
+                else self._interval
+            )
             ready = self._both.wait(min(due, deadline - now))
             if upstream in ready and not self._stopping:
                 return
@@ -2141,8 +2682,11 @@ class Watch:
             if self._stopping:
                 raise ShuttingDown
             if time.monotonic() > deadline:
-                raise UpstreamError("the upstream has taken nothing for %g s; try again" % self.timeout, 504,
-                                    "upstream_timeout")
+                raise UpstreamError(
+                    f"the upstream has taken nothing for {self.timeout:g} s; try again",
+                    504,
+                    "upstream_timeout",
+                )
             if self._client and readable(self._client, 0):
                 self._look_at_client()
             self.tick()
@@ -2170,7 +2714,8 @@ class Watch:
         if self._on_silence and time.monotonic() - self._last_sign >= self._interval * 0.99:
             try:
                 self._on_silence()
-            except OSError:         # never as an error of what is waited for, such as the lock
+            except OSError:
+                # never as an error of what is waited for, such as the lock
                 raise ClientGone from None
             self.heard()
 
@@ -2183,20 +2728,27 @@ class Watch:
         with self._lock:
             self._stopping = True
             if self._upstream is not None:
-                with contextlib.suppress(OSError):      # not SSLSocket's: it drops what recv in the other thread needs
+                with contextlib.suppress(
+                    OSError
+                    # not SSLSocket's: it drops what recv in the other thread needs
+                ):
                     socket.socket.shutdown(self._upstream, socket.SHUT_RDWR)
 
     def _attend(self, upstream: socket.socket) -> None:
         if self._upstream is not upstream:
-            self._upstream, self._both = upstream, Readiness([upstream, self._client] if self._client else [upstream])
+            self._upstream, self._both = (
+                upstream,
+                Readiness([upstream, self._client] if self._client else [upstream]),
+            )
 
     def _look_at_client(self) -> None:
         try:
-            if not self._client.recv(1, socket.MSG_PEEK):   # type: ignore[union-attr]
+            if not self._client.recv(1, socket.MSG_PEEK):  # type: ignore[union-attr]
                 raise ClientGone
         except OSError:
             raise ClientGone from None
-        self._client = None     # it has sent its next request ahead: no end can be seen behind that
+        # it has sent its next request ahead: no end can be seen behind that
+        self._client = None
         self._both = Readiness([self._upstream] if self._upstream is not None else [])
 
 
@@ -2269,12 +2821,17 @@ class BodyDecoder:
     def __init__(self, status: int, headers: dict[str, str]):
         self._is_chunked = "chunked" in headers.get("transfer-encoding", "").lower()
         lengths = {length.strip() for length in headers.get("content-length", "").split(",")}
-        length = lengths.pop() if len(lengths) == 1 else ""         # the same one twice is allowed, RFC 9110 8.6
+        length = (
+            lengths.pop() if len(lengths) == 1 else ""
+            # the same one twice is allowed, RFC 9110 8.6
+        )
         is_known = length.isdecimal() and len(length) < 19 and not self._is_chunked
         self.ends_with_connection = not self._is_chunked and not is_known
         self._left = int(length) if is_known else 0
         self._line, self._is_last, self.surplus = b"", False, b""
-        self.is_done = status in (204, 304) or not (self._is_chunked or self._left or self.ends_with_connection)
+        self.is_done = status in (204, 304) or not (
+            self._is_chunked or self._left or self.ends_with_connection
+        )
 
     def feed(self, received: bytes) -> bytes:
         """The content in what was received; raises ValueError for a chunk size that is none."""
@@ -2282,7 +2839,7 @@ class BodyDecoder:
             return received
         if self._is_chunked:
             return self._dechunked(received)
-        content, self.surplus = received[:self._left], received[self._left:]
+        content, self.surplus = received[: self._left], received[self._left :]
         self._left -= len(content)
         self.is_done = not self._left
         return content
@@ -2305,7 +2862,10 @@ class BodyDecoder:
                 stop = at + self._left
                 found.append(received[at:stop])
                 self._left, at = self._left - len(found[-1]), at + len(found[-1])
-                at += 2 if received.startswith(b"\r\n", stop) else 0      # spares a turn for the empty line
+                at += (
+                    2 if received.startswith(b"\r\n", stop) else 0
+                    # spares a turn for the empty line
+                )
         self.surplus = received[at:] if self.is_done else b""
         return found[0] if len(found) == 1 else b"".join(found)
 
@@ -2336,11 +2896,12 @@ class UpstreamResponse:
         while True:
             end = _HEAD_END.search(self._received)
             if end:
-                head, self._received = self._received[:end.start()], self._received[end.end():]
+                head, self._received = self._received[: end.start()], self._received[end.end() :]
                 parsed = parse_head(head)
                 if parsed[0] >= 200:
                     return parsed
-                continue                        # 100 Continue, 103 Early Hints: the answer is still to come
+                # 100 Continue, 103 Early Hints: the answer is still to come
+                continue
             piece = connection.receive()
             if not piece or len(self._received) > MAX_ERROR_BODY:
                 raise http.client.RemoteDisconnected
@@ -2360,8 +2921,10 @@ class UpstreamResponse:
                 if not received:
                     self._end_of_connection()
         except (OSError, ValueError) as error:
-            raise UpstreamError("the upstream broke off in the middle of its answer (%s); try again" % reason_of(error),
-                                code="upstream_cut") from error
+            raise UpstreamError(
+                f"the upstream broke off in the middle of its answer ({reason_of(error)}); try again",
+                code="upstream_cut",
+            ) from error
 
     def _end_of_connection(self) -> None:
         if not self._body.ends_with_connection:
@@ -2393,7 +2956,10 @@ class UpstreamResponse:
         """Read what little may follow the end of the stream, so that the connection can be kept."""
         if not self._body.is_done and self._connection is not None:
             self._connection.watch.release()
-            self._connection.watch, end = Watch(timeout=DRAIN_TIMEOUT), time.monotonic() + DRAIN_TIMEOUT
+            self._connection.watch, end = (
+                Watch(timeout=DRAIN_TIMEOUT),
+                time.monotonic() + DRAIN_TIMEOUT,
+            )
             with contextlib.suppress(UpstreamError):
                 for _ in self.pieces():
                     if time.monotonic() > end:
@@ -2404,10 +2970,15 @@ class UpstreamResponse:
 def request_head(request: Any) -> bytes:
     """Request line and headers; raises ValueError for a character that would end a line early."""
     headers = {**request.headers, **request.unredirected_hdrs, "Accept-encoding": "identity"}
-    lines = ["%s %s HTTP/1.1" % (request.get_method(), request.selector)]
-    lines += ["%s: %s" % (name.title(), value) for name, value in headers.items()]
+    lines = [f"{request.get_method()} {request.selector} HTTP/1.1"]
+    lines += [f"{name.title()}: {value}" for name, value in headers.items()]
     head = "\r\n".join(lines)
-    if head.count("\n") != len(headers) or head.count("\r") != len(headers) or "\0" in head or " " in request.selector:
+    if (
+        head.count("\n") != len(headers)
+        or head.count("\r") != len(headers)
+        or "\0" in head
+        or " " in request.selector
+    ):
         raise ValueError("a line end in the request's head")
     return (head + "\r\n\r\n").encode("latin-1")
 
@@ -2416,8 +2987,9 @@ def headers_for_tunnel(request: Any) -> dict[str, str]:
     """The password of a forward proxy, taken out of the request: behind a tunnel it is none of the upstream's."""
     if not request._tunnel_host:
         return {}
-    secret = (request.unredirected_hdrs.pop("Proxy-authorization", None)
-              or request.headers.pop("Proxy-authorization", None))
+    secret = request.unredirected_hdrs.pop("Proxy-authorization", None) or request.headers.pop(
+        "Proxy-authorization", None
+    )
     return {"Proxy-Authorization": secret} if secret else {}
 
 
@@ -2431,7 +3003,7 @@ class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
     def __init__(self) -> None:
         super().__init__()
         self._idle: dict[Any, list[Any]] = collections.defaultdict(list)
-        self._lock, self._context = threading.Lock(), None      # type: ignore[var-annotated]
+        self._lock, self._context = threading.Lock(), None  # type: ignore[var-annotated]
 
     def http_open(self, request: urllib.request.Request) -> UpstreamResponse:
         return self.do_open(http.client.HTTPConnection, request)
@@ -2439,8 +3011,13 @@ class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
     def https_open(self, request: urllib.request.Request) -> UpstreamResponse:
         try:
             context = self._tls()
-        except OSError as error:                # SSLError is one: SSL_CERT_FILE or SSLKEYLOGFILE name nothing good
-            raise UpstreamError("TLS cannot be set up (%s); check SSL_CERT_FILE" % reason_of(error), 500) from error
+        except (
+            OSError
+            # SSLError is one: SSL_CERT_FILE or SSLKEYLOGFILE name nothing good
+        ) as error:
+            raise UpstreamError(
+                f"TLS cannot be set up ({reason_of(error)}); check SSL_CERT_FILE", 500
+            ) from error
         return self.do_open(http.client.HTTPSConnection, request, context=context)
 
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
@@ -2452,14 +3029,24 @@ class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
         is_fresh = connection is None
         while True:
             if connection is None:
-                connection, is_fresh = self._connect(http_class, request, connection_args, tunnel_headers), True
+                connection, is_fresh = (
+                    self._connect(http_class, request, connection_args, tunnel_headers),
+                    True,
+                )
             try:
                 return self._exchange(connection, request, key)
             except (OSError, http.client.HTTPException) as error:
                 if is_fresh or connection.has_received:
-                    raise UpstreamError("%s gave no answer (%s); try again" % (
-                        request.host, "it closed the connection" if isinstance(error, http.client.HTTPException)
-                        else reason_of(error)), code="upstream_cut", moves_on=not connection.has_received) from error
+                    raise UpstreamError(
+                        "{} gave no answer ({}); try again".format(
+                            request.host,
+                            "it closed the connection"
+                            if isinstance(error, http.client.HTTPException)
+                            else reason_of(error),
+                        ),
+                        code="upstream_cut",
+                        moves_on=not connection.has_received,
+                    ) from error
                 log.debug("a kept connection to %s was dead", request.host)
                 connection = None
 
@@ -2492,7 +3079,9 @@ class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
                 return connection
             connection.close()
 
-    def _connect(self, http_class: Any, request: Any, connection_args: dict, tunnel_headers: dict) -> Any:
+    def _connect(
+        self, http_class: Any, request: Any, connection_args: dict, tunnel_headers: dict
+    ) -> Any:
         try:
             seconds = min(request.timeout, CONNECT_TIMEOUT)
             connection = http_class(request.host, timeout=seconds, **connection_args)
@@ -2502,15 +3091,21 @@ class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
             connection.connect()
             return Connection(connection)
         except (OSError, UnicodeError, http.client.HTTPException) as error:
-            raise UpstreamError("%s cannot be reached: %s" % (request._tunnel_host or request.host, reason_of(error)),
-                                code="upstream_unreachable",
-                                retry=not isinstance(error, (ssl.SSLError, http.client.HTTPException)),
-                                moves_on=True) from error
+            raise UpstreamError(
+                f"{request._tunnel_host or request.host} cannot be reached: {reason_of(error)}",
+                code="upstream_unreachable",
+                retry=not isinstance(error, (ssl.SSLError, http.client.HTTPException)),
+                moves_on=True,
+            ) from error
 
     def _exchange(self, connection: Connection, request: Any, key: Any) -> UpstreamResponse:
         connection.watch = request.watch
         try:
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):    # it may have refused and closed: 413
+            with contextlib.suppress(
+                BrokenPipeError,
+                ConnectionResetError,
+                # it may have refused and closed: 413
+            ):
                 connection.send(request_head(request) + (request.data or b""))
             return UpstreamResponse(connection, self, key)
         except BaseException:
@@ -2519,7 +3114,8 @@ class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
 
     def _tls(self) -> ssl.SSLContext:
         with self._lock:
-            if self._context is None:           # loading the trust store takes 20 ms: once, and not at start
+            # loading the trust store takes 20 ms: once, and not at start
+            if self._context is None:
                 self._context = ssl.create_default_context()
             return self._context
 
@@ -2529,31 +3125,59 @@ class Upstream:
 
     def __init__(self) -> None:
         self._connections = KeepAliveHandler()
-        self._opener = urllib.request.OpenerDirector()      # no redirects, no errors raised: both are judged here
-        for handler in (urllib.request.ProxyHandler(forward_proxies()), self._connections, urllib.request.UnknownHandler()):
+        self._opener = (
+            urllib.request.OpenerDirector()
+            # no redirects, no errors raised: both are judged here
+        )
+        for handler in (
+            urllib.request.ProxyHandler(forward_proxies()),
+            self._connections,
+            urllib.request.UnknownHandler(),
+        ):
             self._opener.add_handler(handler)
 
-    def send(self, route: Route, path: str, body: bytes | None, access_token: str, watch: Watch,
-             headers: dict[str, str] | None = None) -> UpstreamResponse:
+    def send(
+        self,
+        route: Route,
+        path: str,
+        body: bytes | None,
+        access_token: str,
+        watch: Watch,
+        headers: dict[str, str] | None = None,
+    ) -> UpstreamResponse:
         """POST a body (GET without one) to a path below the provider's base URL."""
         own = {"Authorization": "Bearer " + access_token, **(headers or {})}
         if body is not None:
             own["Content-Type"] = "application/json"
         own.update(custom_headers(route))
         try:
-            request = urllib.request.Request(route.provider.base_url + path, body, own,
-                                             method="POST" if body is not None else "GET")
+            request = urllib.request.Request(
+                route.provider.base_url + path,
+                body,
+                own,
+                method="POST" if body is not None else "GET",
+            )
         except ValueError as error:
-            raise UpstreamError("the base URL %s is unusable: %s" % (route.provider.base_url, error), 500) from error
-        request.watch = watch                               # type: ignore[attr-defined]
+            raise UpstreamError(
+                f"the base URL {route.provider.base_url} is unusable: {error}", 500
+            ) from error
+        request.watch = watch  # type: ignore[attr-defined]
         try:
-            return self._opener.open(request, timeout=watch.timeout)    # type: ignore[return-value]
+            return self._opener.open(request, timeout=watch.timeout)  # type: ignore[return-value]
         except urllib.error.URLError as error:
-            raise UpstreamError("the base URL %s is unusable: %s" % (route.provider.base_url, reason_of(error)),
-                                500) from error
-        except (ValueError, UnicodeError) as error:         # http.client on a key or header with odd characters
-            raise UpstreamError("the request to %s cannot be sent: the key or a header holds a character that HTTP "
-                                "does not allow" % route.provider.name, 500) from error
+            raise UpstreamError(
+                f"the base URL {route.provider.base_url} is unusable: {reason_of(error)}", 500
+            ) from error
+        except (
+            ValueError,
+            UnicodeError,
+            # http.client on a key or header with odd characters
+        ) as error:
+            raise UpstreamError(
+                f"the request to {route.provider.name} cannot be sent: the key or a header holds a character that HTTP "
+                "does not allow",
+                500,
+            ) from error
 
     def close(self) -> None:
         """Close the connections that are kept."""
@@ -2566,12 +3190,20 @@ _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+\Z")
 def custom_headers(route: Route) -> dict[str, str]:
     """customHeaders of the model's entry in settings.json, without what is no header."""
     found = dig(route.provider.entries.get(route.model), "customHeaders")
-    return {name: value for name, value in (found.items() if isinstance(found, dict) else ())
-            if isinstance(value, str) and _HEADER_NAME.match(name) and value.isprintable()}
+    return {
+        name: value
+        for name, value in (found.items() if isinstance(found, dict) else ())
+        if isinstance(value, str) and _HEADER_NAME.match(name) and value.isprintable()
+    }
 
 
-def open_answer(routes: list[Route], attempt: Callable[[Route, str], Any], repair: Callable[[UpstreamError], bool],
-                watch: Watch, retries: int) -> Any:
+def open_answer(
+    routes: list[Route],
+    attempt: Callable[[Route, str], Any],
+    repair: Callable[[UpstreamError], bool],
+    watch: Watch,
+    retries: int,
+) -> Any:
     """The first answer that one of the routes gives, as attempt(route, access_token) began it.
 
     Everything here happens before the first byte of an answer: one refresh after a 401, some repairs of a
@@ -2582,19 +3214,39 @@ def open_answer(routes: list[Route], attempt: Callable[[Route, str], Any], repai
     routes = sorted(routes, key=lambda route: route.provider.rests_until > now)
     for index, route in enumerate(routes):
         try:
-            return _open_on(route, attempt, repair, watch, retries, now + PATIENCE, index + 1 == len(routes))
+            return _open_on(
+                route, attempt, repair, watch, retries, now + PATIENCE, index + 1 == len(routes)
+            )
         except ProxyError as error:
             if index + 1 == len(routes) or not error.moves_on or time.monotonic() > now + PATIENCE:
                 raise
             if not isinstance(error, BadRequest):
                 route.provider.rests_until = time.monotonic() + REST_AFTER_FAILURE
-            log.warning("%s: %s; trying %s", route.provider.name, error.message, routes[index + 1].provider.name)
-    raise CredentialError("no provider")        # never: routes is not empty
+            log.warning(
+                "%s: %s; trying %s",
+                route.provider.name,
+                error.message,
+                routes[index + 1].provider.name,
+            )
+    # never: routes is not empty
+    raise CredentialError("no provider")
 
 
-def _open_on(route: Route, attempt: Callable[[Route, str], Any], repair: Callable[[UpstreamError], bool],
-             watch: Watch, retries: int, deadline: float, is_last: bool) -> Any:
-    credentials, rejected, repairs, delay = route.provider.credentials, "", MAX_REPAIRS, RETRY_DELAY_FIRST
+def _open_on(
+    route: Route,
+    attempt: Callable[[Route, str], Any],
+    repair: Callable[[UpstreamError], bool],
+    watch: Watch,
+    retries: int,
+    deadline: float,
+    is_last: bool,
+) -> Any:
+    credentials, rejected, repairs, delay = (
+        route.provider.credentials,
+        "",
+        MAX_REPAIRS,
+        RETRY_DELAY_FIRST,
+    )
     while True:
         access_token = credentials.access_token(rejected, watch.sleep)
         try:
@@ -2603,17 +3255,29 @@ def _open_on(route: Route, attempt: Callable[[Route, str], Any], repair: Callabl
             if error.code == "invalid_api_key" and credentials.kind == "oauth":
                 if rejected or access_token == credentials.useless_token:
                     credentials.useless_token = access_token
-                    raise UpstreamError("%s. %s." % (error.message.rstrip("."), FREE_TIER_ENDED), 401, error.code,
-                                        error.type, request_id=error.request_id, moves_on=True) from error
+                    raise UpstreamError(
+                        "{}. {}.".format(error.message.rstrip("."), FREE_TIER_ENDED),
+                        401,
+                        error.code,
+                        error.type,
+                        request_id=error.request_id,
+                        moves_on=True,
+                    ) from error
                 rejected = access_token
                 continue
             if repairs and repair(error):
                 repairs -= 1
                 continue
             if error.code == "upstream_unreachable" and not is_last:
-                raise                           # three attempts of 10 s would leave no time for the next provider
+                # three attempts of 10 s would leave no time for the next provider
+                raise
             pause = delay if error.retry_after is None else error.retry_after
-            if not error.retry or retries <= 0 or pause > RETRY_DELAY_MOST or time.monotonic() + pause > deadline:
+            if (
+                not error.retry
+                or retries <= 0
+                or pause > RETRY_DELAY_MOST
+                or time.monotonic() + pause > deadline
+            ):
                 raise
             log.info("%s: %s; again in %.1f s", route.provider.name, error.message, pause)
         retries, delay = retries - 1, delay * 2
@@ -2638,8 +3302,10 @@ class ModelLists:
         keys = [(provider.name, provider.host()) for provider in providers]
         if not seconds:
             return [self._lists.get(key, []) for key in keys]
-        threads = [None if provider.family in UNLISTED_FAMILIES else self._refresh(provider, key)
-                   for provider, key in zip(providers, keys)]
+        threads = [
+            None if provider.family in UNLISTED_FAMILIES else self._refresh(provider, key)
+            for provider, key in zip(providers, keys)
+        ]
         for key, thread in zip(keys, threads):
             if thread is not None and key not in self._lists:
                 thread.join(max(0.0, self._asked[key] + seconds - time.monotonic()))
@@ -2653,7 +3319,9 @@ class ModelLists:
             if time.monotonic() - self._asked.get(key, float("-inf")) < MODELS_AGE:
                 return None
             self._asked[key] = time.monotonic()
-            thread = self._running[key] = threading.Thread(target=self._ask, args=(provider, key), daemon=True)
+            thread = self._running[key] = threading.Thread(
+                target=self._ask, args=(provider, key), daemon=True
+            )
             thread.start()
             return thread
 
@@ -2672,23 +3340,32 @@ class ModelLists:
 
     def _listed(self, provider: Provider) -> list[str]:
         access_token = provider.credentials.access_token()
-        response = self._upstream.send(Route(provider, ""), "/models", None, access_token,
-                                       Watch(timeout=MODELS_TIMEOUT),
-                                       {"User-Agent": "qwen_proxy/" + __version__, "Accept": "application/json"})
+        response = self._upstream.send(
+            Route(provider, ""),
+            "/models",
+            None,
+            access_token,
+            Watch(timeout=MODELS_TIMEOUT),
+            {"User-Agent": "qwen_proxy/" + __version__, "Accept": "application/json"},
+        )
         try:
             listed = json.loads(response.read(MODELS_SIZE)) if response.status == 200 else None
         except (ValueError, RecursionError):
             listed = None
         finally:
             response.close()
-        return [entry["id"] for entry in as_list(dig(listed, "data"))
-                if isinstance(entry, dict) and isinstance(entry.get("id"), str) and entry["id"]]
+        return [
+            entry["id"]
+            for entry in as_list(dig(listed, "data"))
+            if isinstance(entry, dict) and isinstance(entry.get("id"), str) and entry["id"]
+        ]
 
 
-# ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Event streams
-# ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # https://html.spec.whatwg.org/multipage/server-sent-events.html, 'Interpreting an event stream'.
+
 
 class Event(NamedTuple):
     """One event: its data, its name, and the HTTP status that DashScope hides in a comment line."""
@@ -2728,7 +3405,7 @@ class EventDecoder:
                 raise UpstreamError("the upstream sent an event of more than %d bytes" % MAX_EVENT)
             return []
         complete = bytes(self._buffer[:end])
-        del self._buffer[:end + 2]
+        del self._buffer[: end + 2]
         return self._events(complete)
 
     def close(self) -> list[Event]:
@@ -2757,17 +3434,21 @@ def parse_event(block: bytes) -> Event | None:
             name = value.decode("utf-8", "replace")
         elif not field and value.startswith(b"HTTP_STATUS/") and value[12:15].isdigit():
             status = int(value[12:15])
-        elif line[:1] == b"{":                  # an error without its 'data:' (upstreams behind gateways)
+        elif line[:1] == b"{":
+            # an error without its 'data:' (upstreams behind gateways)
             found.append(line)
     return Event(b"\n".join(found), name, status) if found else None
 
 
 def encode_event(data: bytes, name: str = "") -> bytes:
     """One event, ready to write; the data must hold no line end."""
-    return b"event: %s\ndata: %s\n\n" % (name.encode(), data) if name else b"data: " + data + b"\n\n"
+    return (
+        b"event: %s\ndata: %s\n\n" % (name.encode(), data) if name else b"data: " + data + b"\n\n"
+    )
 
 
-KEEP_ALIVE = b": keep-alive\n\n"        # never ': ping': Continue takes that for the end of the stream
+# never ': ping': Continue takes that for the end of the stream
+KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"[DONE]"
 
 
@@ -2786,14 +3467,17 @@ def encode_json(value: Any) -> bytes:
         raise BadRequest("a number is out of range, or the nesting is too deep") from None
     try:
         return text.encode()
-    except UnicodeEncodeError:                  # half of a surrogate pair: somebody cut a string in an emoji
-        return _SURROGATE.sub(lambda match: "\\u%04x" % ord(match.group()), text).encode()
+    except UnicodeEncodeError:
+        # half of a surrogate pair: somebody cut a string in an emoji
+        return _SURROGATE.sub(lambda match: f"\\u{ord(match.group()):04x}", text).encode()
 
 
-# ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Requests
-# ----------------------------------------------------------------------------------------------------
-# Pure: a client's request in, the upstream's request out. Whatever no rule below names passes unchanged.
+# ------------------------------------------------------------------------------------------------
+# Pure: a client's request in, the upstream's request out. Whatever no rule below names passes
+# unchanged.
+
 
 class Context(NamedTuple):
     """What the rules may look at besides the body: where it goes, and what was asked about thinking."""
@@ -2801,9 +3485,12 @@ class Context(NamedTuple):
     family: str
     model: str
     facts: ModelFacts
-    config: dict                    # generationConfig of the model's entry in settings.json
-    thinking: Thinking              # by the client or the entry
-    client_wants_it: bool = False   # thinking, by the client's own words
+    # generationConfig of the model's entry in settings.json
+    config: dict
+    # by the client or the entry
+    thinking: Thinking
+    # thinking, by the client's own words
+    client_wants_it: bool = False
 
     @property
     def mode(self) -> str:
@@ -2811,13 +3498,19 @@ class Context(NamedTuple):
         if self.config.get("thinkingMandatory") is True:
             return "always"
         # Qwen Code 0.24.4, Token Plan preset: thinking of 3.8-max cannot be switched off there.
-        return "always" if self.family == "token" and "qwen3.8-max" in self.model else self.facts.thinking
+        return (
+            "always"
+            if self.family == "token" and "qwen3.8-max" in self.model
+            else self.facts.thinking
+        )
 
     @property
     def speaks_qwen(self) -> bool:
         """Whether enable_thinking and its relatives are this endpoint's words for this model."""
         own = ("openrouter", "deepseek", "zai")
-        return self.family in ALIBABA_FAMILIES or (self.family not in own and "qwen" in self.model.lower())
+        return self.family in ALIBABA_FAMILIES or (
+            self.family not in own and "qwen" in self.model.lower()
+        )
 
 
 class Thinking(NamedTuple):
@@ -2828,9 +3521,20 @@ class Thinking(NamedTuple):
     budget: int | None = None
 
 
-THINKING_FIELDS = ("enable_thinking", "thinking_budget", "reasoning_effort", "reasoning", "thinking", "think")
+THINKING_FIELDS = (
+    "enable_thinking",
+    "thinking_budget",
+    "reasoning_effort",
+    "reasoning",
+    "thinking",
+    "think",
+)
 LIMIT_FIELDS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
-EFFORT_BUDGETS = {"low": 4096, "medium": 16_384}     # Qwen's own tokens per level; above: the model's maximum
+EFFORT_BUDGETS = {
+    "low": 4096,
+    "medium": 16_384,
+    # Qwen's own tokens per level; above: the model's maximum
+}
 
 
 def asked_thinking(body: dict) -> Thinking:
@@ -2845,44 +3549,80 @@ def asked_thinking(body: dict) -> Thinking:
     thinking = body.get("thinking") if isinstance(body.get("thinking"), dict) else {}
     effort = body.get("reasoning_effort", reasoning.get("effort", body.get("think")))
     effort = effort.lower() if isinstance(effort, str) else None
-    budget = next((value for value in (body.get("thinking_budget"), thinking.get("budget_tokens"),
-                                       reasoning.get("max_tokens"))
-                   if isinstance(value, int) and not isinstance(value, bool)), None)
-    enabled = next((value for value in (body.get("enable_thinking"), reasoning.get("enabled"), body.get("think"),
-                                        dig(body, "chat_template_kwargs", "enable_thinking"))
-                    if isinstance(value, bool)), None)
+    budget = next(
+        (
+            value
+            for value in (
+                body.get("thinking_budget"),
+                thinking.get("budget_tokens"),
+                reasoning.get("max_tokens"),
+            )
+            if isinstance(value, int) and not isinstance(value, bool)
+        ),
+        None,
+    )
+    enabled = next(
+        (
+            value
+            for value in (
+                body.get("enable_thinking"),
+                reasoning.get("enabled"),
+                body.get("think"),
+                dig(body, "chat_template_kwargs", "enable_thinking"),
+            )
+            if isinstance(value, bool)
+        ),
+        None,
+    )
     if enabled is None and isinstance(thinking.get("type"), str):
         enabled = thinking["type"] != "disabled"
     if enabled is None and effort is not None:
         enabled = effort not in ("none", "minimal")
     if enabled is None and budget is not None:
         enabled = budget > 0
-    return Thinking(enabled, effort if effort not in ("none", "minimal") else None,
-                    budget if (budget or 0) > 0 else None)
+    return Thinking(
+        enabled,
+        effort if effort not in ("none", "minimal") else None,
+        budget if (budget or 0) > 0 else None,
+    )
 
 
 def check_chat_request(request: Any) -> None:
     """Raise BadRequest for what no upstream could make sense of, naming the field."""
     if not isinstance(request, dict):
-        raise BadRequest("the body must be a JSON object, not %s" % json_type(request))
+        raise BadRequest(f"the body must be a JSON object, not {json_type(request)}")
     messages = request.get("messages")
     if not isinstance(messages, list) or not messages:
         raise BadRequest("messages must be a list of at least one message", param="messages")
     for index, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise BadRequest("messages[%d] must be an object with a role" % index, param="messages.%d" % index)
+            raise BadRequest(
+                "messages[%d] must be an object with a role" % index, param="messages.%d" % index
+            )
         if message.get("content") is not None and not isinstance(message["content"], (str, list)):
-            raise BadRequest("the content of messages[%d] must be a string or a list of parts" % index,
-                             param="messages.%d.content" % index)
+            raise BadRequest(
+                "the content of messages[%d] must be a string or a list of parts" % index,
+                param="messages.%d.content" % index,
+            )
         if not all(isinstance(part, dict) for part in as_list(message.get("content"))):
-            raise BadRequest("every part of messages[%d] must be an object" % index,
-                             param="messages.%d.content" % index)
-    for name, kinds in (("stream", bool), ("tools", list), ("functions", list), ("stream_options", dict),
-                        ("response_format", dict)):
+            raise BadRequest(
+                "every part of messages[%d] must be an object" % index,
+                param="messages.%d.content" % index,
+            )
+    for name, kinds in (
+        ("stream", bool),
+        ("tools", list),
+        ("functions", list),
+        ("stream_options", dict),
+        ("response_format", dict),
+    ):
         if request.get(name) is not None and not isinstance(request[name], kinds):
-            raise BadRequest("%s must be %s"
-                             % (name, {bool: "true or false", list: "a list", dict: "an object"}[kinds]),
-                             param=name)
+            raise BadRequest(
+                "{} must be {}".format(
+                    name, {bool: "true or false", list: "a list", dict: "an object"}[kinds]
+                ),
+                param=name,
+            )
 
 
 def with_extra_body(request: Any) -> Any:
@@ -2891,7 +3631,9 @@ def with_extra_body(request: Any) -> Any:
     if not isinstance(extra, dict):
         return request
     log.debug("extra_body is merged: %s", ", ".join(extra))
-    stated_fields = {name: value for name, value in request.items() if value is not None and name != "extra_body"}
+    stated_fields = {
+        name: value for name, value in request.items() if value is not None and name != "extra_body"
+    }
     return {**extra, **stated_fields}
 
 
@@ -2909,7 +3651,11 @@ def entry_defaults(body: dict, context: Context) -> bool:
     in_template = dig(given, "chat_template_kwargs", "enable_thinking")
     if in_template is not None or any(name in given for name in THINKING_FIELDS):
         for name in THINKING_FIELDS:
-            body.pop(name, None)    # what the client says of thinking replaces all that the entry says
+            body.pop(
+                name,
+                None,
+                # what the client says of thinking replaces all that the entry says
+            )
     if any(name in given for name in LIMIT_FIELDS):
         body.pop("max_tokens", None)
     body.update(given)
@@ -2923,7 +3669,10 @@ def without_nulls(body: dict, context: Context) -> bool:
         changed = drop_nulls(message, "content") or changed
     wanted = dig(body, "response_format", "json_schema")
     if isinstance(wanted, dict) and None in wanted.values():
-        body["response_format"], changed = {**body["response_format"], "json_schema": stated(wanted)}, True
+        body["response_format"], changed = (
+            {**body["response_format"], "json_schema": stated(wanted)},
+            True,
+        )
     return changed
 
 
@@ -2939,7 +3688,11 @@ def stated(value: Any) -> Any:
     """An object without its nulls, but for those that are values of a JSON Schema."""
     if not isinstance(value, dict):
         return value
-    return {name: item for name, item in value.items() if item is not None or name in ("default", "const")}
+    return {
+        name: item
+        for name, item in value.items()
+        if item is not None or name in ("default", "const")
+    }
 
 
 CALL_PARTS = ("tool_use", "tool_result")
@@ -2958,16 +3711,34 @@ def parts_to_calls(body: dict, context: Context) -> bool:
 
 def with_calls(message: dict, parts: list[dict]) -> list[dict]:
     """The messages for one that holds such parts: the results first, as they answer the turn before."""
-    results = [{"role": "tool", "tool_call_id": part.get("tool_use_id"), "content": part.get("content") or ""}
-               for part in parts if part["type"] == "tool_result"]
+    results = [
+        {
+            "role": "tool",
+            "tool_call_id": part.get("tool_use_id"),
+            "content": part.get("content") or "",
+        }
+        for part in parts
+        if part["type"] == "tool_result"
+    ]
     calls = as_list(message.get("tool_calls")) + [
-        {"id": part.get("id"), "type": "function", "function": {
-            "name": part.get("name"), "arguments": json.dumps(part.get("input") or {}, ensure_ascii=False)}}
-        for part in parts if part["type"] == "tool_use"]
+        {
+            "id": part.get("id"),
+            "type": "function",
+            "function": {
+                "name": part.get("name"),
+                "arguments": json.dumps(part.get("input") or {}, ensure_ascii=False),
+            },
+        }
+        for part in parts
+        if part["type"] == "tool_use"
+    ]
     rest = [part for part in message["content"] if part.get("type") not in CALL_PARTS]
     if not rest and not calls:
         return results
-    return [*results, {**message, "content": rest or "", **({"tool_calls": calls} if calls else {})}]
+    return [
+        *results,
+        {**message, "content": rest or "", **({"tool_calls": calls} if calls else {})},
+    ]
 
 
 def functions_to_tools(body: dict, context: Context) -> bool:
@@ -2975,19 +3746,30 @@ def functions_to_tools(body: dict, context: Context) -> bool:
     changed = False
     if "functions" in body:
         functions = body.pop("functions")
-        body.setdefault("tools", [{"type": "function", "function": function} for function in functions])
+        body.setdefault(
+            "tools", [{"type": "function", "function": function} for function in functions]
+        )
         changed = True
     if "function_call" in body:
         choice = body.pop("function_call")
-        body.setdefault("tool_choice", {"type": "function", "function": choice} if isinstance(choice, dict) else choice)
+        body.setdefault(
+            "tool_choice",
+            {"type": "function", "function": choice} if isinstance(choice, dict) else choice,
+        )
         changed = True
     calls = 0
     for message in body["messages"]:
         call = message.get("function_call")
-        if message["role"] == "assistant" and isinstance(call, dict) and not message.get("tool_calls"):
+        if (
+            message["role"] == "assistant"
+            and isinstance(call, dict)
+            and not message.get("tool_calls")
+        ):
             calls, changed = calls + 1, True
             message.pop("function_call")
-            message["tool_calls"] = [{"id": "call_legacy_%d" % calls, "type": "function", "function": call}]
+            message["tool_calls"] = [
+                {"id": "call_legacy_%d" % calls, "type": "function", "function": call}
+            ]
         elif message["role"] == "function":
             changed = True
             message.update(role="tool", tool_call_id="call_legacy_%d" % calls)
@@ -3005,14 +3787,23 @@ def developer_to_system(body: dict, context: Context) -> bool:
 def text_of(content: Any) -> str:
     """The text in a message's content, be it a string or parts."""
     if isinstance(content, list):
-        return "\n".join(part["text"] for part in content if isinstance(part, dict)
-                         and isinstance(part.get("text"), str))
+        return "\n".join(
+            part["text"]
+            for part in content
+            if isinstance(part, dict) and isinstance(part.get("text"), str)
+        )
     return content if isinstance(content, str) else ""
 
 
 def parts_of(content: Any) -> list[dict]:
     """A message's content as parts."""
-    return list(content) if isinstance(content, list) else [{"type": "text", "text": content}] if content else []
+    return (
+        list(content)
+        if isinstance(content, list)
+        else [{"type": "text", "text": content}]
+        if content
+        else []
+    )
 
 
 def system_first(body: dict, context: Context) -> bool:
@@ -3026,7 +3817,9 @@ def system_first(body: dict, context: Context) -> bool:
         content: Any = [part for message in system for part in parts_of(message.get("content"))]
     else:
         content = "\n\n".join(message["content"] for message in system if message.get("content"))
-    messages[:] = [{**system[0], "content": content}] + [message for message in messages if message["role"] != "system"]
+    messages[:] = [{**system[0], "content": content}] + [
+        message for message in messages if message["role"] != "system"
+    ]
     return True
 
 
@@ -3058,9 +3851,10 @@ def paired_tool_messages(body: dict, context: Context) -> bool:
     messages = body["messages"]
     if not any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
         return False
-    answers, paired = answers_by_call(messages), []        # type: ignore[var-annotated]
+    answers, paired = answers_by_call(messages), []  # type: ignore[var-annotated]
     between = places_before_results(messages, {id(answer) for answer in answers.values()})
-    turn = -1                           # where the calls are that the results so far answer
+    # where the calls are that the results so far answer
+    turn = -1
     for place, message in enumerate(messages):
         if message["role"] == "tool":
             continue
@@ -3071,10 +3865,18 @@ def paired_tool_messages(body: dict, context: Context) -> bool:
         turn = len(paired) if calls_of(message) else -1
         paired.append(message)
         for number, call in enumerate(calls_of(message)):
-            paired.append(answers.get((place, number)) or {
-                "role": "tool", "tool_call_id": dig(call, "id"), "content": "(no result: the call was interrupted)"})
+            paired.append(
+                answers.get((place, number))
+                or {
+                    "role": "tool",
+                    "tool_call_id": dig(call, "id"),
+                    "content": "(no result: the call was interrupted)",
+                }
+            )
     if not paired:
-        raise BadRequest("messages holds nothing but answers to tool calls that are not there", param="messages")
+        raise BadRequest(
+            "messages holds nothing but answers to tool calls that are not there", param="messages"
+        )
     changed = [id(message) for message in paired] != [id(message) for message in messages]
     messages[:] = paired
     return changed
@@ -3149,9 +3951,15 @@ def with_call_ids(messages: list[dict]) -> bool:
         waiting = [] if calls else waiting
         if any(isinstance(call, dict) and not call.get("id") for call in calls):
             ids = ["call_%d_%d" % (place, number) for number in range(len(calls))]
-            waiting += [name for name, call in zip(ids, calls) if isinstance(call, dict) and not call.get("id")]
-            message["tool_calls"] = [call if not isinstance(call, dict) or call.get("id") else {**call, "id": name}
-                                     for name, call in zip(ids, calls)]
+            waiting += [
+                name
+                for name, call in zip(ids, calls)
+                if isinstance(call, dict) and not call.get("id")
+            ]
+            message["tool_calls"] = [
+                call if not isinstance(call, dict) or call.get("id") else {**call, "id": name}
+                for name, call in zip(ids, calls)
+            ]
             changed = True
         if message["role"] == "tool" and not message.get("tool_call_id") and waiting:
             message["tool_call_id"], changed = waiting.pop(0), True
@@ -3186,18 +3994,26 @@ def content_present(body: dict, context: Context) -> bool:
 
 def is_only_text(content: Any) -> bool:
     """Whether content is a list of nothing but text parts."""
-    return isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content)
+    return isinstance(content, list) and all(
+        isinstance(part, dict) and part.get("type") == "text" for part in content
+    )
 
 
 def flat_content(body: dict, context: Context) -> bool:
     """Text parts as one string: in answers, and wherever parts are lost or refused."""
-    everywhere = context.family == "deepseek" or "glm" in context.model.lower() and not body.get("tools")
+    everywhere = (
+        context.family == "deepseek" or "glm" in context.model.lower() and not body.get("tools")
+    )
     changed = False
     for message in body["messages"]:
         content = message.get("content")
         if not is_only_text(content):
             continue
-        is_marked = any("cache_control" in part for part in content)        # a mark needs a part to sit on
+        is_marked = any(
+            "cache_control" in part
+            for part in content
+            # a mark needs a part to sit on
+        )
         if everywhere or message["role"] == "assistant" and not is_marked:
             message["content"], changed = text_of(content), True
     return changed
@@ -3213,7 +4029,11 @@ def media_out_of_tools(body: dict, context: Context) -> bool:
             media = []
         content = message.get("content")
         if message["role"] == "tool" and isinstance(content, list):
-            found = [part for part in content if isinstance(part, dict) and part.get("type") not in ("text", None)]
+            found = [
+                part
+                for part in content
+                if isinstance(part, dict) and part.get("type") not in ("text", None)
+            ]
             media = media + found
             if found:
                 message["content"] = text_of(content) or "(see the next message)"
@@ -3240,8 +4060,11 @@ def reasoning_sent_back(body: dict, context: Context) -> bool:
 
 def reasoning_required(body: dict, context: Context) -> bool:
     """Every assistant message has reasoning_content, if only an empty one."""
-    missing = [message for message in body["messages"] if message["role"] == "assistant"
-               and "reasoning_content" not in message]
+    missing = [
+        message
+        for message in body["messages"]
+        if message["role"] == "assistant" and "reasoning_content" not in message
+    ]
     for message in missing:
         message["reasoning_content"] = ""
     return bool(missing)
@@ -3249,14 +4072,27 @@ def reasoning_required(body: dict, context: Context) -> bool:
 
 def few_cache_markers(body: dict, context: Context) -> bool:
     """Four cache_control markers at most: the first message's, which the portal wants, and the last three."""
-    holders = [message["content"] for message in body["messages"] if isinstance(message.get("content"), list)]
+    holders = [
+        message["content"]
+        for message in body["messages"]
+        if isinstance(message.get("content"), list)
+    ]
     holders.insert(1, as_list(body.get("tools")))
-    marked = [part for holder in holders for part in holder if isinstance(part, dict) and "cache_control" in part]
+    marked = [
+        part
+        for holder in holders
+        for part in holder
+        if isinstance(part, dict) and "cache_control" in part
+    ]
     surplus = {id(part) for part in (marked[1:-3] if len(marked) > 4 else ())}
 
     def thinned(parts: list) -> list:
-        return [{name: value for name, value in part.items() if name != "cache_control"}
-                if id(part) in surplus else part for part in parts]
+        return [
+            {name: value for name, value in part.items() if name != "cache_control"}
+            if id(part) in surplus
+            else part
+            for part in parts
+        ]
 
     if surplus and body.get("tools"):
         body["tools"] = thinned(body["tools"])
@@ -3269,12 +4105,15 @@ def few_cache_markers(body: dict, context: Context) -> bool:
 def max_tokens(body: dict, context: Context) -> bool:
     """One limit under its old name, the smallest if there are more, and no more than the model has."""
     before = {name: body[name] for name in LIMIT_FIELDS if name in body}
-    asked = [value for value in before.values() if isinstance(value, int) and not isinstance(value, bool)]
+    asked = [
+        value for value in before.values() if isinstance(value, int) and not isinstance(value, bool)
+    ]
     if not asked:
         return False
     for name in before:
         del body[name]
-    limits = [value for value in asked if value > 0]            # Roo Code sends -1 for no limit
+    # Roo Code sends -1 for no limit
+    limits = [value for value in asked if value > 0]
     if limits:
         body["max_tokens"] = min(limits + ([context.facts.output] if context.facts.output else []))
     return {name: body[name] for name in LIMIT_FIELDS if name in body} != before
@@ -3294,41 +4133,81 @@ def sampling_range(body: dict, context: Context) -> bool:
 def usable_tools(body: dict, context: Context) -> bool:
     """No empty list of tools and nothing that needs one; tools with parameters; tool_choice in OpenAI's shape."""
     if not body.get("tools"):
-        dropped = [body.pop(name) for name in ("tools", "tool_choice", "parallel_tool_calls") if name in body]
+        dropped = [
+            body.pop(name)
+            for name in ("tools", "tool_choice", "parallel_tool_calls")
+            if name in body
+        ]
         return bool(dropped)
     repaired = [usable_tool(tool, context) for tool in body["tools"]]
     changed = repaired != body["tools"]
     body["tools"] = repaired
     choice = body.get("tool_choice")
-    if isinstance(choice, dict) and "function" not in choice:      # Anthropic's shapes, sent by some editors
-        named = {"type": "function", "function": {"name": choice.get("name")}} if choice.get("name") else None
-        body["tool_choice"] = named or {"any": "required", "none": "none"}.get(str(choice.get("type")), "auto")
+    if (
+        isinstance(choice, dict) and "function" not in choice
+        # Anthropic's shapes, sent by some editors
+    ):
+        named = (
+            {"type": "function", "function": {"name": choice.get("name")}}
+            if choice.get("name")
+            else None
+        )
+        body["tool_choice"] = named or {"any": "required", "none": "none"}.get(
+            str(choice.get("type")), "auto"
+        )
         return True
     return changed
 
 
 def usable_tool(tool: Any, context: Context) -> Any:
     """A tool with parameters and without nulls; without `strict` where that is unknown."""
-    schema = dig(tool, "input_schema") or dig(tool, "parameters")       # Anthropic's shape, or that of /v1/responses
+    schema = dig(tool, "input_schema") or dig(
+        tool,
+        "parameters",
+        # Anthropic's shape, or that of /v1/responses
+    )
     if isinstance(schema, dict) and "function" not in tool and isinstance(tool.get("name"), str):
-        tool = {"type": "function", "cache_control": tool.get("cache_control"), "function": {
-            "name": tool["name"], "description": tool.get("description"), "parameters": schema}}
+        tool = {
+            "type": "function",
+            "cache_control": tool.get("cache_control"),
+            "function": {
+                "name": tool["name"],
+                "description": tool.get("description"),
+                "parameters": schema,
+            },
+        }
     function = dig(tool, "function")
     if not isinstance(function, dict):
         return tool
-    kept = {name: value for name, value in function.items()
-            if value is not None and (name != "strict" or context.family not in ALIBABA_FAMILIES)}
+    kept = {
+        name: value
+        for name, value in function.items()
+        if value is not None and (name != "strict" or context.family not in ALIBABA_FAMILIES)
+    }
     kept.setdefault("parameters", {"type": "object", "properties": {}})
     if isinstance(dig(kept, "parameters", "properties"), dict):
-        properties = {name: stated(value) for name, value in kept["parameters"]["properties"].items()}
+        properties = {
+            name: stated(value) for name, value in kept["parameters"]["properties"].items()
+        }
         kept["parameters"] = {**stated(kept["parameters"]), "properties": properties}
     return {**stated(tool), "function": kept}
 
 
-# Overview page of Model Studio's OpenAI compatibility: 'ignored'; object metadata and the rest are refused
+# Overview page of Model Studio's OpenAI compatibility: 'ignored'; object metadata and the rest are
+# refused
 # by models of other makers behind it (Qwen Code, dashscope.ts).
-OPENAI_ONLY = ("logit_bias", "metadata", "prediction", "prompt_cache_key", "prompt_cache_retention",
-               "safety_identifier", "service_tier", "store", "verbosity", "web_search_options")
+OPENAI_ONLY = (
+    "logit_bias",
+    "metadata",
+    "prediction",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "safety_identifier",
+    "service_tier",
+    "store",
+    "verbosity",
+    "web_search_options",
+)
 
 
 def without_openai_only(body: dict, context: Context) -> bool:
@@ -3343,17 +4222,51 @@ def without_openai_only(body: dict, context: Context) -> bool:
     return bool(dropped)
 
 
-# Controls for other servers that clients offer for every server. What nobody here knows of passes, as a parameter
+# Controls for other servers that clients offer for every server. What nobody here knows of passes,
+# as a parameter
 # that Qwen will have tomorrow.
 FOREIGN_FIELDS = (
     # Ollama, as Open WebUI's advanced parameters and Jan name them
-    "auto_compact", "ctx_len", "format", "keep_alive", "mirostat", "mirostat_eta", "mirostat_tau", "num_batch",
-    "num_ctx", "num_gpu", "num_keep", "num_thread", "repeat_last_n", "use_mlock", "use_mmap",
+    "auto_compact",
+    "ctx_len",
+    "format",
+    "keep_alive",
+    "mirostat",
+    "mirostat_eta",
+    "mirostat_tau",
+    "num_batch",
+    "num_ctx",
+    "num_gpu",
+    "num_keep",
+    "num_thread",
+    "repeat_last_n",
+    "use_mlock",
+    "use_mmap",
     # llama.cpp, KoboldCpp, text-generation-webui, as SillyTavern names them
-    "add_bos_token", "cache_prompt", "dry_allowed_length", "dry_base", "dry_multiplier", "dry_sequence_breakers",
-    "min_p", "sampler_order", "tfs", "tfs_z", "top_a", "typical_p", "xtc_probability", "xtc_threshold",
+    "add_bos_token",
+    "cache_prompt",
+    "dry_allowed_length",
+    "dry_base",
+    "dry_multiplier",
+    "dry_sequence_breakers",
+    "min_p",
+    "sampler_order",
+    "tfs",
+    "tfs_z",
+    "top_a",
+    "typical_p",
+    "xtc_probability",
+    "xtc_threshold",
     # OpenRouter and Mistral
-    "include_reasoning", "models", "plugins", "provider", "route", "safe_prompt", "transforms", "usage")
+    "include_reasoning",
+    "models",
+    "plugins",
+    "provider",
+    "route",
+    "safe_prompt",
+    "transforms",
+    "usage",
+)
 
 
 def without_foreign_fields(body: dict, context: Context) -> bool:
@@ -3381,10 +4294,14 @@ def web_search(body: dict, context: Context) -> bool | str:
 def qwen_thinking(body: dict, context: Context) -> bool:
     """What the client asked about thinking, in Qwen's words and as far as the model can."""
     asked, mode = context.thinking, context.mode
-    before = {name: body[name] for name in THINKING_FIELDS + ("chat_template_kwargs",) if name in body}
+    before = {
+        name: body[name] for name in THINKING_FIELDS + ("chat_template_kwargs",) if name in body
+    }
     if not before:
         return False
-    template = body["chat_template_kwargs"] if isinstance(body.get("chat_template_kwargs"), dict) else {}
+    template = (
+        body["chat_template_kwargs"] if isinstance(body.get("chat_template_kwargs"), dict) else {}
+    )
     template = {name: value for name, value in template.items() if name != "enable_thinking"}
     for name in before:
         del body[name]
@@ -3396,14 +4313,20 @@ def qwen_thinking(body: dict, context: Context) -> bool:
         if mode != "always":
             thinking_off(body, context)
     elif mode == "effort" and asked.budget is None:
-        body["reasoning_effort"] = {"low": "low", "medium": "medium", "high": "high"}.get(asked.effort or "", "xhigh")
+        body["reasoning_effort"] = {"low": "low", "medium": "medium", "high": "high"}.get(
+            asked.effort or "", "xhigh"
+        )
     else:
         if mode != "always":
             body["enable_thinking"] = True
-        budget = asked.budget or (EFFORT_BUDGETS.get(asked.effort or "") if mode != "unknown" else None)
+        budget = asked.budget or (
+            EFFORT_BUDGETS.get(asked.effort or "") if mode != "unknown" else None
+        )
         if budget:
             body["thinking_budget"] = budget
-    return {name: body[name] for name in (*THINKING_FIELDS, "chat_template_kwargs") if name in body} != before
+    return {
+        name: body[name] for name in (*THINKING_FIELDS, "chat_template_kwargs") if name in body
+    } != before
 
 
 def thinking_off(body: dict, context: Context) -> None:
@@ -3425,15 +4348,28 @@ def other_thinking(body: dict, context: Context) -> bool:
     for name in THINKING_FIELDS:
         body.pop(name, None)
     if context.family == "openrouter":
-        kept = {name: value for name, value in reasoning.items() if name not in ("effort", "max_tokens", "enabled")}
-        how = ({"effort": asked.effort} if asked.effort else {"max_tokens": asked.budget} if asked.budget
-               else {"enabled": True})
+        kept = {
+            name: value
+            for name, value in reasoning.items()
+            if name not in ("effort", "max_tokens", "enabled")
+        }
+        how = (
+            {"effort": asked.effort}
+            if asked.effort
+            else {"max_tokens": asked.budget}
+            if asked.budget
+            else {"enabled": True}
+        )
         body["reasoning"] = {**kept, **(how if asked.enabled else {"enabled": False})}
         return True
     if not asked.enabled:
         body["thinking"] = {"type": "disabled"}
     elif asked.effort:
-        names = {"low": "high", "medium": "high", "xhigh": "max"} if context.family == "deepseek" else {}
+        names = (
+            {"low": "high", "medium": "high", "xhigh": "max"}
+            if context.family == "deepseek"
+            else {}
+        )
         body["reasoning_effort"] = names.get(asked.effort, asked.effort)
     else:
         body["thinking"] = {"type": "enabled"}
@@ -3442,9 +4378,17 @@ def other_thinking(body: dict, context: Context) -> bool:
 
 def thinks(body: dict, context: Context) -> bool:
     """Whether the model will think about this body."""
-    if body.get("enable_thinking") is False or body.get("reasoning_effort") == "none" or context.mode == "none":
+    if (
+        body.get("enable_thinking") is False
+        or body.get("reasoning_effort") == "none"
+        or context.mode == "none"
+    ):
         return False
-    return bool(body.get("enable_thinking")) or "thinking_budget" in body or context.mode in ("on", "always", "effort")
+    return (
+        bool(body.get("enable_thinking"))
+        or "thinking_budget" in body
+        or context.mode in ("on", "always", "effort")
+    )
 
 
 def can_stop_thinking(context: Context) -> bool:
@@ -3467,9 +4411,17 @@ def forced_tool(body: dict, context: Context) -> bool | str:
 def call_in_words(body: dict) -> None:
     """A sentence instead of a tool_choice that forces a call; of a named tool nothing else is offered."""
     name = dig(body["tool_choice"], "function", "name")
-    named = [tool for tool in body["tools"] if isinstance(name, str) and dig(tool, "function", "name") == name]
+    named = [
+        tool
+        for tool in body["tools"]
+        if isinstance(name, str) and dig(tool, "function", "name") == name
+    ]
     body["tools"], body["tool_choice"] = named or body["tools"], "auto"
-    add_instruction(body, "Call %s now; do not answer in text." % ("the tool " + name if named else "one of the tools"))
+    add_instruction(
+        body,
+        "Call %s now; do not answer in text."
+        % ("the tool " + name if named else "one of the tools"),
+    )
 
 
 def wants_json(body: dict) -> bool:
@@ -3536,7 +4488,10 @@ class Rule(NamedTuple):
     """One deliberate change: what it is called, where it applies, what does it, and why."""
 
     name: str
-    apply: Callable[[dict, Context], bool | str]    # changes the body; says whether, or what was given up
+    apply: Callable[
+        [dict, Context], bool | str
+        # changes the body; says whether, or what was given up
+    ]
     where: Callable[[Context], bool]
     source: str
 
@@ -3549,48 +4504,148 @@ def _alibaba(context: Context) -> bool:
     return context.family in ALIBABA_FAMILIES
 
 
-# In this order. `where` gates a rule by the endpoint's or the model's family, never by one host's name.
-RULES = tuple(Rule(*row) for row in (
-    ("entry-defaults", entry_defaults, _anywhere, "Qwen Code, model-providers.md: samplingParams, extra_body"),
-    ("no-nulls", without_nulls, _anywhere, "pydantic-ai and LangChain JS send null for 'not set'"),
-    ("parts-to-calls", parts_to_calls, _anywhere, "Anthropic's messages, which Cursor sends to chat completions"),
-    ("legacy-functions", functions_to_tools, _anywhere, "OpenAI reference: functions, deprecated by tools"),
-    ("developer-role", developer_to_system, _anywhere, "DashScope 400: developer is not one of [...]"),
-    ("system-first", system_first, lambda c: _alibaba(c) or c.speaks_qwen,
-     "400: System message must be at the beginning."),
-    ("portal-system", portal_system, lambda c: c.family == "portal", "CLIProxyAPI 29dba0399, PR #2520, #2537"),
-    ("tool-calls", valid_tool_calls, _anywhere, "DashScope 400: function.arguments must be in JSON format"),
-    ("tool-pairs", paired_tool_messages, _anywhere, "DashScope 400, both ways: qwen-code #656, #2360"),
-    ("tool-media", media_out_of_tools, _alibaba, "Qwen Code, converter.ts: splitToolMedia"),
-    ("content-present", content_present, _anywhere, "DashScope 400: Field required: input.messages.N.content"),
-    ("reasoning-name", reasoning_sent_back, lambda c: c.family != "openrouter", "Model Studio, 'Deep thinking'"),
-    ("reasoning-required", reasoning_required, lambda c: c.family == "deepseek", "DeepSeek API, thinking mode"),
-    ("flat-content", flat_content, lambda c: _alibaba(c) or c.family == "deepseek",
-     "Model Studio, chat reference: an answer's content is a string; Qwen Code, dashscope.ts: glm loses parts"),
-    ("cache-markers", few_cache_markers, _alibaba, "Model Studio, 'Context cache': at most 4"),
-    ("max-tokens", max_tokens, lambda c: c.family not in ("openrouter", "other") or c.speaks_qwen,
-     "DashScope 400: Range of max_tokens should be [1, N]"),
-    ("sampling-range", sampling_range, _alibaba, "Model Studio, chat reference: temperature [0, 2), top_p (0, 1]"),
-    ("tools", usable_tools, _anywhere, "MiniMax 400: function parameters is empty; vLLM: null tool_choice"),
-    ("web-search", web_search, _anywhere, "Model Studio, chat reference: enable_search"),
-    ("openai-only", without_openai_only, lambda c: _alibaba(c) or c.family == "modelscope",
-     "Model Studio, OpenAI compatibility"),
-    ("foreign-fields", without_foreign_fields, _alibaba, "Open WebUI 0.12, SillyTavern 1.19, Jan 0.8: their settings"),
-    ("thinking", qwen_thinking, lambda c: _alibaba(c) or c.speaks_qwen and c.mode != "unknown",
-     "Model Studio, 'Deep thinking'"),
-    ("thinking-words", other_thinking, lambda c: c.family in ("openrouter", "deepseek", "zai"),
-     "each provider's reference"),
-    ("forced-tool", forced_tool, lambda c: c.speaks_qwen, "Model Studio, 'Function calling'"),
-    ("json-output", json_output, lambda c: c.speaks_qwen, "Model Studio, 'Structured output'"),
-    ("json-word", json_word, lambda c: c.speaks_qwen, "Model Studio, 'Structured output'"),
-    ("stream", streamed, _anywhere, "one path for all: see iter_chunks"),
-))
+# In this order. `where` gates a rule by the endpoint's or the model's family, never by one host's
+# name.
+RULES = tuple(
+    Rule(*row)
+    for row in (
+        (
+            "entry-defaults",
+            entry_defaults,
+            _anywhere,
+            "Qwen Code, model-providers.md: samplingParams, extra_body",
+        ),
+        (
+            "no-nulls",
+            without_nulls,
+            _anywhere,
+            "pydantic-ai and LangChain JS send null for 'not set'",
+        ),
+        (
+            "parts-to-calls",
+            parts_to_calls,
+            _anywhere,
+            "Anthropic's messages, which Cursor sends to chat completions",
+        ),
+        (
+            "legacy-functions",
+            functions_to_tools,
+            _anywhere,
+            "OpenAI reference: functions, deprecated by tools",
+        ),
+        (
+            "developer-role",
+            developer_to_system,
+            _anywhere,
+            "DashScope 400: developer is not one of [...]",
+        ),
+        (
+            "system-first",
+            system_first,
+            lambda c: _alibaba(c) or c.speaks_qwen,
+            "400: System message must be at the beginning.",
+        ),
+        (
+            "portal-system",
+            portal_system,
+            lambda c: c.family == "portal",
+            "CLIProxyAPI 29dba0399, PR #2520, #2537",
+        ),
+        (
+            "tool-calls",
+            valid_tool_calls,
+            _anywhere,
+            "DashScope 400: function.arguments must be in JSON format",
+        ),
+        (
+            "tool-pairs",
+            paired_tool_messages,
+            _anywhere,
+            "DashScope 400, both ways: qwen-code #656, #2360",
+        ),
+        ("tool-media", media_out_of_tools, _alibaba, "Qwen Code, converter.ts: splitToolMedia"),
+        (
+            "content-present",
+            content_present,
+            _anywhere,
+            "DashScope 400: Field required: input.messages.N.content",
+        ),
+        (
+            "reasoning-name",
+            reasoning_sent_back,
+            lambda c: c.family != "openrouter",
+            "Model Studio, 'Deep thinking'",
+        ),
+        (
+            "reasoning-required",
+            reasoning_required,
+            lambda c: c.family == "deepseek",
+            "DeepSeek API, thinking mode",
+        ),
+        (
+            "flat-content",
+            flat_content,
+            lambda c: _alibaba(c) or c.family == "deepseek",
+            "Model Studio, chat reference: an answer's content is a string; Qwen Code, dashscope.ts: glm loses parts",
+        ),
+        ("cache-markers", few_cache_markers, _alibaba, "Model Studio, 'Context cache': at most 4"),
+        (
+            "max-tokens",
+            max_tokens,
+            lambda c: c.family not in ("openrouter", "other") or c.speaks_qwen,
+            "DashScope 400: Range of max_tokens should be [1, N]",
+        ),
+        (
+            "sampling-range",
+            sampling_range,
+            _alibaba,
+            "Model Studio, chat reference: temperature [0, 2), top_p (0, 1]",
+        ),
+        (
+            "tools",
+            usable_tools,
+            _anywhere,
+            "MiniMax 400: function parameters is empty; vLLM: null tool_choice",
+        ),
+        ("web-search", web_search, _anywhere, "Model Studio, chat reference: enable_search"),
+        (
+            "openai-only",
+            without_openai_only,
+            lambda c: _alibaba(c) or c.family == "modelscope",
+            "Model Studio, OpenAI compatibility",
+        ),
+        (
+            "foreign-fields",
+            without_foreign_fields,
+            _alibaba,
+            "Open WebUI 0.12, SillyTavern 1.19, Jan 0.8: their settings",
+        ),
+        (
+            "thinking",
+            qwen_thinking,
+            lambda c: _alibaba(c) or c.speaks_qwen and c.mode != "unknown",
+            "Model Studio, 'Deep thinking'",
+        ),
+        (
+            "thinking-words",
+            other_thinking,
+            lambda c: c.family in ("openrouter", "deepseek", "zai"),
+            "each provider's reference",
+        ),
+        ("forced-tool", forced_tool, lambda c: c.speaks_qwen, "Model Studio, 'Function calling'"),
+        ("json-output", json_output, lambda c: c.speaks_qwen, "Model Studio, 'Structured output'"),
+        ("json-word", json_word, lambda c: c.speaks_qwen, "Model Studio, 'Structured output'"),
+        ("stream", streamed, _anywhere, "one path for all: see iter_chunks"),
+    )
+)
 
 
 @functools.lru_cache(maxsize=256)
 def rules_for(family: str, model: str, thinking_mandatory: bool) -> list[Rule]:
     """The rules that apply at an endpoint to a model: no gate looks at the body."""
-    context = Context(family, model, model_facts(model), {"thinkingMandatory": thinking_mandatory}, Thinking())
+    context = Context(
+        family, model, model_facts(model), {"thinkingMandatory": thinking_mandatory}, Thinking()
+    )
     return [rule for rule in RULES if rule.where(context)]
 
 
@@ -3600,14 +4655,22 @@ def to_upstream_request(request: dict, route: Route) -> tuple[dict, dict[str, st
     The rules are names, each with what the client does not get because of it, mostly nothing.
     """
     family, config = route.provider.family, route.provider.entries.get(route.model) or {}
-    body = {**request, "model": route.model, "messages": [dict(message) for message in request["messages"]]}
+    body = {
+        **request,
+        "model": route.model,
+        "messages": [dict(message) for message in request["messages"]],
+    }
     wants_thinking = bool(asked_thinking(request).enabled)
-    context, fired = Context(family, route.model, model_facts(route.model), config, Thinking(), wants_thinking), {}
+    context, fired = (
+        Context(family, route.model, model_facts(route.model), config, Thinking(), wants_thinking),
+        {},
+    )
     for rule in rules_for(family, route.model, config.get("thinkingMandatory") is True):
         changed = rule.apply(body, context)
         if changed:
             fired[rule.name] = changed if isinstance(changed, str) else ""
-        if rule.name == "no-nulls":             # now the body says all that is known of thinking
+        # now the body says all that is known of thinking
+        if rule.name == "no-nulls":
             context = context._replace(thinking=asked_thinking(body))
     return body, fired
 
@@ -3615,26 +4678,50 @@ def to_upstream_request(request: dict, route: Route) -> tuple[dict, dict[str, st
 def check_text_request(request: Any) -> None:
     """Raise BadRequest for what is no request for a text completion."""
     if not isinstance(request, dict):
-        raise BadRequest("the body must be a JSON object, not %s" % json_type(request))
+        raise BadRequest(f"the body must be a JSON object, not {json_type(request)}")
     if not isinstance(request.get("prompt"), (str, list)):
         raise BadRequest("prompt must be a string or a list", param="prompt")
-    for name, kind, words in (("stream", bool, "true or false"), ("stream_options", dict, "an object")):
+    for name, kind, words in (
+        ("stream", bool, "true or false"),
+        ("stream_options", dict, "an object"),
+    ):
         if request.get(name) is not None and not isinstance(request[name], kind):
-            raise BadRequest("%s must be %s" % (name, words), param=name)
+            raise BadRequest(f"{name} must be {words}", param=name)
 
 
 def fill_in_the_middle(body: dict, context: Context) -> bool:
     """prompt and suffix as one prompt with Qwen's marks."""
     if not isinstance(body.get("suffix"), str) or not isinstance(body["prompt"], str):
         return False
-    body["prompt"] = "<|fim_prefix|>%s<|fim_suffix|>%s<|fim_middle|>" % (body["prompt"], body.pop("suffix"))
+    body["prompt"] = "<|fim_prefix|>{}<|fim_suffix|>{}<|fim_middle|>".format(
+        body["prompt"],
+        body.pop("suffix"),
+    )
     return True
 
 
-TEXT_RULES = (*(rule for rule in RULES if rule.name in (
-    "entry-defaults", "no-nulls", "max-tokens", "sampling-range", "openai-only", "foreign-fields", "stream")),
-    Rule("fill-in-the-middle", fill_in_the_middle, _alibaba,
-         "Model Studio, 'Completions': there is no suffix parameter"))
+TEXT_RULES = (
+    *(
+        rule
+        for rule in RULES
+        if rule.name
+        in (
+            "entry-defaults",
+            "no-nulls",
+            "max-tokens",
+            "sampling-range",
+            "openai-only",
+            "foreign-fields",
+            "stream",
+        )
+    ),
+    Rule(
+        "fill-in-the-middle",
+        fill_in_the_middle,
+        _alibaba,
+        "Model Studio, 'Completions': there is no suffix parameter",
+    ),
+)
 
 
 def to_upstream_text_request(request: dict, route: Route) -> tuple[dict, dict[str, str]]:
@@ -3642,13 +4729,15 @@ def to_upstream_text_request(request: dict, route: Route) -> tuple[dict, dict[st
     family, config = route.provider.family, route.provider.entries.get(route.model) or {}
     context = Context(family, route.model, model_facts(route.model), config, Thinking())
     body = {**request, "model": route.model}
-    return body, {rule.name: "" for rule in TEXT_RULES if rule.where(context) and rule.apply(body, context)}
+    return body, {
+        rule.name: "" for rule in TEXT_RULES if rule.where(context) and rule.apply(body, context)
+    }
 
 
 def embedding_texts(request: Any) -> list[str]:
     """The texts of a request for embeddings; raises BadRequest that names what is wrong with them."""
     if not isinstance(request, dict):
-        raise BadRequest("the body must be a JSON object, not %s" % json_type(request))
+        raise BadRequest(f"the body must be a JSON object, not {json_type(request)}")
     if not isinstance(request.get("model"), str) or not request["model"].strip():
         raise BadRequest("model must be named, such as text-embedding-v4", param="model")
     if request.get("encoding_format") not in (None, "float", "base64"):
@@ -3657,27 +4746,45 @@ def embedding_texts(request: Any) -> list[str]:
     if not isinstance(texts, list) or not texts:
         raise BadRequest("input must be a string or a list of strings", param="input")
     if isinstance(texts[0], (int, list)):
-        raise BadRequest("token array input is not supported, since the tokens are another model's; send text (in "
-                         "LangChain: OpenAIEmbeddings(check_embedding_ctx_length=False))", param="input")
+        raise BadRequest(
+            "token array input is not supported, since the tokens are another model's; send text (in "
+            "LangChain: OpenAIEmbeddings(check_embedding_ctx_length=False))",
+            param="input",
+        )
     if len(texts) > MAX_EMBEDDING_INPUTS:
-        raise BadRequest("input may hold %d texts, not %d" % (MAX_EMBEDDING_INPUTS, len(texts)), param="input")
-    wrong = next((index for index, text in enumerate(texts) if not isinstance(text, str) or not text), None)
+        raise BadRequest(
+            "input may hold %d texts, not %d" % (MAX_EMBEDDING_INPUTS, len(texts)), param="input"
+        )
+    wrong = next(
+        (index for index, text in enumerate(texts) if not isinstance(text, str) or not text), None
+    )
     if wrong is not None:
-        raise BadRequest("input[%d] must be a string that is not empty" % wrong, param="input.%d" % wrong)
+        raise BadRequest(
+            "input[%d] must be a string that is not empty" % wrong, param="input.%d" % wrong
+        )
     return texts
 
 
 def embedding_batch_size(route: Route) -> int:
     """How many texts a request to this route may hold."""
-    if route.provider.family not in ALIBABA_FAMILIES and not route.model.lower().startswith("text-embedding-v"):
-        return MAX_EMBEDDING_INPUTS             # nobody else has models of Model Studio's names
-    return next(size for pattern, size in EMBEDDING_BATCHES if fnmatch.fnmatchcase(route.model.lower(), pattern))
+    if route.provider.family not in ALIBABA_FAMILIES and not route.model.lower().startswith(
+        "text-embedding-v"
+    ):
+        # nobody else has models of Model Studio's names
+        return MAX_EMBEDDING_INPUTS
+    return next(
+        size
+        for pattern, size in EMBEDDING_BATCHES
+        if fnmatch.fnmatchcase(route.model.lower(), pattern)
+    )
 
 
 def to_embedding_request(request: dict, texts: list[str], route: Route) -> dict:
     """The upstream's request for some of the texts: always floats, since Model Studio documents nothing else."""
     dropped = ("user",) if route.provider.family in ALIBABA_FAMILIES else ()
-    body = {name: value for name, value in request.items() if value is not None and name not in dropped}
+    body = {
+        name: value for name, value in request.items() if value is not None and name not in dropped
+    }
     return {**body, "model": route.model, "input": texts, "encoding_format": "float"}
 
 
@@ -3736,23 +4843,51 @@ def _forces_tool(body: dict) -> bool:
     return bool(body.get("tools")) and body.get("tool_choice") not in (None, "auto", "none")
 
 
-# What an upstream may refuse by name: the text of its 400, whether the body has it, and what to do about it.
+# What an upstream may refuse by name: the text of its 400, whether the body has it, and what to do
+# about it.
 REPAIRS: tuple[tuple[str, Callable[[dict], bool], Callable[[dict, Any], str]], ...] = (
-    (r"[Rr]ange of max_tokens should be \[\d+, ?(\d+)\]", lambda body: "max_tokens" in body, set_max_tokens),
-    (r"thinking_budget.*not greater than (\d+)", lambda body: "thinking_budget" in body, set_thinking_budget),
-    (r"enable_thinking is true", lambda body: wants_json(body) and "enable_thinking" not in body, think_off),
-    (r"enable_thinking is true", lambda body: wants_json(body) and body["enable_thinking"] is True, json_in_words),
-    (r"json_schema|response_format", lambda body: dig(body, "response_format", "type") == "json_schema",
-     schema_to_prompt),
+    (
+        r"[Rr]ange of max_tokens should be \[\d+, ?(\d+)\]",
+        lambda body: "max_tokens" in body,
+        set_max_tokens,
+    ),
+    (
+        r"thinking_budget.*not greater than (\d+)",
+        lambda body: "thinking_budget" in body,
+        set_thinking_budget,
+    ),
+    (
+        r"enable_thinking is true",
+        lambda body: wants_json(body) and "enable_thinking" not in body,
+        think_off,
+    ),
+    (
+        r"enable_thinking is true",
+        lambda body: wants_json(body) and body["enable_thinking"] is True,
+        json_in_words,
+    ),
+    (
+        r"json_schema|response_format",
+        lambda body: dig(body, "response_format", "type") == "json_schema",
+        schema_to_prompt,
+    ),
     (r"logprobs", lambda body: "logprobs" in body or "top_logprobs" in body, drop_logprobs),
-    (r"enable_thinking.*(restricted to True|must be True)", lambda body: body.get("enable_thinking") is False,
-     think_on),
-    (r'tool_choice.*\["none", "auto"\]', lambda body: _forces_tool(body) and "enable_thinking" not in body, think_off),
+    (
+        r"enable_thinking.*(restricted to True|must be True)",
+        lambda body: body.get("enable_thinking") is False,
+        think_on,
+    ),
+    (
+        r'tool_choice.*\["none", "auto"\]',
+        lambda body: _forces_tool(body) and "enable_thinking" not in body,
+        think_off,
+    ),
     (r"tool_choice", _forces_tool, tool_in_words),
 )
 
 
-IN_WORDS = (schema_to_prompt, json_in_words, tool_in_words)     # these need messages
+# these need messages
+IN_WORDS = (schema_to_prompt, json_in_words, tool_in_words)
 
 
 def repair_request(body: dict, error: UpstreamError) -> str:
@@ -3761,14 +4896,17 @@ def repair_request(body: dict, error: UpstreamError) -> str:
         match = re.search(pattern, error.message[:CLASSIFIED], re.S)
         if match and applies(body) and not ("prompt" in body and repair in IN_WORDS):
             before, how = dict(body), repair(body, match)
-            return how if body != before else ""        # the same body would be refused again
+            # the same body would be refused again
+            return how if body != before else ""
     return ""
 
 
-# ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Responses
-# ----------------------------------------------------------------------------------------------------
-# Pure: the upstream's events in, the client's chunks out; a refusal's text in, an UpstreamError out.
+# ------------------------------------------------------------------------------------------------
+# Pure: the upstream's events in, the client's chunks out; a refusal's text in, an UpstreamError
+# out.
+
 
 class Refusal(NamedTuple):
     """What an upstream's refusal says, whichever of its shapes it has."""
@@ -3783,69 +4921,163 @@ class Refusal(NamedTuple):
 class Verdict(NamedTuple):
     """What becomes of a refusal: conditions, then the answer. status 0 keeps the upstream's."""
 
-    statuses: tuple[int, ...]       # () for any
-    pattern: str                    # searched in 'code: message', ignoring case
+    # () for any
+    statuses: tuple[int, ...]
+    # searched in 'code: message', ignoring case
+    pattern: str
     status: int
     type: str
-    code: str | None             # None keeps the upstream's
+    # None keeps the upstream's
+    code: str | None
     retry: bool = False
     moves_on: bool = False
-    families: tuple[str, ...] = ()      # () for any
+    # () for any
+    families: tuple[str, ...] = ()
 
 
-# First match wins. Model Studio 'Error messages', Coding Plan FAQ, qwen-code issues; by text where the code
-# lies: insufficient_quota and Throttling.AllocationQuota are mostly a limit per minute, that recovers.
-CATALOGUE = tuple(Verdict(*row) for row in (
-    ((), r"data_?inspection_?failed|inappropriate content", 400, "invalid_request_error", "content_filter"),
-    ((), r"range of input length|maximum context length|context_length_exceeded", 400, "invalid_request_error",
-     "context_length_exceeded"),
-    ((), r"max bytes to request body|BadRequest\.TooLarge|entity too large|string value length|max data-uri", 413,
-     "invalid_request_error", "request_too_large"),
-    ((), r"arrearage|good standing|overdue|CommodityNotPurchased", 429, "insufficient_quota", "insufficient_quota",
-     False, True),
-    ((), r"free allocated quota|free tier of the model|FreeTierOnly|(hour|week|month)\w* allocated quota|will reset at|"
-         r"daily (quota|limit)|quota_exceeded", 429, "insufficient_quota", "insufficient_quota", False, True),
-    ((402,), r"", 429, "insufficient_quota", "insufficient_quota", False, True),
-    ((403,), r"insufficient_quota", 429, "insufficient_quota", "insufficient_quota", False, True),
-    ((429,), r"insufficient_quota", 429, "insufficient_quota", "insufficient_quota", False, True, ("portal",)),
-    ((), r"only available for coding agents", 403, "permission_error", "client_not_accepted"),
-    ((500, 503, 0), r"ModelServingError|ModelUnavailable|too many requests", 503, "server_error", None, True),
-    ((429,), r"", 429, "rate_limit_error", "rate_limit_exceeded", True),
-    ((), r"throttling|limit_?requests|limit_burst_rate|insufficient_quota|allocated quota exceeded|rate limit"
-         r"|\b130[25]: ", 429, "rate_limit_error", "rate_limit_exceeded", True),
-    ((401,), r"", 401, "authentication_error", "invalid_api_key", False, True),
-    ((403, 0), r"invalid.?api.?-?key|access token|token expired|session has expired|unauthorized", 401,
-     "authentication_error", "invalid_api_key", False, True),
-    ((403,), r"", 403, "permission_error", None),
-    ((0,), r"access_?denied|unpurchased", 403, "permission_error", None),
-    ((404, 400, 0), r"model_?not_?found|model( \S+| '[^']*')?( does| is)?( currently)? not (exist|supported)"
-                     r"|unsupported model",
-     404, "invalid_request_error", "model_not_found"),
-    ((404,), r"", 404, "invalid_request_error", None),
-    ((413,), r"", 413, "invalid_request_error", "request_too_large"),
-    ((504,), r"", 504, "upstream_timeout", None),
-    ((), r"RequestTimeOut|stream timeout", 504, "upstream_timeout", None),
-    ((502, 503, 529), r"", 503, "server_error", None, True, True),
-    ((0,), r"invalid_?parameter|invalid_request", 400, "invalid_request_error", None),
-    ((400, 405, 406, 408, 409, 411, 414, 415, 422), r"", 400, "invalid_request_error", None),
-))
+# First match wins. Model Studio 'Error messages', Coding Plan FAQ, qwen-code issues; by text where
+# the code
+# lies: insufficient_quota and Throttling.AllocationQuota are mostly a limit per minute, that
+# recovers.
+CATALOGUE = tuple(
+    Verdict(*row)
+    for row in (
+        (
+            (),
+            r"data_?inspection_?failed|inappropriate content",
+            400,
+            "invalid_request_error",
+            "content_filter",
+        ),
+        (
+            (),
+            r"range of input length|maximum context length|context_length_exceeded",
+            400,
+            "invalid_request_error",
+            "context_length_exceeded",
+        ),
+        (
+            (),
+            r"max bytes to request body|BadRequest\.TooLarge|entity too large|string value length|max data-uri",
+            413,
+            "invalid_request_error",
+            "request_too_large",
+        ),
+        (
+            (),
+            r"arrearage|good standing|overdue|CommodityNotPurchased",
+            429,
+            "insufficient_quota",
+            "insufficient_quota",
+            False,
+            True,
+        ),
+        (
+            (),
+            r"free allocated quota|free tier of the model|FreeTierOnly|(hour|week|month)\w* allocated quota|will reset at|"
+            r"daily (quota|limit)|quota_exceeded",
+            429,
+            "insufficient_quota",
+            "insufficient_quota",
+            False,
+            True,
+        ),
+        ((402,), r"", 429, "insufficient_quota", "insufficient_quota", False, True),
+        (
+            (403,),
+            r"insufficient_quota",
+            429,
+            "insufficient_quota",
+            "insufficient_quota",
+            False,
+            True,
+        ),
+        (
+            (429,),
+            r"insufficient_quota",
+            429,
+            "insufficient_quota",
+            "insufficient_quota",
+            False,
+            True,
+            ("portal",),
+        ),
+        ((), r"only available for coding agents", 403, "permission_error", "client_not_accepted"),
+        (
+            (500, 503, 0),
+            r"ModelServingError|ModelUnavailable|too many requests",
+            503,
+            "server_error",
+            None,
+            True,
+        ),
+        ((429,), r"", 429, "rate_limit_error", "rate_limit_exceeded", True),
+        (
+            (),
+            r"throttling|limit_?requests|limit_burst_rate|insufficient_quota|allocated quota exceeded|rate limit"
+            r"|\b130[25]: ",
+            429,
+            "rate_limit_error",
+            "rate_limit_exceeded",
+            True,
+        ),
+        ((401,), r"", 401, "authentication_error", "invalid_api_key", False, True),
+        (
+            (403, 0),
+            r"invalid.?api.?-?key|access token|token expired|session has expired|unauthorized",
+            401,
+            "authentication_error",
+            "invalid_api_key",
+            False,
+            True,
+        ),
+        ((403,), r"", 403, "permission_error", None),
+        ((0,), r"access_?denied|unpurchased", 403, "permission_error", None),
+        (
+            (404, 400, 0),
+            r"model_?not_?found|model( \S+| '[^']*')?( does| is)?( currently)? not (exist|supported)"
+            r"|unsupported model",
+            404,
+            "invalid_request_error",
+            "model_not_found",
+        ),
+        ((404,), r"", 404, "invalid_request_error", None),
+        ((413,), r"", 413, "invalid_request_error", "request_too_large"),
+        ((504,), r"", 504, "upstream_timeout", None),
+        ((), r"RequestTimeOut|stream timeout", 504, "upstream_timeout", None),
+        ((502, 503, 529), r"", 503, "server_error", None, True, True),
+        ((0,), r"invalid_?parameter|invalid_request", 400, "invalid_request_error", None),
+        ((400, 405, 406, 408, 409, 411, 414, 415, 422), r"", 400, "invalid_request_error", None),
+    )
+)
 
 # A way out, by the verdict's code and the endpoint's family; '' stands for every other family.
 ADVICE = {
-    ("invalid_api_key", "coding"):
-        "A Coding Plan key (sk-sp-...) works only at the host and region it was issued for, and only while the plan "
-        "runs; compare --provider coding and coding-intl",
-    ("invalid_api_key", "token"):
-        "A Token Plan key works only in its own region; compare --provider token-cn and token-intl",
-    ("invalid_api_key", "dashscope"):
-        "A key works only in its own region, and plan keys (sk-sp-...) not at all here; compare --provider dashscope, "
-        "dashscope-intl, dashscope-us and dashscope-hk",
+    (
+        "invalid_api_key",
+        "coding",
+    ): "A Coding Plan key (sk-sp-...) works only at the host and region it was issued for, and only while the plan "
+    "runs; compare --provider coding and coding-intl",
+    (
+        "invalid_api_key",
+        "token",
+    ): "A Token Plan key works only in its own region; compare --provider token-cn and token-intl",
+    (
+        "invalid_api_key",
+        "dashscope",
+    ): "A key works only in its own region, and plan keys (sk-sp-...) not at all here; compare --provider dashscope, "
+    "dashscope-intl, dashscope-us and dashscope-hk",
     ("invalid_api_key", "portal"): "",
     ("invalid_api_key", ""): "Check the key and that it belongs to this base URL",
-    ("client_not_accepted", "coding"):
-        "The Coding Plan accepts requests of interactive coding tools only and judges by their User-Agent, which is "
-        "passed on as your client sent it",
-    ("request_too_large", "dashscope"): "Send less text or fewer images; the endpoint takes about 6 MiB of text",
+    (
+        "client_not_accepted",
+        "coding",
+    ): "The Coding Plan accepts requests of interactive coding tools only and judges by their User-Agent, which is "
+    "passed on as your client sent it",
+    (
+        "request_too_large",
+        "dashscope",
+    ): "Send less text or fewer images; the endpoint takes about 6 MiB of text",
 }
 
 
@@ -3857,8 +5089,11 @@ def refusal_of(status: int, text: str) -> Refusal:
     """
     stripped = text.strip().lstrip("\ufeff")
     if stripped[:1] not in ("{", "<"):
-        events = [event for event in EventDecoder().feed(stripped.encode("utf-8", "replace") + b"\n\n")
-                  if event.data[:1] == b"{"]
+        events = [
+            event
+            for event in EventDecoder().feed(stripped.encode("utf-8", "replace") + b"\n\n")
+            if event.data[:1] == b"{"
+        ]
         if events:
             return refusal_of(events[0].status or status, events[0].data.decode("utf-8", "replace"))
     try:
@@ -3867,7 +5102,8 @@ def refusal_of(status: int, text: str) -> Refusal:
         value = None
     if isinstance(value, dict):
         return refusal_in(status, value)
-    page = web_page(stripped)                   # DashScope's own messages begin with <400>
+    # DashScope's own messages begin with <400>
+    page = web_page(stripped)
     if page:
         return Refusal(status, f"a gateway answered with {page} instead of the API", "html")
     return Refusal(status, " ".join(shorten(stripped, 500).split()))
@@ -3883,39 +5119,75 @@ def refusal_in(status: int, value: dict) -> Refusal:
         error = {}
     choices = value.get("choices")
     content = dig(choices[0] if isinstance(choices, list) and choices else None, "delta", "content")
-    if isinstance(content, str) and content:            # error_finish: the text of the error is the content
+    # error_finish: the text of the error is the content
+    if isinstance(content, str) and content:
         return refusal_of(status, content)
-    message = next((item for item in (error.get("message"), error.get("detail"), value.get("detail"),
-                                      value.get("message"))
-                    if isinstance(item, str) and item), "")
-    codes = [str(item) for item in (error.get("code"), error.get("type")) if isinstance(item, (str, int)) and item != ""]
+    message = next(
+        (
+            item
+            for item in (
+                error.get("message"),
+                error.get("detail"),
+                value.get("detail"),
+                value.get("message"),
+            )
+            if isinstance(item, str) and item
+        ),
+        "",
+    )
+    codes = [
+        str(item)
+        for item in (error.get("code"), error.get("type"))
+        if isinstance(item, (str, int)) and item != ""
+    ]
     code = next((code for code in codes if len(code) <= 60 and len(code.split()) == 1), "")
-    request_id = next((item for item in (value.get("request_id"), error.get("request_id"), value.get("traceId"))
-                       if isinstance(item, str)), None)
+    request_id = next(
+        (
+            item
+            for item in (value.get("request_id"), error.get("request_id"), value.get("traceId"))
+            if isinstance(item, str)
+        ),
+        None,
+    )
     param = error.get("param")
     if message.startswith(("{", "data:", "id:", "event:")):
-        inner = refusal_of(status, message)             # JSON or a frame as the message
+        # JSON or a frame as the message
+        inner = refusal_of(status, message)
         return inner._replace(request_id=request_id or inner.request_id, code=inner.code or code)
-    return Refusal(status, message, code, request_id, shorten(param, 200) if isinstance(param, str) else None)
+    return Refusal(
+        status, message, code, request_id, shorten(param, 200) if isinstance(param, str) else None
+    )
 
 
-def to_upstream_error(refusal: Refusal, family: str, retry_after: float | None = None) -> UpstreamError:
+def to_upstream_error(
+    refusal: Refusal, family: str, retry_after: float | None = None
+) -> UpstreamError:
     """The error for the client: status, type and code of the catalogue, the upstream's message, advice."""
-    text = ("%s: %s" % (refusal.code, refusal.message))[:CLASSIFIED]
-    matching = (row for row in CATALOGUE if (not row.statuses or refusal.status in row.statuses)
-                and (not row.families or family in row.families) and re.search(row.pattern, text, re.I))
+    text = (f"{refusal.code}: {refusal.message}")[:CLASSIFIED]
+    matching = (
+        row
+        for row in CATALOGUE
+        if (not row.statuses or refusal.status in row.statuses)
+        and (not row.families or family in row.families)
+        and re.search(row.pattern, text, re.I)
+    )
     verdict = next(matching, Verdict((), "", 502, "upstream_error", None))
     if refusal.code == "html" and refusal.status not in RETRY_STATUSES:
         verdict = Verdict((), "", 502, "upstream_error", "upstream_html")
     code = verdict.code or refusal.code or None
-    message = refusal.message or ("the upstream answered HTTP %d without a word" % refusal.status if refusal.status else
-                                  "the upstream reported an error and said no word about it")
+    message = refusal.message or (
+        "the upstream answered HTTP %d without a word" % refusal.status
+        if refusal.status
+        else "the upstream reported an error and said no word about it"
+    )
     if refusal.status == 404 and not refusal.message:
         message = "the upstream knows no such path (HTTP 404, empty answer); check the base URL"
     advice = ADVICE.get((code or "", family), ADVICE.get((code or "", ""), ""))
     if refusal.status in range(300, 400):
-        message = ("the upstream wants to redirect the request elsewhere, which is not followed with a key; "
-                   "check the base URL")
+        message = (
+            "the upstream wants to redirect the request elsewhere, which is not followed with a key; "
+            "check the base URL"
+        )
     headers = []
     if verdict.status == 429 and verdict.retry:
         seconds = min(max(5 if retry_after is None else retry_after, 1), RETRY_AFTER_MOST)
@@ -3923,9 +5195,22 @@ def to_upstream_error(refusal: Refusal, family: str, retry_after: float | None =
     elif verdict.status == 503 and retry_after is not None:
         headers.append(("Retry-After", str(int(min(max(retry_after, 1), RETRY_AFTER_MOST)))))
     if verdict.code == "insufficient_quota":
-        headers.append(("x-should-retry", "false"))     # openai-python and -node would retry a 429 otherwise
-    return UpstreamError(message + (". " + advice if advice else ""), verdict.status, code, verdict.type, refusal.param,
-                         refusal.request_id, headers, verdict.retry, retry_after, verdict.moves_on)
+        headers.append(
+            ("x-should-retry", "false")
+            # openai-python and -node would retry a 429 otherwise
+        )
+    return UpstreamError(
+        message + (". " + advice if advice else ""),
+        verdict.status,
+        code,
+        verdict.type,
+        refusal.param,
+        refusal.request_id,
+        headers,
+        verdict.retry,
+        retry_after,
+        verdict.moves_on,
+    )
 
 
 def retry_after_of(headers: Any) -> float | None:
@@ -3958,7 +5243,8 @@ class Increments:
     EVIDENCE = 24
 
     def __init__(self) -> None:
-        self.is_settled = False         # increments for good: feed() need not be asked any more
+        # increments for good: feed() need not be asked any more
+        self.is_settled = False
         self._is_cumulative = False
         self._joined = self._latest = ""
         self._sent = self._evidence = 0
@@ -3976,10 +5262,10 @@ class Increments:
         self._joined, self._latest = self._joined + text, text
         if self._evidence >= self.EVIDENCE and not is_periodic(text):
             self._is_cumulative = True
-            fresh, self._sent = text[self._sent:], len(text)
+            fresh, self._sent = text[self._sent :], len(text)
             return fresh
         agreed = len(os.path.commonprefix([self._joined, text]))
-        fresh, self._sent = self._joined[self._sent:agreed], max(agreed, self._sent)
+        fresh, self._sent = self._joined[self._sent : agreed], max(agreed, self._sent)
         return fresh
 
     def close(self) -> str:
@@ -3987,15 +5273,18 @@ class Increments:
         return "" if self.is_settled or self._is_cumulative else self._settle(self._joined)
 
     def _is_increment(self, repeat: str) -> bool:
-        return len(repeat) < self.EVIDENCE or len(self._joined) > 2 * len(repeat)       # it is held two times at most
+        return len(repeat) < self.EVIDENCE or len(self._joined) > 2 * len(
+            repeat
+            # it is held two times at most
+        )
 
     def _settle(self, joined: str) -> str:
         self.is_settled, self._joined, self._latest = True, "", ""
-        return joined[self._sent:]
+        return joined[self._sent :]
 
     def _feed_cumulative(self, text: str) -> str:
         if text.startswith(self._latest):
-            fresh, self._latest = text[len(self._latest):], text
+            fresh, self._latest = text[len(self._latest) :], text
             return fresh
         self._latest += text
         return text
@@ -4010,7 +5299,9 @@ def is_periodic(text: str) -> bool:
     (True, False)
     """
     start = text[:LONGEST_START]
-    width = next((width for width in range(1, len(start) // 2 + 1) if start.startswith(start[width:])), 0)
+    width = next(
+        (width for width in range(1, len(start) // 2 + 1) if start.startswith(start[width:])), 0
+    )
     return width > 0 and text.startswith(text[width:])
 
 
@@ -4027,8 +5318,15 @@ class ContentFilter:
     """
 
     def __init__(self, is_json: bool):
-        self._is_json, self._held, self._closing, self._in_fence, self._took_tag = is_json, "", "", False, False
-        self.is_open = False            # nothing to look for any more: feed() need not be asked
+        self._is_json, self._held, self._closing, self._in_fence, self._took_tag = (
+            is_json,
+            "",
+            "",
+            False,
+            False,
+        )
+        # nothing to look for any more: feed() need not be asked
+        self.is_open = False
 
     def feed(self, text: str) -> tuple[str, str]:
         """(reasoning, content) to pass on now."""
@@ -4043,7 +5341,7 @@ class ContentFilter:
             return self._feed_thoughts()
         if self._in_fence:
             body = self._held.rstrip("` \t\r\n") if len(self._held) < LONGEST_START else self._held
-            self._held = self._held[len(body):]
+            self._held = self._held[len(body) :]
             return "", body
         self.is_open = True
         text, self._held = self._held, ""
@@ -4067,7 +5365,11 @@ class ContentFilter:
             start = self._held.lstrip()
         for opening, closing in THINK_TAGS:
             if start.startswith(opening):
-                self._closing, self._held, self._took_tag = closing, start[len(opening):].lstrip("\n"), True
+                self._closing, self._held, self._took_tag = (
+                    closing,
+                    start[len(opening) :].lstrip("\n"),
+                    True,
+                )
                 return True
         if len(self._held) > LONGEST_START:
             return True
@@ -4076,9 +5378,10 @@ class ContentFilter:
             return False
         fence = _FENCE.match(self._held) if self._is_json else None
         if fence and fence.end() == len(self._held) and not self._held.endswith("\n"):
-            return False                # "```js": the word may go on
+            # "```js": the word may go on
+            return False
         if fence:
-            self._in_fence, self._held = True, self._held[fence.end():]
+            self._in_fence, self._held = True, self._held[fence.end() :]
         return True
 
     def _feed_thoughts(self) -> tuple[str, str]:
@@ -4087,10 +5390,16 @@ class ContentFilter:
             self._closing, self._held = "", ""
             content = self.feed(rest)
             return thoughts + content[0], content[1]
-        keep = next((size for size in range(len(self._closing) - 1, 0, -1) if thoughts.endswith(self._closing[:size])),
-                    0)
-        self._held = thoughts[len(thoughts) - keep:]
-        return thoughts[:len(thoughts) - keep], ""
+        keep = next(
+            (
+                size
+                for size in range(len(self._closing) - 1, 0, -1)
+                if thoughts.endswith(self._closing[:size])
+            ),
+            0,
+        )
+        self._held = thoughts[len(thoughts) - keep :]
+        return thoughts[: len(thoughts) - keep], ""
 
 
 class LongText:
@@ -4108,7 +5417,9 @@ class LongText:
         self._parts.append(text)
         self.size += len(text)
         if self.size > MAX_ANSWER:
-            raise UpstreamError("the upstream's answer goes on after %d characters; it is given up" % MAX_ANSWER)
+            raise UpstreamError(
+                "the upstream's answer goes on after %d characters; it is given up" % MAX_ANSWER
+            )
 
     def __str__(self) -> str:
         if len(self._parts) > 1:
@@ -4120,7 +5431,12 @@ class ToolCall:
     """One tool call of an answer as it was passed on so far."""
 
     def __init__(self, number: Callable[[], int], upstream_index: Any, upstream_id: str):
-        self.index, self.upstream_index, self.upstream_id, self._number = -1, upstream_index, upstream_id, number
+        self.index, self.upstream_index, self.upstream_id, self._number = (
+            -1,
+            upstream_index,
+            upstream_id,
+            number,
+        )
         self.id = upstream_id or "call_" + secrets.token_hex(12)
         self.name, self.arguments, self._held = "", LongText(), ""
         self._increments, self._repeats_name = Increments(), False
@@ -4128,33 +5444,48 @@ class ToolCall:
     def add(self, name: str, arguments: str) -> dict | None:
         """The delta to pass on now: id, type and name once and first, then nothing but arguments."""
         if arguments and self._is_all(name, arguments):
-            arguments = ""              # the whole call once more
+            # the whole call once more
+            arguments = ""
         self._repeats_name = self._repeats_name or bool(name and self.name)
         fresh = self._held + self._increments.feed(arguments)
         is_first = not self.name and bool(name)
         self.name = self.name or name
-        if not self.name:               # arguments before the name: nobody can use them yet
+        # arguments before the name: nobody can use them yet
+        if not self.name:
             self._held = fresh
             return None
         self._held = ""
         self.arguments.add(fresh)
         if is_first:
             self.index = self._number()
-            return {"index": self.index, "id": self.id, "type": "function",
-                    "function": {"name": self.name, "arguments": fresh}}
+            return {
+                "index": self.index,
+                "id": self.id,
+                "type": "function",
+                "function": {"name": self.name, "arguments": fresh},
+            }
         return {"index": self.index, "function": {"arguments": fresh}} if fresh else None
 
     def is_followed_by(self, name: str, arguments: str) -> bool:
         """Whether a delta with this one's id is another call all the same: some give one id to all."""
         if not (name and self.name):
             return False
-        return name != self.name or bool(arguments.strip()) and not self._is_all(name, arguments) and self.is_complete()
+        return (
+            name != self.name
+            or bool(arguments.strip())
+            and not self._is_all(name, arguments)
+            and self.is_complete()
+        )
 
     def is_followed_without_id_by(self, name: str, arguments: str) -> bool:
         """The same where there are no ids: a name again after whole arguments, unless it came with every delta."""
         if not (name and self.name) or self.upstream_id:
             return False
-        return name != self.name or self.is_complete() and (bool(arguments.strip()) or not self._repeats_name)
+        return (
+            name != self.name
+            or self.is_complete()
+            and (bool(arguments.strip()) or not self._repeats_name)
+        )
 
     def close(self) -> dict | None:
         """The delta that completes it: what was held back, and {} for a call without arguments."""
@@ -4162,7 +5493,9 @@ class ToolCall:
         if not (self.arguments.size or fresh):
             fresh = "{}"
         self.arguments.add(fresh)
-        return {"index": self.index, "function": {"arguments": fresh}} if fresh and self.name else None
+        return (
+            {"index": self.index, "function": {"arguments": fresh}} if fresh and self.name else None
+        )
 
     def is_complete(self) -> bool:
         """Whether the arguments are whole JSON."""
@@ -4180,7 +5513,11 @@ class ToolCall:
             return False
         try:
             ours, theirs = json.loads(str(self.arguments)), json.loads(arguments)
-            return json.dumps(ours, sort_keys=True) == json.dumps(theirs, sort_keys=True)      # 1 is not true
+            return json.dumps(ours, sort_keys=True) == json.dumps(
+                theirs,
+                sort_keys=True,
+                # 1 is not true
+            )
         except (ValueError, RecursionError):
             return False
 
@@ -4195,7 +5532,10 @@ class ToolCalls:
 
     def __init__(self) -> None:
         self.calls: list[ToolCall] = []
-        self._number = itertools.count().__next__       # given out as names come, so that there are no holes
+        self._number = (
+            itertools.count().__next__
+            # given out as names come, so that there are no holes
+        )
 
     def feed(self, entries: Any) -> list[dict]:
         """The deltas to pass on for the tool_calls of one upstream delta."""
@@ -4209,7 +5549,9 @@ class ToolCalls:
             if not isinstance(arguments, str):
                 arguments = "" if arguments is None else json.dumps(arguments, ensure_ascii=False)
             call_id = entry.get("id") if isinstance(entry.get("id"), str) else ""
-            deltas.append(self._call_for(entry.get("index"), call_id, name, arguments).add(name, arguments))
+            deltas.append(
+                self._call_for(entry.get("index"), call_id, name, arguments).add(name, arguments)
+            )
         return [delta for delta in deltas if delta]
 
     def is_whole(self) -> bool:
@@ -4221,17 +5563,29 @@ class ToolCalls:
         return [delta for delta in (call.close() for call in self.calls) if delta]
 
     def _call_for(self, index: Any, call_id: str, name: str, arguments: str) -> ToolCall:
-        same_index = [call for call in self.calls if call.upstream_index == index] if index is not None else []
+        same_index = (
+            [call for call in self.calls if call.upstream_index == index]
+            if index is not None
+            else []
+        )
         if call_id:
             for call in self.calls:
-                if call.upstream_id == call_id and (index is None or call.upstream_index in (index, None)) \
-                        and not call.is_followed_by(name, arguments):
+                if (
+                    call.upstream_id == call_id
+                    and (index is None or call.upstream_index in (index, None))
+                    and not call.is_followed_by(name, arguments)
+                ):
                     return call
             if same_index and not same_index[-1].upstream_id and not same_index[-1].name:
-                return same_index[-1]                       # its id comes late: ours has not gone out yet
+                # its id comes late: ours has not gone out yet
+                return same_index[-1]
             return self._new(index, call_id)
         latest = same_index[-1] if same_index else None
-        if latest is None and self.calls and (index is None or not name and self.calls[-1].upstream_index is None):
+        if (
+            latest is None
+            and self.calls
+            and (index is None or not name and self.calls[-1].upstream_index is None)
+        ):
             latest = self.calls[-1]
         if latest is None:
             return self._new(index, "")
@@ -4253,22 +5607,40 @@ class ChoiceState:
         self.content, self.reasoning = Increments(), Increments()
         self.filter, self.tools = ContentFilter(is_json), ToolCalls()
         self.has_role = self.has_ended = False
-        self.finish_reason: str | None = None       # the upstream's; ours goes out at the end, as more may follow it
+        self.finish_reason: str | None = (
+            # the upstream's; ours goes out at the end, as more may follow it
+            None
+        )
         self.finish_extra: dict = {}
 
     def passes_text(self) -> bool:
         """Whether content can go through as it is."""
-        return self.has_role and self.content.is_settled and self.filter.is_open and self.finish_reason is None
+        return (
+            self.has_role
+            and self.content.is_settled
+            and self.filter.is_open
+            and self.finish_reason is None
+        )
 
 
-KNOWN_DELTA = frozenset({"role", "content", "reasoning_content", "reasoning", "tool_calls", "function_call"})
-_CHUNKS = json.JSONDecoder(parse_constant=lambda name: None)    # a log probability of -Infinity is no JSON
-Translated = List[Tuple[dict, Optional[bytes]]]         # chunks, each with the bytes that it came as if unchanged
+KNOWN_DELTA = frozenset(
+    {"role", "content", "reasoning_content", "reasoning", "tool_calls", "function_call"}
+)
+_CHUNKS = json.JSONDecoder(
+    parse_constant=lambda name: None
+    # a log probability of -Infinity is no JSON
+)
+Translated = List[
+    Tuple[dict, Optional[bytes]]
+    # chunks, each with the bytes that it came as if unchanged
+]
 
 
 _CONTENT = re.compile(rb'"content": ?"((?:[^"\\]|\\.)*)"')
 # Without a repetition in a repetition, which takes exponential time for a text that is none.
-_JSON_TEXT = re.compile(rb'[^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*)*\Z')
+_JSON_TEXT = re.compile(
+    rb'[^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*)*\Z'
+)
 
 
 class Frame(NamedTuple):
@@ -4286,14 +5658,19 @@ class Frame(NamedTuple):
         found, found_ours = _CONTENT.search(theirs), _CONTENT.search(ours)
         if not found or not found_ours or theirs.count(b'"content"') != 1:
             return None
-        return cls(theirs[:found.start(1)], theirs[found.end(1):], ours[:found_ours.start(1)], ours[found_ours.end(1):],
-                   index)
+        return cls(
+            theirs[: found.start(1)],
+            theirs[found.end(1) :],
+            ours[: found_ours.start(1)],
+            ours[found_ours.end(1) :],
+            index,
+        )
 
     def text(self, data: bytes) -> bytes | None:
         """The text, as JSON has it, of a chunk that begins as this frame; None if it ends otherwise."""
         if not data.endswith(self.behind):
             return None
-        text = data[len(self.before):len(data) - len(self.behind)]
+        text = data[len(self.before) : len(data) - len(self.behind)]
         return text if text and _JSON_TEXT.match(text) else None
 
 
@@ -4310,8 +5687,13 @@ def whole_delta(message: Any) -> dict:
     """A whole message as a delta: each of its tool calls is a call of its own, whatever ids they have."""
     if not isinstance(message, dict) or not isinstance(message.get("tool_calls"), list):
         return message if isinstance(message, dict) else {}
-    return {**message, "tool_calls": [{"index": place, **call} if isinstance(call, dict) else call
-                                      for place, call in enumerate(message["tool_calls"])]}
+    return {
+        **message,
+        "tool_calls": [
+            {"index": place, **call} if isinstance(call, dict) else call
+            for place, call in enumerate(message["tool_calls"])
+        ],
+    }
 
 
 class ChunkTranslator:
@@ -4333,9 +5715,11 @@ class ChunkTranslator:
         self._states: dict[int, ChoiceState] = {}
         self._id, self._created, self._their_model = "", 0, None
         self._model_bytes: list[tuple[bytes, bytes]] = []
-        self._is_stream = bool(request.get("stream"))       # else nobody asks for the bytes
+        # else nobody asks for the bytes
+        self._is_stream = bool(request.get("stream"))
         self._frame: Frame | None = None
-        self._frames_to_try = 3         # an upstream whose every chunk differs in more is not worth more
+        # an upstream whose every chunk differs in more is not worth more
+        self._frames_to_try = 3
         self.usage: dict | None = None
         self.is_done = False
 
@@ -4356,23 +5740,34 @@ class ChunkTranslator:
         if event.data.strip() == DONE:
             self.is_done = True
         elif event.name == "error":
-            raise to_upstream_error(refusal_of(event.status, event.data.decode("utf-8", "replace")), self.family)
-        return []                                           # a keep-alive in words
+            raise to_upstream_error(
+                refusal_of(event.status, event.data.decode("utf-8", "replace")), self.family
+            )
+        # a keep-alive in words
+        return []
 
     def _same_frame(self, frame: Frame, text: bytes) -> Translated:
         """A chunk that differs from an earlier one in its text alone: four of five chunks of an answer."""
         content = json.loads(b'"%s"' % text) if b"\\" in text else text.decode("utf-8", "replace")
-        chunk = self._chunk([{"index": frame.index, "delta": {"content": content}, "finish_reason": None}])
+        chunk = self._chunk(
+            [{"index": frame.index, "delta": {"content": content}, "finish_reason": None}]
+        )
         return [(chunk, frame.our_before + text + frame.our_behind)]
 
     def _chunk_in(self, event: Event, data: bytes) -> Translated:
         try:
             chunk = decode_chunk(data)
         except (ValueError, RecursionError):
-            raise UpstreamError("the upstream sent a chunk that is not JSON, or was cut off in one; try again",
-                                code="upstream_cut") from None
+            raise UpstreamError(
+                "the upstream sent a chunk that is not JSON, or was cut off in one; try again",
+                code="upstream_cut",
+            ) from None
         choices = chunk.get("choices")
-        if event.name == "error" or chunk.get("error") or (not choices and "message" in chunk and "code" in chunk):
+        if (
+            event.name == "error"
+            or chunk.get("error")
+            or (not choices and "message" in chunk and "code" in chunk)
+        ):
             raise to_upstream_error(refusal_in(event.status, chunk), self.family)
         came_from = chunk.get("model")
         is_changed = self._envelope(chunk)
@@ -4389,45 +5784,68 @@ class ChunkTranslator:
                     self._frames_to_try -= 1
                     self._frame = Frame.around(event.data, data, choice["index"])
                 return [(chunk, data if is_same else None)]
-            translated += [({**chunk, "choices": [output]}, None)
-                           for output in ([choice] if outputs is None else outputs)]
+            translated += [
+                ({**chunk, "choices": [output]}, None)
+                for output in ([choice] if outputs is None else outputs)
+            ]
         return translated
 
     def is_finished(self) -> bool:
         """Whether every choice has its finish reason."""
-        return bool(self._states) and all(state.finish_reason is not None for state in self._states.values())
+        return bool(self._states) and all(
+            state.finish_reason is not None for state in self._states.values()
+        )
 
     def close(self) -> Translated:
         """The chunks that end the stream; raises UpstreamError when the upstream broke off."""
         if not self._states or not (self.is_done or self.is_finished()):
-            raise UpstreamError("the upstream ended its answer without a finish reason; try again" if self._states else
-                                "the upstream answered with an empty stream; try again", code="upstream_cut")
+            raise UpstreamError(
+                "the upstream ended its answer without a finish reason; try again"
+                if self._states
+                else "the upstream answered with an empty stream; try again",
+                code="upstream_cut",
+            )
         outputs = []
         for index, state in self._states.items():
-            if not state.has_ended:     # [DONE] without a reason: it is whole, and opencode loops without one
-                outputs += self._finish(index, state, state.finish_reason or "stop", state.finish_extra)
+            if (
+                not state.has_ended
+                # [DONE] without a reason: it is whole, and opencode loops without one
+            ):
+                outputs += self._finish(
+                    index, state, state.finish_reason or "stop", state.finish_extra
+                )
         chunks: Translated = [(self._chunk([output]), None) for output in outputs]
         if self.wants_usage and self.usage:
             chunks.append(({**self._chunk([]), "usage": self.usage}, None))
         return chunks
 
     def _chunk(self, choices: list[dict]) -> dict:
-        return {"id": self._id, "object": self.OBJECT, "created": self._created, "model": self.model,
-                "choices": choices}
+        return {
+            "id": self._id,
+            "object": self.OBJECT,
+            "created": self._created,
+            "model": self.model,
+            "choices": choices,
+        }
 
     def _envelope(self, chunk: dict) -> bool:
         """Make id, object, created and model the same in all chunks, and take the usage out."""
         if not self._id:
             self._id = as_text(chunk.get("id")) or "chatcmpl-" + secrets.token_hex(12)
             created = chunk.get("created")
-            is_time = isinstance(created, (int, float)) and 0 < created < 1e12          # NaN is neither
+            # NaN is neither
+            is_time = isinstance(created, (int, float)) and 0 < created < 1e12
             self._created = int(created) if is_time else 1
         is_changed = False
         if chunk.get("usage") is not None:
             self.usage = clean_usage(chunk["usage"]) or self.usage
         if "usage" in chunk:
             is_changed = chunk.pop("usage") is not None
-        if chunk.get("id") != self._id or chunk.get("object") != self.OBJECT or chunk.get("created") != self._created:
+        if (
+            chunk.get("id") != self._id
+            or chunk.get("object") != self.OBJECT
+            or chunk.get("created") != self._created
+        ):
             chunk["id"], chunk["object"], chunk["created"] = self._id, self.OBJECT, self._created
             is_changed = True
         chunk["model"] = self.model
@@ -4437,8 +5855,13 @@ class ChunkTranslator:
         """The bytes with our model in the place of the upstream's; b"" where that is not certain."""
         if came_from != self._their_model:
             self._their_model, name = came_from, encode_json(came_from)
-            self._model_bytes = [(b'"model":%s%s' % (space, name), b'"model":%s%s' % (space, encode_json(self.model)))
-                                 for space in (b"", b" ")]
+            self._model_bytes = [
+                (
+                    b'"model":%s%s' % (space, name),
+                    b'"model":%s%s' % (space, encode_json(self.model)),
+                )
+                for space in (b"", b" ")
+            ]
         for theirs, ours in self._model_bytes if data.count(b'"model"') == 1 else ():
             if theirs in data:
                 return data.replace(theirs, ours)
@@ -4450,16 +5873,27 @@ class ChunkTranslator:
         delta, finish_reason = choice.get("delta"), choice.get("finish_reason")
         if not isinstance(delta, dict):
             delta = whole_delta(choice.get("message"))
-        if len(delta) == 1 and finish_reason is None and state.passes_text() and type(delta.get("content")) is str \
-                and type(choice.get("index")) is int and "finish_reason" in choice and "message" not in choice:
+        if (
+            len(delta) == 1
+            and finish_reason is None
+            and state.passes_text()
+            and type(delta.get("content")) is str
+            and type(choice.get("index")) is int
+            and "finish_reason" in choice
+            and "message" not in choice
+        ):
             return None if delta["content"] else []
         if finish_reason == "error_finish":
             raise to_upstream_error(refusal_of(0, text_of(delta.get("content"))), self.family)
-        extra = {name: value for name, value in choice.items()
-                 if name not in ("index", "delta", "message", "finish_reason") and value is not None}
+        extra = {
+            name: value
+            for name, value in choice.items()
+            if name not in ("index", "delta", "message", "finish_reason") and value is not None
+        }
         outputs = self._deltas(index, state, delta, extra)
         if isinstance(finish_reason, str) and finish_reason not in ("", "null"):
-            if state.finish_reason in (None, "stop"):       # some upstreams send several
+            # some upstreams send several
+            if state.finish_reason in (None, "stop"):
                 state.finish_reason = finish_reason
             state.finish_extra = {} if outputs else extra
         return outputs
@@ -4479,13 +5913,18 @@ class ChunkTranslator:
         entries = delta.get("tool_calls")
         if not entries and isinstance(delta.get("function_call"), dict):
             entries = [{"index": 0, "function": delta["function_call"]}]
-        if entries:                     # what is held of the text comes before the call, not behind it
+        # what is held of the text comes before the call, not behind it
+        if entries:
             held = [state.filter.feed(state.content.close()), state.filter.close()]
             thoughts, content = ("".join(texts) for texts in zip((thoughts, content), *held))
         deltas: list[dict] = []
         if reasoning or thoughts:
             deltas.append({"reasoning_content": reasoning + thoughts})
-        others = {name: value for name, value in delta.items() if name not in KNOWN_DELTA and value is not None}
+        others = {
+            name: value
+            for name, value in delta.items()
+            if name not in KNOWN_DELTA and value is not None
+        }
         if content or others:
             deltas.append({**({"content": content} if content else {}), **others})
         if entries:
@@ -4497,12 +5936,22 @@ class ChunkTranslator:
             return [{"tool_calls": [call]} for call in calls]
         return [{"function_call": call["function"]} for call in calls if call["index"] == 0]
 
-    def _outputs(self, index: int, state: ChoiceState, deltas: list[dict], extra: dict, role_came: bool) -> list[dict]:
+    def _outputs(
+        self, index: int, state: ChoiceState, deltas: list[dict], extra: dict, role_came: bool
+    ) -> list[dict]:
         if not state.has_role and (deltas or role_came):
             first = deltas[0] if deltas else {}
-            deltas[:1] = [{"role": "assistant",
-                           **({} if "content" in first or "reasoning_content" in first else {"content": ""}),
-                           **first}]
+            deltas[:1] = [
+                {
+                    "role": "assistant",
+                    **(
+                        {}
+                        if "content" in first or "reasoning_content" in first
+                        else {"content": ""}
+                    ),
+                    **first,
+                }
+            ]
             if "tool_calls" in first or "function_call" in first:
                 deltas[0]["content"] = None
             state.has_role = True
@@ -4511,20 +5960,26 @@ class ChunkTranslator:
             outputs[-1].update(extra)
         return outputs
 
-    def _finish(self, index: int, state: ChoiceState, finish_reason: str, extra: dict) -> list[dict]:
+    def _finish(
+        self, index: int, state: ChoiceState, finish_reason: str, extra: dict
+    ) -> list[dict]:
         """What was held back, then the finish chunk. Precedence: tool_calls, length, stop."""
         reasoning = state.reasoning.close()
         thoughts, content = state.filter.feed(state.content.close())
         last_thoughts, last_content = state.filter.close()
-        held = [{"reasoning_content": reasoning + thoughts + last_thoughts}, {"content": content + last_content}]
+        held = [
+            {"reasoning_content": reasoning + thoughts + last_thoughts},
+            {"content": content + last_content},
+        ]
         was_whole = state.tools.is_whole()
-        deltas = [delta for delta in held if any(delta.values())] + self._tool_deltas(state.tools.close())
+        deltas = [delta for delta in held if any(delta.values())] + self._tool_deltas(
+            state.tools.close()
+        )
         outputs = self._outputs(index, state, deltas, {}, True)
         if finish_reason in ("stop", "function_call", "tool_calls", "length"):
             finish_reason = self._reason(state.tools, finish_reason, was_whole)
         state.has_ended = True
         return outputs + [{"index": index, "delta": {}, "finish_reason": finish_reason, **extra}]
-
 
     def _reason(self, tools: ToolCalls, finish_reason: str, was_whole: bool) -> str:
         """tool_calls if there are whole calls; length if the last one is cut, whatever the upstream says of it."""
@@ -4551,10 +6006,17 @@ class TextTranslator(ChunkTranslator):
         if state.finish_reason is not None or not (text or finish_reason):
             return []
         state.finish_reason, state.has_ended = finish_reason, finish_reason is not None
-        right = {"index": index, "text": text, "finish_reason": finish_reason, "logprobs": choice.get("logprobs")}
+        right = {
+            "index": index,
+            "text": text,
+            "finish_reason": finish_reason,
+            "logprobs": choice.get("logprobs"),
+        }
         return None if choice == right else [{**choice, **right}]
 
-    def _finish(self, index: int, state: ChoiceState, finish_reason: str, extra: dict) -> list[dict]:
+    def _finish(
+        self, index: int, state: ChoiceState, finish_reason: str, extra: dict
+    ) -> list[dict]:
         state.has_ended = True
         return [{"index": index, "text": "", "finish_reason": finish_reason, "logprobs": None}]
 
@@ -4563,13 +6025,20 @@ def clean_usage(usage: Any) -> dict | None:
     """The usage with its three counts as integers; None for one that holds no count."""
     if not isinstance(usage, dict):
         return None
-    counts = {name: int(usage[name]) for name in ("prompt_tokens", "completion_tokens", "total_tokens")
-              if isinstance(usage.get(name), (int, float)) and abs(usage[name]) < 1e15}
+    counts = {
+        name: int(usage[name])
+        for name in ("prompt_tokens", "completion_tokens", "total_tokens")
+        if isinstance(usage.get(name), (int, float)) and abs(usage[name]) < 1e15
+    }
     if not counts:
         return None
     prompt, completion = counts.get("prompt_tokens", 0), counts.get("completion_tokens", 0)
-    cleaned = {**{name: value for name, value in usage.items() if value is not None}, "prompt_tokens": prompt,
-               "completion_tokens": completion, "total_tokens": counts.get("total_tokens", prompt + completion)}
+    cleaned = {
+        **{name: value for name, value in usage.items() if value is not None},
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": counts.get("total_tokens", prompt + completion),
+    }
     if isinstance(usage.get("cached_tokens"), int):
         cleaned.setdefault("prompt_tokens_details", {"cached_tokens": usage["cached_tokens"]})
     return cleaned
@@ -4591,7 +6060,10 @@ def iter_chunks(pieces: Iterable[bytes], translator: Any) -> Iterator[Translated
     start = head[:1]
     if start in (b"{", b"<", b"["):
         yield translator.feed(Event(whole_answer(head, pieces, translator.family)))
-        translator.is_done = True       # JSON that can be read is whole, even if it names no finish reason
+        translator.is_done = (
+            # JSON that can be read is whole, even if it names no finish reason
+            True
+        )
     else:
         for piece in itertools.chain([head], until_finished(pieces, translator)):
             yield from translated_events(decoder.feed(piece), translator)
@@ -4662,7 +6134,9 @@ def whole_answer(head: bytes, pieces: Iterable[bytes], family: str) -> bytes:
         return text.encode()
     refusal = refusal_of(0, text)
     if not refusal.message:
-        refusal = refusal._replace(message="the upstream answered with something that is no completion")
+        refusal = refusal._replace(
+            message="the upstream answered with something that is no completion"
+        )
     raise to_upstream_error(refusal, family)
 
 
@@ -4678,13 +6152,24 @@ class CompletionCollector:
 
     def feed(self, chunk: dict) -> None:
         """Add one chunk."""
-        if len(chunk) > self._head_size:        # later chunks may name more than the first, seldom something else
+        if (
+            len(chunk) > self._head_size
+            # later chunks may name more than the first, seldom something else
+        ):
             self._head_size = len(chunk)
-            self._head.update((name, value) for name, value in chunk.items() if name not in ("choices", "usage"))
+            self._head.update(
+                (name, value) for name, value in chunk.items() if name not in ("choices", "usage")
+            )
         for part in chunk["choices"]:
             choice = self._choices.get(part["index"])
             if choice is None:
-                choice = {"index": part["index"], "texts": {}, "message": {}, "calls": [], "finish_reason": None}
+                choice = {
+                    "index": part["index"],
+                    "texts": {},
+                    "message": {},
+                    "calls": [],
+                    "finish_reason": None,
+                }
                 self._choices[part["index"]] = choice
             self._add(choice, part)
 
@@ -4723,7 +6208,13 @@ class CompletionCollector:
     @staticmethod
     def _add_call(calls: list[dict], delta: dict) -> None:
         if delta["index"] == len(calls):
-            calls.append({"id": delta.get("id"), "type": "function", "function": {"name": "", "arguments": LongText()}})
+            calls.append(
+                {
+                    "id": delta.get("id"),
+                    "type": "function",
+                    "function": {"name": "", "arguments": LongText()},
+                }
+            )
         function = calls[delta["index"]]["function"]
         function["name"] = function["name"] or delta["function"].get("name", "")
         function["arguments"].add(delta["function"].get("arguments", ""))
@@ -4737,8 +6228,12 @@ class CompletionCollector:
     @staticmethod
     def _finished(choice: dict) -> dict:
         texts, calls = choice.pop("texts"), choice.pop("calls")
-        message = {"role": "assistant", "content": None, **{name: str(text) for name, text in texts.items()},
-                   **choice["message"]}
+        message = {
+            "role": "assistant",
+            "content": None,
+            **{name: str(text) for name, text in texts.items()},
+            **choice["message"],
+        }
         if not calls and message["content"] is None:
             message["content"] = ""
         if calls:
@@ -4749,8 +6244,12 @@ class CompletionCollector:
                 message["function_call"] = calls[0]["function"]
             else:
                 message["tool_calls"] = calls
-        return {"index": choice["index"], "message": message, "logprobs": None,
-                **{name: value for name, value in choice.items() if name not in ("index", "message")}}
+        return {
+            "index": choice["index"],
+            "message": message,
+            "logprobs": None,
+            **{name: value for name, value in choice.items() if name not in ("index", "message")},
+        }
 
 
 class TextCollector(CompletionCollector):
@@ -4764,8 +6263,12 @@ class TextCollector(CompletionCollector):
 
     @staticmethod
     def _finished(choice: dict) -> dict:
-        return {"index": choice["index"], "text": str(choice["texts"]["text"]), "logprobs": choice.get("logprobs"),
-                "finish_reason": choice["finish_reason"]}
+        return {
+            "index": choice["index"],
+            "text": str(choice["texts"]["text"]),
+            "logprobs": choice.get("logprobs"),
+            "finish_reason": choice["finish_reason"],
+        }
 
 
 class Kind(NamedTuple):
@@ -4778,8 +6281,16 @@ class Kind(NamedTuple):
     collector: Callable[[], Any]
 
 
-CHAT = Kind("/chat/completions", check_chat_request, to_upstream_request, ChunkTranslator, CompletionCollector)
-TEXT = Kind("/completions", check_text_request, to_upstream_text_request, TextTranslator, TextCollector)
+CHAT = Kind(
+    "/chat/completions",
+    check_chat_request,
+    to_upstream_request,
+    ChunkTranslator,
+    CompletionCollector,
+)
+TEXT = Kind(
+    "/completions", check_text_request, to_upstream_text_request, TextTranslator, TextCollector
+)
 
 
 def vectors_of(body: bytes, count: int, family: str) -> tuple[list[list[float]], dict]:
@@ -4792,23 +6303,40 @@ def vectors_of(body: bytes, count: int, family: str) -> tuple[list[list[float]],
     entries = dig(answer, "data")
     if not isinstance(entries, list):
         raise to_upstream_error(refusal_of(0, text), family)
-    found = {entry["index"] if type(entry.get("index")) is int else place: entry.get("embedding")
-             for place, entry in enumerate(entries) if isinstance(entry, dict)}
+    found = {
+        entry["index"] if type(entry.get("index")) is int else place: entry.get("embedding")
+        for place, entry in enumerate(entries)
+        if isinstance(entry, dict)
+    }
     vectors = [found.get(place) for place in range(count)]
     if len(entries) != count or not all(isinstance(vector, list) for vector in vectors):
-        raise UpstreamError("the upstream answered %d texts with %d embeddings; try again" % (count, len(entries)))
+        raise UpstreamError(
+            "the upstream answered %d texts with %d embeddings; try again" % (count, len(entries))
+        )
     usage = dig(answer, "usage")
-    return vectors, usage if isinstance(usage, dict) else {}    # type: ignore[return-value]
+    return vectors, usage if isinstance(usage, dict) else {}  # type: ignore[return-value]
 
 
-def embeddings_answer(model: str, batches: list[tuple[list[list[float]], dict]], encoding_format: str | None) -> dict:
+def embeddings_answer(
+    model: str, batches: list[tuple[list[list[float]], dict]], encoding_format: str | None
+) -> dict:
     """The answer for the client: all batches in order, usage summed; base64 is little-endian float32."""
     vectors = [vector for batch, _ in batches for vector in batch]
     encode = base64_of if encoding_format == "base64" else list
     counts = [clean_usage(used) or {} for _, used in batches]
-    usage = {name: sum(used.get(name, 0) for used in counts) for name in ("prompt_tokens", "total_tokens")}
-    return {"object": "list", "model": model, "usage": usage, "data": [
-        {"object": "embedding", "index": index, "embedding": encode(vector)} for index, vector in enumerate(vectors)]}
+    usage = {
+        name: sum(used.get(name, 0) for used in counts)
+        for name in ("prompt_tokens", "total_tokens")
+    }
+    return {
+        "object": "list",
+        "model": model,
+        "usage": usage,
+        "data": [
+            {"object": "embedding", "index": index, "embedding": encode(vector)}
+            for index, vector in enumerate(vectors)
+        ],
+    }
 
 
 def base64_of(vector: list[float]) -> str:
@@ -4819,20 +6347,46 @@ def base64_of(vector: list[float]) -> str:
         raise UpstreamError("the upstream sent an embedding that is no list of numbers") from None
 
 
-# ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Responses API
-# ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Pure: a request to /v1/responses in, a chat request out; chat chunks in, events of a response out.
 # OpenAI reference, Responses; no response is stored, so a request holds the whole conversation.
 
-CARRIED = "qwen_proxy:"                         # before what encrypted_content carries for us to the next request
-COMPACTION = ("Summarise the conversation so far for somebody who goes on with it and sees nothing but your summary: "
-              "the task, what was decided and found out, which files and commands matter, what is left to do.")
-RESPONSE_ONLY = frozenset({
-    "input", "instructions", "tools", "tool_choice", "reasoning", "text", "max_output_tokens", "previous_response_id",
-    "store", "include", "truncation", "metadata", "prompt_cache_key", "client_metadata", "background", "conversation",
-    "prompt", "max_tool_calls", "top_logprobs", "service_tier", "safety_identifier", "prompt_cache_retention",
-    "stream_options", "context_management"})
+# before what encrypted_content carries for us to the next request
+CARRIED = "qwen_proxy:"
+COMPACTION = (
+    "Summarise the conversation so far for somebody who goes on with it and sees nothing but your summary: "
+    "the task, what was decided and found out, which files and commands matter, what is left to do."
+)
+RESPONSE_ONLY = frozenset(
+    {
+        "input",
+        "instructions",
+        "tools",
+        "tool_choice",
+        "reasoning",
+        "text",
+        "max_output_tokens",
+        "previous_response_id",
+        "store",
+        "include",
+        "truncation",
+        "metadata",
+        "prompt_cache_key",
+        "client_metadata",
+        "background",
+        "conversation",
+        "prompt",
+        "max_tool_calls",
+        "top_logprobs",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_retention",
+        "stream_options",
+        "context_management",
+    }
+)
 IGNORED_ITEMS = frozenset({"web_search_call", "mcp_list_tools", "additional_tools"})
 
 
@@ -4847,9 +6401,9 @@ class ToolNames:
         """namespace__name, of at most the 64 characters that Model Studio allows."""
         if not isinstance(namespace, str) or not namespace:
             return name
-        joined = "%s__%s" % (namespace, name)
+        joined = f"{namespace}__{name}"
         if len(joined) > 64:
-            joined = "%s_%s" % (joined[:55], hashlib.sha256(joined.encode()).hexdigest()[:8])
+            joined = f"{joined[:55]}_{hashlib.sha256(joined.encode()).hexdigest()[:8]}"
         self._nested[joined] = (namespace, name)
         return joined
 
@@ -4864,11 +6418,15 @@ class ToolNames:
 class ResponseRequest(NamedTuple):
     """A request to /v1/responses, taken apart."""
 
-    chat: dict                      # the chat request
-    asked: dict                     # the request as it came
+    # the chat request
+    chat: dict
+    # the request as it came
+    asked: dict
     names: ToolNames
-    is_compaction: bool             # the client wants the conversation summarised, see COMPACTION
-    skipped: list[str]              # types of tools that have no counterpart
+    # the client wants the conversation summarised, see COMPACTION
+    is_compaction: bool
+    # types of tools that have no counterpart
+    skipped: list[str]
 
 
 class ItemMemory:
@@ -4905,7 +6463,7 @@ def carried_text(value: Any) -> str:
     if not isinstance(value, str) or not value.startswith(CARRIED):
         return ""
     try:
-        return base64.b64decode(value[len(CARRIED):], validate=True).decode("utf-8", "replace")
+        return base64.b64decode(value[len(CARRIED) :], validate=True).decode("utf-8", "replace")
     except ValueError:
         return ""
 
@@ -4913,22 +6471,34 @@ def carried_text(value: Any) -> str:
 def to_chat_request(request: Any, memory: ItemMemory, owner: str = "") -> ResponseRequest:
     """The chat request for a request to /v1/responses; raises BadRequest for what is forgotten or cannot be meant."""
     if not isinstance(request, dict):
-        raise BadRequest("the body must be a JSON object, not %s" % json_type(request))
+        raise BadRequest(f"the body must be a JSON object, not {json_type(request)}")
     if request.get("previous_response_id"):
-        raise BadRequest("nothing is stored here, so there is no previous response: send the whole conversation as "
-                         "input", code="previous_response_not_found", param="previous_response_id")
+        raise BadRequest(
+            "nothing is stored here, so there is no previous response: send the whole conversation as "
+            "input",
+            code="previous_response_not_found",
+            param="previous_response_id",
+        )
     for name in ("background", "prompt", "conversation"):
         if request.get(name):
-            raise BadRequest("%s is not supported: nothing is stored here" % name, param=name)
-    names, skipped = ToolNames(), []        # type: ignore[var-annotated]
+            raise BadRequest(f"{name} is not supported: nothing is stored here", param=name)
+    names, skipped = ToolNames(), []  # type: ignore[var-annotated]
     items = request.get("input")
     items = [{"role": "user", "content": items}] if isinstance(items, str) else items
     if not isinstance(items, list) or not items:
         raise BadRequest("input must be a string or a list of items", param="input")
     seen: set[str] = set()
-    items = [found for index, item in enumerate(items) for found in referred(item, index, memory, owner, seen)]
+    items = [
+        found
+        for index, item in enumerate(items)
+        for found in referred(item, index, memory, owner, seen)
+    ]
     is_compaction = bool(items) and dig(items[-1], "type") == "compaction_trigger"
-    chat = {name: value for name, value in request.items() if name not in RESPONSE_ONLY and value is not None}
+    chat = {
+        name: value
+        for name, value in request.items()
+        if name not in RESPONSE_ONLY and value is not None
+    }
     chat["messages"] = messages_of(request.get("instructions"), items, names)
     if is_compaction:
         chat["messages"].append({"role": "user", "content": COMPACTION})
@@ -4942,14 +6512,20 @@ def referred(item: Any, index: int, memory: ItemMemory, owner: str, seen: set[st
     """The item that an item_reference stands for; thoughts that are forgotten are no loss, anything else is refused."""
     if dig(item, "type") != "item_reference":
         return [item]
-    if item.get("id") in seen:                  # else a small request could grow without limit
-        raise BadRequest("input[%d] refers to an item a second time" % index, param="input.%d" % index)
+    # else a small request could grow without limit
+    if item.get("id") in seen:
+        raise BadRequest(
+            "input[%d] refers to an item a second time" % index, param="input.%d" % index
+        )
     seen.add(as_text(item.get("id")))
     found = memory.get(item.get("id"), owner)
     if found is None and not as_text(item.get("id")).startswith("rs_"):
-        raise BadRequest("input[%d] is of type 'item_reference', and %r is not in memory here: send the item itself "
-                         "(AI SDK: providerOptions.openai.store = false)" % (index, shorten(str(item.get("id")), 60)),
-                         param="input.%d" % index)
+        raise BadRequest(
+            "input[%d] is of type 'item_reference', and %r is not in memory here: send the item itself "
+            "(AI SDK: providerOptions.openai.store = false)"
+            % (index, shorten(str(item.get("id")), 60)),
+            param="input.%d" % index,
+        )
     return [found] if found else []
 
 
@@ -4963,8 +6539,11 @@ def chat_options(request: dict) -> dict:
         options["reasoning_effort"] = effort
     text_format = dig(request, "text", "format")
     if dig(text_format, "type") == "json_schema":
-        schema = {name: text_format[name] for name in ("name", "description", "schema", "strict")
-                  if text_format.get(name) is not None}
+        schema = {
+            name: text_format[name]
+            for name in ("name", "description", "schema", "strict")
+            if text_format.get(name) is not None
+        }
         options["response_format"] = {"type": "json_schema", "json_schema": schema}
     elif dig(text_format, "type") == "json_object":
         options["response_format"] = {"type": "json_object"}
@@ -4973,12 +6552,15 @@ def chat_options(request: dict) -> dict:
 
 def chat_tools(request: dict, names: ToolNames, skipped: list[str]) -> dict:
     """tools and tool_choice of a chat request."""
-    tools, searches = [], False         # type: ignore[var-annotated]
+    tools, searches = [], False  # type: ignore[var-annotated]
     for tool in as_list(request.get("tools")):
         if str(dig(tool, "type")).startswith("web_search"):
             searches = True
-        for namespace, inner in ([(tool.get("name"), each) for each in as_list(tool.get("tools"))]
-                                 if dig(tool, "type") == "namespace" else [(None, tool)]):
+        for namespace, inner in (
+            [(tool.get("name"), each) for each in as_list(tool.get("tools"))]
+            if dig(tool, "type") == "namespace"
+            else [(None, tool)]
+        ):
             function = chat_function(inner, namespace, names)
             if function:
                 tools.append({"type": "function", "function": function})
@@ -5001,17 +6583,31 @@ def chat_function(tool: Any, namespace: Any, names: ToolNames) -> dict | None:
     flat = names.flat(name, namespace)
     if tool["type"] == "custom":
         names.custom.add(flat)
-        return {"name": flat, "description": tool.get("description") or "", "parameters": {
-            "type": "object", "required": ["input"],
-            "properties": {"input": {"type": "string", "description": custom_format(tool)}}}}
-    function = {key: tool[key] for key in ("description", "parameters", "strict") if tool.get(key) is not None}
+        return {
+            "name": flat,
+            "description": tool.get("description") or "",
+            "parameters": {
+                "type": "object",
+                "required": ["input"],
+                "properties": {"input": {"type": "string", "description": custom_format(tool)}},
+            },
+        }
+    function = {
+        key: tool[key]
+        for key in ("description", "parameters", "strict")
+        if tool.get(key) is not None
+    }
     return {"name": flat, **function}
 
 
 def custom_format(tool: dict) -> str:
     """What the one string of a custom tool must look like, in words: the grammar itself cannot be enforced."""
     definition = dig(tool, "format", "definition")
-    return "It must match this grammar:\n" + definition if isinstance(definition, str) else "The input as it is."
+    return (
+        "It must match this grammar:\n" + definition
+        if isinstance(definition, str)
+        else "The input as it is."
+    )
 
 
 def chat_tool_choice(choice: Any, names: ToolNames, options: dict) -> Any:
@@ -5019,11 +6615,19 @@ def chat_tool_choice(choice: Any, names: ToolNames, options: dict) -> Any:
     if not isinstance(choice, dict):
         return choice
     if choice.get("type") in ("function", "custom") and isinstance(choice.get("name"), str):
-        return {"type": "function", "function": {"name": names.flat(choice["name"], choice.get("namespace"))}}
+        return {
+            "type": "function",
+            "function": {"name": names.flat(choice["name"], choice.get("namespace"))},
+        }
     if choice.get("type") == "allowed_tools" and isinstance(choice.get("tools"), list):
-        allowed = [names.flat(as_text(dig(tool, "name")), dig(tool, "namespace")) for tool in choice["tools"]]
+        allowed = [
+            names.flat(as_text(dig(tool, "name")), dig(tool, "namespace"))
+            for tool in choice["tools"]
+        ]
         offered = options.get("tools", [])
-        options["tools"] = [tool for tool in offered if tool["function"]["name"] in allowed] or offered
+        options["tools"] = [
+            tool for tool in offered if tool["function"]["name"] in allowed
+        ] or offered
         return choice.get("mode") or "auto"
     return "auto"
 
@@ -5043,16 +6647,23 @@ def messages_of(instructions: Any, items: list, names: ToolNames) -> list[dict]:
         if add is not None:
             add(messages, item, names)
         elif kind not in IGNORED_ITEMS and kind != "compaction_trigger":
-            raise BadRequest("input[%d] is of type %r; it is not supported here" % (index, shorten(kind, 60)),
-                             param="input.%d" % index)
-    return [message for message in messages if message.get("content") or message.get("tool_calls")
-            or message["role"] != "assistant"]
+            raise BadRequest(
+                "input[%d] is of type %r; it is not supported here" % (index, shorten(kind, 60)),
+                param="input.%d" % index,
+            )
+    return [
+        message
+        for message in messages
+        if message.get("content") or message.get("tool_calls") or message["role"] != "assistant"
+    ]
 
 
 def assistant_turn(messages: list[dict], is_text: bool = False) -> dict:
     """The assistant message that the next item of the same turn joins; a second text begins another one."""
     last = messages[-1] if messages else {}
-    if last.get("role") == "assistant" and not (is_text and (last["content"] or last.get("tool_calls"))):
+    if last.get("role") == "assistant" and not (
+        is_text and (last["content"] or last.get("tool_calls"))
+    ):
         return last
     messages.append({"role": "assistant", "content": ""})
     return messages[-1]
@@ -5062,7 +6673,9 @@ def add_message(messages: list[dict], item: dict, names: ToolNames) -> None:
     """message"""
     role, content = item.get("role"), item.get("content")
     if role not in ("user", "assistant", "system", "developer"):
-        raise BadRequest("a message of the input has the role %r" % shorten(str(role), 60), param="input")
+        raise BadRequest(
+            f"a message of the input has the role {shorten(str(role), 60)!r}", param="input"
+        )
     if role == "assistant":
         assistant_turn(messages, is_text=True)["content"] = chat_content(content)
     else:
@@ -5074,7 +6687,11 @@ def chat_content(content: Any) -> Any:
     if not isinstance(content, list):
         return "" if content is None else content
     parts = [chat_part(part) for part in content]
-    return "\n".join(part["text"] for part in parts) if all(part["type"] == "text" for part in parts) else parts
+    return (
+        "\n".join(part["text"] for part in parts)
+        if all(part["type"] == "text" for part in parts)
+        else parts
+    )
 
 
 def chat_part(part: Any) -> dict:
@@ -5085,25 +6702,44 @@ def chat_part(part: Any) -> dict:
     if kind == "refusal":
         return {"type": "text", "text": as_text(part.get("refusal"))}
     if kind == "input_image" and part.get("image_url"):
-        url = part["image_url"] if isinstance(part["image_url"], dict) else {"url": part["image_url"]}
-        return {"type": "image_url", "image_url": {**({"detail": part["detail"]} if part.get("detail") else {}), **url}}
+        url = (
+            part["image_url"] if isinstance(part["image_url"], dict) else {"url": part["image_url"]}
+        )
+        return {
+            "type": "image_url",
+            "image_url": {**({"detail": part["detail"]} if part.get("detail") else {}), **url},
+        }
     if kind == "input_file" and (part.get("file_data") or part.get("file_url")):
-        return {"type": "file",
-                "file": {name: part[name] for name in ("filename", "file_data", "file_url") if part.get(name)}}
+        return {
+            "type": "file",
+            "file": {
+                name: part[name] for name in ("filename", "file_data", "file_url") if part.get(name)
+            },
+        }
     if kind == "input_audio":
         return {"type": "input_audio", "input_audio": part.get("input_audio")}
-    raise BadRequest("a part of type %r cannot be sent; files and images must be in the request itself, since none "
-                     "are stored" % shorten(str(kind), 60), param="input")
+    raise BadRequest(
+        f"a part of type {shorten(str(kind), 60)!r} cannot be sent; files and images must be in the request itself, since none "
+        "are stored",
+        param="input",
+    )
 
 
 def add_call(messages: list[dict], item: dict, names: ToolNames) -> None:
     """function_call, custom_tool_call"""
-    name, arguments = names.flat(as_text(item.get("name")), item.get("namespace")), item.get("arguments")
+    name, arguments = (
+        names.flat(as_text(item.get("name")), item.get("namespace")),
+        item.get("arguments"),
+    )
     if item["type"] == "custom_tool_call":
         arguments = json.dumps({"input": as_text(item.get("input"))}, ensure_ascii=False)
-    assistant_turn(messages).setdefault("tool_calls", []).append({
-        "id": item.get("call_id") or item.get("id"), "type": "function",
-        "function": {"name": name, "arguments": arguments}})
+    assistant_turn(messages).setdefault("tool_calls", []).append(
+        {
+            "id": item.get("call_id") or item.get("id"),
+            "type": "function",
+            "function": {"name": name, "arguments": arguments},
+        }
+    )
 
 
 def add_output(messages: list[dict], item: dict, names: ToolNames) -> None:
@@ -5127,12 +6763,19 @@ def add_compaction(messages: list[dict], item: dict, names: ToolNames) -> None:
     """compaction, compaction_summary"""
     summary = carried_text(item.get("encrypted_content"))
     if summary:
-        messages.append({"role": "user", "content": "The conversation so far, in summary:\n\n" + summary})
+        messages.append(
+            {"role": "user", "content": "The conversation so far, in summary:\n\n" + summary}
+        )
 
 
 ITEMS: dict[str, Callable[[list[dict], dict, ToolNames], None]] = {
-    "message": add_message, "function_call": add_call, "custom_tool_call": add_call, "function_call_output": add_output,
-    "custom_tool_call_output": add_output, "reasoning": add_reasoning, "compaction": add_compaction,
+    "message": add_message,
+    "function_call": add_call,
+    "custom_tool_call": add_call,
+    "function_call_output": add_output,
+    "custom_tool_call_output": add_output,
+    "reasoning": add_reasoning,
+    "compaction": add_compaction,
     "compaction_summary": add_compaction,
 }
 
@@ -5158,11 +6801,14 @@ class ResponseEvents:
         self._id, self._model, self._created = "resp_" + secrets.token_hex(16), model, created
         self._number = itertools.count()
         self._items: list[OutputItem] = []
-        self._open: OutputItem | None = None        # the text or the thoughts that go on
+        # the text or the thoughts that go on
+        self._open: OutputItem | None = None
         self._calls: dict[int, OutputItem] = {}
         self._finish_reason: str | None = None
         self._summary = LongText()
-        self._keeps_thoughts = "reasoning.encrypted_content" in as_list(request.asked.get("include"))
+        self._keeps_thoughts = "reasoning.encrypted_content" in as_list(
+            request.asked.get("include")
+        )
 
     def start(self) -> list[dict]:
         """The first events."""
@@ -5176,7 +6822,10 @@ class ResponseEvents:
         """The events for a chunk."""
         events: list[dict] = []
         for choice in chunk["choices"][:1]:
-            delta, self._finish_reason = choice["delta"], choice["finish_reason"] or self._finish_reason
+            delta, self._finish_reason = (
+                choice["delta"],
+                choice["finish_reason"] or self._finish_reason,
+            )
             if self._request.is_compaction:
                 self._summary.add(delta.get("content") or "")
                 continue
@@ -5195,7 +6844,9 @@ class ResponseEvents:
             events += self._close_call(call)
         if self._request.is_compaction:
             events += self._compaction()
-        status = "completed" if self._finish_reason not in ("length", "content_filter") else "incomplete"
+        status = (
+            "completed" if self._finish_reason not in ("length", "content_filter") else "incomplete"
+        )
         return [*events, self._event("response." + status, response=self.response(status, usage))]
 
     def fail(self, error: ProxyError) -> list[dict]:
@@ -5205,12 +6856,18 @@ class ResponseEvents:
         down to a tool call cut in its arguments.
         """
         known = ("context_length_exceeded", "insufficient_quota", "rate_limit_exceeded")
-        failure = {"code": error.code if error.code in known else "server_error",
-                   "message": error.error_object()["message"]}
+        failure = {
+            "code": error.code if error.code in known else "server_error",
+            "message": error.error_object()["message"],
+        }
         if error.code == "rate_limit_exceeded":
             failure["message"] += ". Please try again in %ds." % max(1, int(error.retry_after or 5))
-        return [self._event("error", **failure, param=None, error={**failure, "type": error.type, "param": None}),
-                self._event("response.failed", response={**self.response("failed"), "error": failure})]
+        return [
+            self._event(
+                "error", **failure, param=None, error={**failure, "type": error.type, "param": None}
+            ),
+            self._event("response.failed", response={**self.response("failed"), "error": failure}),
+        ]
 
     def response(self, status: str = "in_progress", usage: dict | None = None) -> dict:
         """The response object as it is now."""
@@ -5218,20 +6875,40 @@ class ResponseEvents:
         reason = "max_output_tokens" if self._finish_reason == "length" else self._finish_reason
         is_over = status != "in_progress"
         return {
-            "id": self._id, "object": "response", "created_at": self._created, "status": status, "background": False,
-            "error": None, "incomplete_details": {"reason": reason} if status == "incomplete" else None,
+            "id": self._id,
+            "object": "response",
+            "created_at": self._created,
+            "status": status,
+            "background": False,
+            "error": None,
+            "incomplete_details": {"reason": reason} if status == "incomplete" else None,
             "instructions": asked.get("instructions"),
-            "max_output_tokens": asked.get("max_output_tokens"), "max_tool_calls": None, "model": self._model,
+            "max_output_tokens": asked.get("max_output_tokens"),
+            "max_tool_calls": None,
+            "model": self._model,
             "output": [self._whole(item) for item in self._items] if is_over else [],
-            "parallel_tool_calls": asked.get("parallel_tool_calls", True) is not False, "previous_response_id": None,
+            "parallel_tool_calls": asked.get("parallel_tool_calls", True) is not False,
+            "previous_response_id": None,
             "prompt_cache_key": asked.get("prompt_cache_key"),
-            "reasoning": {"effort": dig(asked, "reasoning", "effort"), "summary": dig(asked, "reasoning", "summary")},
-            "service_tier": "default", "store": False, "temperature": asked.get("temperature"),
-            "text": {"format": dig(asked, "text", "format") or {"type": "text"},
-                     "verbosity": dig(asked, "text", "verbosity") or "medium"},
-            "tool_choice": asked.get("tool_choice") or "auto", "tools": asked.get("tools") or [], "top_logprobs": 0,
-            "top_p": asked.get("top_p"), "truncation": asked.get("truncation") or "disabled",
-            "usage": response_usage(usage), "user": asked.get("user"), "metadata": asked.get("metadata") or {},
+            "reasoning": {
+                "effort": dig(asked, "reasoning", "effort"),
+                "summary": dig(asked, "reasoning", "summary"),
+            },
+            "service_tier": "default",
+            "store": False,
+            "temperature": asked.get("temperature"),
+            "text": {
+                "format": dig(asked, "text", "format") or {"type": "text"},
+                "verbosity": dig(asked, "text", "verbosity") or "medium",
+            },
+            "tool_choice": asked.get("tool_choice") or "auto",
+            "tools": asked.get("tools") or [],
+            "top_logprobs": 0,
+            "top_p": asked.get("top_p"),
+            "truncation": asked.get("truncation") or "disabled",
+            "usage": response_usage(usage),
+            "user": asked.get("user"),
+            "metadata": asked.get("metadata") or {},
         }
 
     def _event(self, kind: str, **fields: Any) -> dict:
@@ -5240,49 +6917,94 @@ class ResponseEvents:
     def _begin(self, kind: str, prefix: str, **fields: Any) -> tuple[OutputItem, dict]:
         item = OutputItem(kind, prefix, len(self._items), **fields)
         self._items.append(item)
-        return item, self._event("response.output_item.added", output_index=item.index, item=dict(item.item))
+        return item, self._event(
+            "response.output_item.added", output_index=item.index, item=dict(item.item)
+        )
 
     def _done(self, item: OutputItem) -> dict:
         item.is_open = False
-        return self._event("response.output_item.done", output_index=item.index, item=self._whole(item))
+        return self._event(
+            "response.output_item.done", output_index=item.index, item=self._whole(item)
+        )
 
     def _thoughts(self, text: str) -> list[dict]:
         events: list[dict] = []
         if self._open is None or self._open.item["type"] != "reasoning":
             events = self._close()
             self._open, added = self._begin("reasoning", "rs_", summary=[])
-            events += [added, self._event("response.reasoning_summary_part.added", **self._open.place, summary_index=0,
-                                          part={"type": "summary_text", "text": ""})]
+            events += [
+                added,
+                self._event(
+                    "response.reasoning_summary_part.added",
+                    **self._open.place,
+                    summary_index=0,
+                    part={"type": "summary_text", "text": ""},
+                ),
+            ]
         self._open.text.add(text)
-        return [*events, self._event("response.reasoning_summary_text.delta", **self._open.place, summary_index=0,
-                                     delta=text)]
+        return [
+            *events,
+            self._event(
+                "response.reasoning_summary_text.delta",
+                **self._open.place,
+                summary_index=0,
+                delta=text,
+            ),
+        ]
 
     def _text(self, text: str) -> list[dict]:
         events: list[dict] = []
         if self._open is None or self._open.item["type"] != "message":
             events = self._close()
-            self._open, added = self._begin("message", "msg_", status="in_progress", role="assistant", content=[])
-            events += [added, self._event("response.content_part.added", **self._open.place, content_index=0,
-                                          part=output_text(""))]
+            self._open, added = self._begin(
+                "message", "msg_", status="in_progress", role="assistant", content=[]
+            )
+            events += [
+                added,
+                self._event(
+                    "response.content_part.added",
+                    **self._open.place,
+                    content_index=0,
+                    part=output_text(""),
+                ),
+            ]
         self._open.text.add(text)
-        return [*events, self._event("response.output_text.delta", **self._open.place, content_index=0, delta=text,
-                                     logprobs=[])]
+        return [
+            *events,
+            self._event(
+                "response.output_text.delta",
+                **self._open.place,
+                content_index=0,
+                delta=text,
+                logprobs=[],
+            ),
+        ]
 
     def _call(self, call: dict) -> list[dict]:
         events: list[dict] = []
         item = self._calls.get(call["index"])
         if item is None:
             events, flat = self._close(), call["function"]["name"]
-            kind, prefix, field = (("custom_tool_call", "ctc_", "input") if flat in self._names.custom
-                                   else ("function_call", "fc_", "arguments"))
-            fields = {"status": "in_progress", "call_id": call["id"], **self._names.restored(flat), field: ""}
+            kind, prefix, field = (
+                ("custom_tool_call", "ctc_", "input")
+                if flat in self._names.custom
+                else ("function_call", "fc_", "arguments")
+            )
+            fields = {
+                "status": "in_progress",
+                "call_id": call["id"],
+                **self._names.restored(flat),
+                field: "",
+            }
             item, added = self._begin(kind, prefix, **fields)
             self._calls[call["index"]] = item
             events.append(added)
         arguments = call["function"].get("arguments") or ""
         item.text.add(arguments)
         if arguments and item.item["type"] == "function_call":
-            events.append(self._event("response.function_call_arguments.delta", **item.place, delta=arguments))
+            events.append(
+                self._event("response.function_call_arguments.delta", **item.place, delta=arguments)
+            )
         return events
 
     def _close(self) -> list[dict]:
@@ -5293,32 +7015,59 @@ class ResponseEvents:
         text = str(item.text)
         if item.item["type"] == "reasoning":
             part = {"type": "summary_text", "text": text}
-            return [self._event("response.reasoning_summary_text.done", **item.place, summary_index=0, text=text),
-                    self._event("response.reasoning_summary_part.done", **item.place, summary_index=0, part=part),
-                    self._done(item)]
-        return [self._event("response.output_text.done", **item.place, content_index=0, text=text, logprobs=[]),
-                self._event("response.content_part.done", **item.place, content_index=0, part=output_text(text)),
-                self._done(item)]
+            return [
+                self._event(
+                    "response.reasoning_summary_text.done", **item.place, summary_index=0, text=text
+                ),
+                self._event(
+                    "response.reasoning_summary_part.done", **item.place, summary_index=0, part=part
+                ),
+                self._done(item),
+            ]
+        return [
+            self._event(
+                "response.output_text.done", **item.place, content_index=0, text=text, logprobs=[]
+            ),
+            self._event(
+                "response.content_part.done", **item.place, content_index=0, part=output_text(text)
+            ),
+            self._done(item),
+        ]
 
     def _close_call(self, item: OutputItem) -> list[dict]:
         if item.item["type"] == "function_call":
-            done = self._event("response.function_call_arguments.done", **item.place, name=item.item["name"],
-                               arguments=str(item.text))
+            done = self._event(
+                "response.function_call_arguments.done",
+                **item.place,
+                name=item.item["name"],
+                arguments=str(item.text),
+            )
             return [done, self._done(item)]
         text = custom_input(str(item.text))
-        return [self._event("response.custom_tool_call_input.delta", **item.place, delta=text),
-                self._event("response.custom_tool_call_input.done", **item.place, input=text), self._done(item)]
+        return [
+            self._event("response.custom_tool_call_input.delta", **item.place, delta=text),
+            self._event("response.custom_tool_call_input.done", **item.place, input=text),
+            self._done(item),
+        ]
 
     def _compaction(self) -> list[dict]:
         if not str(self._summary).strip():
             raise UpstreamError("the model gave no summary of the conversation; try again")
-        item, added = self._begin("compaction", "cmp_", encrypted_content=carried(str(self._summary)))
+        item, added = self._begin(
+            "compaction", "cmp_", encrypted_content=carried(str(self._summary))
+        )
         return [added, self._done(item)]
 
     def _whole(self, output: OutputItem) -> dict:
         """An item with all that came so far; one that was cut says so."""
         kind, item, text = output.item["type"], output.item, str(output.text)
-        status = "in_progress" if output.is_open else "incomplete" if self._finish_reason == "length" else "completed"
+        status = (
+            "in_progress"
+            if output.is_open
+            else "incomplete"
+            if self._finish_reason == "length"
+            else "completed"
+        )
         if kind == "reasoning":
             kept = {"encrypted_content": carried(text)} if self._keeps_thoughts else {}
             return {**item, "summary": [{"type": "summary_text", "text": text}], **kept}
@@ -5351,14 +7100,19 @@ def response_usage(usage: dict | None) -> dict | None:
         return None
     cached = dig(usage, "prompt_tokens_details", "cached_tokens")
     reasoning = dig(usage, "completion_tokens_details", "reasoning_tokens")
-    return {"input_tokens": usage["prompt_tokens"], "input_tokens_details": {"cached_tokens": cached or 0},
-            "output_tokens": usage["completion_tokens"], "output_tokens_details": {"reasoning_tokens": reasoning or 0},
-            "total_tokens": usage["total_tokens"]}
+    return {
+        "input_tokens": usage["prompt_tokens"],
+        "input_tokens_details": {"cached_tokens": cached or 0},
+        "output_tokens": usage["completion_tokens"],
+        "output_tokens_details": {"reasoning_tokens": reasoning or 0},
+        "total_tokens": usage["total_tokens"],
+    }
 
 
-# ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Server
-# ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
+
 
 class ServerOptions(NamedTuple):
     """What the command line or make_server() says about serving; see `--help`. Times are seconds."""
@@ -5378,7 +7132,7 @@ class ServerOptions(NamedTuple):
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError("%s is no JSON" % name)
+    raise ValueError(f"{name} is no JSON")
 
 
 def _bounded_int(digits: str) -> int:
@@ -5394,7 +7148,9 @@ def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict:
     return value
 
 
-_STRICT_JSON = json.JSONDecoder(parse_constant=_no_constant, parse_int=_bounded_int, object_pairs_hook=_unique_pairs)
+_STRICT_JSON = json.JSONDecoder(
+    parse_constant=_no_constant, parse_int=_bounded_int, object_pairs_hook=_unique_pairs
+)
 
 
 def parse_json(body: bytes) -> Any:
@@ -5406,7 +7162,7 @@ def parse_json(body: bytes) -> Any:
     except RecursionError:
         raise BadRequest("the body is nested too deeply", code="invalid_json") from None
     except ValueError as error:
-        raise BadRequest("the body is not valid JSON: %s" % error, code="invalid_json") from None
+        raise BadRequest(f"the body is not valid JSON: {error}", code="invalid_json") from None
 
 
 def split_host(value: str) -> str:
@@ -5444,8 +7200,10 @@ def checked_keys(keys: Iterable[str] | str, source: str = "--api-key") -> tuple[
     for key in listed(keys):
         key = key.strip() if isinstance(key, str) else ""
         if len(key) < 2 or not key.isprintable():
-            raise ValueError(f"{source}: a key must have at least 2 characters, none of them a control character; "
-                             "is the variable that should hold it set?")
+            raise ValueError(
+                f"{source}: a key must have at least 2 characters, none of them a control character; "
+                "is the variable that should hold it set?"
+            )
         checked.append(key)
     return tuple(checked)
 
@@ -5460,8 +7218,13 @@ class AccessPolicy:
 
     def __init__(self, options: ServerOptions):
         self._hosts = {name.lower() for name in options.allow_hosts} | {
-            "host.docker.internal", socket.gethostname().lower(), options.host.lower()}
-        self._origins = {re.sub(r"(?<![/:])/\Z", "", origin).lower() for origin in options.allow_origins}
+            "host.docker.internal",
+            socket.gethostname().lower(),
+            options.host.lower(),
+        }
+        self._origins = {
+            re.sub(r"(?<![/:])/\Z", "", origin).lower() for origin in options.allow_origins
+        }
         self._keys = [key.encode() for key in checked_keys(options.api_keys)]
         for key in options.api_keys:
             keep_secret(key.strip())
@@ -5471,7 +7234,8 @@ class AccessPolicy:
             raise ValueError(
                 f"listening on {options.host or 'all addresses'} lets everybody on the network spend your quota: say "
                 "--no-auth, or give a key, here a fresh one: python3 qwen_proxy.py --host "
-                f"{options.host or '0.0.0.0'} --port {options.port} --api-key {secrets.token_hex(16)}")
+                f"{options.host or '0.0.0.0'} --port {options.port} --api-key {secrets.token_hex(16)}"
+            )
 
     @staticmethod
     def is_local(host: str) -> bool:
@@ -5485,7 +7249,9 @@ class AccessPolicy:
         """What the options open that a person may not have meant."""
         found = []
         if "null" in self._origins:
-            found.append("--allow-origin null lets every web page use this server: a sandboxed frame has that origin")
+            found.append(
+                "--allow-origin null lets every web page use this server: a sandboxed frame has that origin"
+            )
         if "*" in self._origins and not self._keys:
             found.append("--allow-origin * without --api-key lets every web page use this server")
         return found
@@ -5503,26 +7269,47 @@ class AccessPolicy:
             with contextlib.suppress(ValueError):
                 ipaddress.ip_address(name)
                 return
-        raise ProxyError("the Host header %r does not name this machine; if it should, add --allow-host NAME"
-                         % shorten(host, 100), 403, "host_not_allowed", "permission_error")
+        raise ProxyError(
+            f"the Host header {shorten(host, 100)!r} does not name this machine; if it should, add --allow-host NAME",
+            403,
+            "host_not_allowed",
+            "permission_error",
+        )
 
     def allows_origin(self, origin: str) -> bool:
         """Whether pages of this origin may use the server."""
-        return "*" in self._origins or origin.lower() in self._origins or bool(LOCAL_ORIGINS.match(origin))
+        return (
+            "*" in self._origins
+            or origin.lower() in self._origins
+            or bool(LOCAL_ORIGINS.match(origin))
+        )
 
     def check_key(self, headers: dict[str, str]) -> str:
         """The name of the key that is presented, '' where none is needed; raises ProxyError for a wrong one."""
         if not self._keys:
             return ""
         scheme, _, bearer = headers.get("authorization", "").partition(" ")
-        presented = [headers.get("x-api-key", ""), headers.get("api-key", ""),
-                     bearer if scheme.lower() == "bearer" else ""]
-        matches = [any([hmac.compare_digest(key, value.strip(" ").encode("latin-1", "replace")) for value in presented])
-                   for key in self._keys]
+        presented = [
+            headers.get("x-api-key", ""),
+            headers.get("api-key", ""),
+            bearer if scheme.lower() == "bearer" else "",
+        ]
+        matches = [
+            any(
+                hmac.compare_digest(key, value.strip(" ").encode("latin-1", "replace"))
+                for value in presented
+            )
+            for key in self._keys
+        ]
         if not any(matches):
-            raise ProxyError("this server wants an API key: one of those given with --api-key, as "
-                             "'Authorization: Bearer KEY'", 401, "invalid_api_key", "authentication_error",
-                             headers=[("WWW-Authenticate", "Bearer")])
+            raise ProxyError(
+                "this server wants an API key: one of those given with --api-key, as "
+                "'Authorization: Bearer KEY'",
+                401,
+                "invalid_api_key",
+                "authentication_error",
+                headers=[("WWW-Authenticate", "Bearer")],
+            )
         return f"key {matches.index(True) + 1}"
 
 
@@ -5549,27 +7336,53 @@ class _DeadlineReader(io.RawIOBase):
 class Completion:
     """One request of a client on its way through the upstream: prepared, opened, read."""
 
-    def __init__(self, proxy: ProxyServer, kind: Kind, request: dict, routes: list[Route], watch: Watch,
-                 user_agent: str):
-        self._proxy, self._kind, self._request, self._routes, self._watch = proxy, kind, request, routes, watch
+    def __init__(
+        self,
+        proxy: ProxyServer,
+        kind: Kind,
+        request: dict,
+        routes: list[Route],
+        watch: Watch,
+        user_agent: str,
+    ):
+        self._proxy, self._kind, self._request, self._routes, self._watch = (
+            proxy,
+            kind,
+            request,
+            routes,
+            watch,
+        )
         self._headers = {"Accept": "text/event-stream", "User-Agent": user_agent}
         self._body: dict = {}
         self._prepared_for: Route | None = None
 
     def open(self) -> Answer:
         """The answer, begun: whatever can still become an HTTP status has been raised."""
-        return open_answer(self._routes, self._attempt, self._repair, self._watch, self._proxy.options.retries)
+        return open_answer(
+            self._routes, self._attempt, self._repair, self._watch, self._proxy.options.retries
+        )
 
     def _attempt(self, route: Route, access_token: str) -> Answer:
         if self._prepared_for is not route:
             self._prepare(route)
-        response = self._proxy.upstream.send(route, self._kind.path, encode_json(self._body), access_token, self._watch,
-                                             self._headers)
+        response = self._proxy.upstream.send(
+            route,
+            self._kind.path,
+            encode_json(self._body),
+            access_token,
+            self._watch,
+            self._headers,
+        )
         try:
             if not 200 <= response.status < 300:
                 raise refused(response, route)
-            return Answer(response, route, self._kind.translator(self._request, route), self._kind.collector(),
-                          self._watch)
+            return Answer(
+                response,
+                route,
+                self._kind.translator(self._request, route),
+                self._kind.collector(),
+                self._watch,
+            )
         except BaseException:
             response.close()
             raise
@@ -5581,7 +7394,12 @@ class Completion:
         for given_up in filter(None, fired.values()):
             log.info("%s: %s", route.model, given_up)
         if log.isEnabledFor(logging.DEBUG):
-            log.debug("rules: %s; to %s: %s", ", ".join(fired) or "none", route.provider.name, excerpt(self._body))
+            log.debug(
+                "rules: %s; to %s: %s",
+                ", ".join(fired) or "none",
+                route.provider.name,
+                excerpt(self._body),
+            )
 
     def _repair(self, error: UpstreamError) -> bool:
         how = repair_request(self._body, error)
@@ -5600,19 +7418,28 @@ def refuse_unserved(path: str, route: Route) -> None:
 class EmbeddingBatch:
     """Some texts of a request for embeddings on their way through the upstream."""
 
-    def __init__(self, proxy: ProxyServer, request: dict, texts: list[str], watch: Watch, user_agent: str):
+    def __init__(
+        self, proxy: ProxyServer, request: dict, texts: list[str], watch: Watch, user_agent: str
+    ):
         self._proxy, self._request, self._texts, self._watch = proxy, request, texts, watch
         self._headers = {"Accept": "application/json", "User-Agent": user_agent}
         self.route: Route | None = None
 
     def fetch(self, routes: list[Route]) -> tuple[list[list[float]], dict]:
         """Vectors and usage."""
-        return open_answer(routes, self._attempt, lambda error: False, self._watch, self._proxy.options.retries)
+        return open_answer(
+            routes, self._attempt, lambda error: False, self._watch, self._proxy.options.retries
+        )
 
     def _attempt(self, route: Route, access_token: str) -> tuple[list[list[float]], dict]:
         refuse_unserved("/embeddings", route)
-        self.route, body = route, encode_json(to_embedding_request(self._request, self._texts, route))
-        response = self._proxy.upstream.send(route, "/embeddings", body, access_token, self._watch, self._headers)
+        self.route, body = (
+            route,
+            encode_json(to_embedding_request(self._request, self._texts, route)),
+        )
+        response = self._proxy.upstream.send(
+            route, "/embeddings", body, access_token, self._watch, self._headers
+        )
         try:
             if not 200 <= response.status < 300:
                 raise refused(response, route)
@@ -5621,8 +7448,9 @@ class EmbeddingBatch:
             response.close()
 
 
-def fetch_batches(batches: list[EmbeddingBatch], routes: list[Route],
-                  stop: Callable[[], None]) -> list[tuple[list[list[float]], dict]]:
+def fetch_batches(
+    batches: list[EmbeddingBatch], routes: list[Route], stop: Callable[[], None]
+) -> list[tuple[list[list[float]], dict]]:
     """What all batches bring, in their order, a few of them at a time; stop() is called when one fails."""
     if len(batches) == 1:
         return [batches[0].fetch(routes)]
@@ -5634,7 +7462,7 @@ def fetch_batches(batches: list[EmbeddingBatch], routes: list[Route],
             for future in futures:
                 future.cancel()
             stop()
-            raise failures[0]                   # type: ignore[misc]
+            raise failures[0]  # type: ignore[misc]
         return [future.result() for future in futures]
 
 
@@ -5651,9 +7479,20 @@ def refused(response: UpstreamResponse, route: Route) -> UpstreamError:
 class Answer:
     """An upstream's answer whose first chunk is there."""
 
-    def __init__(self, response: UpstreamResponse, route: Route, translator: ChunkTranslator,
-                 collector: CompletionCollector, watch: Watch):
-        self.response, self.route, self.translator, self._collector = response, route, translator, collector
+    def __init__(
+        self,
+        response: UpstreamResponse,
+        route: Route,
+        translator: ChunkTranslator,
+        collector: CompletionCollector,
+        watch: Watch,
+    ):
+        self.response, self.route, self.translator, self._collector = (
+            response,
+            route,
+            translator,
+            collector,
+        )
         self.request_id = response.headers.get("x-request-id")
         self._chunks, self._first = iter_chunks(response.pieces(), translator), []  # type: ignore[var-annotated]
         for translated in self._chunks:
@@ -5725,7 +7564,9 @@ class ResponseForm:
 
     def events(self, translated: Translated) -> list[bytes]:
         """Some chunks."""
-        return self._encoded([event for chunk, _ in translated for event in self._events.feed(chunk)])
+        return self._encoded(
+            [event for chunk, _ in translated for event in self._events.feed(chunk)]
+        )
 
     def end(self, usage: dict | None) -> list[bytes]:
         """After the last chunk."""
@@ -5755,12 +7596,14 @@ class ResponseForm:
 
 def excerpt(value: Any, longest: int = 200) -> str:
     """A JSON value for the log, long strings cut."""
+
     def cut(item: Any) -> Any:
         if isinstance(item, str) and len(item) > longest:
             return f"{shorten(item, longest)}... ({len(item)} characters)"
         if isinstance(item, dict):
             return {name: cut(inner) for name, inner in item.items()}
         return [cut(inner) for inner in item] if isinstance(item, list) else item
+
     try:
         return json.dumps(cut(value), ensure_ascii=False)
     except RecursionError:
@@ -5781,8 +7624,17 @@ ROUTES = {
 WITHOUT_KEY = ("/health", "/")
 _REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) ([\x21-\x7e]+) HTTP/(\d)\.(\d)\r\n\Z")
 _HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n\Z")
-_SINGLE = frozenset({"content-length", "transfer-encoding", "host", "authorization", "origin", "content-type",
-                     "content-encoding"})
+_SINGLE = frozenset(
+    {
+        "content-length",
+        "transfer-encoding",
+        "host",
+        "authorization",
+        "origin",
+        "content-type",
+        "content-encoding",
+    }
+)
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})\r\n\Z")
 
 
@@ -5805,7 +7657,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.rfile.close()
         self.connection.setblocking(False)
         self._reader = _DeadlineReader(self.connection)
-        self.rfile = io.BufferedReader(self._reader, 8192)      # type: ignore[assignment]
+        self.rfile = io.BufferedReader(self._reader, 8192)  # type: ignore[assignment]
         self.proxy = self.server.proxy
         self.is_busy = False
         self.proxy.handlers.add(self)
@@ -5820,7 +7672,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._begin()
         try:
             self._reader.deadline = time.monotonic() + IDLE_TIMEOUT
-            if not self.rfile.peek(1):                              # type: ignore[attr-defined]
+            if not self.rfile.peek(1):  # type: ignore[attr-defined]
                 self.close_connection = True
                 return
             self.is_busy = True
@@ -5832,10 +7684,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except ProxyError as error:
             self.close_connection = True
             self._guarded(self._send_problem, error)
-        except (OSError, ClientGone, ValueError) as error:      # ValueError: a closed file, on shutdown
+        except (OSError, ClientGone, ValueError) as error:
+            # ValueError: a closed file, on shutdown
             self.close_connection = True
             if self.is_busy and isinstance(error, socket.timeout):
-                self._guarded(self._send_problem, BadRequest("the request did not arrive in time", 408))
+                self._guarded(
+                    self._send_problem, BadRequest("the request did not arrive in time", 408)
+                )
         finally:
             if self.is_busy:
                 self._log_answer()
@@ -5845,18 +7700,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self._linger()
 
     def _begin(self) -> None:
-        self.close_connection, self.command, self.path, self.headers = True, "", "", {}     # type: ignore[assignment]
+        self.close_connection, self.command, self.path, self.headers = True, "", "", {}  # type: ignore[assignment]
         self._form: ChunkForm | ResponseForm = ChunkForm()
         self.status, self._unread, self._is_chunked, self._length = 0, False, False, 0
         self._head_sent = self._is_http_1_0 = False
         self._cors: list[tuple[str, str]] = []
         self._note = self._owner = ""
-        self._request_id = "req_%024x" % random.getrandbits(96)     # no secret; os.urandom is a system call
+        self._request_id = "req_{:024x}".format(
+            random.getrandbits(96)
+            # no secret; os.urandom is a system call
+        )
         self._started = time.monotonic()
 
     def parse_request(self) -> bool:
         """Read request line and headers; raises BadRequest for whatever RFC 9112 calls malformed."""
-        line = self.raw_requestline if self.raw_requestline != b"\r\n" else self.rfile.readline(MAX_LINE + 1)
+        line = (
+            self.raw_requestline
+            if self.raw_requestline != b"\r\n"
+            else self.rfile.readline(MAX_LINE + 1)
+        )
         match = _REQUEST_LINE.match(line)
         if len(line) > MAX_LINE:
             raise BadRequest("the request line is too long", 414)
@@ -5867,7 +7729,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if version not in ((1, 0), (1, 1)):
             raise BadRequest("only HTTP/1.0 and HTTP/1.1 are spoken here", 505)
         self._is_http_1_0 = version == (1, 0)
-        self.headers = self._read_headers()     # type: ignore[assignment]
+        self.headers = self._read_headers()  # type: ignore[assignment]
         self._check_framing()
         connection = self.headers.get("connection", "").lower()
         self.close_connection = "close" in connection or self._is_http_1_0
@@ -5886,11 +7748,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             match = _HEADER_LINE.match(line)
             if len(line) > MAX_LINE:
                 raise BadRequest("a header line is too long", 431)
-            if not match:                       # obs-fold, NUL, bare CR or LF, a space before the colon
+            # obs-fold, NUL, bare CR or LF, a space before the colon
+            if not match:
                 raise BadRequest("a header line is malformed")
-            name, value = match.group(1).decode().lower(), match.group(2).decode("latin-1").strip(" \t")
+            name, value = (
+                match.group(1).decode().lower(),
+                match.group(2).decode("latin-1").strip(" \t"),
+            )
             if name in headers and name in _SINGLE:
-                raise BadRequest("the header %s occurs twice" % name)
+                raise BadRequest(f"the header {name} occurs twice")
             headers[name] = headers[name] + ", " + value if name in headers else value
         raise BadRequest("there are more than %d headers" % MAX_HEADERS, 431)
 
@@ -5901,7 +7767,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if length is not None or self._is_http_1_0:
                 raise BadRequest("Transfer-Encoding beside Content-Length, or in HTTP/1.0")
             if coding.lower() != "chunked":
-                raise BadRequest("the transfer coding %r is not supported; use chunked" % shorten(coding, 40))
+                raise BadRequest(
+                    f"the transfer coding {shorten(coding, 40)!r} is not supported; use chunked"
+                )
             self._is_chunked = self._unread = True
         elif length is not None:
             if not re.match(r"[0-9]{1,18}\Z", length):
@@ -5917,30 +7785,45 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return self._send_preflight()
             method, needs_key = self._route()
             if needs_key:
-                self._owner = self.proxy.access.check_key(self.headers)         # type: ignore[arg-type]
+                self._owner = self.proxy.access.check_key(self.headers)  # type: ignore[arg-type]
             return method()
         except ProxyError as error:
             self._guarded(self._send_problem, error)
         except ShuttingDown:
-            problem = ProxyError("the server is stopping; try again in a moment", 503, "shutting_down", "server_error",
-                                 headers=[("Retry-After", "2")])
+            problem = ProxyError(
+                "the server is stopping; try again in a moment",
+                503,
+                "shutting_down",
+                "server_error",
+                headers=[("Retry-After", "2")],
+            )
             self.close_connection = True
             self._guarded(self._send_problem, problem)
         except (ClientGone, OSError) as error:
             self.close_connection, self.status = True, 499
             if isinstance(error, socket.timeout) and not self._head_sent and self._unread:
-                self._guarded(self._send_problem, BadRequest("the request did not arrive in time", 408))
-        except Exception as error:      # noqa: B902 - the one place: a fault of ours must not end in a traceback
+                self._guarded(
+                    self._send_problem, BadRequest("the request did not arrive in time", 408)
+                )
+        except Exception as error:  # noqa: B902 - the one place: a fault of ours must not end in a traceback
             frame = error.__traceback__
             while frame and frame.tb_next:
                 frame = frame.tb_next
-            log.error("%s in line %d: %s; please report this", type(error).__name__, frame.tb_lineno if frame else 0,
-                      shorten(str(error), 200))
+            log.error(
+                "%s in line %d: %s; please report this",
+                type(error).__name__,
+                frame.tb_lineno if frame else 0,
+                shorten(str(error), 200),
+            )
             for line in traceback.format_exc().splitlines():
                 log.debug("%s", line)
             self.close_connection = True
-            self._guarded(self._send_problem, ProxyError("an internal error of qwen_proxy (%s); its log says where"
-                                                         % type(error).__name__))
+            self._guarded(
+                self._send_problem,
+                ProxyError(
+                    f"an internal error of qwen_proxy ({type(error).__name__}); its log says where"
+                ),
+            )
         return None
 
     def _guarded(self, send: Callable[..., None], *arguments: Any) -> None:
@@ -5958,19 +7841,39 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if origin is not None:
             if not access.allows_origin(origin):
                 if origin == "null":
-                    raise ProxyError("pages without an origin of their own (a file, a sandboxed frame) may not use this "
-                                     "server; serve the page over http on localhost", 403, "origin_not_allowed",
-                                     "permission_error")
-                raise ProxyError("pages of %s may not use this server; if they should, start it with --allow-origin %s"
-                                 % (shorten(origin, 100), shorten(origin, 100)), 403, "origin_not_allowed", "permission_error")
-            self._cors = [("Access-Control-Allow-Origin", origin), ("Vary", "Origin"),
-                          ("Access-Control-Expose-Headers",
-                           "x-request-id, retry-after, retry-after-ms, x-qwen-provider")]
+                    raise ProxyError(
+                        "pages without an origin of their own (a file, a sandboxed frame) may not use this "
+                        "server; serve the page over http on localhost",
+                        403,
+                        "origin_not_allowed",
+                        "permission_error",
+                    )
+                raise ProxyError(
+                    f"pages of {shorten(origin, 100)} may not use this server; if they should, start it with --allow-origin {shorten(origin, 100)}",
+                    403,
+                    "origin_not_allowed",
+                    "permission_error",
+                )
+            self._cors = [
+                ("Access-Control-Allow-Origin", origin),
+                ("Vary", "Origin"),
+                (
+                    "Access-Control-Expose-Headers",
+                    "x-request-id, retry-after, retry-after-ms, x-qwen-provider",
+                ),
+            ]
             if self.command == "POST" and not self._declares_json():
-                raise BadRequest("a request from a web page must be declared as Content-Type: application/json", 415)
+                raise BadRequest(
+                    "a request from a web page must be declared as Content-Type: application/json",
+                    415,
+                )
         elif self.headers.get("sec-fetch-site") == "cross-site" and not self._is_harmless():
-            raise ProxyError("a request from another site, without an Origin that could be checked", 403,
-                             "origin_not_allowed", "permission_error")
+            raise ProxyError(
+                "a request from another site, without an Origin that could be checked",
+                403,
+                "origin_not_allowed",
+                "permission_error",
+            )
 
     def _is_harmless(self) -> bool:
         """Whether a cross-site request without Origin is a visit by link, or of an app that has web security off.
@@ -5979,21 +7882,35 @@ class Handler(http.server.BaseHTTPRequestHandler):
         Chatbox and Cherry Studio have web security off.
         """
         mode = self.headers.get("sec-fetch-mode")
-        return (mode == "cors" and (self.command != "POST" or self._declares_json())
-                or mode == "navigate" and self.command == "GET")
+        return (
+            mode == "cors"
+            and (self.command != "POST" or self._declares_json())
+            or mode == "navigate"
+            and self.command == "GET"
+        )
 
     def _declares_json(self) -> bool:
-        return self.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json"
+        return (
+            self.headers.get("content-type", "").partition(";")[0].strip().lower()
+            == "application/json"
+        )
 
     def _send_preflight(self) -> None:
         headers = [("Allow", "GET, POST, OPTIONS")]
         if self._cors:
-            headers = [("Access-Control-Allow-Methods", "GET, POST, OPTIONS"), ("Access-Control-Max-Age", "600"),
-                       ("Access-Control-Allow-Origin", self.headers["origin"]),
-                       ("Vary", "Origin, Access-Control-Request-Headers, Access-Control-Request-Private-Network")]
+            headers = [
+                ("Access-Control-Allow-Methods", "GET, POST, OPTIONS"),
+                ("Access-Control-Max-Age", "600"),
+                ("Access-Control-Allow-Origin", self.headers["origin"]),
+                (
+                    "Vary",
+                    "Origin, Access-Control-Request-Headers, Access-Control-Request-Private-Network",
+                ),
+            ]
             self._cors = []
             wanted = self.headers.get("access-control-request-headers", "")
-            if wanted:                          # echoed: any fixed list of x-stainless-* names ages (ollama#3571)
+            # echoed: any fixed list of x-stainless-* names ages (ollama#3571)
+            if wanted:
                 headers.append(("Access-Control-Allow-Headers", wanted))
             if self.headers.get("access-control-request-private-network") == "true":
                 headers.append(("Access-Control-Allow-Private-Network", "true"))
@@ -6004,27 +7921,47 @@ class Handler(http.server.BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         if not path.startswith("/"):
             raise BadRequest("the request target must be a path, such as /v1/chat/completions")
-        path = "/" + path.lstrip("/")           # base URLs that end in a slash get another one: Jan asks for //models
+        path = "/" + path.lstrip(
+            "/"
+            # base URLs that end in a slash get another one: Jan asks for //models
+        )
         if path == "/v1" or path.startswith("/v1/"):
             path = "/" + path[3:].lstrip("/")
         path = path.rstrip("/") or "/"
-        self._model_id = urllib.parse.unquote(path[len("/models/"):]) if path.startswith("/models/") else ""
+        self._model_id = (
+            urllib.parse.unquote(path[len("/models/") :]) if path.startswith("/models/") else ""
+        )
         if self._model_id:
             path = "/models/{id}"
         if path.startswith("/responses/"):
-            raise BadRequest("responses are not stored here (store is false): send the whole conversation as input",
-                             404, "response_not_found")
+            raise BadRequest(
+                "responses are not stored here (store is false): send the whole conversation as input",
+                404,
+                "response_not_found",
+            )
         methods = ROUTES.get(path)
         if methods is None:
-            known = ", ".join("%s /v1%s" % (method, route) for route, methods in ROUTES.items() for method in methods
-                              if route not in WITHOUT_KEY)
-            raise BadRequest("there is no %s here; there are: %s, GET /health"
-                             % (shorten(self.path.partition("?")[0], 200), known), 404,
-                             "unknown_url")
+            known = ", ".join(
+                f"{method} /v1{route}"
+                for route, methods in ROUTES.items()
+                for method in methods
+                if route not in WITHOUT_KEY
+            )
+            raise BadRequest(
+                "there is no {} here; there are: {}, GET /health".format(
+                    shorten(self.path.partition("?")[0], 200), known
+                ),
+                404,
+                "unknown_url",
+            )
         command = "GET" if self.command == "HEAD" else self.command
         if command not in methods:
-            raise BadRequest("%s is not possible on this path; use %s" % (self.command, ", ".join(methods)), 405,
-                             "method_not_allowed", headers=[("Allow", ", ".join([*methods, "OPTIONS"]))])
+            raise BadRequest(
+                "{} is not possible on this path; use {}".format(self.command, ", ".join(methods)),
+                405,
+                "method_not_allowed",
+                headers=[("Allow", ", ".join([*methods, "OPTIONS"]))],
+            )
         return getattr(self, methods[command]), path not in WITHOUT_KEY
 
     # -- reading the body ------------------------------------------------------------------------
@@ -6071,25 +8008,30 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if coding in ("identity", ""):
             return body
         if coding not in ("gzip", "x-gzip", "deflate"):
-            raise BadRequest("the content coding %r is not supported; send the body plain or as gzip" % shorten(coding, 40),
-                             415)
+            raise BadRequest(
+                f"the content coding {shorten(coding, 40)!r} is not supported; send the body plain or as gzip",
+                415,
+            )
         limit = self.proxy.options.max_body
         try:
             decoder = zlib.decompressobj(zlib.MAX_WBITS | 32)
             decoded = decoder.decompress(body, limit + 1)
         except zlib.error:
-            raise BadRequest("the body is not valid %s" % coding) from None
+            raise BadRequest(f"the body is not valid {coding}") from None
         if len(decoded) > limit:
             raise self._too_large()
         if not decoder.eof:
-            raise BadRequest("the %s body is cut off" % coding)
+            raise BadRequest(f"the {coding} body is cut off")
         return decoded
 
     def _too_large(self) -> BadRequest:
         self.close_connection = True
-        return BadRequest("the body is larger than %d MiB; --max-body allows more"
-                          % (self.proxy.options.max_body >> 20), 413,
-                          "request_too_large")
+        return BadRequest(
+            "the body is larger than %d MiB; --max-body allows more"
+            % (self.proxy.options.max_body >> 20),
+            413,
+            "request_too_large",
+        )
 
     def _drop_body(self) -> None:
         """Read the small body of a request that is refused, so that its connection can be used again."""
@@ -6120,7 +8062,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _send(self, status: int, headers: list[tuple[str, str]], body: bytes | None) -> None:
         """Write the head and, where it is known, the body, in one go; None starts a chunked body."""
         lines = ["HTTP/1.1 %d %s" % (status, http.client.responses.get(status, "Status"))]
-        lines += ["%s: %s" % header for header in headers + self._cors]
+        lines += ["{}: {}".format(*header) for header in headers + self._cors]
         lines.append("X-Request-Id: " + self._request_id)
         if body is None:
             lines.append("Connection: close" if self._is_http_1_0 else "Transfer-Encoding: chunked")
@@ -6133,7 +8075,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             lines.append("Connection: close")
         self._head_sent, self.status = True, status
         # One line each, whatever a header's value holds, and nothing secret in them.
-        text = public("\r\n".join(line if line.isprintable() else public(line) for line in lines), keep="\r\n")
+        text = public(
+            "\r\n".join(line if line.isprintable() else public(line) for line in lines), keep="\r\n"
+        )
         head = (text + "\r\n\r\n").encode("latin-1", "replace")
         self._write(head if self.command == "HEAD" else head + (body or b""))
 
@@ -6148,7 +8092,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self._send_json(error.status, error.body(), error.headers)
         self.status = error.status
         self._write_pieces(self._form.problem(error))
-        return self._write_end()                # the body ends as it should: the connection can be used again
+        # the body ends as it should: the connection can be used again
+        return self._write_end()
 
     def _adopt_request_id(self, request_id: str | None) -> None:
         """Answer with the upstream's own handle, if it fits into a header."""
@@ -6157,12 +8102,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _start_stream(self, headers: Iterable[tuple[str, str]] = ()) -> None:
         if not self._head_sent:
-            self._send(200, [("Content-Type", "text/event-stream; charset=utf-8"), ("Cache-Control", "no-cache"),
-                             *headers], None)
+            self._send(
+                200,
+                [
+                    ("Content-Type", "text/event-stream; charset=utf-8"),
+                    ("Cache-Control", "no-cache"),
+                    *headers,
+                ],
+                None,
+            )
 
     def _sign_of_life(self, routes: list[Route]) -> None:
         # The head goes out with it, so that it names who will answer where nobody else can.
-        self._start_stream([("x-qwen-provider", routes[0].provider.name)] if len(routes) == 1 else ())
+        self._start_stream(
+            [("x-qwen-provider", routes[0].provider.name)] if len(routes) == 1 else ()
+        )
         self._write_pieces(self._form.alive())
 
     def _write_pieces(self, pieces: list[bytes]) -> None:
@@ -6191,9 +8145,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def post_chat_completions(self) -> None:
         request = self._read_json()
         if isinstance(request, dict) and "messages" not in request and "input" in request:
-            # Cursor sends the body of a Responses request here and wants chunks back (forum.cursor.com #159298).
-            request = {**to_chat_request(request, self.proxy.items, self._owner).chat,
-                       "stream_options": {"include_usage": True}}
+            # Cursor sends the body of a Responses request here and wants chunks back
+            # (forum.cursor.com #159298).
+            request = {
+                **to_chat_request(request, self.proxy.items, self._owner).chat,
+                "stream_options": {"include_usage": True},
+            }
         self._complete(CHAT, request)
 
     def post_completions(self) -> None:
@@ -6203,19 +8160,33 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """The Responses API in front of and behind the one path of all completions."""
         asked = to_chat_request(self._read_json(), self.proxy.items, self._owner)
         if asked.skipped:
-            log.info("left out, since only OpenAI runs them: tools of type %s",
-                     shorten(", ".join(sorted(set(asked.skipped))), 200))
-        self._form = ResponseForm(asked, self.proxy.routes(asked.chat.get("model"))[0].model, self.proxy.items,
-                                  self._owner)
+            log.info(
+                "left out, since only OpenAI runs them: tools of type %s",
+                shorten(", ".join(sorted(set(asked.skipped))), 200),
+            )
+        self._form = ResponseForm(
+            asked,
+            self.proxy.routes(asked.chat.get("model"))[0].model,
+            self.proxy.items,
+            self._owner,
+        )
         self._complete(CHAT, asked.chat)
 
     def get_responses(self) -> None:
         """Codex asks for a WebSocket first and falls back at once on 426, but only after six seconds on 404."""
         if "websocket" not in self.headers.get("upgrade", "").lower():
-            raise BadRequest("responses are not stored here; POST to /v1/responses", 405, "method_not_allowed",
-                             headers=[("Allow", "POST, OPTIONS")])
-        raise BadRequest("there are no WebSockets here; POST to /v1/responses", 426, "upgrade_not_supported",
-                         headers=[("Upgrade", "HTTP/1.1")])
+            raise BadRequest(
+                "responses are not stored here; POST to /v1/responses",
+                405,
+                "method_not_allowed",
+                headers=[("Allow", "POST, OPTIONS")],
+            )
+        raise BadRequest(
+            "there are no WebSockets here; POST to /v1/responses",
+            426,
+            "upgrade_not_supported",
+            headers=[("Upgrade", "HTTP/1.1")],
+        )
 
     def _complete(self, kind: Kind, request: Any) -> None:
         """The one path of all completions, streamed and not."""
@@ -6223,19 +8194,30 @@ class Handler(http.server.BaseHTTPRequestHandler):
         kind.check(request)
         options, is_stream = self.proxy.options, request.get("stream") is True
         routes = self.proxy.routes(request.get("model"))
-        watch = Watch(self.connection, options.timeout, options.keep_alive,
-                      functools.partial(self._sign_of_life, routes) if is_stream else None)
+        watch = Watch(
+            self.connection,
+            options.timeout,
+            options.keep_alive,
+            functools.partial(self._sign_of_life, routes) if is_stream else None,
+        )
         with self.proxy.running(watch):
             answer = Completion(self.proxy, kind, request, routes, watch, self._user_agent()).open()
             try:
-                self._note = "%s via %s" % (answer.route.model, answer.route.provider.name)
+                self._note = f"{answer.route.model} via {answer.route.provider.name}"
                 self._adopt_request_id(answer.request_id)
                 if is_stream:
                     self._send_stream(answer, watch)
                 else:
-                    self._send_json(200, self._form.whole(answer), [("x-qwen-provider", answer.route.provider.name)])
+                    self._send_json(
+                        200,
+                        self._form.whole(answer),
+                        [("x-qwen-provider", answer.route.provider.name)],
+                    )
                 usage = answer.translator.usage or {}
-                self._note += ", %s+%s tokens" % (usage.get("prompt_tokens", "?"), usage.get("completion_tokens", "?"))
+                self._note += ", {}+{} tokens".format(
+                    usage.get("prompt_tokens", "?"),
+                    usage.get("completion_tokens", "?"),
+                )
                 answer.response.drain()
             finally:
                 answer.response.close()
@@ -6258,16 +8240,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
         request = self._read_json()
         texts, routes = embedding_texts(request), self.proxy.routes(request["model"])
         size = min(embedding_batch_size(route) for route in routes)
-        parts = [texts[start:start + size] for start in range(0, len(texts), size)]
+        parts = [texts[start : start + size] for start in range(0, len(texts), size)]
         watches = [Watch(self.connection, self.proxy.options.timeout) for _ in parts]
-        batches = [EmbeddingBatch(self.proxy, request, part, watch, self._user_agent())
-                   for part, watch in zip(parts, watches)]
+        batches = [
+            EmbeddingBatch(self.proxy, request, part, watch, self._user_agent())
+            for part, watch in zip(parts, watches)
+        ]
         with self.proxy.running(*watches):
             fetched = fetch_batches(batches, routes, lambda: [watch.stop() for watch in watches])
         route = batches[0].route or routes[0]
         answer = embeddings_answer(route.model, fetched, request.get("encoding_format"))
-        self._note = "%s via %s, %d texts, %d tokens" % (route.model, route.provider.name, len(texts),
-                                                         answer["usage"]["total_tokens"])
+        self._note = "%s via %s, %d texts, %d tokens" % (
+            route.model,
+            route.provider.name,
+            len(texts),
+            answer["usage"]["total_tokens"],
+        )
         self._send_json(200, answer, [("x-qwen-provider", route.provider.name)])
 
     def _user_agent(self) -> str:
@@ -6281,10 +8269,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._send_json(200, {"object": "list", "data": self.proxy.models()})
 
     def get_model(self) -> None:
-        found = next((model for model in self.proxy.models() if model["id"] == self._model_id), None)
+        found = next(
+            (model for model in self.proxy.models() if model["id"] == self._model_id), None
+        )
         if found is None:
-            raise BadRequest("the model %r is not among those of /v1/models" % shorten(self._model_id, 100), 404,
-                             "model_not_found", param="model")
+            raise BadRequest(
+                f"the model {shorten(self._model_id, 100)!r} is not among those of /v1/models",
+                404,
+                "model_not_found",
+                param="model",
+            )
         self._send_json(200, found)
 
     def get_health(self) -> None:
@@ -6293,18 +8287,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def get_root(self) -> None:
         key = "one of --api-key" if self.proxy.options.api_keys else "anything"
         routes = ", ".join("/v1" + path for path in ROUTES if path not in WITHOUT_KEY) + ", /health"
-        text = ("qwen_proxy %s: Qwen's models as an OpenAI-compatible API.\n\nBase URL: %s\nAPI key: %s\nRoutes: %s\n"
-                % (__version__, self.proxy.url, key, routes))
+        text = f"qwen_proxy {__version__}: Qwen's models as an OpenAI-compatible API.\n\nBase URL: {self.proxy.url}\nAPI key: {key}\nRoutes: {routes}\n"
         self._send(200, [("Content-Type", "text/plain; charset=utf-8")], text.encode())
 
     # -- the log ---------------------------------------------------------------------------------
 
     def _log_answer(self) -> None:
         attempt = self.headers.get("x-stainless-retry-count", "0")
-        log.info("%s %s %d %.2fs%s%s", self.command or "?", shorten(self.path.partition("?")[0], 100) or "?",
-                 self.status or 499, time.monotonic() - self._started,
-                 " " + shorten(self._note, 300) if self._note else "",
-                 " (the client's attempt %s)" % attempt[:4] if attempt != "0" else "")
+        log.info(
+            "%s %s %d %.2fs%s%s",
+            self.command or "?",
+            shorten(self.path.partition("?")[0], 100) or "?",
+            self.status or 499,
+            time.monotonic() - self._started,
+            " " + shorten(self._note, 300) if self._note else "",
+            f" (the client's attempt {attempt[:4]})" if attempt != "0" else "",
+        )
 
     def log_message(self, format: str, *args: Any) -> None:
         log.debug(format, *args)
@@ -6329,11 +8327,16 @@ class Listener(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
     request_queue_size = 1024
-    allow_reuse_address = os.name != "nt"       # there it would let two programs share the port
-    poll_interval = 0.5                         # shutdown() takes that long at most
+    # there it would let two programs share the port
+    allow_reuse_address = os.name != "nt"
+    # shutdown() takes that long at most
+    poll_interval = 0.5
 
     def __init__(self, address: tuple[str, int], proxy: ProxyServer):
-        self.proxy, self.address_family = proxy, socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        self.proxy, self.address_family = (
+            proxy,
+            socket.AF_INET6 if ":" in address[0] else socket.AF_INET,
+        )
         self._turned_away = threading.Semaphore(TURNED_AWAY)
         super().__init__(address, Handler)
 
@@ -6351,7 +8354,9 @@ class Listener(http.server.ThreadingHTTPServer):
         """A thread for the connection, or 503 when there are too many."""
         if len(self.proxy.handlers) < self.proxy.options.max_connections:
             return super().process_request(request, client_address)
-        log.warning("more than %d connections; one was turned away", self.proxy.options.max_connections)
+        log.warning(
+            "more than %d connections; one was turned away", self.proxy.options.max_connections
+        )
         if self._turned_away.acquire(blocking=False):
             threading.Thread(target=self._turn_away, args=(request,), daemon=True).start()
         else:
@@ -6360,14 +8365,25 @@ class Listener(http.server.ThreadingHTTPServer):
 
     def _turn_away(self, request: Any) -> None:
         try:
-            body = encode_json(ProxyError("too many connections; try again in a moment", 503, "too_many_connections",
-                                          "server_error").body())
+            body = encode_json(
+                ProxyError(
+                    "too many connections; try again in a moment",
+                    503,
+                    "too_many_connections",
+                    "server_error",
+                ).body()
+            )
             with contextlib.suppress(OSError):
                 request.settimeout(0.5)
-                request.sendall(b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
-                                b"Retry-After: 1\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s"
-                                % (len(body), body))
-                request.recv(PIECE)             # its request: closing on unread bytes would reset our answer away
+                request.sendall(
+                    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
+                    b"Retry-After: 1\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s"
+                    % (len(body), body)
+                )
+                request.recv(
+                    PIECE
+                    # its request: closing on unread bytes would reset our answer away
+                )
             self.shutdown_request(request)
         finally:
             self._turned_away.release()
@@ -6404,8 +8420,12 @@ class ProxyServer:
     @property
     def url(self) -> str:
         """The base URL for clients."""
-        host = "localhost" if self.options.host in ("localhost", "0.0.0.0", "::", "") else self.options.host
-        return "http://%s:%d/v1" % ("[%s]" % host if ":" in host else host, self.port)
+        host = (
+            "localhost"
+            if self.options.host in ("localhost", "0.0.0.0", "::", "")
+            else self.options.host
+        )
+        return "http://%s:%d/v1" % (f"[{host}]" if ":" in host else host, self.port)
 
     def _listen(self) -> list[Listener]:
         """One listener, or for localhost two: Node resolves that to ::1 first. Raises OSError."""
@@ -6415,7 +8435,8 @@ class ProxyServer:
         try:
             return [first, Listener(("::1", first.server_port), self)]
         except OSError as error:
-            if error.errno in (48, 98, 10048):  # EADDRINUSE: Node would reach that other program
+            # EADDRINUSE: Node would reach that other program
+            if error.errno in (48, 98, 10048):
                 first.server_close()
                 if self.options.port:
                     raise
@@ -6426,10 +8447,13 @@ class ProxyServer:
         """Serve until shutdown() is called from another thread."""
         self._is_serving = True
         for listener in self._listeners[1:]:
-            threading.Thread(target=listener.serve_forever, args=(listener.poll_interval,), daemon=True).start()
+            threading.Thread(
+                target=listener.serve_forever, args=(listener.poll_interval,), daemon=True
+            ).start()
         try:
             self._listeners[0].serve_forever(self._listeners[0].poll_interval)
-        except BaseException:                   # Ctrl-C in a program that vendors this file
+        except BaseException:
+            # Ctrl-C in a program that vendors this file
             self.shutdown()
             raise
         self._stopped.wait()
@@ -6486,46 +8510,92 @@ class ProxyServer:
 
     def _model_object(self, name: str, model: str, provider: Provider) -> dict:
         facts, config = model_facts(model), provider.entries.get(model) or {}
-        limits = {"context_length": config.get("contextWindowSize") or facts.context, "max_output_tokens": facts.output}
-        return {"id": name, "object": "model", "created": int(self._started), "owned_by": provider.name,
-                **{key: value for key, value in limits.items() if value}}
+        limits = {
+            "context_length": config.get("contextWindowSize") or facts.context,
+            "max_output_tokens": facts.output,
+        }
+        return {
+            "id": name,
+            "object": "model",
+            "created": int(self._started),
+            "owned_by": provider.name,
+            **{key: value for key, value in limits.items() if value},
+        }
 
     def health(self) -> dict:
         """The object of /health; nothing secret."""
         providers = self.catalogue.current().providers
-        login = providers[0].credentials.describe() if providers else {"type": None, "problem": "no login found"}
+        login = (
+            providers[0].credentials.describe()
+            if providers
+            else {"type": None, "problem": "no login found"}
+        )
         is_usable = bool(providers) and providers[0].problem() is None
-        return {"status": "ok" if is_usable else "no_login", "version": __version__,
-                "uptime_seconds": int(time.time() - self._started), "in_flight": len(self._watches),
-                "login": {name: login.get(name) for name in ("type", "expires_at") if name in login}}
+        return {
+            "status": "ok" if is_usable else "no_login",
+            "version": __version__,
+            "uptime_seconds": int(time.time() - self._started),
+            "in_flight": len(self._watches),
+            "login": {name: login.get(name) for name in ("type", "expires_at") if name in login},
+        }
 
 
-def make_server(host: str = "localhost", port: int = 8080, *, api_keys: Iterable[str] = (), no_auth: bool = False,
-                allow_origins: Iterable[str] = (), allow_hosts: Iterable[str] = (), provider: str | None = None,
-                base_url: str | None = None, model: str | None = None, aliases: dict[str, str] | None = None,
-                failover: bool = False, qwen_home: str | None = None, timeout: float = UPSTREAM_TIMEOUT,
-                retries: int = RETRIES, max_connections: int = MAX_CONNECTIONS, max_body_mib: int = MAX_BODY_MIB,
-                keep_alive: float = KEEP_ALIVE_INTERVAL, grace: float = GRACE,
-                environ: dict[str, str] | None = None) -> ProxyServer:
+def make_server(
+    host: str = "localhost",
+    port: int = 8080,
+    *,
+    api_keys: Iterable[str] = (),
+    no_auth: bool = False,
+    allow_origins: Iterable[str] = (),
+    allow_hosts: Iterable[str] = (),
+    provider: str | None = None,
+    base_url: str | None = None,
+    model: str | None = None,
+    aliases: dict[str, str] | None = None,
+    failover: bool = False,
+    qwen_home: str | None = None,
+    timeout: float = UPSTREAM_TIMEOUT,
+    retries: int = RETRIES,
+    max_connections: int = MAX_CONNECTIONS,
+    max_body_mib: int = MAX_BODY_MIB,
+    keep_alive: float = KEEP_ALIVE_INTERVAL,
+    grace: float = GRACE,
+    environ: dict[str, str] | None = None,
+) -> ProxyServer:
     """A server that is bound to its port and not yet running; the arguments are the options of `serve`.
 
     environ stands in for os.environ. Raises ValueError for a key that is none, or a host beyond loopback
     without a key; OSError when the port is taken.
     """
-    options = ServerOptions(host, port, checked_keys(api_keys), no_auth, tuple(listed(allow_origins)), tuple(listed(allow_hosts)),
-                            timeout, retries, max_connections, max_body_mib * 1024 * 1024, keep_alive, grace)
+    options = ServerOptions(
+        host,
+        port,
+        checked_keys(api_keys),
+        no_auth,
+        tuple(listed(allow_origins)),
+        tuple(listed(allow_hosts)),
+        timeout,
+        retries,
+        max_connections,
+        max_body_mib * 1024 * 1024,
+        keep_alive,
+        grace,
+    )
     AccessPolicy(options)
-    catalogue = Catalogue(Options(provider, base_url, model, tuple((aliases or {}).items()), qwen_home, failover),
-                          environ)
+    catalogue = Catalogue(
+        Options(provider, base_url, model, tuple((aliases or {}).items()), qwen_home, failover),
+        environ,
+    )
     return ProxyServer(catalogue, options)
 
 
-# ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Demo upstream
-# ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 DEMO_MODEL = "qwen-demo"
-DEMO_PAUSE = 0.03               # between chunks: about the pace of a model
+# between chunks: about the pace of a model
+DEMO_PAUSE = 0.03
 
 
 class DemoUpstream(http.server.BaseHTTPRequestHandler):
@@ -6535,14 +8605,21 @@ class DemoUpstream(http.server.BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
 
     def do_GET(self) -> None:
-        self._send_json(200, {"object": "list",
-                              "data": [{"id": DEMO_MODEL, "object": "model", "created": 1, "owned_by": "demo"}]})
+        self._send_json(
+            200,
+            {
+                "object": "list",
+                "data": [{"id": DEMO_MODEL, "object": "model", "created": 1, "owned_by": "demo"}],
+            },
+        )
 
     def do_POST(self) -> None:
         """A chunk at a time, as a model would; a tool call where tools are offered."""
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if not self.path.endswith("/chat/completions"):
-            return self._send_json(404, {"error": {"message": "the demo answers chat only", "code": "not_in_demo"}})
+            return self._send_json(
+                404, {"error": {"message": "the demo answers chat only", "code": "not_in_demo"}}
+            )
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")
@@ -6568,44 +8645,105 @@ class DemoUpstream(http.server.BaseHTTPRequestHandler):
 
 def demo_stream(request: dict) -> Iterator[bytes]:
     """The data of each event of an answer: some thoughts, then a tool call if tools are offered, else text."""
-    tail, answered = {"finish_reason": "stop"}, any(message["role"] == "tool" for message in request["messages"])
+    tail, answered = (
+        {"finish_reason": "stop"},
+        any(message["role"] == "tool" for message in request["messages"]),
+    )
     yield demo_chunk({"role": "assistant", "content": ""})
-    for word in "The user tries the demo, so I say that I am one.".split(" "):
+    for word in [
+        "The",
+        "user",
+        "tries",
+        "the",
+        "demo,",
+        "so",
+        "I",
+        "say",
+        "that",
+        "I",
+        "am",
+        "one.",
+    ]:
         yield demo_chunk({"reasoning_content": word + " "})
     if request.get("tools") and not answered:
         function = request["tools"][0].get("function", {})
         arguments = json.dumps(demo_arguments(function.get("parameters", {})))
-        yield demo_chunk({"tool_calls": [{"index": 0, "id": "call_demo", "type": "function",
-                                          "function": {"name": function.get("name", "tool"), "arguments": ""}}]})
+        yield demo_chunk(
+            {
+                "tool_calls": [
+                    {
+                        "index": 0,
+                        "id": "call_demo",
+                        "type": "function",
+                        "function": {"name": function.get("name", "tool"), "arguments": ""},
+                    }
+                ]
+            }
+        )
         for start in range(0, len(arguments), 8):
-            yield demo_chunk({"tool_calls": [{"index": 0, "id": "",
-                                              "function": {"arguments": arguments[start:start + 8]}}]})
+            yield demo_chunk(
+                {
+                    "tool_calls": [
+                        {
+                            "index": 0,
+                            "id": "",
+                            "function": {"arguments": arguments[start : start + 8]},
+                        }
+                    ]
+                }
+            )
         tail = {"finish_reason": "tool_calls"}
     else:
         asked = text_of(request["messages"][-1].get("content"))[:200]
         said = "The tool answered" if answered else "You said"
-        text = "This is the demo of qwen_proxy, not a model. %s: %s" % (said, asked)
+        text = f"This is the demo of qwen_proxy, not a model. {said}: {asked}"
         for word in re.findall(r"\S+\s*", text):
             yield demo_chunk({"content": word})
     yield demo_chunk({}, **tail)
     size = len(json.dumps(request["messages"])) // 4
-    yield demo_chunk(None, usage={"prompt_tokens": size, "completion_tokens": 40, "total_tokens": size + 40})
+    yield demo_chunk(
+        None, usage={"prompt_tokens": size, "completion_tokens": 40, "total_tokens": size + 40}
+    )
     yield DONE
 
 
-def demo_chunk(delta: dict | None, finish_reason: str | None = None, usage: dict | None = None) -> bytes:
+def demo_chunk(
+    delta: dict | None, finish_reason: str | None = None, usage: dict | None = None
+) -> bytes:
     """One chunk of the demo's answer."""
-    choices = [] if delta is None else [{"index": 0, "delta": delta, "finish_reason": finish_reason}]
-    return encode_json({"id": "chatcmpl-demo", "object": "chat.completion.chunk", "created": int(time.time()),
-                        "model": DEMO_MODEL, "choices": choices, "usage": usage})
+    choices = (
+        [] if delta is None else [{"index": 0, "delta": delta, "finish_reason": finish_reason}]
+    )
+    return encode_json(
+        {
+            "id": "chatcmpl-demo",
+            "object": "chat.completion.chunk",
+            "created": int(time.time()),
+            "model": DEMO_MODEL,
+            "choices": choices,
+            "usage": usage,
+        }
+    )
 
 
 def demo_arguments(schema: dict) -> dict:
     """Arguments that fit a tool's parameters, as far as a demo needs it."""
-    samples = {"string": "demo", "integer": 1, "number": 1.5, "boolean": True, "array": [], "object": {}}
+    samples = {
+        "string": "demo",
+        "integer": 1,
+        "number": 1.5,
+        "boolean": True,
+        "array": [],
+        "object": {},
+    }
     properties = schema.get("properties") if isinstance(schema.get("properties"), dict) else {}
-    return {name: dig(part, "enum")[0] if dig(part, "enum") else samples.get(str(dig(part, "type")), "demo")
-            for name, part in properties.items() if name in schema.get("required", properties)}
+    return {
+        name: dig(part, "enum")[0]
+        if dig(part, "enum")
+        else samples.get(str(dig(part, "type")), "demo")
+        for name, part in properties.items()
+        if name in schema.get("required", properties)
+    }
 
 
 class DemoServer(http.server.ThreadingHTTPServer):
@@ -6624,17 +8762,20 @@ def start_demo() -> str:
     return "http://127.0.0.1:%d/compatible-mode/v1" % server.server_port
 
 
-# ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Command line
-# ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser for all commands; `serve` is the default one."""
     parser = argparse.ArgumentParser(
-        prog="qwen_proxy.py", usage="qwen_proxy.py [serve|login|status] [options]",
+        prog="qwen_proxy.py",
+        usage="qwen_proxy.py [serve|login|status] [options]",
         description="Serve Qwen's models as an OpenAI-compatible API on localhost, with the login of the Qwen Code "
-                    "CLI.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=100))
+        "CLI.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=100),
+    )
     parser.add_argument("--version", action="version", version="qwen_proxy " + __version__)
     add_serve_options(parser.add_argument_group("serve"))
     login = parser.add_argument_group("login and status")
@@ -6646,35 +8787,110 @@ def build_parser() -> argparse.ArgumentParser:
 def add_serve_options(group: Any) -> None:
     """One option a line; the README holds what --help prints."""
     add = group.add_argument
-    add("--host", default="localhost", help="where to listen (default: localhost, that is 127.0.0.1 and ::1)")
+    add(
+        "--host",
+        default="localhost",
+        help="where to listen (default: localhost, that is 127.0.0.1 and ::1)",
+    )
     add("--port", type=int, default=8080, help="0 picks a free one (default: 8080)")
-    add("--api-key", action="append", default=[], metavar="KEY",
-        help="what clients must present; may be repeated; also QWEN_PROXY_API_KEYS=KEY,KEY")
+    add(
+        "--api-key",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="what clients must present; may be repeated; also QWEN_PROXY_API_KEYS=KEY,KEY",
+    )
     add("--no-auth", action="store_true", help="listen beyond localhost without a key")
-    add("--allow-origin", action="append", default=[], metavar="ORIGIN",
-        help="web pages that may use it, besides local ones; may be repeated; * for all")
-    add("--allow-host", action="append", default=[], metavar="NAME", help="another name that the Host header may carry")
-    add("--provider", metavar="NAME", help="instead of the CLI's active one: %s, oauth, or a host from settings.json"
-        % ", ".join(PRESETS))
-    add("--base-url", metavar="URL", help="any OpenAI-compatible upstream, with the key in OPENAI_API_KEY")
-    add("--model", metavar="ID", help="for requests that name none (default: the CLI's; also OPENAI_MODEL)")
-    add("--alias", action="append", default=[], metavar="NAME=ID",
-        help="another name for a model; gpt-*=ID is possible")
-    add("--failover", action="store_true",
-        help="when a provider is exhausted or down, try the next that lists the model")
+    add(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="web pages that may use it, besides local ones; may be repeated; * for all",
+    )
+    add(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="another name that the Host header may carry",
+    )
+    add(
+        "--provider",
+        metavar="NAME",
+        help="instead of the CLI's active one: {}, oauth, or a host from settings.json".format(
+            ", ".join(PRESETS)
+        ),
+    )
+    add(
+        "--base-url",
+        metavar="URL",
+        help="any OpenAI-compatible upstream, with the key in OPENAI_API_KEY",
+    )
+    add(
+        "--model",
+        metavar="ID",
+        help="for requests that name none (default: the CLI's; also OPENAI_MODEL)",
+    )
+    add(
+        "--alias",
+        action="append",
+        default=[],
+        metavar="NAME=ID",
+        help="another name for a model; gpt-*=ID is possible",
+    )
+    add(
+        "--failover",
+        action="store_true",
+        help="when a provider is exhausted or down, try the next that lists the model",
+    )
     add("--qwen-home", metavar="DIR", help="the CLI's folder (default: ~/.qwen; also QWEN_HOME)")
-    add("--timeout", type=float, default=UPSTREAM_TIMEOUT, metavar="SECONDS",
-        help="longest silence of the upstream (default: 300)")
-    add("--retries", type=int, default=RETRIES, metavar="N",
-        help="before the first byte of an answer only (default: 2)")
-    add("--max-connections", type=int, default=MAX_CONNECTIONS, metavar="N",
-        help="the next one gets 503 (default: 1024)")
-    add("--max-body", type=int, default=MAX_BODY_MIB, metavar="MIB", help="largest request (default: 64)")
-    add("--grace", type=float, default=GRACE, metavar="SECONDS",
-        help="from the first signal to the end, for running answers (default: 8)")
-    add("--log-level", default="info", choices=["debug", "info", "warning", "error"],
-        help="debug shows requests and answers, secrets masked (default: info)")
-    add("--demo", action="store_true", help="a built-in stand-in answers instead of Qwen: no account needed")
+    add(
+        "--timeout",
+        type=float,
+        default=UPSTREAM_TIMEOUT,
+        metavar="SECONDS",
+        help="longest silence of the upstream (default: 300)",
+    )
+    add(
+        "--retries",
+        type=int,
+        default=RETRIES,
+        metavar="N",
+        help="before the first byte of an answer only (default: 2)",
+    )
+    add(
+        "--max-connections",
+        type=int,
+        default=MAX_CONNECTIONS,
+        metavar="N",
+        help="the next one gets 503 (default: 1024)",
+    )
+    add(
+        "--max-body",
+        type=int,
+        default=MAX_BODY_MIB,
+        metavar="MIB",
+        help="largest request (default: 64)",
+    )
+    add(
+        "--grace",
+        type=float,
+        default=GRACE,
+        metavar="SECONDS",
+        help="from the first signal to the end, for running answers (default: 8)",
+    )
+    add(
+        "--log-level",
+        default="info",
+        choices=["debug", "info", "warning", "error"],
+        help="debug shows requests and answers, secrets masked (default: info)",
+    )
+    add(
+        "--demo",
+        action="store_true",
+        help="a built-in stand-in answers instead of Qwen: no account needed",
+    )
 
 
 COMMANDS = ("serve", "login", "status")
@@ -6701,12 +8917,12 @@ class LogQueue(logging.handlers.QueueHandler):
     def enqueue(self, record: logging.LogRecord) -> None:
         """Queue a record, if there is room."""
         with contextlib.suppress(queue.Full):
-            self.queue.put_nowait(record)           # type: ignore[union-attr]
+            self.queue.put_nowait(record)  # type: ignore[union-attr]
 
     def flush(self) -> None:
         """Wait until all is written, but no more than a second: a terminal may take nothing."""
         end = time.monotonic() + 1
-        while self.queue.unfinished_tasks and time.monotonic() < end:         # type: ignore[union-attr]
+        while self.queue.unfinished_tasks and time.monotonic() < end:  # type: ignore[union-attr]
             time.sleep(0.005)
 
 
@@ -6715,7 +8931,7 @@ def logged_to(stream: Any, level: str) -> Iterator[None]:
     """Writes the log to a stream from a thread of its own; whatever ends the program, the last lines too."""
     writer = logging.StreamHandler(stream)
     writer.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
-    handler = LogQueue(queue.Queue(LOG_MOST))       # type: ignore[arg-type]
+    handler = LogQueue(queue.Queue(LOG_MOST))  # type: ignore[arg-type]
     listener = logging.handlers.QueueListener(handler.queue, writer)
     root = logging.getLogger()
     before = root.level
@@ -6728,13 +8944,14 @@ def logged_to(stream: Any, level: str) -> Iterator[None]:
         handler.flush()
         root.removeHandler(handler)
         root.setLevel(before)
-        if not handler.queue.unfinished_tasks:      # type: ignore[union-attr]
+        if not handler.queue.unfinished_tasks:  # type: ignore[union-attr]
             listener.stop()
 
 
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
     """SIGTERM, SIGHUP and SIGBREAK end a command as Ctrl-C does, so that the CLI's lock does not stay behind."""
+
     def stop(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
@@ -6745,7 +8962,11 @@ def ended_by_signals() -> Iterator[None]:
 @contextlib.contextmanager
 def signal_handlers(stop: Callable[[int, Any], None]) -> Iterator[None]:
     """stop() for every signal that asks a program to end; one that is ignored, as by nohup, stays so."""
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
+    numbers = [
+        getattr(signal, name)
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+        if hasattr(signal, name)
+    ]
     if threading.current_thread() is not threading.main_thread():
         numbers = []
     before = {number: signal.getsignal(number) for number in numbers}
@@ -6765,12 +8986,12 @@ def check_options(parser: argparse.ArgumentParser, options: Any) -> None:
         parser.error("--port must be between 0 and 65535")
     for name in ("timeout", "max_connections", "max_body", "grace"):
         if not getattr(options, name) > 0:
-            parser.error("--%s must be more than 0" % name.replace("_", "-"))
+            parser.error("--{} must be more than 0".format(name.replace("_", "-")))
     if options.retries < 0:
         parser.error("--retries must not be negative")
     for alias in options.alias:
         if not all(alias.partition("=")):
-            parser.error("--alias must be NAME=ID, not %r" % alias)
+            parser.error(f"--alias must be NAME=ID, not {alias!r}")
     fault = base_url_fault(options.base_url) if options.base_url else ""
     if fault:
         parser.error(f"--base-url {fault}; the key is read from OPENAI_API_KEY")
@@ -6783,9 +9004,14 @@ def say(*lines: str) -> None:
 
 def provider_options(options: Any) -> dict:
     """The options that say which provider to use, as make_server() takes them."""
-    return {"provider": options.provider, "base_url": options.base_url, "model": options.model,
-            "qwen_home": options.qwen_home,
-            "aliases": dict(alias.split("=", 1) for alias in options.alias), "failover": options.failover}
+    return {
+        "provider": options.provider,
+        "base_url": options.base_url,
+        "model": options.model,
+        "qwen_home": options.qwen_home,
+        "aliases": dict(alias.split("=", 1) for alias in options.alias),
+        "failover": options.failover,
+    }
 
 
 def server_for(options: Any, keys: list[str]) -> ProxyServer:
@@ -6793,12 +9019,28 @@ def server_for(options: Any, keys: list[str]) -> ProxyServer:
     choice, environ = provider_options(options), None
     if options.demo:
         nowhere = os.path.join(tempfile.gettempdir(), "qwen_proxy-demo-" + secrets.token_hex(8))
-        choice.update(base_url=start_demo(), provider=None, model=options.model or DEMO_MODEL, qwen_home=nowhere)
+        choice.update(
+            base_url=start_demo(),
+            provider=None,
+            model=options.model or DEMO_MODEL,
+            qwen_home=nowhere,
+        )
         environ = {"OPENAI_API_KEY": "demo", "HOME": nowhere}
-    return make_server(options.host, options.port, api_keys=keys, no_auth=options.no_auth,
-                       allow_origins=options.allow_origin, allow_hosts=options.allow_host, timeout=options.timeout,
-                       retries=options.retries, max_connections=options.max_connections,
-                       max_body_mib=options.max_body, grace=options.grace, environ=environ, **choice)
+    return make_server(
+        options.host,
+        options.port,
+        api_keys=keys,
+        no_auth=options.no_auth,
+        allow_origins=options.allow_origin,
+        allow_hosts=options.allow_host,
+        timeout=options.timeout,
+        retries=options.retries,
+        max_connections=options.max_connections,
+        max_body_mib=options.max_body,
+        grace=options.grace,
+        environ=environ,
+        **choice,
+    )
 
 
 def cmd_serve(options: Any) -> int:
@@ -6806,21 +9048,26 @@ def cmd_serve(options: Any) -> int:
     try:
         keys = checked_keys(options.api_key)
         if "QWEN_PROXY_API_KEYS" in os.environ:
-            keys += checked_keys(os.environ["QWEN_PROXY_API_KEYS"].split(","), "QWEN_PROXY_API_KEYS")
+            keys += checked_keys(
+                os.environ["QWEN_PROXY_API_KEYS"].split(","), "QWEN_PROXY_API_KEYS"
+            )
         server = server_for(options, list(keys))
     except ValueError as error:
         say(str(error))
         return 2
     except OSError as error:
-        say("cannot listen on %s port %d: %s; choose another --port, or 0 for a free one"
-            % (options.host, options.port, reason_of(error)))
+        say(
+            "cannot listen on %s port %d: %s; choose another --port, or 0 for a free one"
+            % (options.host, options.port, reason_of(error))
+        )
         return 2
     with signal_handlers(functools.partial(stop_serving, server)):
         tune_process()
         say(*banner(server, options.demo, bool(keys)))
         server.serve_forever()
     if not last_words("stopped"):
-        os._exit(0)                 # the interpreter would wait for stderr at its end
+        # the interpreter would wait for stderr at its end
+        os._exit(0)
     return 0
 
 
@@ -6832,11 +9079,14 @@ def stop_serving(server: ProxyServer, number: int, frame: Any) -> None:
         os._exit(1)
     server.is_stopping = True
     threading.Thread(target=server.shutdown).start()
-    last_words(f"stopping within {server.options.grace:g} s, for running answers; a second signal ends at once")
+    last_words(
+        f"stopping within {server.options.grace:g} s, for running answers; a second signal ends at once"
+    )
 
 
 def last_words(text: str) -> bool:
     """Say it, and the log before it, within a second; False where nobody reads stderr and waiting would never end."""
+
     def speak() -> None:
         for handler in logging.getLogger().handlers:
             handler.flush()
@@ -6855,15 +9105,23 @@ def tune_process() -> None:
     takes two descriptors, and the usual soft limit of 1024 ends at 500 streams.
     """
     sys.setswitchinterval(SWITCH_INTERVAL)
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False      # no log line shows them,
-    logging._srcfile = None     # type: ignore[attr-defined]    # nor who called; Python's Logging HOWTO, Optimization
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = (
+        # no log line shows them,
+        False
+    )
+    logging._srcfile = None  # type: ignore[attr-defined]    # nor who called; Python's Logging HOWTO, Optimization
     gc.freeze()
     gc.set_threshold(GC_THRESHOLD, 20, 20)
     with contextlib.suppress(ImportError, OSError, ValueError):
-        import resource         # not on Windows
+        # not on Windows
+        import resource
 
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = 4 * MAX_CONNECTIONS if hard == resource.RLIM_INFINITY else min(hard, 4 * MAX_CONNECTIONS)
+        wanted = (
+            4 * MAX_CONNECTIONS
+            if hard == resource.RLIM_INFINITY
+            else min(hard, 4 * MAX_CONNECTIONS)
+        )
         if soft != resource.RLIM_INFINITY and soft < wanted:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
@@ -6871,45 +9129,62 @@ def tune_process() -> None:
 def banner(server: ProxyServer, is_demo: bool, has_keys: bool) -> list[str]:
     """The lines with what a newcomer needs next."""
     discovery = server.catalogue.current()
-    lines = ["qwen_proxy %s on %s" % (__version__, server.url)]
+    lines = [f"qwen_proxy {__version__} on {server.url}"]
     if is_demo:
         lines.append("provider  the built-in demo: no model, no account, no network")
     elif discovery.providers:
         active = discovery.providers[0]
-        lines.append("provider  %s, from %s" % (active.name, active.source))
+        lines.append(f"provider  {active.name}, from {active.source}")
         if active.problem():
-            lines.append("warning   %s" % active.problem())
+            lines.append(f"warning   {active.problem()}")
         elif active.credentials.kind == "oauth":
             lines.append("note      " + FREE_TIER_ENDED)
     elif discovery.problem:
         lines.append("warning   " + discovery.problem)
     else:
-        lines.append("warning   no Qwen login on this machine: %s, or start with --provider NAME and its key in the "
-                     "environment; until then requests get 401" % LOGIN_AGAIN)
+        lines.append(
+            f"warning   no Qwen login on this machine: {LOGIN_AGAIN}, or start with --provider NAME and its key in the "
+            "environment; until then requests get 401"
+        )
     lines += ["note      " + note for note in discovery.notes]
     models = [model["id"] for model in server.models(0)]
-    lines.append("models    %s%s" % (", ".join(models[:12]) or "unknown until there is a login",
-                                     ", ..." if len(models) > 12 else ""))
+    lines.append(
+        "models    {}{}".format(
+            ", ".join(models[:12]) or "unknown until there is a login",
+            ", ..." if len(models) > 12 else "",
+        )
+    )
     key = "-H 'Authorization: Bearer YOUR_KEY' " if has_keys else ""
-    body = json.dumps({"model": discovery.model, "messages": [{"role": "user", "content": "Hello"}]})
-    lines.append("try       curl %s/chat/completions %s-H 'Content-Type: application/json' -d '%s'"
-                 % (server.url, key, body))
+    body = json.dumps(
+        {"model": discovery.model, "messages": [{"role": "user", "content": "Hello"}]}
+    )
+    lines.append(
+        f"try       curl {server.url}/chat/completions {key}-H 'Content-Type: application/json' -d '{body}'"
+    )
     return lines
 
 
 def cmd_login(options: Any) -> int:
     """Device authorization in the browser; writes oauth_creds.json."""
-    import webbrowser       # here, since it costs every start 10 ms
+    # here, since it costs every start 10 ms
+    import webbrowser
 
     home = qwen_home(dict(os.environ), options.qwen_home)
-    base, path = CliSettings(home, dict(os.environ), home).oauth_base_url(), os.path.join(home, "oauth_creds.json")
+    base, path = (
+        CliSettings(home, dict(os.environ), home).oauth_base_url(),
+        os.path.join(home, "oauth_creds.json"),
+    )
     say(f"Note: {FREE_TIER_ENDED}.", "")
     try:
         device = request_device_code(base)
-        say(f"Open this address and approve the log-in, within {device.expires_in / 60:.0f} minutes:", "",
-            f"    {device.verification_uri}", "")
+        say(
+            f"Open this address and approve the log-in, within {device.expires_in / 60:.0f} minutes:",
+            "",
+            f"    {device.verification_uri}",
+            "",
+        )
         if device.user_code:
-            say("The code it shows must be %s." % device.user_code)
+            say(f"The code it shows must be {device.user_code}.")
         if not options.no_browser:
             webbrowser.open(device.verification_uri)
         login = poll_for_login(base, device)
@@ -6919,10 +9194,11 @@ def cmd_login(options: Any) -> int:
     credentials = OAuthCredentials(path, base)
     credentials.replace(login)
     if credentials.problem:
-        say("logged in, but %s cannot be written: %s" % (path, credentials.problem))
+        say(f"logged in, but {path} cannot be written: {credentials.problem}")
         return 1
-    say("Logged in; %s holds the login, valid until it is refreshed %s."
-        % (path, in_words(login.expires_at - time.time())))
+    say(
+        f"Logged in; {path} holds the login, valid until it is refreshed {in_words(login.expires_at - time.time())}."
+    )
     return 0
 
 
@@ -6934,7 +9210,13 @@ def in_words(seconds: float) -> str:
     """
     minutes = int(abs(seconds)) // 60
     days, hours, minutes = minutes // 1440, minutes % 1440 // 60, minutes % 60
-    words = "%d d %d h" % (days, hours) if days else "%d h %d min" % (hours, minutes) if hours else "%d min" % minutes
+    words = (
+        "%d d %d h" % (days, hours)
+        if days
+        else "%d h %d min" % (hours, minutes)
+        if hours
+        else "%d min" % minutes
+    )
     return "in " + words if seconds >= 0 else words + " ago"
 
 
@@ -6942,7 +9224,11 @@ def cmd_status(options: Any) -> int:
     """Say what would be used; 0 only when a request could be served. Spends no quota."""
     choice = provider_options(options)
     try:
-        catalogue = Catalogue(Options(choice["provider"], choice["base_url"], choice["model"], (), choice["qwen_home"]))
+        catalogue = Catalogue(
+            Options(
+                choice["provider"], choice["base_url"], choice["model"], (), choice["qwen_home"]
+            )
+        )
     except ValueError as error:
         say(str(error))
         return 2
@@ -6961,40 +9247,76 @@ def status_facts(catalogue: Catalogue, port: int) -> dict:
     """What `status` prints, in its order."""
     discovery = catalogue.current()
     active = discovery.providers[0] if discovery.providers else None
-    problem = active.problem() if active else discovery.problem or "no Qwen login on this machine: %s" % LOGIN_AGAIN
-    facts: dict = {"version": __version__, "usable": problem is None, "problem": problem, "qwen_home": catalogue.home,
-                   "settings": discovery.settings_files, "notes": discovery.notes}
+    problem = (
+        active.problem()
+        if active
+        else discovery.problem or f"no Qwen login on this machine: {LOGIN_AGAIN}"
+    )
+    facts: dict = {
+        "version": __version__,
+        "usable": problem is None,
+        "problem": problem,
+        "qwen_home": catalogue.home,
+        "settings": discovery.settings_files,
+        "notes": discovery.notes,
+    }
     if active:
         described = active.describe()
-        facts.update(provider=active.name, found_in=active.source, base_url=described["base_url"], family=active.family,
-                     models=[", ".join(described["models"]) or "whatever the upstream lists"], model=discovery.model)
-        facts["also_usable"] = ["%s (%s)" % (other.name, other.problem() or "ready")
-                                for other in discovery.providers[1:]]
+        facts.update(
+            provider=active.name,
+            found_in=active.source,
+            base_url=described["base_url"],
+            family=active.family,
+            models=[", ".join(described["models"]) or "whatever the upstream lists"],
+            model=discovery.model,
+        )
+        facts["also_usable"] = [
+            "{} ({})".format(other.name, other.problem() or "ready")
+            for other in discovery.providers[1:]
+        ]
         if active.credentials.kind == "oauth":
             facts.update(oauth_facts(active.credentials))
         if described["base_url"]:
             facts["clock"] = clock_words(described["base_url"])
-    facts["forward_proxy"] = ["%s: %s" % item for item in sorted(forward_proxies().items())] or ["none"]
-    facts["client"] = ["base URL http://localhost:%d/v1" % (port or 8080),
-                       "API key  anything, unless --api-key is given",
-                       "model    %s" % discovery.model]
+    facts["forward_proxy"] = [
+        "{}: {}".format(*item) for item in sorted(forward_proxies().items())
+    ] or ["none"]
+    facts["client"] = [
+        "base URL http://localhost:%d/v1" % (port or 8080),
+        "API key  anything, unless --api-key is given",
+        f"model    {discovery.model}",
+    ]
     return {name: value for name, value in facts.items() if value not in (None, [])}
 
 
 def oauth_facts(credentials: OAuthCredentials) -> dict:
     """File, expiry, permissions and lock of an OAuth login, in words."""
-    facts = {"login": "OAuth, " + credentials.path,
-             "free_tier": "ended on %s: log-in works, chat answers 401" % FREE_TIER_END}
+    facts = {
+        "login": "OAuth, " + credentials.path,
+        "free_tier": f"ended on {FREE_TIER_END}: log-in works, chat answers 401",
+    }
     with contextlib.suppress(CredentialError):
         left = credentials.login().expires_at - time.time()
-        facts["expires"] = in_words(left) + ("" if left > REFRESH_MARGIN else ", refreshed at the next request")
+        facts["expires"] = in_words(left) + (
+            "" if left > REFRESH_MARGIN else ", refreshed at the next request"
+        )
     with contextlib.suppress(OSError):
         mode = stat.S_IMODE(os.stat(credentials.path).st_mode)
-        facts["permissions"] = "%03o%s" % (mode, "" if not mode & 0o077 or os.name == "nt" else
-                                           ", others can read it: chmod 600 " + credentials.path)
+        facts["permissions"] = "{:03o}{}".format(
+            mode,
+            ""
+            if not mode & 0o077 or os.name == "nt"
+            else ", others can read it: chmod 600 " + credentials.path,
+        )
     try:
-        age = time.time() - os.stat(os.path.join(os.path.dirname(credentials.path), "oauth_creds.lock")).st_mtime
-        facts["lock"] = "held for %d s%s" % (age, ", stale: the next refresh breaks it" if age > LOCK_STALE else "")
+        age = (
+            time.time()
+            - os.stat(os.path.join(os.path.dirname(credentials.path), "oauth_creds.lock")).st_mtime
+        )
+        facts["lock"] = "held for %d s%s" % (
+            age,
+            ", stale: the next refresh breaks it" if age > LOCK_STALE else "",
+        )
     except OSError:
         facts["lock"] = "free"
     return facts
@@ -7004,17 +9326,23 @@ def clock_words(base_url: str) -> str:
     """How this clock differs from the upstream's, by the Date of an answer to a request without a key."""
     host = host_of(base_url, with_port=True)
     try:
-        request = urllib.request.Request(urllib.parse.urljoin(base_url, "/"), method="HEAD",
-                                         headers={"User-Agent": "qwen_proxy/" + __version__})
+        request = urllib.request.Request(
+            urllib.parse.urljoin(base_url, "/"),
+            method="HEAD",
+            headers={"User-Agent": "qwen_proxy/" + __version__},
+        )
         with open_before(request, STATUS_TIMEOUT) as response:
             date = response.headers.get("Date")
         skew = time.time() - parsedate_to_datetime(date).timestamp()
     except (OSError, http.client.HTTPException, TypeError, ValueError) as error:
         reason = reason_of(error) if isinstance(error, OSError) else "no Date header"
-        return "unknown: %s gave no time (%s)" % (host, reason)
+        return f"unknown: {host} gave no time ({reason})"
     if abs(skew) < 10:
         return "right"
-    return "%d s %s, so tokens expire at the wrong moment" % (abs(skew), "fast" if skew > 0 else "slow")
+    return "%d s %s, so tokens expire at the wrong moment" % (
+        abs(skew),
+        "fast" if skew > 0 else "slow",
+    )
 
 
 if __name__ == "__main__":
