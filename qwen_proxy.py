@@ -1,27 +1,38 @@
 #!/usr/bin/env python3
 """Qwen for every OpenAI client: one file, standard library only.
 
-The login that the Qwen Code CLI keeps on this machine becomes an OpenAI-compatible API on localhost:
+The login that the Qwen Code CLI keeps on this machine becomes an OpenAI-compatible API:
 
     python3 qwen_proxy.py --port 8080      then use http://localhost:8080/v1 with any key
-    python3 qwen_proxy.py --demo           the same with a built-in stand-in, no account needed
+    python3 qwen_proxy.py --demo           a built-in stand-in answers, no account needed
     python3 qwen_proxy.py login            log in with the browser (writes oauth_creds.json)
     python3 qwen_proxy.py status           which login would be used, from where, until when
 
 What it touches
-    reads     ~/.qwen/oauth_creds*.json, settings.json, trustedFolders.json and .env (QWEN_HOME moves them),
-              ~/.env, the system settings of Qwen Code, .qwen/ and .env of a trusted working directory
-    writes    ~/.qwen/oauth_creds.json (mode 0600) when the access token is refreshed, and while it does
-              so ~/.qwen/oauth_creds.lock and a temporary file beside it; nothing else
-    connects  to chat.qwen.ai for log-in and refresh, and to the base URL of the provider in use, over
-              the forward proxy of HTTP(S)_PROXY if there is one; every host is in 'Constants' below
+    reads     ~/.qwen/oauth_creds*.json, settings.json, trustedFolders.json and .env (QWEN_HOME
+              moves them), ~/.env, the system settings of Qwen Code, .qwen/settings.json of a
+              trusted working directory and the nearest .env in it or above
+    writes    ~/.qwen/oauth_creds.json (mode 0600) when the access token is refreshed, and while it
+              does so ~/.qwen/oauth_creds.lock and a temporary file beside it; nothing else
+    connects  to chat.qwen.ai for log-in and refresh, and to the base URL of the provider in use,
+              over the forward proxy of the environment if there is one; see 'Constants'
     listens   on 127.0.0.1 and ::1, port 8080, unless told otherwise
 
-What it never does: telemetry, update checks, prompts on disk, running tools for the model, trying a key
-at a host that it was not issued for, posing as another client, deleting or blanking a file of yours.
+What it never does: telemetry, update checks, prompts on disk, running tools for the model, trying a
+key at a host that it was not issued for, posing as another client, deleting a file of yours.
 
-How to read on: each section uses only those above it. The life of a token is section 'Credentials'; what
-changes between client and Qwen is 'Requests' and 'Responses', two pure translations; 'Server' is the rest.
+Start reading at Handler.serve, which is the life of a request:
+
+    check_access        Host, Origin, key: 'Server'
+    find_api            the class for the route: ChatApi, TextApi, EmbeddingsApi, ResponsesApi
+    api.check           the body, as far as no upstream could make sense of it
+    targets             provider and model, from the CLI's files: 'Providers'
+    upstream.open       access token ('Credentials'), the request in Qwen's dialect ('Requests'),
+                        repair, retry and failover, all before the first byte: 'Upstream'
+    relay               bytes to events ('Event streams') to clean chunks ('Answers') to the client
+    exchange.finish     usage and the log line
+
+Each section uses only those above it; 'Event streams' to 'Responses API' do no I/O.
 
 To vendor it, copy the file. Importing it starts nothing:
 
@@ -61,7 +72,7 @@ import queue
 import random
 import re
 import secrets
-import select
+import selectors
 import signal
 import socket
 import ssl
@@ -78,19 +89,22 @@ import urllib.request
 import uuid
 import zlib
 from email.utils import parsedate_to_datetime
-from typing import Any, Callable, Iterable, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, Mapping, NamedTuple
 
 __version__ = "1.0.0"
 __all__ = ["make_server", "ProxyServer", "ProxyError", "CredentialError", "UpstreamError", "main"]
 
 log = logging.getLogger("qwen_proxy")
 
+Json = Dict[str, Any]
+
 
 # ------------------------------------------------------------------------------------------------
 # Constants
 # ------------------------------------------------------------------------------------------------
-# Times are seconds and sizes are bytes unless the name says otherwise. No other section names a
+# Times are seconds and sizes are bytes unless the name says otherwise; no other section names a
 # host.
+# A limit that only one class has is that class's attribute, as in http.server.
 
 # OAuth of the Qwen Code CLI: device authorization (RFC 8628) with PKCE (RFC 7636), public client.
 # Qwen Code, packages/core/src/qwen/qwenOAuth2.ts.
@@ -100,12 +114,14 @@ TOKEN_PATH = "/api/v1/oauth2/token"
 CLIENT_ID = "f0304373b74a44d2b584a3fb70ca9e56"
 SCOPE = "openid profile email model.completion"
 DEVICE_GRANT = "urn:ietf:params:oauth:grant-type:device_code"
-# where a login that names no resource_url is served
+# Where a login that names no resource_url is served.
 PORTAL_RESOURCE_URL = "portal.qwen.ai"
-# the one model id that an OAuth login serves
+# The one model id that an OAuth login serves.
 OAUTH_MODEL = "coder-model"
 # QwenLM/qwen-code PR #3291
 FREE_TIER_END = "2026-04-15"
+# Qwen Code 0.24.4, when nothing else names a model.
+DEFAULT_MODEL = "qwen3.7-max"
 
 # A provider's name on the command line: its base URL and the variable that holds its key.
 # Qwen Code, the presets of its /auth dialogue.
@@ -134,214 +150,142 @@ PRESETS = {
     "modelscope": ("https://api-inference.modelscope.cn/v1", "MODELSCOPE_API_KEY"),
 }
 
-# Endpoint families: which dialect a base URL speaks. First match of host, then of path (a gateway,
-# a fake).
-FAMILIES_BY_HOST = (
-    (r"(^|\.)coding(-intl)?\.dashscope\.aliyuncs\.com$", "coding"),
-    (r"^token-plan\..*\.maas\.aliyuncs\.com$", "token"),
-    (r"(^|\.)dashscope(-intl|-us|-finance)?\.aliyuncs\.com$", "dashscope"),
-    (r"\.maas\.aliyuncs\.com$|\.(alibaba|aliyun)-inc\.com$|\.alicloudapi\.com$", "dashscope"),
-    (r"(^|\.)portal\.qwen\.ai$", "portal"),
-    (r"(^|\.)openrouter\.ai$", "openrouter"),
-    (r"(^|\.)modelscope\.cn$", "modelscope"),
-    (r"(^|\.)deepseek\.com$", "deepseek"),
-    (r"(^|\.)(z\.ai|bigmodel\.cn)$", "zai"),
-)
-FAMILIES_BY_VARIABLE = {
-    "BAILIAN_CODING_PLAN_API_KEY": "coding",
-    "BAILIAN_TOKEN_PLAN_API_KEY": "token",
-    "DASHSCOPE_API_KEY": "dashscope",
-    "OPENROUTER_API_KEY": "openrouter",
-    "MODELSCOPE_API_KEY": "modelscope",
+
+class Family(NamedTuple):
+    """A kind of endpoint: how it is recognised, and all that is known of it.
+
+    hosts: pattern of its host names; variable: of its key, which tells the family of an unknown
+    host; traits: what the rules of 'Requests' look at; models: what it serves, where it has no
+    list that can be relied on; lacks: paths that it does not have, and the way out; advice: what
+    to do about an error code.
+    """
+
+    name: str
+    hosts: str = r"(?!)"
+    variable: str = ""
+    traits: frozenset[str] = frozenset()
+    has_list: bool = True
+    models: tuple[str, ...] = ()
+    # Models that think whatever they are told.
+    always_thinks: str = ""
+    lacks: Mapping[str, str] = {}
+    advice: Mapping[str, str] = {}
+
+
+# The first match of the host counts, then the key's variable; a path with /compatible-mode/ is
+# DashScope's (a company gateway, a fake). Traits: 'alibaba'; 'qwen', its words for thinking are
+# Qwen's; 'limits', its models' max_tokens are those of MODELS; 'openai-only', refuses what only
+# OpenAI knows. A model whose id says Qwen brings 'qwen' and 'limits' along wherever no dialect
+# of the family's own is known.
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family(
+            "coding",
+            r"(^|\.)coding(-intl)?\.dashscope\.aliyuncs\.com$",
+            "BAILIAN_CODING_PLAN_API_KEY",
+            frozenset({"alibaba", "qwen", "limits", "openai-only"}),
+            # Coding Plan FAQ: its /models cannot be relied on. Qwen Code 0.24.4, model-providers.
+            has_list=False,
+            models=(
+                "qwen3.7-plus",
+                "qwen3.6-plus",
+                "qwen3.5-plus",
+                "glm-5",
+                "kimi-k2.5",
+                "MiniMax-M2.5",
+                "qwen3-coder-plus",
+                "qwen3-coder-next",
+                "qwen3-max-2026-01-23",
+                "glm-4.7",
+            ),
+            lacks={
+                "/embeddings": "the Coding Plan has no embeddings; they need a standard key "
+                "(--provider dashscope)",
+                "/completions": "the Coding Plan has no text completions; use /v1/chat/completions",
+            },
+            advice={
+                "invalid_api_key": "A Coding Plan key (sk-sp-...) works only at the host and "
+                "region it was issued for, and only while the plan runs; compare --provider "
+                "coding and coding-intl",
+                "client_not_accepted": "The Coding Plan accepts requests of interactive coding "
+                "tools only and judges by their User-Agent, which is passed on as your client "
+                "sent it",
+            },
+        ),
+        Family(
+            "token",
+            r"^token-plan\..*\.maas\.aliyuncs\.com$",
+            "BAILIAN_TOKEN_PLAN_API_KEY",
+            frozenset({"alibaba", "qwen", "limits", "openai-only"}),
+            models=(
+                "qwen3.7-plus",
+                "qwen3.6-plus",
+                "qwen3.7-max",
+                "qwen3.8-max",
+                "qwen3.8-max-preview",
+                "qwen3.6-flash",
+                "qwen3.8-flash",
+                "deepseek-v4-pro",
+                "deepseek-v4-flash-0731",
+                "deepseek-v3.2",
+                "kimi-k2.7-code",
+                "kimi-k2.6",
+                "kimi-k2.5",
+                "glm-5.2",
+                "glm-5.1",
+                "glm-5",
+                "MiniMax-M2.5",
+            ),
+            # Qwen Code 0.24.4, Token Plan preset.
+            always_thinks="qwen3.8-max",
+            advice={
+                "invalid_api_key": "A Token Plan key works only in its own region; compare "
+                "--provider token-cn and token-intl",
+            },
+        ),
+        Family(
+            "dashscope",
+            r"(^|\.)dashscope(-intl|-us|-finance)?\.aliyuncs\.com$"
+            r"|\.maas\.aliyuncs\.com$|\.(alibaba|aliyun)-inc\.com$|\.alicloudapi\.com$",
+            "DASHSCOPE_API_KEY",
+            frozenset({"alibaba", "qwen", "limits", "openai-only", "search"}),
+            advice={
+                "invalid_api_key": "A key works only in its own region, and plan keys "
+                "(sk-sp-...) not at all here; compare --provider dashscope, dashscope-intl, "
+                "dashscope-us and dashscope-hk",
+                "request_too_large": "Send less text or fewer images; the endpoint takes about "
+                "6 MiB of text",
+            },
+        ),
+        Family(
+            "portal",
+            r"(^|\.)portal\.qwen\.ai$",
+            traits=frozenset({"alibaba", "qwen", "limits", "openai-only"}),
+            has_list=False,
+            lacks={
+                "/embeddings": "an OAuth login serves chat only; embeddings need a standard key "
+                "(--provider dashscope)",
+                "/completions": "an OAuth login serves chat only; use /v1/chat/completions",
+            },
+            advice={"invalid_api_key": ""},
+        ),
+        Family("openrouter", r"(^|\.)openrouter\.ai$", "OPENROUTER_API_KEY"),
+        Family(
+            "modelscope",
+            r"(^|\.)modelscope\.cn$",
+            "MODELSCOPE_API_KEY",
+            frozenset({"limits", "openai-only"}),
+        ),
+        Family("deepseek", r"(^|\.)deepseek\.com$", traits=frozenset({"limits"})),
+        Family("zai", r"(^|\.)(z\.ai|bigmodel\.cn)$", traits=frozenset({"limits"})),
+        Family("other"),
+    )
 }
-ALIBABA_FAMILIES = frozenset({"portal", "coding", "token", "dashscope"})
-
-# The Coding Plan and the Token Plan are asked for no list of models; these are the CLI's own
-# presets.
-# Qwen Code 0.24.4, model-providers.
-PLAN_MODELS = {
-    "coding": (
-        "qwen3.7-plus",
-        "qwen3.6-plus",
-        "qwen3.5-plus",
-        "glm-5",
-        "kimi-k2.5",
-        "MiniMax-M2.5",
-        "qwen3-coder-plus",
-        "qwen3-coder-next",
-        "qwen3-max-2026-01-23",
-        "glm-4.7",
-    ),
-    "token": (
-        "qwen3.7-plus",
-        "qwen3.6-plus",
-        "qwen3.7-max",
-        "qwen3.8-max",
-        "qwen3.8-max-preview",
-        "qwen3.6-flash",
-        "qwen3.8-flash",
-        "deepseek-v4-pro",
-        "deepseek-v4-flash-0731",
-        "deepseek-v3.2",
-        "kimi-k2.7-code",
-        "kimi-k2.6",
-        "kimi-k2.5",
-        "glm-5.2",
-        "glm-5.1",
-        "glm-5",
-        "MiniMax-M2.5",
-    ),
-}
-# Qwen Code 0.24.4, when nothing else names one
-DEFAULT_MODEL = "qwen3.7-max"
-
-# look at oauth_creds.json no more often: with many clients it is a cost
-FILE_CHECK_INTERVAL = 0.05
-# a token counts as expired this long before it is: the CLI's own margin
-REFRESH_MARGIN = 30
-# one attempt while holding the lock: a CLI before 0.24 breaks it after 10 s
-REFRESH_TIMEOUT = 8
-# before a login that could not be written is tried again
-SAVE_PAUSE = 30
-# after a failure that may pass, requests fail at once for this long
-REFRESH_PAUSE = 5
-# Qwen Code 0.24, sharedTokenManager.ts: a lock older than this is broken
-LOCK_STALE = 35
-LOCK_WAIT_FIRST, LOCK_WAIT_FACTOR, LOCK_WAIT_MOST = 0.1, 1.5, 2.0
-LOGIN_POLL_FIRST, LOGIN_POLL_MOST = (
-    2.0,
-    10.0,
-    # RFC 8628 3.5; the CLI's first interval and its ceiling
-)
-
-CONNECT_TIMEOUT = 10
-# longest silence of the upstream
-UPSTREAM_TIMEOUT = 300
-# a streaming client hears something at least this often
-KEEP_ALIVE_INTERVAL = 15
-RETRIES = 2
-# doubled each time
-RETRY_DELAY_FIRST = 0.5
-# a Retry-After beyond this is the client's to wait for
-RETRY_DELAY_MOST = 10
-RETRY_STATUSES = frozenset({429, 502, 503, 529})
-# of a body, each without what was refused by name: one reason may hide another
-MAX_REPAIRS = 2
-# no retry and no failover begins later than this: clients have timeouts too
-PATIENCE = 30
-# a provider that another one stood in for comes last for so long
-REST_AFTER_FAILURE = 60
-# kept open to each upstream
-IDLE_CONNECTIONS = 64
-# shorter than the idle limit of any gateway we know
-IDLE_CONNECTION_AGE = 30
-# for what an upstream still sends after [DONE]
-DRAIN_TIMEOUT = 0.25
-
-# a live list of models is asked for again after this long
-MODELS_AGE = 300
-# and after this long if there was none to be had
-MODELS_AGE_FAILED = 30
-# GET /v1/models waits no longer for one: LibreChat gives it 5 s, Claude Code 3
-MODELS_WAIT = 0.8
-# what such a request itself may take; Qwen Code's own limits
-MODELS_TIMEOUT = 5
-MODELS_SIZE = 1_048_576
-# no dependable /models: Coding Plan FAQ
-UNLISTED_FAMILIES = frozenset({"portal", "coding"})
-
-# Texts in one request to /embeddings. Model Studio, 'Text embedding'; langchain4j #1140 for v1 and
-# v2.
-EMBEDDING_BATCHES = (("text-embedding-v[12]*", 25), ("*", 10))
-# OpenAI reference, embeddings
-MAX_EMBEDDING_INPUTS = 2048
-PARALLEL_BATCHES = 4
-
-# What a family of endpoints is known not to have, and the way out.
-UNSERVED = {
-    (
-        "/embeddings",
-        "portal",
-    ): "an OAuth login serves chat only; embeddings need a standard key (--provider dashscope)",
-    (
-        "/embeddings",
-        "coding",
-    ): "the Coding Plan has no embeddings; they need a standard key (--provider dashscope)",
-    ("/completions", "portal"): "an OAuth login serves chat only; use /v1/chat/completions",
-    ("/completions", "coding"): "the Coding Plan has no text completions; use /v1/chat/completions",
-}
-
-MAX_CONNECTIONS = 1024
-# above that, so many at a time are told why; the others are just closed
-TURNED_AWAY = 8
-MAX_BODY_MIB = 64
-# request line or one header line
-MAX_LINE = 65536
-MAX_HEADERS = 100
-# all headers together
-MAX_HEAD = 262_144
-MAX_ERROR_BODY = 262_144
-# of the CLI's settings and login files
-MAX_FILE = 4_194_304
-# so much of an error is searched for what it means
-CLASSIFIED = 10_000
-LONGEST_START = (
-    # of a text, where it is looked at for more than it says: thoughts, fences, repetition
-    2000
-)
-# of answers to /v1/responses, see ItemMemory
-MAX_ITEM_MEMORY = 4_194_304
-# one event of a stream, or a whole answer that was not streamed
-MAX_EVENT = 64 * 1024 * 1024
-MAX_ANSWER = (
-    128 * 1024 * 1024
-    # characters of one text that is held to its end; a stream of chunks holds none
-)
-MAX_MODEL_ID = 512
-# of one number: CPython before 3.11 takes quadratic time for more
-MAX_JSON_DIGITS = 1000
-# a client's connection between requests
-IDLE_TIMEOUT = 75
-# from the first byte of a request to the end of its headers
-HEADER_TIMEOUT = 20
-# for the body, and one second more for every
-BODY_TIMEOUT = 60
-# bytes of it
-BODY_RATE = 65_536
-# of a refused request: it is read and dropped, so that the connection stays,
-SMALL_BODY = 65_536
-# if it arrives within this time
-DROP_TIMEOUT = 1
-# a client that takes nothing for this long has left
-WRITE_TIMEOUT = 60
-# for what `status` asks an upstream
-STATUS_TIMEOUT = 3
-# from the first signal to the end: docker kills after 10
-GRACE = 8
-# of it, for what running streams are told and the last log lines
-LAST_WORDS = 1.5
-# openai-node sleeps any Retry-After, openai-python none above 60
-RETRY_AFTER_MOST = 60
-# new containers before the collector looks at the young ones
-GC_THRESHOLD = 20_000
-SWITCH_INTERVAL = (
-    # between threads; CPython's 0.005 costs 15 % more with 100 streams, measured here
-    0.05
-)
-# lines that wait for a terminal that takes none; more are lost
-LOG_MOST = 10_000
-# read at most this much at once; 65,536 costs 20 KiB more a stream and is no faster
-PIECE = 16_384
-
-LOCAL_ORIGINS = re.compile(
-    r"(https?://(localhost|127\.\d+\.\d+\.\d+|\[::1\]|tauri\.localhost)(:\d+)?"
-    r"|(app|tauri|vscode-webview|vscode-file)://.*)\Z",
-    re.I,
-)
 
 
 class ModelFacts(NamedTuple):
-    """What is known of a model: tokens of context and output, how it thinks, whether it sees images.
+    """What is known of a model: tokens of context and of output, and how it thinks.
 
     thinking is 'none', 'off' or 'on' (it can be switched, and is so by default), 'effort' (on, with
     levels), 'always', or 'unknown'.
@@ -351,60 +295,155 @@ class ModelFacts(NamedTuple):
     context: int | None = None
     output: int | None = None
     thinking: str = "unknown"
-    vision: bool | None = None
 
 
 # First match of the id without its vendor prefix, in lower case. State of 2026-11: Qwen Code 0.24.4
-# (tokenLimits.ts, modality table), Model Studio 'Deep thinking' and model pages, models.dev.
-MODELS = tuple(
-    ModelFacts(*row)
-    for row in (
-        ("qwen3.8-max*", 1_000_000, 131_072, "effort", True),
-        ("qwen3.8-*", 1_000_000, 131_072, "effort", True),
-        ("coder-model", 1_000_000, 65_536, "on", True),
-        ("qwen3.[567]-plus*", 1_000_000, 65_536, "on", True),
-        ("qwen3.[567]*", 1_000_000, 65_536, "on", False),
-        ("qwen3-coder-next*", 262_144, 65_536, "none", False),
-        ("qwen3-coder*", 1_000_000, 65_536, "none", False),
-        ("qwen3-vl-*-thinking*", 262_144, 32_768, "always", True),
-        ("qwen3-vl-*", 262_144, 32_768, "off", True),
-        ("qwen3-omni*", 65_536, 16_384, "off", True),
-        ("qwen3-max*", 262_144, 65_536, "off", False),
-        ("qwen3-*-thinking*", 131_072, None, "always", False),
-        ("qwen3-*", 131_072, None, "on", False),
-        ("qwen-vl-max*", 131_072, 8_192, "none", True),
-        ("qwen-vl*", 131_072, None, "none", True),
-        ("qwen-turbo*", 1_000_000, 16_384, "off", False),
-        ("qwen-plus*", 1_000_000, 32_768, "off", False),
-        ("qwen-flash*", 1_000_000, 32_768, "off", False),
-        ("qwq*", 131_072, None, "always", False),
-        ("qvq*", 131_072, None, "always", True),
-        ("kimi-k3*", 1_000_000, 131_072, "always", True),
-        ("kimi-k2.7-code*", 262_144, None, "always", True),
-        ("kimi-k2.5*", 262_144, 32_768, "on", True),
-        ("kimi-*", 262_144, None, "on", True),
-        ("glm-5.[2-9]*", 1_000_000, 131_072, "on", False),
-        ("glm-5*", 202_752, 131_072, "on", False),
-        ("glm-4.7*", 202_752, 16_384, "on", False),
-        ("deepseek-v4*", 1_000_000, 384_000, "on", False),
-        ("deepseek-v3*", 131_072, None, "off", False),
-        ("deepseek-r*", 131_072, 65_536, "always", False),
-        ("minimax-m2.5*", 196_608, 65_536, "always", False),
-        ("minimax-m3*", 1_000_000, None, "always", True),
-        ("*",),
-    )
+# (tokenLimits.ts), Model Studio 'Deep thinking' and model pages, models.dev.
+MODELS = (
+    ModelFacts("qwen3.8-*", 1_000_000, 131_072, "effort"),
+    ModelFacts("coder-model", 1_000_000, 65_536, "on"),
+    ModelFacts("qwen3.[567]*", 1_000_000, 65_536, "on"),
+    ModelFacts("qwen3-coder-next*", 262_144, 65_536, "none"),
+    ModelFacts("qwen3-coder*", 1_000_000, 65_536, "none"),
+    ModelFacts("qwen3-vl-*-thinking*", 262_144, 32_768, "always"),
+    ModelFacts("qwen3-vl-*", 262_144, 32_768, "off"),
+    ModelFacts("qwen3-omni*", 65_536, 16_384, "off"),
+    ModelFacts("qwen3-max*", 262_144, 65_536, "off"),
+    ModelFacts("qwen3-*-thinking*", 131_072, None, "always"),
+    ModelFacts("qwen3-*", 131_072, None, "on"),
+    ModelFacts("qwen-vl-max*", 131_072, 8_192, "none"),
+    ModelFacts("qwen-vl*", 131_072, None, "none"),
+    ModelFacts("qwen-turbo*", 1_000_000, 16_384, "off"),
+    ModelFacts("qwen-plus*", 1_000_000, 32_768, "off"),
+    ModelFacts("qwen-flash*", 1_000_000, 32_768, "off"),
+    ModelFacts("qwq*", 131_072, None, "always"),
+    ModelFacts("qvq*", 131_072, None, "always"),
+    ModelFacts("kimi-k3*", 1_000_000, 131_072, "always"),
+    ModelFacts("kimi-k2.7-code*", 262_144, None, "always"),
+    ModelFacts("kimi-k2.5*", 262_144, 32_768, "on"),
+    ModelFacts("kimi-*", 262_144, None, "on"),
+    ModelFacts("glm-5.[2-9]*", 1_000_000, 131_072, "on"),
+    ModelFacts("glm-5*", 202_752, 131_072, "on"),
+    ModelFacts("glm-4.7*", 202_752, 16_384, "on"),
+    ModelFacts("deepseek-v4*", 1_000_000, 384_000, "on"),
+    ModelFacts("deepseek-v3*", 131_072, None, "off"),
+    ModelFacts("deepseek-r*", 131_072, 65_536, "always"),
+    ModelFacts("minimax-m2.5*", 196_608, 65_536, "always"),
+    ModelFacts("minimax-m3*", 1_000_000, None, "always"),
+    ModelFacts("*"),
 )
 
 
 @functools.lru_cache(maxsize=256)
 def model_facts(model: str) -> ModelFacts:
-    """The row of MODELS for a model id; the last row, which knows nothing, for an unknown one."""
+    """Return the row of MODELS for a model id; the last row, which knows nothing, for a new one."""
     name = model.rsplit("/", 1)[-1].lower()
     return next(row for row in MODELS if fnmatch.fnmatchcase(name, row.pattern))
 
 
+# Limits that several sections share.
+
+# Longest silence of the upstream.
+UPSTREAM_TIMEOUT = 300
+CONNECT_TIMEOUT = 10
+# A streaming client is sent something at least this often.
+KEEP_ALIVE_INTERVAL = 15
+RETRIES = 2
+MAX_CONNECTIONS = 1024
+MAX_BODY_MIB = 64
+# From the first signal to the end: docker kills after 10.
+GRACE = 8
+# A 429 that is reported as such by this or another name may be repeated at once.
+RETRY_STATUSES = frozenset({429, 502, 503, 529})
+# Of a request line, a header line, a chunk size.
+MAX_LINE = 65_536
+# Of a refusal's body, and of the head of an answer.
+MAX_ERROR_BODY = 262_144
+# Of the CLI's settings and login files.
+MAX_FILE = 4_194_304
+# One event of a stream, or a whole answer that was not streamed.
+MAX_EVENT = 64 * 1024 * 1024
+# Characters of an error message that the patterns of ERROR_RULES and REPAIRS search.
+MAX_ERROR_TEXT_SCANNED = 10_000
+# Longest prefix buffered while looking for think tags, code fences or repetition.
+MAX_PREFIX_SCANNED = 2000
+# Read at most this much at once; 65,536 costs 20 KiB more a stream and is no faster.
+PIECE = 16_384
+
+
+class Options(NamedTuple):
+    """The options of `serve`, which are the arguments of make_server(). Times are seconds."""
+
+    host: str = "localhost"
+    port: int = 8080
+    api_key: tuple[str, ...] = ()
+    no_auth: bool = False
+    allow_origin: tuple[str, ...] = ()
+    allow_host: tuple[str, ...] = ()
+    provider: str | None = None
+    base_url: str | None = None
+    model: str | None = None
+    alias: tuple[str, ...] = ()
+    failover: bool = False
+    qwen_home: str | None = None
+    timeout: float = UPSTREAM_TIMEOUT
+    retries: int = RETRIES
+    max_connections: int = MAX_CONNECTIONS
+    max_body: int = MAX_BODY_MIB
+    grace: float = GRACE
+    log_level: str = "info"
+    demo: bool = False
+
+
+class Option(NamedTuple):
+    """What --help says of an option; bounds: of a number, both included; choices: of a text."""
+
+    help: str
+    metavar: str = ""
+    bounds: tuple[float, float] = (0, float("inf"))
+    choices: tuple[str, ...] = ()
+
+
+# The one table of options: parser, variables (QWEN_PROXY_<OPTION>), checks and README follow it. A
+# default that is a list makes an option that may be repeated (and a variable with commas), a flag
+# is one that is False.
+_POSITIVE = (1e-9, float("inf"))
+OPTIONS = {
+    "host": Option("where to listen (default: localhost, that is 127.0.0.1 and ::1)", "HOST"),
+    "port": Option("0 picks a free one (default: 8080)", "PORT", (0, 65535)),
+    "api_key": Option("what clients must present; may be repeated", "KEY"),
+    "no_auth": Option("listen beyond localhost without a key"),
+    "allow_origin": Option(
+        "web pages that may use it, besides local ones; may be repeated; * for all", "ORIGIN"
+    ),
+    "allow_host": Option("another name that the Host header may carry", "NAME"),
+    "provider": Option(
+        f"instead of the CLI's active one: {', '.join(PRESETS)}, oauth, or a host from "
+        "settings.json",
+        "NAME",
+    ),
+    "base_url": Option("any OpenAI-compatible upstream, with the key in OPENAI_API_KEY", "URL"),
+    "model": Option("for requests that name none (default: the CLI's; also OPENAI_MODEL)", "ID"),
+    "alias": Option("another name for a model; gpt-*=ID is possible", "NAME=ID"),
+    "failover": Option("when a provider is exhausted or down, try the next that lists the model"),
+    "qwen_home": Option("the CLI's folder (default: ~/.qwen; also QWEN_HOME)", "DIR"),
+    "timeout": Option("longest silence of the upstream (default: 300)", "SECONDS", _POSITIVE),
+    "retries": Option("before the first byte of an answer only (default: 2)", "N"),
+    "max_connections": Option("the next one gets 503 (default: 1024)", "N", _POSITIVE),
+    "max_body": Option("largest request (default: 64)", "MIB", _POSITIVE),
+    "grace": Option(
+        "from the first signal to the end, for running answers (default: 8)", "SECONDS", _POSITIVE
+    ),
+    "log_level": Option(
+        "debug shows requests and answers, secrets masked (default: info)",
+        choices=("debug", "info", "warning", "error"),
+    ),
+    "demo": Option("a built-in stand-in answers instead of Qwen: no account needed"),
+}
+
+
 # ------------------------------------------------------------------------------------------------
-# Errors
+# Errors and small tools
 # ------------------------------------------------------------------------------------------------
 
 
@@ -414,22 +453,26 @@ class ProxyError(Exception):
         ProxyError
           +-- BadRequest        400  what the client sent cannot be served
           +-- CredentialError   401  there is no usable login
-          +-- UpstreamError     502  the other side refused, broke off or could not be reached
+          +-- UpstreamError     502  the upstream refused, broke off or could not be reached
 
-    status: of the answer; type, code, param: of the error object; request_id: the upstream's handle for
-    its support; headers: more headers for the answer; retry: whether the same request may succeed in a
-    moment; retry_after: seconds, where the upstream said so; moves_on: whether another provider may help.
+    status: of the answer; type, code, param: of the error object; request_id: the upstream's handle
+    for its support; headers: more headers for the answer; retry: whether the same request may
+    succeed in a moment; retry_after: seconds, where the upstream said so; moves_on: whether another
+    provider may help.
     """
 
-    status, type, code = 500, "api_error", None
+    status = 500
+    type = "api_error"
+    code: str | None = None
     retry = moves_on = False
 
     def __init__(
         self,
         message: str,
-        status: int | None = None,
+        status: int = 0,
         code: str | None = None,
         type: str | None = None,
+        *,
         param: str | None = None,
         request_id: str | None = None,
         headers: Iterable[tuple[str, str]] = (),
@@ -438,25 +481,18 @@ class ProxyError(Exception):
         moves_on: bool | None = None,
     ):
         super().__init__(message)
-        self.message, self.param, self.request_id, self.retry_after = (
-            message,
-            param,
-            request_id,
-            retry_after,
+        self.message, self.param, self.request_id = message, param, request_id
+        self.retry_after, self.headers = retry_after, list(headers)
+        self.status, self.type, self.code = (
+            status or self.status,
+            type or self.type,
+            code or self.code,
         )
-        self.headers = list(headers)
-        for name, value in (
-            ("status", status),
-            ("code", code),
-            ("type", type),
-            ("retry", retry),
-            ("moves_on", moves_on),
-        ):
-            if value is not None:
-                setattr(self, name, value)
+        self.retry = self.retry if retry is None else retry
+        self.moves_on = self.moves_on if moves_on is None else moves_on
 
-    def error_object(self) -> dict:
-        """OpenAI's error object, as it may leave the program."""
+    def error_object(self) -> Json:
+        """Return OpenAI's error object, as it may leave the program."""
         return {
             "message": public(self.message, keep="\n\t"),
             "type": self.type,
@@ -464,9 +500,9 @@ class ProxyError(Exception):
             "code": self.code and public(self.code),
         }
 
-    def body(self) -> dict:
-        """The body of an error answer: the error object, and the upstream's request_id where there is one."""
-        body = {"error": self.error_object()}
+    def body(self) -> Json:
+        """Return the body of an error answer, with the upstream's request_id if there is one."""
+        body: Json = {"error": self.error_object()}
         return {**body, "request_id": public(self.request_id)} if self.request_id else body
 
 
@@ -489,109 +525,107 @@ class UpstreamError(ProxyError):
 
 
 class ClientGone(Exception):
-    """The client closed its connection; nobody waits for the answer any more."""
+    """The client closed its connection and does not wait for the answer any more."""
 
 
 class ShuttingDown(Exception):
-    """The server stops and this answer has used up its time of grace."""
+    """The server stops, and the time for running answers is over."""
 
 
 class Secrets:
     """The values that must not leave the program, in every form in which they travel.
 
-    Any thread may add one. Values of fewer than 6 characters cannot be told from ordinary words and are
-    not kept. Tokens that rotate give way to newer ones, so that a long run does not collect them.
+    Any thread may add one. Values of fewer than 6 characters cannot be told from ordinary words and
+    are not kept. Tokens that rotate give way to newer ones, so that a long run does not collect
+    them.
     """
 
-    # neither JSON nor a URL has another spelling for these
+    # Neither JSON nor a URL has another spelling for these.
     PLAIN = re.compile(r"[\w.~-]*\Z", re.A)
     SHAPES = re.compile(
         r"(?<=://)[^/@\s]+(?=@)|\b(sk|ms)-[A-Za-z0-9_-]{8,}"
         r"|\beyJ[A-Za-z0-9_-]{10,}[A-Za-z0-9._-]*|(?<=Bearer )(?!YOUR_KEY)[^\s\"',]{6,}"
     )
-    # without one of these no shape matches
+    # Without one of these no shape matches.
     SIGNS = ("://", "sk-", "ms-", "eyJ", "Bearer ")
     BACKSLASH = r"(?:\\|%(?:25)*5c)"
     BASE64 = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/_-=\\")
+    # Names of settings whose values are secret, and those of headers that never are.
+    NAMES = re.compile(r"key|token|secret|passw|auth(?!or(?!iz))|credential|cookie|session", re.I)
+    PUBLIC_NAMES = frozenset(
+        "envkey http-referer referer x-openrouter-title x-title user-agent accept "
+        "content-type".split()
+    )
     ROTATING = 64
 
     def __init__(self) -> None:
-        self._lock, self._rotating = threading.Lock(), collections.deque()  # type: ignore[var-annotated]
+        self._lock = threading.Lock()
+        self._rotating: collections.deque[str] = collections.deque()
         self._values: dict[str, set[str]] = {}
         self._forms: list[str] = []
         self._encoded: set[str] = set()
         self._patterns: list[re.Pattern[str]] = []
 
     def add(self, value: Any, rotates: bool = False) -> None:
-        """From now on mask() hides this value."""
+        """Hide this value from now on."""
         if not isinstance(value, str) or len(value) < 6 or value in self._values:
             return
         with self._lock:
-            self._encoded = {*self._encoded, *self.encoded_forms(value)}
-            self._values[value] = {value, *self.encoded_forms(value)}
+            encoded = self._encoded_forms(value)
+            self._encoded = self._encoded | encoded
+            self._values[value] = {value} | encoded
             if not self.PLAIN.match(value):
-                self._patterns = [*self._patterns, self.pattern(value)]
-                self._patterns.sort(key=lambda pattern: -len(pattern.pattern))
+                patterns = [*self._patterns, self._pattern(value)]
+                self._patterns = sorted(patterns, key=lambda pattern: -len(pattern.pattern))
             if rotates:
                 self._rotating.append(value)
                 if len(self._rotating) > self.ROTATING:
-                    gone = self._rotating.popleft()
-                    self._values.pop(gone, None)
-                    self._encoded -= self.encoded_forms(gone)
+                    self._encoded -= self._values.pop(self._rotating.popleft(), set())
             # The longest first: a secret that contains another one is masked whole.
             self._forms = sorted(set().union(*self._values.values()), key=len, reverse=True)
 
-    @classmethod
-    def pattern(cls, value: str) -> re.Pattern[str]:
-        """The value in every spelling of JSON and of URLs, also of one within another, each with more \\ or %25."""
-        parts = []
-        for char in value:
-            escape = json.dumps(char)[1:-1]
-            ways = [re.escape(char)] if char != "\\" else []
-            ways += [
-                "".join(
-                    "%(?:25)*" + f"{byte:02x}" for byte in char.encode("utf-8", "surrogatepass")
-                )
-            ]
-            if char in '\\"/':
-                ways = (
-                    [cls.BACKSLASH + "+"]
-                    if char == "\\"
-                    else [f"{cls.BACKSLASH}*{way}" for way in ways]
-                )
-            elif escape != char:
-                ways.append("".join(cls.BACKSLASH + "+" + part for part in escape.split("\\")[1:]))
-            elif char == " ":
-                ways.append(r"\+")
-            parts.append(char if cls.PLAIN.match(char) and char != "." else f"(?:{'|'.join(ways)})")
-        return re.compile("".join(parts), re.I)
+    def add_userinfo(self, url: str) -> None:
+        """Hide user name and password of a URL, also those that a URL may not hold unquoted."""
+        userinfo, at, _ = (url.partition("://")[2] or url).rpartition("@")
+        if not at or ":" not in userinfo:
+            return
+        password = userinfo.partition(":")[2]
+        # The pieces, too: one that holds / ? # or @ is read in part as a host.
+        for part in (userinfo + "@", userinfo, password, *re.split("[/?#@]", password)):
+            self.add(part)
+            self.add(urllib.parse.unquote(part))
 
-    @staticmethod
-    def encoded_forms(value: str) -> set[str]:
-        """What base64 makes of the value, behind whatever user name or scheme: the part that holds nothing else."""
-        data, found = value.encode("utf-8", "replace"), set()
-        for before in range(3):
-            encoded = base64.b64encode(bytes(before) + data).decode()[
-                (before * 4 + 2) // 3 : (before + len(data)) * 4 // 3
-            ]
-            found |= {
-                encoded,
-                encoded.replace("+", "-").replace("/", "_"),
-                encoded.replace("/", "\\/"),
-            }
-        return found
+    def add_settings(self, value: Any, name: str = "", holder: str = "") -> None:
+        """Hide what is secret in a JSON value of settings, by its name or the object it is in."""
+        if isinstance(value, dict):
+            is_holder = name in ("customHeaders", "headers", "extra_body")
+            for key, item in value.items():
+                self.add_settings(item, key, name if is_holder else holder)
+        elif isinstance(value, list):
+            for item in value:
+                self.add_settings(item, name, holder)
+        elif isinstance(value, str) and name.lower() not in self.PUBLIC_NAMES:
+            self.add_userinfo(value)
+            is_long = len(value) >= 12 and len(value.split()) == 1
+            is_held = holder in ("customHeaders", "headers") or holder == "extra_body" and is_long
+            if is_held or self.NAMES.search(name):
+                self.add(value)
+                # What stands behind Bearer or Basic.
+                self.add(value.partition(" ")[2])
 
     def mask(self, text: str) -> str:
-        """The text without secrets: those that are known, and anything shaped like a key."""
+        """Return the text without known secrets and without anything shaped like a key."""
         for pattern in self._patterns:
             text = pattern.sub("***", text)
         for form in self._forms:
             if form in text:
                 text = self._without(text, form)
-        return self.SHAPES.sub("***", text) if any(sign in text for sign in self.SIGNS) else text
+        if any(sign in text for sign in self.SIGNS):
+            text = self.SHAPES.sub("***", text)
+        return text
 
     def _without(self, text: str, form: str) -> str:
-        """The text with *** for a form, and of an encoded one for all of the word that it is in."""
+        """Replace a form by ***, and of an encoded one all of the word that it is in."""
         parts, done, at = [], 0, text.find(form)
         while at >= 0:
             start, end = at, at + len(form)
@@ -604,85 +638,61 @@ class Secrets:
             done, at = end, text.find(form, end)
         return "".join([*parts, text[done:]])
 
+    @classmethod
+    def _pattern(cls, value: str) -> re.Pattern[str]:
+        r"""Match the value in every spelling of JSON and of URLs, however deep in one another.
+
+        Each level of JSON has more backslashes, each level of URLs more %25.
+        """
+        parts = []
+        for char in value:
+            escape = json.dumps(char)[1:-1]
+            ways = [re.escape(char)] if char != "\\" else []
+            data = char.encode("utf-8", "surrogatepass")
+            ways.append("".join(f"%(?:25)*{byte:02x}" for byte in data))
+            if char in '\\"/' and parts:
+                ways = [f"{cls.BACKSLASH}{{0,16}}{way}" for way in ways]
+                ways += [cls.BACKSLASH + "{1,16}"] if char == "\\" else []
+            elif char == "\\":
+                ways.append(cls.BACKSLASH)
+            elif escape != char:
+                letters = escape.split("\\")[1:]
+                ways.append("".join(f"{cls.BACKSLASH}{{1,16}}{letter}" for letter in letters))
+            elif char == " ":
+                ways.append(r"\+")
+            is_plain = cls.PLAIN.match(char) and char != "."
+            parts.append(char if is_plain else f"(?:{'|'.join(ways)})")
+        return re.compile("".join(parts), re.I)
+
+    @staticmethod
+    def _encoded_forms(value: str) -> set[str]:
+        """Return what base64 makes of the value behind any user name or scheme.
+
+        That is the part that holds nothing but the value, for each of the three alignments.
+        """
+        data, found = value.encode("utf-8", "replace"), set()
+        for before in range(3):
+            encoded = base64.b64encode(bytes(before) + data).decode()
+            encoded = encoded[(before * 4 + 2) // 3 : (before + len(data)) * 4 // 3]
+            url_safe = encoded.replace("+", "-").replace("/", "_")
+            found |= {encoded, url_safe, encoded.replace("/", "\\/")}
+        return found
+
 
 SECRETS = Secrets()
 keep_secret = SECRETS.add
 
 
-def keep_userinfo(url: str) -> None:
-    """Keep user name and password of a URL secret, also those that a URL may not hold unquoted."""
-    userinfo, at, _ = (url.partition("://")[2] or url).rpartition("@")
-    if at and ":" in userinfo:
-        password = userinfo.partition(":")[2]
-        # The pieces, too: one that holds / ? # or @ is read in part as a host.
-        for part in (userinfo + "@", userinfo, password, *re.split("[/?#@]", password)):
-            keep_secret(part)
-            keep_secret(urllib.parse.unquote(part))
-
-
-def forward_proxies() -> dict[str, str]:
-    """The forward proxies of the environment by scheme, their passwords kept secret and quoted as URLs need it."""
-    proxies = {}
-    for scheme, url in urllib.request.getproxies().items():
-        keep_userinfo(url)
-        before, _, rest = url.rpartition("://")
-        userinfo, at, host = rest.rpartition("@")
-        quoted = urllib.parse.quote(userinfo, safe=":%", errors="replace")
-        proxies[scheme] = (before + "://" if before else "") + quoted + at + host
-    return proxies
-
-
-_SECRET_NAME = re.compile(
-    r"key|token|secret|passw|auth(?!or(?!iz))|credential|cookie|session", re.I
-)
-_PUBLIC_NAMES = frozenset(
-    {
-        "envkey",
-        "http-referer",
-        "referer",
-        "x-openrouter-title",
-        "x-title",
-        "user-agent",
-        "accept",
-        "content-type",
-    }
-)
-
-
-def keep_secrets_in(value: Any, name: str = "", holder: str = "") -> None:
-    """Keep what is secret in a JSON value of settings: by its name, or by the object that holds it."""
-    if isinstance(value, dict):
-        is_holder = name in ("customHeaders", "headers", "extra_body")
-        for key, item in value.items():
-            keep_secrets_in(item, key, name if is_holder else holder)
-    elif isinstance(value, list):
-        for item in value:
-            keep_secrets_in(item, name, holder)
-    elif isinstance(value, str) and name.lower() not in _PUBLIC_NAMES:
-        keep_userinfo(value)
-        is_long = len(value) >= 12 and len(value.split()) == 1
-        if (
-            _SECRET_NAME.search(name)
-            or holder in ("customHeaders", "headers")
-            or holder == "extra_body"
-            and is_long
-        ):
-            keep_secret(value)
-            # behind Bearer or Basic
-            keep_secret(value.partition(" ")[2])
-
-
 def public(text: str, keep: str = "") -> str:
-    """The text as it may leave the program: secrets masked, control characters made visible but those in `keep`.
+    """Return the text as it may leave the program: secrets masked, control characters visible.
 
-    The one exit of what the program itself says: errors, header values, the log, the terminal. What a model
-    answers is not the program's own word and does not pass here.
+    The one exit of what the program itself says: errors, header values, the log, the terminal; the
+    characters of `keep` stay as they are. What a model answers does not pass here.
 
     >>> public("a\\x1b[31mb\\n"), public("a\\nb", keep="\\n")
     ('a\\\\x1b[31mb\\\\n', 'a\\nb')
     """
-    text = SECRETS.mask(text)
-    probe = text
+    text = probe = SECRETS.mask(text)
     for char in keep:
         probe = probe.replace(char, "")
     if probe.isprintable():
@@ -694,7 +704,7 @@ def public(text: str, keep: str = "") -> str:
 
 
 def shorten(text: str, limit: int) -> str:
-    """The text cut to so many characters, after secrets were masked: a cut must not leave half of one."""
+    """Cut the text to so many characters, after masking: a cut must not leave half a secret."""
     return SECRETS.mask(text)[:limit]
 
 
@@ -709,21 +719,158 @@ class _PublicFilter(logging.Filter):
 log.addFilter(_PublicFilter())
 
 
+def forward_proxies() -> dict[str, str]:
+    """Return the forward proxies of the environment by scheme, passwords quoted as URLs need it."""
+    proxies = {}
+    for scheme, url in urllib.request.getproxies().items():
+        SECRETS.add_userinfo(url)
+        before, separator, rest = url.rpartition("://")
+        userinfo, at, host = rest.rpartition("@")
+        quoted = urllib.parse.quote(userinfo, safe=":%", errors="replace")
+        proxies[scheme] = before + separator + quoted + at + host
+    return proxies
+
+
+def loads(text: str | bytes, default: Any = None) -> Any:
+    """Return the JSON value in a text, or the default where it is not JSON."""
+    try:
+        return json.loads(text if isinstance(text, str) else text.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return default
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_JSON_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def encode_json(value: Any) -> bytes:
+    """Return JSON in UTF-8, unescaped.
+
+    Escapes would double Chinese text, and DashScope counts bytes as sent. Raises BadRequest for a
+    number that JSON cannot hold, or nesting beyond what Python can write.
+    """
+    try:
+        text = _JSON_ENCODER.encode(value)
+    except (ValueError, RecursionError):
+        raise BadRequest("a number is out of range, or the nesting is too deep") from None
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        # Half of a surrogate pair: a string was cut in an emoji.
+        return _SURROGATE.sub(lambda match: f"\\u{ord(match.group()):04x}", text).encode()
+
+
+def as_object(value: Any) -> Json:
+    """Return the value if it is an object, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def as_list(value: Any) -> list[Any]:
+    """Return the value if it is a list, else an empty one."""
+    return value if isinstance(value, list) else []
+
+
+def as_text(value: Any) -> str:
+    """Return the value if it is a string, else an empty one."""
+    return value if isinstance(value, str) else ""
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a JSON value is a number; True and False are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def dig(value: Any, *path: str) -> Any:
+    """Return value[path[0]][path[1]]..., or None where a step is missing or no object."""
+    for name in path:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def first_of(kind: type | tuple[type, ...], *values: Any) -> Any:
+    """Return the first value that is of the kind and not empty, else None."""
+    return next((value for value in values if isinstance(value, kind) and value), None)
+
+
 def json_type(value: Any) -> str:
-    """A JSON value's type in JSON's words."""
-    names = {
-        dict: "an object",
-        list: "a list",
-        str: "a string",
-        bool: "a boolean",
-        type(None): "null",
-    }
-    return names.get(type(value), "a number")
+    """Return the name of a JSON value's type, with its article."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
+    return "null" if value is None else names.get(type(value), "a number")
+
+
+def text_of(content: Any) -> str:
+    """Return the text in a message's content, be it a string or parts."""
+    if isinstance(content, list):
+        return "\n".join(
+            part["text"]
+            for part in content
+            if isinstance(part, dict) and isinstance(part.get("text"), str)
+        )
+    return as_text(content)
+
+
+def host_of(url: str, with_port: bool = False) -> str:
+    """Return the host of a URL without user name and password, empty where it has none."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        return (parts.netloc.rpartition("@")[2] if with_port else parts.hostname) or ""
+    except ValueError:
+        return ""
+
+
+def base_url_fault(url: Any) -> str:
+    """Return what is wrong with a base URL, as the end of a sentence; empty for a good one."""
+    if not isinstance(url, str):
+        return f"must be a string, not {json_type(url)}"
+    if "@" in url.partition("://")[2].partition("/")[0]:
+        return "must hold no user name and no password"
+    try:
+        parts = urllib.parse.urlsplit(url)
+        has_host = bool(re.match(r"[\w.-]+\Z|[0-9a-f:.]+\Z", parts.hostname or ""))
+        is_good = has_host and parts.port != 0 and parts.scheme in ("http", "https")
+    except ValueError:
+        is_good = False
+    if not is_good or " " in url or not url.isprintable():
+        return "must begin with http:// or https:// and name a host"
+    return ""
+
+
+def web_page(text: str) -> str:
+    """Return 'a web page', with its title, for text that is one; empty for other text."""
+    if not re.match(r"<[!?a-zA-Z]", text):
+        return ""
+    title = re.search(r"<title[^>]*>(.*?)</title>", text[:MAX_ERROR_TEXT_SCANNED], re.S | re.I)
+    words = " ".join(SECRETS.mask(title.group(1)).split()) if title else ""
+    return f"a web page ('{shorten(words, 80)}')" if words else "a web page"
+
+
+def reason_of(error: BaseException) -> str:
+    """Return a few words for a failure, without Python's names for it."""
+    if isinstance(error, urllib.error.URLError) and isinstance(error.reason, BaseException):
+        error = error.reason
+    if isinstance(error, socket.timeout):
+        return "timed out"
+    if isinstance(error, socket.gaierror):
+        return "the host name cannot be resolved"
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return (
+            f"its TLS certificate is not trusted ({error.verify_message}); a private CA goes into "
+            "SSL_CERT_FILE"
+        )
+    if isinstance(error, ssl.SSLError):
+        return f"TLS failed ({error.reason or 'connection closed'})"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror[:1].lower() + error.strerror[1:]
+    return str(getattr(error, "reason", error)) or type(error).__name__
 
 
 def read_regular(path: str, errors: str = "strict") -> tuple[str, os.stat_result]:
-    """Text and status of a regular file; raises OSError for anything else, so that no pipe is waited for."""
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    """Return text and status of a regular file.
+
+    Raises OSError for anything else, so that a pipe is never waited for.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    handle = os.open(path, flags)
     try:
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
@@ -736,143 +883,138 @@ def read_regular(path: str, errors: str = "strict") -> tuple[str, os.stat_result
         os.close(handle)
 
 
+def stamp_of(path: str) -> Any:
+    """Return what changes when a file does; None where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size, status.st_ino
+
+
 # ------------------------------------------------------------------------------------------------
 # Credentials
 # ------------------------------------------------------------------------------------------------
 
 LOGIN_AGAIN = "run `qwen` and then /auth, or `python3 qwen_proxy.py login`"
 FREE_TIER_ENDED = (
-    f"Qwen's free OAuth tier ended on {FREE_TIER_END}: a login still works, but chat does not. Configure an API key "
-    "in the CLI (run `qwen`, then /auth), or start with --provider NAME and its key in the environment"
+    f"Qwen's free OAuth tier ended on {FREE_TIER_END}: a login still works, but chat does not. "
+    "Configure an API key in the CLI (run `qwen`, then /auth), or start with --provider NAME and "
+    "its key in the environment"
 )
 
 
+# A token counts as expired this long before it is: the CLI's own margin.
+REFRESH_MARGIN = 30
+# What a header may hold.
+_TOKEN = re.compile(r"[\x21-\x7e]+\Z")
+
+
 class Login(NamedTuple):
-    """One state of oauth_creds.json. expires_at is in seconds; fields is the whole file, for saving."""
+    """One state of oauth_creds.json. expires_at is in seconds; fields is the whole file."""
 
     access_token: str
     refresh_token: str
     expires_at: float
     resource_url: str
-    fields: dict
+    fields: Json
 
     def is_fresh(self) -> bool:
-        """Whether the access token can be used now (Qwen Code: until 30 s before it expires)."""
+        """Return whether the access token can be used now."""
         return time.time() < self.expires_at - REFRESH_MARGIN
 
+    @classmethod
+    def parse(cls, text: str) -> Login:
+        """Read the text of oauth_creds.json; raises CredentialError that names what is wrong."""
+        broken = object()
+        fields = loads(text, broken)
+        if fields is broken:
+            raise CredentialError("it is not JSON")
+        if not isinstance(fields, dict):
+            raise CredentialError("it is not a JSON object")
+        return cls.of(fields)
 
-def parse_login(text: str) -> Login:
-    """The login in the text of oauth_creds.json; raises CredentialError that names what is wrong.
+    @classmethod
+    def of(cls, fields: Json) -> Login:
+        """Check the fields of oauth_creds.json; raises CredentialError that names what is wrong.
 
-    Qwen Code, sharedTokenManager.ts: the three strings and expiry_date, in milliseconds, are required.
-    """
-    try:
-        fields = json.loads(text)
-    except (ValueError, RecursionError):
-        raise CredentialError("it is not JSON") from None
-    if not isinstance(fields, dict):
-        raise CredentialError("it is not a JSON object")
-    return login_of(fields)
+        Qwen Code, sharedTokenManager.ts: the three strings and expiry_date (ms) are required.
+        """
+        for name in ("access_token", "refresh_token", "token_type"):
+            if not as_text(fields.get(name)):
+                raise CredentialError(f"it has no {name}")
+        if not _TOKEN.match(fields["access_token"]):
+            raise CredentialError("its access_token holds a character that no header may hold")
+        expiry_date: Any = fields.get("expiry_date")
+        if not is_number(expiry_date) or not 0 < expiry_date < 1e17:
+            raise CredentialError("its expiry_date is not a time in milliseconds")
+        keep_secret(fields["access_token"], rotates=True)
+        keep_secret(fields["refresh_token"], rotates=True)
+        resource_url: Any = fields.get("resource_url")
+        if resource_url in (None, ""):
+            resource_url = PORTAL_RESOURCE_URL
+        SECRETS.add_userinfo(str(resource_url))
+        is_text = isinstance(resource_url, str)
+        fault = base_url_fault(base_url_of(resource_url) if is_text else resource_url)
+        if fault:
+            raise CredentialError(f"its resource_url {fault}")
+        return cls(
+            fields["access_token"],
+            fields["refresh_token"],
+            expiry_date / 1000,
+            resource_url,
+            fields,
+        )
 
+    @classmethod
+    def from_answer(cls, answer: Json, before: Json) -> Login:
+        """Return the login after a token response (RFC 6749 5.1); other fields stay as before.
 
-def login_of(fields: dict) -> Login:
-    """The login in the fields of oauth_creds.json; raises CredentialError that names what is wrong."""
-    for name in ("access_token", "refresh_token", "token_type"):
-        if not isinstance(fields.get(name), str) or not fields[name]:
-            raise CredentialError(f"it has no {name}")
-    if not _TOKEN.match(fields["access_token"]):
-        raise CredentialError("its access_token holds a character that no header may hold")
-    expiry_date = fields.get("expiry_date")
-    if (
-        isinstance(expiry_date, bool)
-        or not isinstance(expiry_date, (int, float))
-        or not 0 < expiry_date < 1e17
-    ):
-        raise CredentialError("its expiry_date is not a time in milliseconds")
-    keep_secret(fields["access_token"], rotates=True)
-    keep_secret(fields["refresh_token"], rotates=True)
-    resource_url = (
-        PORTAL_RESOURCE_URL if fields.get("resource_url") in (None, "") else fields["resource_url"]
-    )
-    keep_userinfo(str(resource_url))
-    fault = base_url_fault(
-        base_url_of(resource_url) if isinstance(resource_url, str) else resource_url
-    )
-    if fault:
-        raise CredentialError(f"its resource_url {fault}")
-    return Login(
-        fields["access_token"], fields["refresh_token"], expiry_date / 1000, resource_url, fields
-    )
-
-
-_TOKEN = re.compile(r"[\x21-\x7e]+\Z")
-
-
-def login_from_answer(answer: dict, before: dict) -> Login:
-    """The login after a token response (RFC 6749 5.1); fields of the file that it does not name are kept.
-
-    Kept above all: the refresh token when the answer rotates none, and resource_url, whose loss makes
-    the CLI fall back to a host that refuses the token. Raises UpstreamError for an answer that gives no
-    new access token: the old one must not get a new expiry.
-    """
-    fields = {**before, "access_token": answer.get("access_token")}
-    for name in ("refresh_token", "token_type", "resource_url"):
-        if isinstance(answer.get(name), str) and _TOKEN.match(answer[name]):
-            fields[name] = answer[name]
-    fields.setdefault("token_type", "Bearer")
-    fields.setdefault("resource_url", PORTAL_RESOURCE_URL)
-    fields["expiry_date"] = int((time.time() + seconds_in(answer.get("expires_in"), 3600)) * 1000)
-    try:
-        return login_of(fields)
-    except CredentialError as error:
-        raise UpstreamError(
-            f"the token endpoint's answer is unusable: {error.message}",
-            503,
-            "token_refresh_failed",
-            retry=True,
-            headers=[("Retry-After", str(REFRESH_PAUSE))],
-        ) from None
+        Kept above all: the refresh token when the answer rotates none, and resource_url, whose loss
+        makes the CLI fall back to a host that refuses the token. Raises UpstreamError for an answer
+        without a new access token: the old one must not get a new expiry.
+        """
+        fields = {**before, "access_token": answer.get("access_token")}
+        for name in ("refresh_token", "token_type", "resource_url"):
+            if _TOKEN.match(as_text(answer.get(name))):
+                fields[name] = answer[name]
+        fields.setdefault("token_type", "Bearer")
+        fields.setdefault("resource_url", PORTAL_RESOURCE_URL)
+        seconds = seconds_in(answer.get("expires_in"), 3600)
+        fields["expiry_date"] = int((time.time() + seconds) * 1000)
+        try:
+            return cls.of(fields)
+        except CredentialError as error:
+            message = f"the token endpoint's answer is unusable: {error.message}"
+            raise OAuthCredentials.refresh_failed(message) from None
 
 
 def seconds_in(value: Any, default: float) -> float:
-    """A span in seconds that an answer names; the default where it is no number of a sensible size."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return value if is_number and 0 < value < 1e9 else default
-
-
-def base_url_fault(url: Any) -> str:
-    """What is wrong with a base URL, as the end of a sentence; empty for one that can be used."""
-    if not isinstance(url, str):
-        return f"must be a string, not {json_type(url)}"
-    try:
-        parts = urllib.parse.urlsplit(url)
-        is_good = (
-            bool(re.match(r"[\w.-]+\Z|[0-9a-f:.]+\Z", parts.hostname or "")) and parts.port != 0
-        )
-    except ValueError:
-        is_good = False
-    if "@" in url.partition("://")[2].partition("/")[0]:
-        return "must hold no user name and no password"
-    if not is_good or parts.scheme not in ("http", "https") or " " in url or not url.isprintable():
-        return "must begin with http:// or https:// and name a host"
-    return ""
+    """Return a span in seconds that an answer names; the default for what is none."""
+    return float(value) if is_number(value) and 0 < value < 1e9 else default
 
 
 def base_url_of(resource_url: str) -> str:
-    """portal.qwen.ai -> https://portal.qwen.ai/v1, as the CLI makes it."""
+    """Return the base URL for a resource_url, as the CLI makes it.
+
+    >>> base_url_of("localhost")
+    'https://localhost/v1'
+    """
     url = resource_url if "://" in resource_url else "https://" + resource_url
     url = url.rstrip("/")
     return url if url.endswith("/v1") else url + "/v1"
 
 
 class LockFile:
-    """The CLI's own lock on oauth_creds.json: a file that exists while somebody refreshes.
+    """The CLI's own lock on oauth_creds.json: a file that exists while a process refreshes.
 
-    Qwen Code, sharedTokenManager.ts: created exclusively with a random UUID in it; busy ones are tried
-    again after 100 ms, each time half as long again, up to 2 s; one older than 35 s belongs to nobody
-    and is renamed away. An flock would not keep the CLI out.
+    Qwen Code, sharedTokenManager.ts: created exclusively with a random UUID in it; while it exists
+    the others try again after 100 ms, each time half as long again, up to 2 s; one older than 35 s
+    is renamed away. An flock would not keep the CLI out.
     """
 
+    STALE = 35.0
+    WAIT_FIRST, WAIT_FACTOR, WAIT_MOST = 0.1, 1.5, 2.0
     _held: dict[str, LockFile] = {}
 
     def __init__(self, path: str, pause: Callable[[float], None] = time.sleep):
@@ -881,21 +1023,21 @@ class LockFile:
     def __enter__(self) -> LockFile:
         if not LockFile._held:
             atexit.register(LockFile.release_all)
-        wait, seen, seen_since = LOCK_WAIT_FIRST, None, time.monotonic()
+        wait, seen, seen_since = self.WAIT_FIRST, None, time.monotonic()
         while not self._create():
             holder = self._read()
             if holder != seen:
                 seen, seen_since = holder, time.monotonic()
-            if self._age(seen_since) > LOCK_STALE:
+            if self._age(seen_since) > self.STALE:
                 self._break(holder)
                 continue
             self._pause(wait)
-            wait = min(wait * LOCK_WAIT_FACTOR, LOCK_WAIT_MOST)
+            wait = min(wait * self.WAIT_FACTOR, self.WAIT_MOST)
         LockFile._held[self._owner] = self
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        """Removes the lock if it is still ours: a slow refresh may have lost it to somebody else."""
+    def __exit__(self, *_: object) -> None:
+        """Remove the lock if it is still ours: a slow refresh may have lost it."""
         LockFile._held.pop(self._owner, None)
         holder = self._read()
         if holder and holder[0] == self._owner:
@@ -904,7 +1046,10 @@ class LockFile:
 
     @staticmethod
     def release_all() -> None:
-        """For the end of the process: a CLI waits 29 s for a lock, but calls it stale only after 35."""
+        """Remove what we hold, at the end of the process.
+
+        A CLI waits 29 s for a lock, but calls it stale only after 35.
+        """
         for lock in list(LockFile._held.values()):
             lock.__exit__()
 
@@ -914,7 +1059,7 @@ class LockFile:
         except FileExistsError:
             return False
         except PermissionError:
-            # somebody is just deleting it
+            # On Windows another process may just be deleting it.
             if os.name == "nt" and os.path.exists(self.path):
                 return False
             raise
@@ -922,13 +1067,13 @@ class LockFile:
             with os.fdopen(handle, "w") as file:
                 file.write(self._owner)
         except OSError:
-            # a full disk: a lock without its owner's name would stay for good
+            # A full disk: a lock without its owner's name would stay for good.
             os.unlink(self.path)
             raise
         return True
 
     def _read(self) -> tuple[str, int] | None:
-        """Content and mtime (ns) of the lock as it is, or None when it is gone."""
+        """Return content and mtime (ns) of the lock as it is, or None when it is gone."""
         try:
             text, status = read_regular(self.path, "replace")
             return text[:100], status.st_mtime_ns
@@ -936,14 +1081,15 @@ class LockFile:
             return None
 
     def _age(self, seen_since: float) -> float:
-        """Its age, or how long we have seen it unchanged: a clock that jumped back must not hang us."""
+        """Return its age, or how long it was seen unchanged: a clock may have jumped back."""
         try:
-            return max(time.time() - os.lstat(self.path).st_mtime, time.monotonic() - seen_since)
+            age = time.time() - os.lstat(self.path).st_mtime
         except OSError:
             return 0
+        return max(age, time.monotonic() - seen_since)
 
     def _break(self, holder: tuple[str, int] | None) -> None:
-        """Rename a stale lock away; should it be a new one after all, put that back. Raises OSError."""
+        """Rename a stale lock away, and put back what turns out to be a new one; raises OSError."""
         away = f"{self.path}.stale.{uuid.uuid4()}"
         try:
             os.rename(self.path, away)
@@ -956,20 +1102,147 @@ class LockFile:
             os.unlink(away)
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Refuses every redirect."""
+class LoginFile:
+    """How oauth_creds.json is written: by descriptor, and never through a link to something else.
 
-    def redirect_request(self, *_: Any) -> None:
-        return None
+    Whoever may write into the folder must not be able to turn the refresh to another file.
+    """
+
+    FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+    # os.replace() fails so on a file that is mounted by itself, in another user's folder, or
+    # across a mount.
+    NOT_REPLACEABLE = frozenset({errno.EBUSY, errno.EACCES, errno.EPERM, errno.EROFS, errno.EXDEV})
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def write(self, text: str) -> None:
+        """Write it, mode 0600: atomically if it can be renamed over, else in place.
+
+        The new mtime is always later than the old one: the CLI reloads only then (Qwen Code,
+        sharedTokenManager.ts). Raises OSError.
+        """
+        path, data = self._target(), text.encode()
+        try:
+            before: os.stat_result | None = os.lstat(path)
+        except FileNotFoundError:
+            before = None
+        if before is None or not hasattr(os, "geteuid") or os.geteuid() in (0, before.st_uid):
+            try:
+                return self._replace(path, data, before)
+            except OSError as error:
+                if before is None or error.errno not in self.NOT_REPLACEABLE:
+                    raise
+        return self._overwrite(path, data, before)
+
+    def why_not_saved(self) -> str:
+        """Return why it could not be written; empty where it can be, or does not exist."""
+        try:
+            path = self._target()
+        except OSError as error:
+            return reason_of(error)
+        folder = os.path.dirname(path)
+        if os.access(path, os.W_OK) or os.access(folder, os.W_OK | os.X_OK):
+            return ""
+        return "it is read-only" if os.path.exists(path) else ""
+
+    def sweep(self) -> None:
+        """Remove temporary files that a killed refresh of ours has left; by the lock's holder."""
+        folder, name = os.path.split(self.path)
+        leftover = re.compile(re.escape(name) + r"\.qwen_proxy-[0-9a-f]{12}\.tmp\Z")
+        with contextlib.suppress(OSError):
+            for found in filter(leftover.match, os.listdir(folder)):
+                status = os.lstat(os.path.join(folder, found))
+                is_old = time.time() - status.st_mtime > LockFile.STALE
+                if is_old and stat.S_ISREG(status.st_mode):
+                    os.unlink(os.path.join(folder, found))
+
+    def _target(self) -> str:
+        """Return the path, or what a link leads to, if that is a login file of the same owner."""
+        if not os.path.islink(self.path):
+            return self.path
+        target = os.path.realpath(self.path)
+        try:
+            text, status = read_regular(target)
+            Login.parse(text)
+        except (OSError, ValueError, CredentialError) as error:
+            reason = f"it is a link to {target}, which is no login file ({reason_of(error)})"
+            raise OSError(errno.EPERM, reason) from None
+        if status.st_uid != os.lstat(self.path).st_uid:
+            reason = f"it is a link to {target}, which belongs to another user"
+            raise OSError(errno.EPERM, reason)
+        return target
+
+    def _replace(self, path: str, data: bytes, before: os.stat_result | None) -> None:
+        temporary = f"{path}.qwen_proxy-{secrets.token_hex(6)}.tmp"
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | self.FLAGS, 0o600)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                if before and hasattr(os, "fchown") and before.st_uid != os.geteuid():
+                    # Root must not take it away from its user.
+                    os.fchown(handle, before.st_uid, before.st_gid)
+                self._complete(handle, before)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+
+    def _overwrite(self, path: str, data: bytes, before: os.stat_result | None) -> None:
+        """Write over the old file; blanks make room first, so that it stays whole JSON."""
+        handle = os.open(path, os.O_WRONLY | self.FLAGS)
+        try:
+            status = os.fstat(handle)
+            if not stat.S_ISREG(status.st_mode) or not before or before.st_ino != status.st_ino:
+                raise OSError(errno.EPERM, "it was replaced meanwhile")
+            try:
+                self._write_at(handle, status.st_size, b" " * (len(data) - status.st_size))
+            except OSError:
+                os.ftruncate(handle, status.st_size)
+                raise
+            self._write_at(handle, 0, data.ljust(status.st_size))
+            os.ftruncate(handle, len(data))
+            self._complete(handle, before)
+        finally:
+            os.close(handle)
+
+    @staticmethod
+    def _write_at(handle: int, place: int, data: bytes) -> None:
+        os.lseek(handle, place, os.SEEK_SET)
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(handle, rest) :]
+
+    @staticmethod
+    def _complete(handle: int, before: os.stat_result | None) -> None:
+        """Set the mode and an mtime later than before, and put all of it on the disk."""
+        if hasattr(os, "fchmod"):
+            # Not for another user's file that we may write.
+            with contextlib.suppress(PermissionError):
+                os.fchmod(handle, 0o600)
+        os.fsync(handle)
+        is_later = not before or os.fstat(handle).st_mtime_ns > before.st_mtime_ns
+        if before and not is_later and os.name != "nt":
+            with contextlib.suppress(PermissionError):
+                os.utime(handle, ns=(before.st_atime_ns, before.st_mtime_ns + 1_000_000))
+
+
+def time_left(deadline: float) -> float:
+    """Return the seconds until a deadline (monotonic); raises socket.timeout after it."""
+    remaining = deadline - time.monotonic()
+    if remaining <= 0:
+        raise socket.timeout("timed out")
+    return remaining
 
 
 class DeadlineSocket(socket.socket):
-    """A socket that receives nothing after `deadline` (monotonic), however slowly the bytes drip in."""
+    """A socket that receives nothing after its deadline, however slowly the bytes drip in."""
 
     deadline = float("inf")
 
     def recv_into(self, *arguments: Any) -> int:
-        """As socket's; raises socket.timeout at the deadline."""
         self.settimeout(time_left(self.deadline))
         return super().recv_into(*arguments)
 
@@ -979,29 +1252,22 @@ class DeadlineTLSSocket(ssl.SSLSocket):
 
     deadline = float("inf")
 
-    def recv_into(self, *arguments: Any) -> int:  # type: ignore[override]
-        """As SSLSocket's; raises socket.timeout at the deadline."""
+    def recv_into(self, *arguments: Any) -> int:
         self.settimeout(time_left(self.deadline))
         return super().recv_into(*arguments)
 
 
-def time_left(deadline: float) -> float:
-    """The seconds until a deadline; raises socket.timeout when there are none."""
-    remaining = deadline - time.monotonic()
-    if remaining <= 0:
-        raise socket.timeout("timed out")
-    return remaining
-
-
 def connect_before(deadline: float) -> Callable[..., socket.socket]:
-    """A socket.create_connection() with one deadline for all addresses of a name and all that is received."""
+    """Return a socket.create_connection() with one deadline.
+
+    It holds for all addresses of a name together, and for what is received afterwards.
+    """
 
     def create_connection(address: tuple[str, int], *_: Any, **__: Any) -> socket.socket:
-        failure: OSError = OSError("the host name has no address")
-        for family, kind, protocol, _, place in socket.getaddrinfo(
-            *address, type=socket.SOCK_STREAM
-        ):
-            connection = DeadlineSocket(family, kind, protocol)
+        failure = OSError("the host name has no address")
+        found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
+        for *kind, _name, place in found:
+            connection = DeadlineSocket(*kind)
             try:
                 connection.deadline = deadline
                 connection.settimeout(time_left(deadline))
@@ -1023,18 +1289,15 @@ class DeadlineHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         self._deadline = time.monotonic() + seconds
 
     def http_open(self, request: urllib.request.Request) -> Any:
-        return self.do_open(
-            functools.partial(self._connection, http.client.HTTPConnection), request
-        )
+        connect = functools.partial(self._connection, http.client.HTTPConnection)
+        return self.do_open(connect, request)
 
     def https_open(self, request: urllib.request.Request) -> Any:
         context = ssl.create_default_context()
-        context.sslsocket_class = type("_", (DeadlineTLSSocket,), {"deadline": self._deadline})
-        return self.do_open(
-            functools.partial(self._connection, http.client.HTTPSConnection),
-            request,
-            context=context,
-        )
+        timed = {"deadline": self._deadline}
+        context.sslsocket_class = type("TLSSocket", (DeadlineTLSSocket,), timed)
+        connect = functools.partial(self._connection, http.client.HTTPSConnection)
+        return self.do_open(connect, request, context=context)
 
     def _connection(self, kind: Any, host: str, **arguments: Any) -> Any:
         connection = kind(host, **arguments)
@@ -1042,140 +1305,106 @@ class DeadlineHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         return connection
 
 
-def open_before(request: urllib.request.Request, seconds: float) -> Any:
-    """The response to a request to the identity host, or for `status`; raises OSError, http.client.HTTPException.
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Refuses every redirect: urllib would take our secrets along to the new place."""
 
-    No redirect is followed: urllib would take our secrets along to the new place.
+    def redirect_request(self, *_: object) -> None:
+        return None
+
+
+def open_before(request: urllib.request.Request, seconds: float) -> Any:
+    """Return the response to a request to the identity host, or of `status`.
+
+    Raises OSError and http.client.HTTPException.
     """
-    handlers = urllib.request.ProxyHandler(forward_proxies()), _NoRedirect, DeadlineHandler(seconds)
+    proxies = urllib.request.ProxyHandler(forward_proxies())
+    opener = urllib.request.build_opener(proxies, _NoRedirect, DeadlineHandler(seconds))
     try:
-        return urllib.request.build_opener(*handlers).open(request, timeout=seconds)
+        return opener.open(request, timeout=seconds)
     except urllib.error.HTTPError as error:
         return error
 
 
 def post_form(
-    url: str, fields: dict[str, str], headers: dict[str, str] | None = None
-) -> tuple[int, dict | None, str]:
-    """POST a form to the identity host: the HTTP status, the JSON object or None, and what the body is.
+    url: str, fields: dict[str, str], headers: Mapping[str, str] | None = None
+) -> tuple[int, Json | None, str]:
+    """POST a form to the identity host; returns status, JSON object or None, and a description.
 
-    Raises UpstreamError when no answer came within REFRESH_TIMEOUT. Status and body are judged by the
-    caller, since the host sits behind a firewall that answers HTML with any status, which is no verdict
-    on anything. The body itself is never quoted, since a token may be in it.
+    Raises UpstreamError when no answer came in time. Status and body are judged by the caller,
+    since the host sits behind a firewall that answers HTML with any status, which is no verdict on
+    anything. The body itself is never quoted, since a token may be in it.
     """
+    SECRETS.add_userinfo(url)
+    fault = base_url_fault(url)
+    if fault:
+        raise UpstreamError(f"QWEN_OAUTH_BASE_URL {fault}", 500)
+    data = urllib.parse.urlencode(fields).encode("ascii", "replace")
+    request = urllib.request.Request(url, data, dict(headers or {}))
+    request.add_header("Content-Type", "application/x-www-form-urlencoded")
+    request.add_header("Accept", "application/json")
+    # Without a User-Agent of its own choice the host answers HTML (hermes-agent #7746).
+    request.add_header("User-Agent", f"qwen_proxy/{__version__}")
     try:
-        data = urllib.parse.urlencode(fields).encode()
-        request = urllib.request.Request(
-            url,
-            data,
-            {
-                "Content-Type": "application/x-www-form-urlencoded",
-                "Accept": "application/json",
-                # Without a User-Agent of its own choice the host answers HTML (hermes-agent #7746).
-                "User-Agent": f"qwen_proxy/{__version__}",
-                **(headers or {}),
-            },
-        )
-    except ValueError as error:
-        raise UpstreamError(f"the address {url} or the login cannot be used: {error}") from error
-    try:
-        with open_before(request, REFRESH_TIMEOUT) as response:
+        with open_before(request, OAuthCredentials.TIMEOUT) as response:
             status, body = response.getcode(), response.read(MAX_ERROR_BODY)
     except (OSError, http.client.HTTPException) as error:
-        raise UpstreamError(
-            f"no answer from {host_of(url, with_port=True)}: {reason_of(error)}", retry=True
-        ) from error
-    try:
-        answer = json.loads(body.decode("utf-8", "replace"))
-    except (ValueError, RecursionError):
-        answer = None
+        host = host_of(url, with_port=True)
+        raise UpstreamError(f"no answer from {host}: {reason_of(error)}", retry=True) from error
+    answer = loads(body)
     if not isinstance(answer, dict):
         return status, None, described_body(body)
     for name in ("access_token", "refresh_token", "id_token", "device_code"):
         keep_secret(answer.get(name), rotates=True)
-    detail = next(
-        (
-            answer[name]
-            for name in ("error_description", "error")
-            if isinstance(answer.get(name), str)
-        ),
-        "",
-    )
-    return status, answer, shorten(detail, 120) or "a JSON object without an error"
+    detail = first_of(str, answer.get("error_description"), answer.get("error"))
+    return status, answer, shorten(detail or "a JSON object without an error", 120)
 
 
 def described_body(body: bytes) -> str:
-    """What a body is that must not be quoted.
+    """Return what a body is that must not be quoted.
 
-    >>> described_body(b""), described_body(b"<html><title>Not now</title>"), described_body(b'{"access_tok')
-    ('an empty body', "a web page ('Not now')", '12 bytes that are no JSON object')
+    >>> described_body(b"<html><title>Not now</title>"), described_body(b'{"access_tok')
+    ("a web page ('Not now')", '12 bytes that are no JSON object')
     """
     text = body.decode("utf-8", "replace").strip()
-    if not text:
-        return "an empty body"
-    return web_page(text) or f"{len(body)} bytes that are no JSON object"
-
-
-def web_page(text: str) -> str:
-    """'a web page', with its title, for text that is one; empty for other text."""
-    if not re.match(r"<[!?a-zA-Z]", text):
-        return ""
-    title = re.search(r"<title[^>]*>(.*?)</title>", text[:CLASSIFIED], re.S | re.I)
-    words = " ".join(SECRETS.mask(title.group(1)).split()) if title else ""
-    return f"a web page ('{shorten(words, 80)}')" if words else "a web page"
-
-
-def reason_of(error: BaseException) -> str:
-    """A few words for a network failure, without Python's names for it."""
-    error = getattr(error, "reason", error) if isinstance(error, urllib.error.URLError) else error
-    if isinstance(error, socket.timeout):
-        return "timed out"
-    if isinstance(error, socket.gaierror):
-        return "the host name cannot be resolved"
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"its TLS certificate is not trusted ({error.verify_message}); a private CA goes into SSL_CERT_FILE"
-    if isinstance(error, ssl.SSLError):
-        return "TLS failed (%s)" % (error.reason or "connection closed")
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror[:1].lower() + error.strerror[1:]
-    return str(error) or type(error).__name__
+    return web_page(text) or (f"{len(body)} bytes that are no JSON object" if text else "nothing")
 
 
 class OAuthCredentials:
     """The login in one oauth_creds.json, shared with the CLI and with other processes.
 
-    Any number of threads may call it. The file is read again whenever it has changed, so a new login by
-    the CLI counts at once; it is written only with a refreshed token, atomically, mode 0600.
+    Any number of threads may call it. The file is read again whenever it has changed, so a new
+    login by the CLI counts at once; it is written only with a refreshed token.
     """
 
     kind = "oauth"
+    # One attempt while holding the lock: a CLI before 0.24 breaks it after 10 s.
+    TIMEOUT = 8.0
+    # After a failure that may pass, requests fail at once for this long.
+    PAUSE = 5.0
+    # Before a login that could not be written is tried again.
+    SAVE_PAUSE = 30.0
 
     def __init__(self, path: str, oauth_base_url: str = OAUTH_BASE_URL):
         self.path, self.problem = path, ""
         self._token_url = oauth_base_url.rstrip("/") + TOKEN_PATH
         self._refreshing, self._reading = threading.Lock(), threading.Lock()
         self._login: Login | None = None
-        # when the file was last looked at (monotonic)
-        self._looked = 0.0
-        # when to try what could not be written (monotonic); 0: nothing
+        self._stamp: Any = ()
+        # When to try again what could not be written (monotonic); 0: nothing.
         self._save_again_at = 0.0
-        self._signature: Any = ()
-        # the refresh token that the token endpoint refused
-        self._refused: str | None = None
-        self._failure: tuple[float, ProxyError] | None = (
-            # the last failed refresh and its time
-            None
-        )
-        self.useless_token = (
-            # fresh from a refresh and refused all the same: no use in another one
-            ""
-        )
+        # The refresh token that the token endpoint refused.
+        self._refused = ""
+        # The last failed refresh and its time (monotonic).
+        self._failure: tuple[float, ProxyError] | None = None
+        # A token that was refused although it had just been refreshed.
+        self.rejected_token = ""
 
     def access_token(self, rejected: str = "", pause: Callable[[float], None] = time.sleep) -> str:
-        """A token that is valid now and is not `rejected`, the one an upstream has just refused.
+        """Return a token that is valid now and is not the rejected one.
 
-        pause(seconds) is called while somebody else refreshes; it may raise to give up. Raises
-        CredentialError when a new login is needed, UpstreamError when the refresh may work later.
+        pause(seconds) is called while another thread or process refreshes; it may raise to give up.
+        Raises CredentialError when a new login is needed, UpstreamError when a refresh may work
+        later.
         """
         asked = time.monotonic()
         login = self.login()
@@ -1183,21 +1412,18 @@ class OAuthCredentials:
             if self._save_again_at and time.monotonic() > self._save_again_at:
                 self._save_again(pause)
             return login.access_token
-        while not self._refreshing.acquire(timeout=LOCK_WAIT_FIRST):
+        while not self._refreshing.acquire(timeout=LockFile.WAIT_FIRST):
             pause(0)
         try:
-            self._looked = 0.0
             login = self.login()
             if login.is_fresh() and login.access_token != rejected:
                 return login.access_token
-            # Those who waited while one attempt failed share its outcome instead of queueing for 8
-            # s each.
-            failure = self._failure
-            if failure and (failure[0] > asked or time.monotonic() - failure[0] < REFRESH_PAUSE):
-                raise copy.copy(
-                    failure[1]
-                    # a copy: one that is raised again and again keeps all its frames
-                )
+            # Those who waited while one attempt failed share its outcome; to queue up would cost
+            # each of them another attempt.
+            failed = self._failure
+            if failed and (failed[0] > asked or time.monotonic() - failed[0] < self.PAUSE):
+                # A copy: an exception that is raised again and again keeps all its frames.
+                raise copy.copy(failed[1])
             try:
                 login = self._refresh_locked(rejected, pause)
             except UpstreamError as error:
@@ -1208,34 +1434,32 @@ class OAuthCredentials:
         finally:
             self._refreshing.release()
 
-    def login(self, in_memory: bool = False) -> Login:
-        """The login as it is now: the file if it has changed, else the copy in memory.
+    def login(self) -> Login:
+        """Return the login as it is now: the file if it has changed, else the copy in memory.
 
-        A file that has become unreadable or is gone (the CLI deletes it when its own refresh is refused)
-        does not end a login that memory still holds.
+        A file that cannot be read any more or is gone (the CLI deletes it when its own refresh is
+        refused) does not end a login that is in memory. Raises CredentialError without a login.
         """
         with self._reading:
-            if self._login is None or not (
-                in_memory or time.monotonic() - self._looked < FILE_CHECK_INTERVAL
-            ):
-                self._look_at_file()
+            stamp = stamp_of(self.path)
+            if stamp != self._stamp:
+                self._read(stamp)
             if self._login is None:
-                raise CredentialError(
-                    f"no usable login in {self.path}: {self.problem}; {LOGIN_AGAIN}"
-                )
+                message = f"no usable login in {self.path}: {self.problem}; {LOGIN_AGAIN}"
+                raise CredentialError(message)
             return self._login
 
     def is_there(self) -> bool:
-        """Whether there is a file, or was one that memory still holds."""
-        return self._login is not None or os.path.exists(self.path)
+        """Return whether there is a file, or was one that is still in memory."""
+        return self._login is not None or os.path.lexists(self.path)
 
     def base_url(self) -> str:
-        """Where this login is served."""
-        return base_url_of(self.login(in_memory=True).resource_url)
+        """Return where this login is served."""
+        return base_url_of((self._login or self.login()).resource_url)
 
-    def describe(self) -> dict:
-        """Facts for /health and status; nothing secret."""
-        facts = {"type": self.kind, "path": self.path, "problem": self.problem or None}
+    def describe(self) -> Json:
+        """Return facts for /health and status; nothing secret."""
+        facts: Json = {"type": self.kind, "path": self.path, "problem": self.problem or None}
         with contextlib.suppress(CredentialError):
             facts["expires_at"] = int(self.login().expires_at)
         return facts
@@ -1246,66 +1470,51 @@ class OAuthCredentials:
             self.save(login)
 
     def save(self, login: Login) -> None:
-        """Write the login, by the holder of the lock; what cannot be written stays in memory, and says so."""
+        """Write the login, by the holder of the lock; if that fails it stays in memory, logged."""
         with self._reading:
             self._login, self.problem, self._save_again_at = login, "", 0.0
+            file = LoginFile(self.path)
             try:
-                sweep_leftovers(self.path)
-                write_private(self.path, json.dumps(login.fields, indent=2))
+                file.sweep()
+                file.write(json.dumps(login.fields, indent=2))
             except OSError as error:
-                self._save_again_at = time.monotonic() + SAVE_PAUSE
-                self.problem = f"it could not be saved ({reason_of(error)}), the new token is kept in memory only"
+                self._save_again_at = time.monotonic() + self.SAVE_PAUSE
+                self.problem = (
+                    f"it could not be saved ({reason_of(error)}), the new token is kept in memory "
+                    "only"
+                )
                 log.warning("%s: %s", self.path, self.problem)
-            self._signature = self._signature_of_file()
+            self._stamp = stamp_of(self.path)
 
     def _save_again(self, pause: Callable[[float], None]) -> None:
-        """Write what could not be written: a login that is in memory only ends with the process."""
+        """Write what could not be written: a login that is only in memory ends with the process."""
         if not self._refreshing.acquire(blocking=False):
             return
         try:
             with self._locked(pause):
                 login = self.login()
-                # else the file has changed, and holds a newer login
+                # Otherwise the file has changed, and holds a newer login.
                 if self._save_again_at:
                     self.save(login)
         finally:
             self._refreshing.release()
 
-    def _look_at_file(self) -> None:
-        self._looked, signature = time.monotonic(), self._signature_of_file()
-        if signature != self._signature:
-            self._read(signature)
-
-    def _signature_of_file(self) -> Any:
+    def _read(self, stamp: Any) -> None:
+        self._stamp = stamp
         try:
-            status = os.stat(self.path)
-        except OSError as error:
-            return type(error).__name__
-        return status.st_mtime_ns, status.st_size, status.st_ino
-
-    def _read(self, signature: Any) -> None:
-        try:
-            login = parse_login(read_regular(self.path)[0])
+            login = Login.parse(read_regular(self.path)[0])
         except (OSError, UnicodeError, CredentialError) as error:
-            self.problem, self._signature = reason_of(error), signature
+            self.problem = reason_of(error)
             if self._login:
-                log.warning("%s: %s; the login in memory goes on", self.path, self.problem)
+                log.warning("%s: %s; still using the login in memory", self.path, self.problem)
             return
         if self._login is None or login.refresh_token != self._login.refresh_token:
-            self._refused = None
-        self._login, self._signature, self._failure, self.problem, self._save_again_at = (
-            login,
-            signature,
-            None,
-            "",
-            0.0,
-        )
+            self._refused = ""
+        self._login, self._failure, self.problem, self._save_again_at = login, None, "", 0.0
 
     def _refresh_locked(self, rejected: str, pause: Callable[[float], None]) -> Login:
-        """Refresh under the CLI's lock, unless somebody else has done it meanwhile."""
+        """Refresh under the CLI's lock, unless another process has done it meanwhile."""
         with self._locked(pause):
-            # whoever held the lock before us has just written the file
-            self._looked = 0.0
             login = self.login()
             if login.is_fresh() and login.access_token != rejected:
                 return login
@@ -1318,47 +1527,39 @@ class OAuthCredentials:
             try:
                 os.makedirs(folder, mode=0o700, exist_ok=True)
                 stack.enter_context(LockFile(os.path.join(folder, "oauth_creds.lock"), pause))
-            except (
-                OSError
-                # a read-only disk: nobody can write the file, so nobody needs the lock
-            ) as error:
-                log.warning("no lock in %s (%s); going on without", folder, reason_of(error))
+            except OSError as error:
+                # A read-only folder: no process can write the file, so none needs the lock.
+                reason = reason_of(error)
+                log.warning("cannot create the lock in %s (%s); continuing without", folder, reason)
             yield
 
     def _refresh(self, login: Login) -> Login:
         if login.refresh_token == self._refused:
             raise self._login_needed()
-        status, answer, detail = post_form(
-            self._token_url,
-            {
-                "grant_type": "refresh_token",
-                "refresh_token": login.refresh_token,
-                "client_id": CLIENT_ID,
-            },
-        )
+        form = {"grant_type": "refresh_token", "refresh_token": login.refresh_token}
+        status, answer, detail = post_form(self._token_url, {**form, "client_id": CLIENT_ID})
         if status == 200 and answer and not answer.get("error"):
-            refreshed = login_from_answer(answer, login.fields)
+            refreshed = Login.from_answer(answer, login.fields)
             self.save(refreshed)
-            log.info(
-                "refreshed the access token, valid for %d min",
-                (refreshed.expires_at - time.time()) / 60,
-            )
+            minutes = (refreshed.expires_at - time.time()) / 60
+            log.info("refreshed the access token, valid for %d min", minutes)
             return refreshed
         # Only JSON is a verdict (the firewall's HTML comes with any status), and only on this
         # refresh token.
         if status in (400, 401) and answer is not None:
             return self._refused_by_host(login, detail)
-        raise UpstreamError(
-            f"the token endpoint answered {status} ({detail}); the login is kept and tried again",
-            503,
-            "token_refresh_failed",
-            retry=True,
-            headers=[("Retry-After", str(REFRESH_PAUSE))],
+        raise self.refresh_failed(
+            f"the token endpoint answered {status} ({detail}); the login is kept and tried again"
         )
 
+    @classmethod
+    def refresh_failed(cls, message: str) -> UpstreamError:
+        """Return the error for a refresh that may work in a moment."""
+        headers = [("Retry-After", f"{cls.PAUSE:.0f}")]
+        return UpstreamError(message, 503, "token_refresh_failed", retry=True, headers=headers)
+
     def _refused_by_host(self, login: Login, detail: str) -> Login:
-        """After a refusal: adopt what another process has put into the file, else remember the token as dead."""
-        self._looked = 0.0
+        """Adopt what another process has written meanwhile, else remember the token as dead."""
         current = self.login()
         if current.refresh_token != login.refresh_token and current.is_fresh():
             return current
@@ -1372,150 +1573,8 @@ class OAuthCredentials:
         )
 
 
-# os.replace() fails so on a file that is mounted by itself, in a folder of somebody else's, across
-# a mount.
-NOT_REPLACEABLE = frozenset({errno.EBUSY, errno.EACCES, errno.EPERM, errno.EROFS, errno.EXDEV})
-
-
-def write_private(path: str, text: str) -> None:
-    """Write a login file, mode 0600: atomically where it can be renamed over, else in place; raises OSError.
-
-    The new mtime is always later than the old one: the CLI reloads only then. Qwen Code,
-    sharedTokenManager.ts. Everything is done by descriptor, so that nobody who may write into the folder
-    can turn it to another file.
-    """
-    path, data = login_file(path), text.encode()
-    try:
-        before: os.stat_result | None = os.lstat(path)
-    except FileNotFoundError:
-        before = None
-    if before is None or not hasattr(os, "geteuid") or os.geteuid() in (0, before.st_uid):
-        try:
-            return replace_file(path, data, before)
-        except OSError as error:
-            if before is None or error.errno not in NOT_REPLACEABLE:
-                raise
-    return overwrite_file(path, data, before)
-
-
-def login_file(path: str) -> str:
-    """The file to write for this path: itself, or what a link leads to, if that is a login file of the same owner.
-
-    Raises OSError for a link to anything else: the refresh must not overwrite some other file of the user.
-    """
-    if not os.path.islink(path):
-        return path
-    target = os.path.realpath(path)
-    try:
-        text, status = read_regular(target)
-        parse_login(text)
-    except (OSError, ValueError, CredentialError) as error:
-        raise OSError(
-            errno.EPERM, f"it is a link to {target}, which is no login file ({reason_of(error)})"
-        ) from None
-    if status.st_uid != os.lstat(path).st_uid:
-        raise OSError(errno.EPERM, f"it is a link to {target}, which belongs to another user")
-    return target
-
-
-def replace_file(path: str, data: bytes, before: os.stat_result | None) -> None:
-    """Put a new file in the place of the old one, which keeps its owner; raises OSError."""
-    temporary = f"{path}.qwen_proxy-{secrets.token_hex(6)}.tmp"
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _OPEN_FLAGS, 0o600)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            if before and hasattr(os, "fchown") and before.st_uid != os.geteuid():
-                os.fchown(
-                    handle,
-                    before.st_uid,
-                    before.st_gid,
-                    # root must not take it away from its user
-                )
-            finish_file(handle, before)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-
-
-def overwrite_file(path: str, data: bytes, before: os.stat_result) -> None:
-    """Write over the old file, which stays whole JSON if the disk is full: blanks make room before, and fill up."""
-    handle = os.open(path, os.O_WRONLY | _OPEN_FLAGS)
-    try:
-        status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode) or (status.st_dev, status.st_ino) != (
-            before.st_dev,
-            before.st_ino,
-        ):
-            raise OSError(errno.EPERM, "it was replaced meanwhile")
-        try:
-            write_at(handle, status.st_size, b" " * (len(data) - status.st_size))
-        except OSError:
-            os.ftruncate(handle, status.st_size)
-            raise
-        write_at(handle, 0, data.ljust(status.st_size))
-        os.ftruncate(handle, len(data))
-        finish_file(handle, before)
-    finally:
-        os.close(handle)
-
-
-def write_at(handle: int, place: int, data: bytes) -> None:
-    """Write all of the data to a place in a file."""
-    os.lseek(handle, place, os.SEEK_SET)
-    rest = memoryview(data)
-    while rest:
-        rest = rest[os.write(handle, rest) :]
-
-
-_OPEN_FLAGS = (
-    getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
-)
-
-
-def finish_file(handle: int, before: os.stat_result | None) -> None:
-    """Mode, a later mtime than before, and all of it on the disk."""
-    if hasattr(os, "fchmod"):
-        # another user's file that we may write
-        with contextlib.suppress(PermissionError):
-            os.fchmod(handle, 0o600)
-    os.fsync(handle)
-    if before and os.fstat(handle).st_mtime_ns <= before.st_mtime_ns and os.name != "nt":
-        with contextlib.suppress(PermissionError):
-            os.utime(handle, ns=(before.st_atime_ns, before.st_mtime_ns + 1_000_000))
-
-
-def sweep_leftovers(path: str) -> None:
-    """Remove what a killed refresh of ours has left beside a login file; by the holder of the lock."""
-    folder, name = os.path.split(path)
-    leftover = re.compile(re.escape(name) + r"\.qwen_proxy-[0-9a-f]{12}\.tmp\Z")
-    with contextlib.suppress(OSError):
-        for found in filter(leftover.match, os.listdir(folder)):
-            status = os.lstat(os.path.join(folder, found))
-            if stat.S_ISREG(status.st_mode) and time.time() - status.st_mtime > LOCK_STALE:
-                os.unlink(os.path.join(folder, found))
-
-
-def why_not_saved(path: str) -> str:
-    """Why a refreshed login could not be saved in this file; empty where it can be, or there is none."""
-    try:
-        path = login_file(path)
-    except OSError as error:
-        return reason_of(error)
-    if (
-        not os.path.exists(path)
-        or os.access(path, os.W_OK)
-        or os.access(os.path.dirname(path), os.W_OK | os.X_OK)
-    ):
-        return ""
-    return "it is read-only"
-
-
 class ApiKey:
-    """A key from settings, environment or command line, bound to the base URL of the same entry."""
+    """A key from settings, environment or command line, bound to the base URL of its entry."""
 
     kind = "api-key"
 
@@ -1524,17 +1583,17 @@ class ApiKey:
         keep_secret(value)
 
     def access_token(self, rejected: str = "", pause: Callable[[float], None] = time.sleep) -> str:
-        """The key; raises CredentialError when there is none, or its entry is wrong."""
+        """Return the key; raises CredentialError when there is none, or its entry is wrong."""
         if self._problem:
             raise CredentialError(self._problem)
         return self._value
 
     def base_url(self) -> str:
-        """For an entry whose base URL is wrong: raises CredentialError that says so."""
+        """Raise CredentialError: an entry without a base URL has a problem."""
         raise CredentialError(self._problem)
 
-    def describe(self) -> dict:
-        """Facts for /health and status; nothing secret."""
+    def describe(self) -> Json:
+        """Return facts for /health and status; nothing secret."""
         return {"type": self.kind, "source": self.source, "problem": self._problem or None}
 
 
@@ -1549,7 +1608,7 @@ class DeviceCode(NamedTuple):
 
 
 def pkce_pair() -> tuple[str, str]:
-    """code_verifier and its S256 code_challenge (RFC 7636 4.1, 4.2)."""
+    """Return code_verifier and its S256 code_challenge (RFC 7636 4.1, 4.2)."""
     code_verifier = base64.urlsafe_b64encode(secrets.token_bytes(32)).rstrip(b"=").decode()
     digest = hashlib.sha256(code_verifier.encode()).digest()
     return code_verifier, base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
@@ -1558,39 +1617,32 @@ def pkce_pair() -> tuple[str, str]:
 def request_device_code(oauth_base_url: str) -> DeviceCode:
     """Start a device authorization (RFC 8628 3.1); raises UpstreamError when the host refuses."""
     code_verifier, code_challenge = pkce_pair()
+    keep_secret(code_verifier)
+    form = {"client_id": CLIENT_ID, "scope": SCOPE, "code_challenge": code_challenge}
     status, answer, detail = post_form(
         oauth_base_url.rstrip("/") + DEVICE_CODE_PATH,
-        {
-            "client_id": CLIENT_ID,
-            "scope": SCOPE,
-            "code_challenge": code_challenge,
-            "code_challenge_method": "S256",
-        },
+        {**form, "code_challenge_method": "S256"},
         {"x-request-id": str(uuid.uuid4())},
     )
     if not answer or not isinstance(answer.get("device_code"), str):
-        raise UpstreamError(f"the device authorization endpoint answered {status}: {detail}")
-    keep_secret(code_verifier)
+        message = f"the device authorization endpoint answered {status}: {detail}"
+        raise UpstreamError(message)
     addresses = (answer.get("verification_uri_complete"), answer.get("verification_uri"))
-    address = next((address for address in addresses if is_page_of(oauth_base_url, address)), None)
+    address = next((each for each in addresses if is_page_of(oauth_base_url, each)), None)
     if address is None:
         raise UpstreamError(
-            "the device authorization endpoint named no page of its own site to approve the log-in at"
+            "the device authorization endpoint named no page of its own site for the approval"
         )
-    return DeviceCode(
-        answer["device_code"],
-        code_verifier,
-        str(answer.get("user_code") or "")[:60],
-        address,
-        seconds_in(answer.get("expires_in"), 900),
-    )
+    user_code = str(answer.get("user_code") or "")[:60]
+    seconds = seconds_in(answer.get("expires_in"), 900)
+    return DeviceCode(answer["device_code"], code_verifier, user_code, address, seconds)
 
 
 def is_page_of(base_url: str, address: Any) -> bool:
-    """Whether an address is a page of the same site, in the same scheme: a browser would open anything.
+    """Return whether an address is a page of the same site; a browser would open anything.
 
-    >>> is_page_of(OAUTH_BASE_URL, OAUTH_BASE_URL + "/authorize?user_code=AB"), is_page_of(OAUTH_BASE_URL, "file:///a")
-    (True, False)
+    >>> is_page_of(OAUTH_BASE_URL, OAUTH_BASE_URL + "/authorize?user_code=AB")
+    True
     """
     if base_url_fault(address):
         return False
@@ -1602,52 +1654,52 @@ def is_page_of(base_url: str, address: Any) -> bool:
     return (other == site or other.endswith("." + site)) and theirs.scheme == ours.scheme
 
 
+# RFC 8628 3.5; Qwen Code's first interval and its ceiling.
+LOGIN_POLL_FIRST, LOGIN_POLL_MOST = 2.0, 10.0
+
+
 def poll_for_login(
     oauth_base_url: str, device: DeviceCode, sleep: Callable[[float], None] = time.sleep
 ) -> Login:
-    """Wait until the user has approved (RFC 8628 3.4); raises CredentialError when that will not come.
+    """Wait until the user has approved (RFC 8628 3.4).
 
-    slow_down arrives as HTTP 429 here, not as RFC 8628's 400; a 200 with access_token null is 'pending'.
-    Qwen Code, qwenOAuth2.ts.
+    slow_down arrives as HTTP 429 here, not as RFC 8628's 400; a 200 with access_token null is
+    'pending' (Qwen Code, qwenOAuth2.ts). Raises CredentialError when the approval will not come.
     """
     interval, deadline = LOGIN_POLL_FIRST, time.monotonic() + device.expires_in
+    form = {
+        "grant_type": DEVICE_GRANT,
+        "client_id": CLIENT_ID,
+        "device_code": device.device_code,
+        "code_verifier": device.code_verifier,
+    }
     while time.monotonic() < deadline:
         sleep(interval)
         try:
-            status, answer, detail = post_form(
-                oauth_base_url.rstrip("/") + TOKEN_PATH,
-                {
-                    "grant_type": DEVICE_GRANT,
-                    "client_id": CLIENT_ID,
-                    "device_code": device.device_code,
-                    "code_verifier": device.code_verifier,
-                },
-            )
+            status, answer, detail = post_form(oauth_base_url.rstrip("/") + TOKEN_PATH, form)
         except UpstreamError as error:
-            # a network that comes and goes must not end the log-in
+            # A network that comes and goes must not end the log-in.
             log.warning("%s", error)
             continue
         reason = (answer or {}).get("error")
         if status == 200 and answer is not None and not reason:
             if answer.get("access_token") is not None:
-                return login_from_answer(answer, {})
+                return Login.from_answer(answer, {})
         elif reason == "authorization_pending":
             interval = LOGIN_POLL_FIRST
         elif reason == "slow_down":
             interval = min(interval * 1.5, LOGIN_POLL_MOST)
         elif reason == "access_denied":
-            raise CredentialError(
-                "the log-in was refused in the browser; run login again to start over"
-            )
+            message = "the log-in was refused in the browser; run login again to start over"
+            raise CredentialError(message)
         elif reason == "expired_token" or status == 401:
             raise CredentialError("the code has expired; run login again for a new one")
         elif answer is not None or status < 500:
-            raise CredentialError(
-                f"the token endpoint answered {status}: {detail}; run login again"
-            )
-    raise CredentialError(
-        "nobody approved the log-in within %d minutes; run login again" % (device.expires_in / 60)
-    )
+            message = f"the token endpoint answered {status}: {detail}; run login again"
+            raise CredentialError(message)
+    minutes = device.expires_in / 60
+    message = f"the log-in was not approved within {minutes:.0f} minutes; run login again"
+    raise CredentialError(message)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1655,79 +1707,61 @@ def poll_for_login(
 # ------------------------------------------------------------------------------------------------
 
 
-class Options(NamedTuple):
-    """What the command line or make_server() says about providers."""
-
-    provider: str | None = None
-    base_url: str | None = None
-    model: str | None = None
-    aliases: tuple[tuple[str, str], ...] = ()
-    qwen_home: str | None = None
-    failover: bool = False
-
-
 class Provider:
     """One base URL with the one credential that belongs to it, and what it is known to serve.
 
-    name: for --provider, `name/model` and x-qwen-provider; family: the dialect of its endpoints;
-    entries: model id -> generationConfig of settings.json; source: where all this was found.
+    name: for --provider, `provider/model` and x-qwen-provider; family: the kind of its endpoint;
+    entries: model id -> generationConfig of settings.json; source: where all this was found;
+    cooldown_until: another provider goes first until then (monotonic).
     """
 
     def __init__(
         self,
         name: str,
         base_url: str,
-        credentials: Any,
+        credentials: OAuthCredentials | ApiKey,
         source: str,
-        entries: dict[str, dict] | None = None,
-        family: str | None = None,
+        entries: dict[str, Json] | None = None,
+        family: Family | None = None,
     ):
-        self.name, self.credentials, self.source, self.entries = (
-            name,
-            credentials,
-            source,
-            entries or {},
-        )
+        self.name, self.credentials, self.source = name, credentials, source
+        self.entries = entries or {}
         self.family = family or family_of(base_url)
-        self._base_url = base_url.rstrip("/")
-        # monotonic; another provider goes first until then
-        self.rests_until = 0.0
-
-    @property
-    def stated_url(self) -> str:
-        """The base URL that settings or options name; empty for an OAuth login."""
-        return self._base_url
+        self.stated_url = base_url.rstrip("/")
+        self.cooldown_until = 0.0
 
     @property
     def base_url(self) -> str:
         """Where it is; for an OAuth login the host that its file names now."""
-        return self._base_url or self.credentials.base_url()
+        return self.stated_url or self.credentials.base_url()
 
     def host(self) -> str:
-        """The host of a base URL that settings or options name."""
-        return host_of(self._base_url)
+        """Return the host of the base URL that settings or options name."""
+        return host_of(self.stated_url)
 
     def model_ids(self) -> list[str]:
-        """The models that it is known to serve; empty when only the upstream itself knows."""
-        return list(self.entries) or list(PLAN_MODELS.get(self.family, ()))
+        """Return the models that it is known to serve; none where only the upstream knows."""
+        return list(self.entries) or list(self.family.models)
 
     def problem(self) -> str | None:
-        """Why it cannot be used, in words; None when it can."""
+        """Return why it cannot be used; None when it can."""
         try:
-            self.credentials.login() if self.credentials.kind == "oauth" else self.credentials.access_token()
+            if isinstance(self.credentials, OAuthCredentials):
+                self.credentials.login()
+            else:
+                self.credentials.access_token()
         except CredentialError as error:
             return error.message
         return None
 
-    def describe(self) -> dict:
-        """Facts for status; nothing secret."""
-        try:
-            base_url: str | None = self.base_url
-        except CredentialError:
-            base_url = None
+    def describe(self) -> Json:
+        """Return facts for status; nothing secret."""
+        base_url: str | None = None
+        with contextlib.suppress(CredentialError):
+            base_url = self.base_url
         return {
             "name": self.name,
-            "family": self.family,
+            "family": self.family.name,
             "base_url": base_url,
             "source": self.source,
             "models": self.model_ids(),
@@ -1736,45 +1770,39 @@ class Provider:
         }
 
 
-class Route(NamedTuple):
+class Target(NamedTuple):
     """A provider and the model id to ask it for."""
 
     provider: Provider
     model: str
 
-
-class Discovery(NamedTuple):
-    """All usable logins, the active one first, and the model for requests that name none."""
-
-    providers: list[Provider]
-    model: str
-    # what a person should know: skipped files, ambiguous keys
-    notes: list[str]
-    settings_files: list[str]
-    # settings that cannot be read: nothing stands in for what they may name
-    problem: str = ""
+    @property
+    def config(self) -> Json:
+        """generationConfig of the model's entry in settings.json."""
+        return self.provider.entries.get(self.model) or {}
 
 
-def family_of(base_url: str, variable: str | None = None) -> str:
-    """The dialect of a base URL: by host, else by path or the key's variable, else 'other'."""
-    for pattern, family in FAMILIES_BY_HOST:
-        if re.search(pattern, host_of(base_url)):
+def family_of(base_url: str, variable: str = "") -> Family:
+    """Return the kind of an endpoint: by its host, else by the key's variable or the path."""
+    host = host_of(base_url)
+    for family in FAMILIES.values():
+        if re.search(family.hosts, host):
             return family
-    if variable in FAMILIES_BY_VARIABLE:
-        return FAMILIES_BY_VARIABLE[variable]
-    return "dashscope" if "/compatible-mode/" in base_url + "/" else "other"
+    for family in FAMILIES.values():
+        if variable and variable == family.variable:
+            return family
+    return FAMILIES["dashscope" if "/compatible-mode/" in base_url + "/" else "other"]
 
 
-def qwen_home(environ: dict[str, str], option: str | None = None) -> str:
-    """The folder of the CLI: --qwen-home, QWEN_HOME, ~/.qwen. Qwen Code, storage.ts."""
+def qwen_home(environ: Mapping[str, str], option: str | None = None) -> str:
+    """Return the folder of the CLI: --qwen-home, QWEN_HOME, ~/.qwen. Qwen Code, storage.ts."""
     home = environ.get("HOME") or os.path.expanduser("~")
     named = option or environ.get("QWEN_HOME")
-    if not named:
-        # Qwen Code reads QWEN_HOME from the home .env files too.
-        for name in (".qwen/.env", ".env"):
-            with contextlib.suppress(OSError):
-                text = read_regular(os.path.join(home, name), "replace")[0]
-                named = named or parse_dotenv(text).get("QWEN_HOME")
+    # Qwen Code reads QWEN_HOME from the home .env files too.
+    for name in () if named else (".qwen/.env", ".env"):
+        with contextlib.suppress(OSError):
+            text = read_regular(os.path.join(home, name), "replace")[0]
+            named = named or parse_dotenv(text).get("QWEN_HOME")
     if not named:
         return os.path.join(home if os.path.isabs(home) else tempfile.gettempdir(), ".qwen")
     if named == "~" or named.startswith(("~/", "~\\")):
@@ -1790,34 +1818,33 @@ _DOTENV_LINE = re.compile(
 
 
 def parse_dotenv(text: str) -> dict[str, str]:
-    """NAME=value lines as the dotenv package reads them.
+    r"""Return NAME=value lines as the dotenv package reads them.
 
-    >>> parse_dotenv('export A=1 # note\\nB="x\\\\ny"\\nC=\\'$A\\'') == {'A': '1', 'B': 'x\\ny', 'C': '$A'}
+    >>> parse_dotenv('export A=1 # note\nB="x\\ny"') == {"A": "1", "B": "x\ny"}
     True
     """
     values = {}
     for match in _DOTENV_LINE.finditer(text):
         name, double, single, back, bare = match.groups()
         if double is not None:
-            values[name] = double.replace("\\n", "\n").replace("\\r", "\r").replace('\\"', '"')
-        else:
-            values[name] = next(
-                value for value in (single, back, (bare or "").strip()) if value is not None
-            )
+            double = double.replace("\\n", "\n").replace("\\r", "\r").replace('\\"', '"')
+        texts = (double, single, back, (bare or "").strip())
+        values[name] = next(value for value in texts if value is not None)
     return values
 
 
 _COMMENT_OR_STRING = re.compile(r'("(?:\\.|[^"\\])*")|//[^\r\n]*|/\*.*?\*/', re.S)
 
 
-def parse_settings(text: str) -> dict:
-    """The object in a settings.json, comments allowed; raises ValueError.
+def parse_settings(text: str) -> Json:
+    """Return the object in a settings.json, comments allowed; raises ValueError.
 
     >>> parse_settings('{"url": "http://x" /* why */ } // end')
     {'url': 'http://x'}
     """
     try:
-        settings = json.loads(_COMMENT_OR_STRING.sub(lambda match: match.group(1) or " ", text))
+        plain = _COMMENT_OR_STRING.sub(lambda match: match.group(1) or " ", text)
+        settings = json.loads(plain)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if not isinstance(settings, dict):
@@ -1825,8 +1852,8 @@ def parse_settings(text: str) -> dict:
     return settings
 
 
-def expand_variables(value: Any, environ: dict[str, str]) -> Any:
-    """$NAME and ${NAME} replaced in every string of a JSON value; unknown names stay as they are."""
+def expand_variables(value: Any, environ: Mapping[str, str]) -> Any:
+    """Replace $NAME and ${NAME} in every string of a JSON value; unknown names stay."""
     if isinstance(value, str):
         return re.sub(
             r"\$(?:(\w+)|\{(\w+)\})",
@@ -1835,11 +1862,13 @@ def expand_variables(value: Any, environ: dict[str, str]) -> Any:
         )
     if isinstance(value, dict):
         return {name: expand_variables(item, environ) for name, item in value.items()}
-    return [expand_variables(item, environ) for item in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [expand_variables(item, environ) for item in value]
+    return value
 
 
-def merge(low: dict, high: dict) -> dict:
-    """Two settings objects merged in depth; the second one wins."""
+def merge(low: Json, high: Json) -> Json:
+    """Return two settings objects merged in depth; the second one wins."""
     merged = dict(low)
     for name, value in high.items():
         both = isinstance(value, dict) and isinstance(merged.get(name), dict)
@@ -1847,58 +1876,26 @@ def merge(low: dict, high: dict) -> dict:
     return merged
 
 
-def as_object(value: Any) -> dict:
-    """The value if it is an object, else an empty one: a wrong type in settings.json must not stop the start."""
-    return value if isinstance(value, dict) else {}
-
-
-def as_list(value: Any) -> list:
-    """The value if it is a list, else an empty one."""
-    return value if isinstance(value, list) else []
-
-
-def as_text(value: Any) -> str:
-    """The value if it is a string, else an empty one."""
-    return value if isinstance(value, str) else ""
-
-
-def host_of(url: str, with_port: bool = False) -> str:
-    """The host of a URL, empty where it has none that can be read."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-        return (parts.netloc.rpartition("@")[2] if with_port else parts.hostname) or ""
-    except ValueError:
-        return ""
-
-
-def dig(settings: Any, *path: str) -> Any:
-    """settings[path[0]][path[1]]..., or None where a step is missing or not an object."""
-    for name in path:
-        settings = settings.get(name) if isinstance(settings, dict) else None
-    return settings
-
-
 class WatchedFiles:
     """The CLI's files in their last good state, and what they looked like when they were read.
 
-    While the program runs, a file that cannot be read or parsed any more, is emptied or gone (an editor
-    at work, a disk that is full) keeps its last good state, and a warning says so: another account must
-    not silently stand in for the one that the file names.
+    While the program runs, a file that cannot be read or parsed any more, is emptied or gone (an
+    editor at work, a full disk) keeps its last good state, and a warning says so: another account
+    must not silently stand in for the one that the file names.
     """
 
     def __init__(self) -> None:
-        self._good: dict[str, dict] = {}
+        self._good: dict[str, Json] = {}
         self._warned: dict[str, str] = {}
         self._stamps: dict[str, Any] = {}
-        # files that were never good, and why
+        # Files that were never good, and why.
         self.faults: dict[str, str] = {}
 
-    def load(self, path: str, parse: Callable[[str], dict]) -> dict:
-        """What is in a file, empty where there is none and never was, or where it cannot be used."""
-        self._stamps[path] = None
+    def load(self, path: str, parse: Callable[[str], Json]) -> Json:
+        """Return what is in a file; nothing where there never was one or it cannot be used."""
+        self._stamps[path] = stamp_of(path)
         self.faults.pop(path, None)
         try:
-            self._stamps[path] = stamp_of(path)
             text, _ = read_regular(path, "replace")
             if not text.strip() and self._good.get(path):
                 raise ValueError("it is empty")
@@ -1919,152 +1916,141 @@ class WatchedFiles:
             log.warning("%s: %s; what it said before still counts", path, reason)
         return self._good[path]
 
-    def known(self) -> Iterable[str]:
-        """The files that were good once."""
-        return self._good
+    def exists(self, path: str) -> bool:
+        """Return whether there is such a file, or was one that was good; watch for it."""
+        self._stamps[path] = stamp_of(path)
+        return os.path.lexists(path) or path in self._good
 
     def has_changed(self) -> bool:
-        """True if a file that was asked for does not look as it did then."""
+        """Return whether a file that was asked for does not look as it did then."""
         return any(stamp_of(path) != stamp for path, stamp in self._stamps.items())
-
-    def watch(self, path: str) -> None:
-        """Look at a folder, too."""
-        self._stamps[path] = stamp_of(path)
-
-
-def stamp_of(path: str) -> Any:
-    """What changes when a file does; None where there is none."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 class CliSettings:
     """What the CLI's settings files, .env files and the environment say together.
 
-    Qwen Code, settings.ts: system defaults < user < project < system for the files; the environment,
-    then .env files, then settings.env for variables. Files of the working directory and above count only
-    where trustedFolders.json trusts the folder that holds them: a cloned repository must not be able to
-    send a key to its own host.
+    Qwen Code, settings.ts: system defaults < user < project < system for the files; the
+    environment, then .env files, then settings.env for variables. Files of the working directory
+    and above count only where trustedFolders.json trusts the folder that holds them: a cloned
+    repository must not be able to send a key to its own host.
     """
 
+    FOLDERS = {
+        "Darwin": "/Library/Application Support/QwenCode",
+        "Windows": "C:\\ProgramData\\qwen-code",
+    }
+
     def __init__(
-        self, home: str, environ: dict[str, str], folder: str, files: WatchedFiles | None = None
+        self,
+        home: str,
+        environ: Mapping[str, str],
+        folder: str,
+        files: WatchedFiles | None = None,
     ):
         self.home, self.environ, self._files = home, environ, files or WatchedFiles()
         self.files: list[str] = []
         self.notes: list[str] = []
         self._user_home = environ.get("HOME") or os.path.expanduser("~")
         self.variables: dict[str, str] = {}
-        # of files that are nobody's but the user's
+        # Of the files in ~/.qwen alone.
         self._own_variables: dict[str, str] = {}
-        own = [os.path.join(home, ".env"), os.path.join(self._user_home, ".qwen", ".env")]
-        for path in dict.fromkeys(
-            [*self._project_dotenv(folder), *own, os.path.join(self._user_home, ".env")]
-        ):
+        self._read_dotenv(folder)
+        self.values: Json = {}
+        self.problem = ""
+        self._read_settings(folder)
+        SECRETS.add_settings(self.values)
+        SECRETS.add_settings(self.variables)
+
+    def variable(self, name: str) -> str:
+        """Return a variable without blanks around it; '' when it is unset or empty."""
+        return (self.environ.get(name) or self.variables.get(name) or "").strip()
+
+    def oauth_base_url(self) -> str:
+        """Return the identity host, which gets the refresh token: no project may move it."""
+        name = "QWEN_OAUTH_BASE_URL"
+        return self.environ.get(name) or self._own_variables.get(name) or OAUTH_BASE_URL
+
+    def _read_dotenv(self, folder: str) -> None:
+        own = [os.path.join(self.home, ".env"), os.path.join(self._user_home, ".qwen", ".env")]
+        paths = [*self._project_dotenv(folder), *own, os.path.join(self._user_home, ".env")]
+        for path in dict.fromkeys(paths):
             for name, value in self._load(path, parse_dotenv).items():
                 self.variables.setdefault(name, value)
                 if path in own:
                     self._own_variables.setdefault(name, value)
-        self.values: dict = {}
+
+    def _read_settings(self, folder: str) -> None:
         # Where one of these is broken, the CLI stops.
         binding = [
             self._system_file("system-defaults.json", "QWEN_CODE_SYSTEM_DEFAULTS_PATH"),
-            os.path.join(home, "settings.json"),
+            os.path.join(self.home, "settings.json"),
             self._system_file("settings.json", "QWEN_CODE_SYSTEM_SETTINGS_PATH"),
         ]
-        for path in [*binding[:2], *self._project_settings(folder), binding[2]]:
+        project = os.path.join(folder, ".qwen", "settings.json")
+        trusted = [project] if self._counts(folder, project) else []
+        for path in [*binding[:2], *trusted, binding[2]]:
             self.values = merge(self.values, self._load(path, parse_settings))
         known = {**self.environ, **self.variables}
         for name, value in as_object(dig(self.values, "env")).items():
             if isinstance(value, str):
                 self.variables.setdefault(name, expand_variables(value, known))
         self.values = expand_variables(self.values, {**self.variables, **self.environ})
-        self.problem = next(
-            (
-                f"{path} cannot be used: {self._files.faults[path]}; mend it, or start with --provider NAME"
-                for path in binding
-                if path in self._files.faults
-            ),
-            "",
-        )
-        keep_secrets_in(self.values)
-        keep_secrets_in(self.variables)
+        for path in binding:
+            if path in self._files.faults:
+                reason = self._files.faults[path]
+                ways_out = "mend it, or start with --provider NAME"
+                self.problem = self.problem or f"{path} cannot be used: {reason}; {ways_out}"
 
-    def variable(self, name: str) -> str:
-        """The value of a variable without blanks around it; '' when it is unset or empty."""
-        return (self.environ.get(name) or self.variables.get(name) or "").strip()
-
-    def oauth_base_url(self) -> str:
-        """The identity host, which gets the refresh token: no project and no settings file may move it."""
-        return (
-            self.environ.get("QWEN_OAUTH_BASE_URL")
-            or self._own_variables.get("QWEN_OAUTH_BASE_URL")
-            or OAUTH_BASE_URL
-        )
-
-    def _load(self, path: str, parse: Callable[[str], dict]) -> dict:
+    def _load(self, path: str, parse: Callable[[str], Json]) -> Json:
         found = self._files.load(path, parse)
         note = f"{path} is ignored: {self._files.faults.get(path)}"
-        if path in self._files.faults and note not in self.notes:
-            self.notes.append(note)
+        if path in self._files.faults:
+            self.notes += [note] if note not in self.notes else []
         elif found and path not in self.files:
             self.files.append(path)
         return found
 
     def _system_file(self, name: str, variable: str) -> str:
-        folder = {
-            "Darwin": "/Library/Application Support/QwenCode",
-            "Windows": "C:\\ProgramData\\qwen-code",
-        }
-        return self.environ.get(variable) or os.path.join(
-            folder.get(platform.system(), "/etc/qwen-code"), name
-        )
+        folder = self.FOLDERS.get(platform.system(), "/etc/qwen-code")
+        return self.environ.get(variable) or os.path.join(folder, name)
 
     def _project_dotenv(self, folder: str) -> list[str]:
-        """The nearest .env of the working directory or above, where that and the folder that holds it are trusted."""
+        """Return the nearest .env of the working directory or above.
+
+        Both that directory and the folder that holds the file must be trusted.
+        """
         above, user_home = folder, os.path.realpath(self._user_home)
         while os.path.realpath(above) != user_home:
             for path in (os.path.join(above, ".qwen", ".env"), os.path.join(above, ".env")):
-                if self._may_count(above, path) and self._is_trusted(folder):
+                if self._counts(above, path) and self._is_trusted(folder):
                     return [path]
             if above == os.path.dirname(above):
                 break
             above = os.path.dirname(above)
         return []
 
-    def _project_settings(self, folder: str) -> list[str]:
-        """settings.json of the working directory, where that is trusted and not the user's own."""
-        path = os.path.join(folder, ".qwen", "settings.json")
-        return [path] if self._may_count(folder, path) else []
-
-    def _may_count(self, folder: str, path: str) -> bool:
-        """Whether there is (or was) such a file, not one of the user's own, in a folder that is trusted."""
+    def _counts(self, folder: str, path: str) -> bool:
+        """Return whether there is such a file, not the user's own, in a trusted folder."""
         own = {
             os.path.realpath(os.path.join(base, name))
             for base in (self.home, os.path.join(self._user_home, ".qwen"), self._user_home)
             for name in (".env", "settings.json")
         }
-        self._files.watch(path)
-        if os.path.realpath(path) in own or not (
-            os.path.lexists(path) or path in self._files.known()
-        ):
+        if not self._files.exists(path) or os.path.realpath(path) in own:
             return False
         if not self._is_trusted(folder):
-            self.notes.append(
-                f"not read, since trustedFolders.json does not trust its folder: {path}"
-            )
+            note = f"not read, since trustedFolders.json does not trust its folder: {path}"
+            self.notes.append(note)
             return False
         return True
 
     def _is_trusted(self, folder: str) -> bool:
-        """Qwen Code, trustedFolders.ts: the most specific rule for a folder decides, DO_NOT_TRUST of two alike."""
-        path = self.environ.get("QWEN_CODE_TRUSTED_FOLDERS_PATH") or os.path.join(
-            self.home, "trustedFolders.json"
-        )
-        # without a rule it is not trusted
+        """Return whether a folder is trusted: the most specific rule decides.
+
+        Qwen Code, trustedFolders.ts. Of two rules for one folder DO_NOT_TRUST counts.
+        """
+        path = self.environ.get("QWEN_CODE_TRUSTED_FOLDERS_PATH")
+        path = path or os.path.join(self.home, "trustedFolders.json")
         deciding = (-1, False)
         for rule, level in self._load(path, parse_settings).items():
             if level not in ("TRUST_FOLDER", "TRUST_PARENT", "DO_NOT_TRUST"):
@@ -2072,498 +2058,474 @@ class CliSettings:
             root = os.path.dirname(rule.rstrip(os.sep)) if level == "TRUST_PARENT" else rule
             for spelled in spellings(root):
                 if any(is_within(place, spelled) for place in spellings(folder)):
-                    found = (spelled.rstrip(os.sep).count(os.sep), level != "DO_NOT_TRUST")
+                    depth = spelled.rstrip(os.sep).count(os.sep)
+                    found = (depth, level != "DO_NOT_TRUST")
                     deciding = max(deciding, found, key=lambda match: (match[0], not match[1]))
         return deciding[1]
 
 
 def spellings(path: str) -> set[str]:
-    """A path without `..`, with its links and without."""
-    return {os.path.normcase(os.path.abspath(path)), os.path.normcase(os.path.realpath(path))}
+    """Return a path without `..`, with its links and without."""
+    paths = (os.path.abspath(path), os.path.realpath(path))
+    return {os.path.normcase(path) for path in paths}
 
 
 def is_within(folder: str, root: str) -> bool:
-    """Whether a folder is another one, or inside it."""
+    """Return whether a folder is another one, or inside it."""
     return folder == root or folder.startswith(root.rstrip(os.sep) + os.sep)
 
 
 def preset_of(base_url: str) -> str | None:
-    """The name of the preset with this base URL."""
-    return next((name for name, (url, _) in PRESETS.items() if url == base_url.rstrip("/")), None)
+    """Return the name of the preset with this base URL."""
+    matches = (name for name, (url, _) in PRESETS.items() if url == base_url.rstrip("/"))
+    return next(matches, None)
 
 
 def preset_provider(name: str, settings: CliSettings) -> Provider:
-    """A provider from PRESETS, with the key of its own variable."""
+    """Return a provider from PRESETS, with the key of its own variable."""
     base_url, variable = PRESETS[name]
-    return Provider(
-        name,
-        base_url,
-        key_from(settings, variable),
-        f"--provider {name}, {variable}",
-        family=family_of(base_url, variable),
-    )
+    credentials, source = key_from(settings, variable), f"--provider {name}, {variable}"
+    return Provider(name, base_url, credentials, source, family=family_of(base_url, variable))
 
 
 def key_from(settings: CliSettings, variable: str) -> ApiKey:
-    """The key in a variable; without one, an ApiKey that says so when it is asked."""
+    """Return the key in a variable; without one, an ApiKey that says so when it is asked."""
     value = settings.variable(variable)
     problem = (
-        f"the variable {variable} is not set; set it in the environment, in ~/.qwen/.env, or run `qwen` and "
-        "then /auth"
+        f"the variable {variable} is not set; set it in the environment, in ~/.qwen/.env, or run "
+        "`qwen` and then /auth"
     )
     return ApiKey(value, variable, "" if value else problem)
 
 
-def settings_providers(settings: CliSettings) -> list[Provider]:
-    """One provider for each base URL and key variable in modelProviders, in the order of the file."""
-    providers: dict[tuple[str, str], Provider] = {}
-    protocols = as_object(dig(settings.values, "providerProtocol"))
-    for kind, listed in as_object(dig(settings.values, "modelProviders")).items():
-        if kind != "openai" and protocols.get(kind) != "openai":
-            continue
-        entries = listed.get("models") if isinstance(listed, dict) else listed
-        for index, entry in enumerate(entries if isinstance(entries, list) else []):
-            if is_chat_entry(entry):
-                add_entry(
-                    providers, entry, settings, f"modelProviders.{kind}[{index}] in settings.json"
-                )
-            elif as_text(dig(entry, "wireApi")) not in ("", "chat-completions"):
-                log.info(
-                    "settings.json: %s speaks %s only, which no upstream is asked in; left out",
-                    as_text(dig(entry, "id")),
-                    as_text(entry["wireApi"]),
-                )
-    return list(providers.values())
+class SettingsProviders:
+    """The providers of modelProviders: one for each base URL and key variable, in file order."""
+
+    FLAGS = ("voiceOnly", "imageOnly", "realtimeOnly")
+
+    def __init__(self, settings: CliSettings):
+        self._settings = settings
+        self._providers: dict[tuple[str, str], Provider] = {}
+        protocols = as_object(dig(settings.values, "providerProtocol"))
+        for kind, listed in as_object(dig(settings.values, "modelProviders")).items():
+            if kind != "openai" and protocols.get(kind) != "openai":
+                continue
+            entries = listed.get("models") if isinstance(listed, dict) else listed
+            for index, entry in enumerate(as_list(entries)):
+                self._read(entry, f"modelProviders.{kind}[{index}] in settings.json")
+
+    def all(self) -> list[Provider]:
+        """Return the providers."""
+        return list(self._providers.values())
+
+    def _read(self, entry: Any, where: str) -> None:
+        if not isinstance(entry, dict) or not as_text(entry.get("id")):
+            return
+        if any(entry.get(flag) for flag in self.FLAGS):
+            return
+        if entry.get("wireApi", "chat-completions") != "chat-completions":
+            log.info("%s: it speaks %s, which no upstream is asked in", where, entry["wireApi"])
+            return
+        self._add(entry, where)
+
+    def _add(self, entry: Json, where: str) -> None:
+        """Put an entry under its provider; key and base URL come from the entry alone.
+
+        The CLI would fall back from an unset envKey to OPENAI_API_KEY, and so send one company's
+        key to another; here a variable that is not set stays an error with its name in it. Nor does
+        anything wrong or missing get a default host.
+        """
+        variable = "OPENAI_API_KEY" if entry.get("envKey") is None else entry["envKey"]
+        base_url, problem = self._base_url(entry)
+        if not as_text(variable).strip():
+            variable, problem = "", "envKey must be the name of a variable"
+        variable = variable.strip()
+        key = (where if problem else base_url, variable)
+        if key not in self._providers:
+            self._providers[key] = self._provider(base_url, variable, problem, where)
+        config = as_object(entry.get("generationConfig"))
+        self._providers[key].entries.setdefault(entry["id"], config)
+
+    def _provider(self, base_url: str, variable: str, problem: str, where: str) -> Provider:
+        host = host_of(base_url, with_port=True)
+        name = "unnamed" if problem else preset_of(base_url) or host
+        others = [other.name.split("#")[0] for other in self._providers.values()]
+        taken = others.count(name)
+        name = f"{name}#{taken + 1}" if taken else name
+        if problem:
+            return Provider(name, "", ApiKey("", where, f"{where}: {problem}"), where)
+        credentials, family = key_from(self._settings, variable), family_of(base_url, variable)
+        return Provider(name, base_url, credentials, f"{where}, {variable}", family=family)
+
+    def _base_url(self, entry: Json) -> tuple[str, str]:
+        """Return an entry's base URL and '', or what it says and why that is none."""
+        stated = {
+            "baseUrl": entry.get("baseUrl"),
+            "OPENAI_BASE_URL": self._settings.variable("OPENAI_BASE_URL") or None,
+            "security.auth.baseUrl": dig(self._settings.values, "security", "auth", "baseUrl"),
+        }
+        named = next((item for item in stated.items() if item[1] is not None), None)
+        if named is None:
+            return "", "baseUrl is missing, and no host is guessed for a key"
+        name, url = named
+        url = url.strip().rstrip("/") if isinstance(url, str) else url
+        fault = base_url_fault(url)
+        return str(url), f"{name} {fault}" if fault else ""
 
 
-def is_chat_entry(entry: Any) -> bool:
-    """Whether an entry of modelProviders describes a model that answers chat completions."""
-    return (
-        isinstance(entry, dict)
-        and isinstance(entry.get("id"), str)
-        and bool(entry["id"])
-        and entry.get("wireApi", "chat-completions") == "chat-completions"
-        and not any(entry.get(flag) for flag in ("voiceOnly", "imageOnly", "realtimeOnly"))
-    )
+def environment_provider(settings: CliSettings, base_url: Any, source: str) -> Provider:
+    """Return a provider at a base URL from the command line or environment, with its key.
 
-
-def add_entry(
-    providers: dict[tuple[str, str], Provider], entry: dict, settings: CliSettings, where: str
-) -> None:
-    """Put a modelProviders entry under its provider. Key and base URL come from the entry alone.
-
-    The CLI would fall back from a missing envKey to OPENAI_API_KEY, and so send one company's key to
-    another; here a variable that is not set stays an error with its name in it. Nor does anything wrong
-    or missing get a default host.
-    """
-    variable = entry.get("envKey") if entry.get("envKey") is not None else "OPENAI_API_KEY"
-    base_url, problem = base_url_of_entry(entry, settings)
-    if not isinstance(variable, str) or not variable.strip():
-        variable, problem = "", "envKey must be the name of a variable"
-    variable = variable.strip()
-    key = (where if problem else base_url, variable)
-    if key not in providers:
-        name = "unnamed" if problem else preset_of(base_url) or host_of(base_url, with_port=True)
-        taken = sum(1 for other in providers.values() if other.name.split("#")[0] == name)
-        credentials = (
-            ApiKey("", where, f"{where}: {problem}") if problem else key_from(settings, variable)
-        )
-        providers[key] = Provider(
-            f"{name}#{taken + 1}" if taken else name,
-            "" if problem else base_url,
-            credentials,
-            f"{where}, {variable}",
-            family=family_of(base_url, variable),
-        )
-    providers[key].entries.setdefault(entry["id"], as_object(entry.get("generationConfig")))
-
-
-def base_url_of_entry(entry: dict, settings: CliSettings) -> tuple[str, str]:
-    """The base URL of a modelProviders entry and '', or what it says and why that is none."""
-    stated = [
-        ("baseUrl", entry.get("baseUrl")),
-        ("OPENAI_BASE_URL", settings.variable("OPENAI_BASE_URL") or None),
-        ("security.auth.baseUrl", dig(settings.values, "security", "auth", "baseUrl")),
-    ]
-    name, url = next(((name, url) for name, url in stated if url is not None), ("baseUrl", None))
-    if url is None:
-        return "", "baseUrl is missing, and no host is guessed for a key"
-    url = url.strip().rstrip("/") if isinstance(url, str) else url
-    fault = base_url_fault(url)
-    return (str(url), f"{name} {fault}") if fault else (url, "")
-
-
-def environment_provider(settings: CliSettings, base_url: str, source: str) -> Provider:
-    """A provider at a base URL from the command line or environment, with the key that belongs to it.
-
-    That is OPENAI_API_KEY, the deprecated security.auth.apiKey, or the variable of a plan, if base_url
-    is on that plan's host.
+    That is OPENAI_API_KEY, the deprecated security.auth.apiKey, or the variable of a plan, if the
+    base URL is on that plan's host.
     """
     base_url = base_url.strip() if isinstance(base_url, str) else base_url
     fault = base_url_fault(base_url)
     if fault:
         return Provider("unnamed", "", ApiKey("", source, f"{source} {fault}"), source)
     host = host_of(base_url, with_port=True)
-    plan = next((variable for url, variable in PRESETS.values() if host_of(url) == host), None)
+    presets = PRESETS.values()
+    plan = next((variable for url, variable in presets if host_of(url) == host), "OPENAI_API_KEY")
     stored = dig(settings.values, "security", "auth", "apiKey")
+    stored_url = dig(settings.values, "security", "auth", "baseUrl")
     if settings.variable("OPENAI_API_KEY"):
         credentials = key_from(settings, "OPENAI_API_KEY")
-    elif plan and settings.variable(plan):
+    elif settings.variable(plan):
         credentials = key_from(settings, plan)
-    elif (
-        isinstance(stored, str)
-        and stored
-        and dig(settings.values, "security", "auth", "baseUrl") == base_url
-    ):
+    elif as_text(stored) and stored_url == base_url:
         credentials = ApiKey(stored, "security.auth.apiKey in settings.json")
     else:
         credentials = key_from(settings, "OPENAI_API_KEY")
     return Provider(preset_of(base_url) or host, base_url, credentials, source)
 
 
-def provider_of_lone_key(settings: CliSettings) -> tuple[Provider | None, str]:
-    """The provider of the only key in the environment, if its host is certain; else None and a sentence."""
-    variables = sorted(
-        {variable for _, variable in PRESETS.values() if settings.variable(variable)}
-    )
-    fitting = [name for name, (_, variable) in PRESETS.items() if variable in variables]
-    if len(fitting) == 1:
-        return preset_provider(fitting[0], settings), ""
-    if variables:
-        return (
-            None,
-            "{} is set, but its host is not certain and never guessed; choose one: {}".format(
-                " and ".join(variables),
-                ", ".join("--provider " + name for name in fitting),
-            ),
-        )
-    if settings.variable("OPENAI_API_KEY"):
-        return (
-            None,
-            "OPENAI_API_KEY is set, but not its host; add --base-url URL or OPENAI_BASE_URL",
-        )
-    return None, ""
-
-
-def oauth_providers(
-    home: str, settings: CliSettings, known: dict[str, OAuthCredentials]
-) -> list[Provider]:
-    """A provider for oauth_creds.json and for every oauth_creds*.json beside it."""
-    try:
-        names = sorted(
-            name for name in os.listdir(home) if fnmatch.fnmatchcase(name, "oauth_creds?*.json")
-        )
-    except OSError:
-        names = []
+def oauth_providers(settings: CliSettings, known: dict[str, OAuthCredentials]) -> list[Provider]:
+    """Return a provider for oauth_creds.json and for every oauth_creds*.json beside it."""
+    names: list[str] = []
+    with contextlib.suppress(OSError):
+        names = sorted(fnmatch.filter(os.listdir(settings.home), "oauth_creds?*.json"))
     providers = []
     for name in ["oauth_creds.json", *names]:
-        path = os.path.join(home, name)
+        path = os.path.join(settings.home, name)
         if path not in known:
             known[path] = OAuthCredentials(path, settings.oauth_base_url())
         suffix = name[len("oauth_creds") : -len(".json")].strip("._-")
-        providers.append(
-            Provider(
-                "oauth-" + suffix if suffix else "oauth",
-                "",
-                known[path],
-                path,
-                {OAUTH_MODEL: {}},
-                "portal",
-            )
-        )
+        label = f"oauth-{suffix}" if suffix else "oauth"
+        entries: dict[str, Json] = {OAUTH_MODEL: {}}
+        provider = Provider(label, "", known[path], path, entries, FAMILIES["portal"])
+        providers.append(provider)
     return providers
 
 
-def wanted_model(settings: CliSettings, options: Options) -> str | None:
-    """The model that the CLI would use: --model, model.name, OPENAI_MODEL, QWEN_MODEL."""
-    stored = dig(settings.values, "model", "name") or dig(settings.values, "model")
-    if isinstance(stored, str) and stored.startswith("$runtime|"):
-        stored = stored.split("|")[-1]
-    return (
-        options.model
-        or (stored if isinstance(stored, str) else None)
-        or settings.variable("OPENAI_MODEL")
-        or settings.variable("QWEN_MODEL")
-        or None
-    )
+class Discovery:
+    """Everything that can be used on this machine, the active provider first.
 
+    model: for requests that name none; notes: what a person should know, such as skipped files;
+    problem: settings that cannot be read, as nothing stands in for what they may name. Raises
+    ValueError for --provider with an unknown name.
+    """
 
-def active_provider(
-    settings: CliSettings, options: Options, listed: list[Provider], oauth: list[Provider]
-) -> tuple[Provider | None, str]:
-    """The provider that the command line or else the CLI's own rules choose, or None and why."""
-    if options.base_url:
-        return environment_provider(settings, options.base_url, "--base-url"), ""
-    if options.provider:
-        return named_provider(options.provider, settings, listed + oauth)
-    kind = dig(settings.values, "security", "auth", "selectedType") or dig(
-        settings.values, "selectedAuthType"
-    )
-    base_url = settings.variable("OPENAI_BASE_URL")
-    if (
-        not kind
-        and settings.variable("OPENAI_API_KEY")
-        and base_url
-        and (settings.variable("OPENAI_MODEL") or settings.variable("QWEN_MODEL"))
-    ):
-        kind = "openai"
-    if kind in ("anthropic", "gemini", "vertex-ai"):
+    def __init__(self, options: Options, settings: CliSettings, known: dict[str, OAuthCredentials]):
+        self._options, self._settings = options, settings
+        self.settings_files, self.notes = settings.files, list(settings.notes)
+        self.problem = "" if options.provider or options.base_url else settings.problem
+        self._listed = [] if self.problem else SettingsProviders(settings).all()
+        self._oauth = oauth_providers(settings, known)
+        active, note = (None, "") if self.problem else self._choose()
+        if active is None and options.provider:
+            raise ValueError(note)
+        self.notes += [note] if note else []
+        self.model = self._default_model(active)
+        # None is chosen in the place of one that was meant.
+        self.providers = [active, *self._others(active)] if active else []
+        for provider in self.providers:
+            self.notes += self._unsaved(provider)
+
+    def _choose(self) -> tuple[Provider | None, str]:
+        """Return the provider that the first rule to apply names, or None and why there is none."""
+        rules = (
+            self._by_base_url,
+            self._by_name,
+            self._by_other_kind,
+            self._by_oauth,
+            self._by_entry,
+            self._by_environment,
+            self._by_first_entry,
+        )
+        chosen = (found for found in (rule() for rule in rules) if found is not None)
+        return next(chosen, None) or self._by_lone_key()
+
+    def _by_base_url(self) -> tuple[Provider | None, str] | None:
+        url = self._options.base_url
+        return (environment_provider(self._settings, url, "--base-url"), "") if url else None
+
+    def _by_name(self) -> tuple[Provider | None, str] | None:
+        name, found = self._options.provider, self._listed + self._oauth
+        if not name:
+            return None
+        for provider in found:
+            if name in (provider.name, provider.host()):
+                return provider, ""
+        if name in PRESETS:
+            return preset_provider(name, self._settings), ""
+        known = sorted({*PRESETS, "oauth", *(provider.name for provider in found)})
+        return None, f"there is no provider {name!r}; known are {', '.join(known)}"
+
+    def _kind(self) -> Any:
+        """Return the kind of login that the CLI uses: selected, or guessed from the environment."""
+        values, variable = self._settings.values, self._settings.variable
+        kind = dig(values, "security", "auth", "selectedType") or dig(values, "selectedAuthType")
+        has_model = variable("OPENAI_MODEL") or variable("QWEN_MODEL")
+        if not kind and variable("OPENAI_API_KEY") and variable("OPENAI_BASE_URL") and has_model:
+            return "openai"
+        return kind
+
+    def _by_other_kind(self) -> tuple[Provider | None, str] | None:
+        kind = self._kind()
+        if kind not in ("anthropic", "gemini", "vertex-ai"):
+            return None
         return None, (
-            f"the CLI is set to {kind}, which has no OpenAI-compatible endpoint here; choose another one with "
-            "--provider NAME"
+            f"the CLI is set to {kind}, which has no OpenAI-compatible endpoint here; choose "
+            "another one with --provider NAME"
         )
-    if kind == "qwen-oauth" or (kind is None and oauth[0].credentials.is_there()):
-        return oauth[0], ""
-    return provider_of_model(settings, options, listed, base_url)
 
+    def _by_oauth(self) -> tuple[Provider | None, str] | None:
+        kind, own = self._kind(), self._oauth[0]
+        is_there = isinstance(own.credentials, OAuthCredentials) and own.credentials.is_there()
+        return (own, "") if kind == "qwen-oauth" or kind is None and is_there else None
 
-def provider_of_model(
-    settings: CliSettings, options: Options, listed: list[Provider], base_url: str
-) -> tuple[Provider | None, str]:
-    """Qwen Code, its model resolver: the entry with the wanted id (and model.baseUrl), else the environment."""
-    model, stored_url = wanted_model(settings, options), dig(settings.values, "model", "baseUrl")
-    having = [provider for provider in listed if model in provider.entries]
-    having.sort(key=lambda provider: provider.stated_url != str(stored_url or "").rstrip("/"))
-    if having:
-        return having[0], ""
-    if base_url:
-        return environment_provider(settings, base_url, "OPENAI_BASE_URL"), ""
-    stored = dig(settings.values, "security", "auth", "baseUrl")
-    if stored not in (None, ""):
-        return environment_provider(settings, stored, "security.auth.baseUrl in settings.json"), ""
-    if listed:
-        # The entry of the CLI's default model, else the first one: never another because that one
-        # has no key.
-        return next(
-            (provider for provider in listed if DEFAULT_MODEL in provider.entries), listed[0]
-        ), ""
-    return provider_of_lone_key(settings)
+    def _by_entry(self) -> tuple[Provider | None, str] | None:
+        """Qwen Code, its model resolver: the entry with the wanted id, and model.baseUrl."""
+        model = self._wanted_model()
+        stored_url = str(dig(self._settings.values, "model", "baseUrl") or "").rstrip("/")
+        having = [provider for provider in self._listed if model in provider.entries]
+        having.sort(key=lambda provider: provider.stated_url != stored_url)
+        return (having[0], "") if having else None
 
+    def _by_environment(self) -> tuple[Provider | None, str] | None:
+        url = self._settings.variable("OPENAI_BASE_URL")
+        if url:
+            return environment_provider(self._settings, url, "OPENAI_BASE_URL"), ""
+        stored = dig(self._settings.values, "security", "auth", "baseUrl")
+        if stored in (None, ""):
+            return None
+        source = "security.auth.baseUrl in settings.json"
+        return environment_provider(self._settings, stored, source), ""
 
-def named_provider(
-    name: str, settings: CliSettings, found: list[Provider]
-) -> tuple[Provider | None, str]:
-    """--provider NAME: by the name or host of one that was found, else a preset."""
-    for provider in found:
-        if name in (provider.name, provider.host()):
-            return provider, ""
-    if name in PRESETS:
-        return preset_provider(name, settings), ""
-    known = sorted({*PRESETS, "oauth", *(provider.name for provider in found)})
-    return None, "there is no provider {!r}; known are {}".format(name, ", ".join(known))
+    def _by_first_entry(self) -> tuple[Provider | None, str] | None:
+        """Return the entry of the CLI's default model, else the first one.
 
+        It is never another one because that has no key.
+        """
+        if not self._listed:
+            return None
+        having = (provider for provider in self._listed if DEFAULT_MODEL in provider.entries)
+        return next(having, self._listed[0]), ""
 
-def discover(
-    options: Options,
-    environ: dict[str, str],
-    folder: str,
-    known: dict[str, OAuthCredentials],
-    files: WatchedFiles | None = None,
-    home: str = "",
-) -> Discovery:
-    """Everything that can be used on this machine, the active provider first; raises ValueError for a wrong option."""
-    home = home or qwen_home(environ, options.qwen_home)
-    settings = CliSettings(home, environ, folder, files)
-    if settings.problem and not (options.provider or options.base_url):
-        return Discovery(
-            [],
-            wanted_model(settings, options) or DEFAULT_MODEL,
-            settings.notes,
-            settings.files,
-            settings.problem,
-        )
-    listed, oauth = settings_providers(settings), oauth_providers(home, settings, known)
-    active, note = active_provider(settings, options, listed, oauth)
-    present = [
-        provider for provider in oauth if provider.credentials.is_there() or provider is active
-    ]
-    others = [provider for provider in listed + present if provider is not active]
-    for provider in others:
-        if (
-            active and provider.name == active.name
-            # --base-url at the host of an entry: another key, another name
-        ):
-            provider.name += "#settings"
-    notes = (
-        settings.notes
-        + ([note] if note else [])
-        + [
-            f"{provider.credentials.path} cannot be saved ({reason}): a refreshed token stays in memory only, and after a "
-            "restart the login is dead, for the CLI too"
-            for provider in present
-            for reason in [why_not_saved(provider.credentials.path)]
-            if reason
+    def _by_lone_key(self) -> tuple[Provider | None, str]:
+        """Return the provider of the only key in the environment, if its host is certain."""
+        variable = self._settings.variable
+        variables = sorted({name for _, name in PRESETS.values() if variable(name)})
+        fitting = [name for name, (_, key) in PRESETS.items() if key in variables]
+        if len(fitting) == 1:
+            return preset_provider(fitting[0], self._settings), ""
+        if variables:
+            choices = ", ".join(f"--provider {name}" for name in fitting)
+            return None, (
+                f"{' and '.join(variables)} is set, but the key works on more than one host, and "
+                f"the proxy does not guess; choose one: {choices}"
+            )
+        if variable("OPENAI_API_KEY"):
+            return None, (
+                "OPENAI_API_KEY is set, but not its host; add --base-url URL or OPENAI_BASE_URL"
+            )
+        return None, ""
+
+    def _wanted_model(self) -> str | None:
+        """Return the model that the CLI would use."""
+        stored = dig(self._settings.values, "model", "name") or dig(self._settings.values, "model")
+        if isinstance(stored, str) and stored.startswith("$runtime|"):
+            stored = stored.split("|")[-1]
+        variable = self._settings.variable
+        stated = self._options.model or as_text(stored)
+        return stated or variable("OPENAI_MODEL") or variable("QWEN_MODEL") or None
+
+    def _default_model(self, active: Provider | None) -> str:
+        wanted = self._wanted_model()
+        if active is None:
+            return wanted or DEFAULT_MODEL
+        if active.credentials.kind == "oauth" and not self._options.model:
+            # Qwen Code: any other name falls back to it.
+            return OAUTH_MODEL
+        return wanted or next(iter(active.model_ids()), DEFAULT_MODEL)
+
+    def _others(self, active: Provider) -> list[Provider]:
+        present = [
+            provider
+            for provider in self._oauth
+            if isinstance(provider.credentials, OAuthCredentials)
+            and provider.credentials.is_there()
         ]
-    )
-    if active is None and options.provider:
-        raise ValueError(note)
-    providers = (
-        [active, *others] if active else []
-        # none is chosen in the place of one that was meant
-    )
-    return Discovery(providers, default_model(settings, options, active), notes, settings.files)
+        others = [provider for provider in self._listed + present if provider is not active]
+        for provider in others:
+            # --base-url at the host of an entry: another key, and so another name.
+            if provider.name == active.name:
+                provider.name += "#settings"
+        return others
 
-
-def default_model(settings: CliSettings, options: Options, active: Provider | None) -> str:
-    """The model for requests that name none."""
-    wanted = wanted_model(settings, options)
-    if active is None:
-        return wanted or DEFAULT_MODEL
-    if active.credentials.kind == "oauth" and not options.model:
-        # Qwen Code: any other name falls back to it
-        return OAUTH_MODEL
-    known = active.model_ids()
-    return wanted or (known[0] if known else DEFAULT_MODEL)
+    @staticmethod
+    def _unsaved(provider: Provider) -> list[str]:
+        if not isinstance(provider.credentials, OAuthCredentials):
+            return []
+        path = provider.credentials.path
+        reason = LoginFile(path).why_not_saved()
+        note = (
+            f"{path} cannot be saved ({reason}): a refreshed token stays in memory only, and after "
+            "a restart the login is dead, for the CLI too"
+        )
+        return [note] if reason else []
 
 
 class Serving:
     """Who serves which model: the one list that /v1/models shows and that requests follow.
 
-    A model belongs to the provider whose settings list it, since that is whose key the CLI would use; then
-    to the active provider, if its own list names it. One that cannot be used is passed over where another
-    has the model, but never the active one for a model of its own, nor one that was named.
+    A model belongs to the provider whose settings list it, since that is whose key the CLI would
+    use; then to the active provider, if its own list names it. One that cannot be used is passed
+    over where another has the model, but never the active one for a model of its own, nor one that
+    was named.
     """
 
     def __init__(self, discovery: Discovery, lists: list[list[str]], is_chosen: bool):
-        self._discovery, self._is_chosen = discovery, is_chosen
+        self._providers, self._is_chosen = discovery.providers, is_chosen
         self._known = [
             list(dict.fromkeys([*provider.model_ids(), *listed]))
-            for provider, listed in zip(discovery.providers, lists)
+            for provider, listed in itertools.zip_longest(discovery.providers, lists, fillvalue=())
+            if isinstance(provider, Provider)
         ]
         if self._known and not self._known[0]:
             self._known[0] = [discovery.model]
         self._of_active = set(self._known[0]) if self._known else set()
 
-    def routes(self, model: str) -> list[Route]:
-        """Where a model is asked for, best first; never empty where there is a provider."""
-        claims = [
-            (self._rank(place, provider, model), place, provider)
-            for place, provider in enumerate(self._discovery.providers)
-        ]
-        claims = sorted(
-            (claim for claim in claims if claim[0] is not None), key=lambda claim: claim[:2]
-        )
-        listing = [Route(provider, model) for _, _, provider in claims]
-        if not listing or self._is_chosen:
-            named = next(
-                (
-                    provider
-                    for provider in self._discovery.providers
-                    if model.startswith(provider.name + "/")
-                ),
-                None,
-            )
-            if named and model not in self._of_active:
-                return [Route(named, model[len(named.name) + 1 :])]
-        return listing or [Route(self._discovery.providers[0], model)]
+    def targets(self, model: str) -> list[Target]:
+        """Return where a model is asked for, best first; never empty if there is a provider."""
+        ranks = [self._rank(place, model) for place in range(len(self._providers))]
+        places = [place for place, rank in enumerate(ranks) if rank < 9]
+        places.sort(key=lambda place: (ranks[place], place))
+        if not places or self._is_chosen and model not in self._of_active:
+            for provider in self._providers:
+                if model.startswith(provider.name + "/"):
+                    return [Target(provider, model[len(provider.name) + 1 :])]
+        return [Target(self._providers[place], model) for place in places or [0]]
 
-    def listing(self) -> list[tuple[str, Route]]:
-        """Each model under the id that leads to it: `provider/model` where the plain id leads to another provider."""
+    def listing(self) -> list[tuple[str, Target]]:
+        """Return each model under the id that leads to it.
+
+        That is `provider/model` where the plain id leads to another provider.
+        """
         listed = []
-        for provider, models in zip(self._discovery.providers, self._known):
+        for provider, models in zip(self._providers, self._known):
             for model in models:
-                is_first = self.routes(model)[0] == Route(provider, model)
-                listed.append(
-                    (model if is_first else f"{provider.name}/{model}", Route(provider, model))
-                )
+                is_first = self.targets(model)[0].provider is provider
+                name = model if is_first else f"{provider.name}/{model}"
+                listed.append((name, Target(provider, model)))
         return listed
 
-    def _rank(self, place: int, provider: Provider, model: str) -> int | None:
+    def _rank(self, place: int, model: str) -> int:
+        """Return how good a provider is for a model, 0 the best; 9: it is not known to have it."""
+        provider = self._providers[place]
         if place == 0 and (self._is_chosen or model in provider.entries):
             return 0
         if model in provider.entries:
             return 3 if provider.problem() else 1
-        return 2 if place == 0 and model in self._of_active else None
+        return 2 if place == 0 and model in self._of_active else 9
 
 
-class Catalogue:
+class Providers:
     """The discovery, made anew when a file behind it changes; any thread may ask."""
 
-    def __init__(self, options: Options, environ: dict[str, str] | None = None):
-        self.options, self._environ = options, dict(os.environ if environ is None else environ)
-        self._folder, self._known = os.getcwd(), {}  # type: ignore[var-annotated]
+    MAX_MODEL_ID = 512
+    # Look at the disk no more often.
+    INTERVAL = 1.0
+
+    def __init__(self, options: Options, environ: Mapping[str, str] | None = None):
+        self.options = options
+        self._environ = dict(os.environ if environ is None else environ)
+        self._folder = os.getcwd()
+        self._known: dict[str, OAuthCredentials] = {}
         self._lock, self._checked, self._files = threading.Lock(), 0.0, WatchedFiles()
+        self._aliases = [alias.partition("=")[::2] for alias in options.alias]
         self.home = qwen_home(self._environ, options.qwen_home)
         self._seed_login()
         self._discovery = self._discover()
 
     def current(self) -> Discovery:
-        """The discovery as of now; the disk is looked at once a second at most."""
+        """Return the discovery as of now."""
         with self._lock:
-            if time.monotonic() - self._checked > 1:
+            if time.monotonic() - self._checked > self.INTERVAL:
                 self._checked = time.monotonic()
                 if self._files.has_changed():
                     self._discovery = self._discover()
             return self._discovery
 
-    def _discover(self) -> Discovery:
-        # oauth_creds*.json may come and go
-        self._files.watch(self.home)
-        return discover(
-            self.options, self._environ, self._folder, self._known, self._files, self.home
-        )
-
-    def serving(self, lists: list[list[str]] | None = None) -> Serving:
-        """Who serves which model now, as far as known; lists are the live ones, in the order of the providers."""
-        discovery = self.current()
+    def serving(self, lists: list[list[str]]) -> Serving:
+        """Return who serves which model now; lists are the live ones, in the providers' order."""
         is_chosen = self.options.base_url is not None or self.options.provider is not None
-        return Serving(discovery, lists or [[] for _ in discovery.providers], is_chosen)
+        return Serving(self.current(), lists, is_chosen)
 
-    def routes(self, model: Any, lists: list[list[str]] | None = None) -> list[Route]:
-        """Where a model can be had, best first: all of them with --failover, else only one.
+    def targets(self, model: Any, lists: list[list[str]] | None = None) -> list[Target]:
+        """Return where a model can be had, best first: all with --failover, else only one.
 
-        Several OAuth logins stand in for each other in any case, since that costs nobody anything.
-        Raises BadRequest for a model that is no string, CredentialError when there is no login at all.
+        Several OAuth logins stand in for each other in any case, since that costs nothing. Raises
+        BadRequest for a model that is no string, CredentialError when there is no login at all.
         """
         if model is not None and not isinstance(model, str):
             raise BadRequest("model must be a string", param="model")
-        if model and len(model) > MAX_MODEL_ID:
-            raise BadRequest("model is longer than %d characters" % MAX_MODEL_ID, param="model")
+        if model and len(model) > self.MAX_MODEL_ID:
+            message = f"model is longer than {self.MAX_MODEL_ID} characters"
+            raise BadRequest(message, param="model")
         discovery = self.current()
-        model = self._unaliased(model.strip() if model else "") or discovery.model
         if discovery.problem:
-            raise ProxyError(
-                discovery.problem,
-                503,
-                "settings_unreadable",
-                "server_error",
-                headers=[("x-should-retry", "false")],
-            )
+            headers = [("x-should-retry", "false")]
+            code = "settings_unreadable"
+            raise ProxyError(discovery.problem, 503, code, "server_error", headers=headers)
         if not discovery.providers:
-            raise CredentialError(
-                " ".join(
-                    [
-                        f"no Qwen login on this machine: {LOGIN_AGAIN}, or start with --provider NAME and its "
-                        "key in the environment.",
-                        *discovery.notes,
-                    ]
-                ).strip()
-            )
-        routes = self.serving(lists).routes(model)
+            advice = "or start with --provider NAME and its key in the environment."
+            message = f"no Qwen login on this machine: {LOGIN_AGAIN}, {advice}"
+            raise CredentialError(" ".join([message, *discovery.notes]))
+        model = self._unaliased(model.strip() if model else "") or discovery.model
+        targets = self.serving(lists or []).targets(model)
         if self.options.failover:
-            return routes
-        if routes[0].provider.credentials.kind == "oauth":
-            return [route for route in routes if route.provider.credentials.kind == "oauth"]
-        return routes[:1]
+            return targets
+        if targets[0].provider.credentials.kind == "oauth":
+            return [each for each in targets if each.provider.credentials.kind == "oauth"]
+        return targets[:1]
 
     def _unaliased(self, model: str) -> str:
-        for name, target in self.options.aliases:
-            if fnmatch.fnmatchcase(model, name):
-                return target
-        return model
+        matches = (target for name, target in self._aliases if fnmatch.fnmatchcase(model, name))
+        return next(matches, model)
+
+    def _discover(self) -> Discovery:
+        # Its oauth_creds*.json may come and go.
+        self._files.exists(self.home)
+        settings = CliSettings(self.home, self._environ, self._folder, self._files)
+        return Discovery(self.options, settings, self._known)
 
     def _seed_login(self) -> None:
-        """QWEN_CLI_AUTH holds the JSON of oauth_creds.json, for containers; it never replaces a file."""
-        seed, path = self._environ.get("QWEN_CLI_AUTH"), os.path.join(self.home, "oauth_creds.json")
-        if not seed or os.path.exists(path):
+        """Write QWEN_CLI_AUTH, the JSON of oauth_creds.json, where there is no such file.
+
+        It is for containers.
+        """
+        seed = self._environ.get("QWEN_CLI_AUTH")
+        path = os.path.join(self.home, "oauth_creds.json")
+        if not seed or os.path.lexists(path):
             return
         try:
-            login = parse_login(seed)
+            login = Login.parse(seed)
         except CredentialError as error:
             log.warning("QWEN_CLI_AUTH is ignored: %s", error.message)
             return
-        base = CliSettings(self.home, self._environ, self._folder).oauth_base_url()
-        self._known[path] = OAuthCredentials(path, base)
+        base_url = CliSettings(self.home, self._environ, self._folder).oauth_base_url()
+        self._known[path] = OAuthCredentials(path, base_url)
         self._known[path].replace(login)
 
 
@@ -2571,38 +2533,19 @@ class Catalogue:
 # Upstream
 # ------------------------------------------------------------------------------------------------
 
-
-class Readiness:
-    """Which of some sockets can be read; made once and asked often."""
-
-    def __init__(self, sockets: list[socket.socket]):
-        self._by_descriptor = {each.fileno(): each for each in sockets}
-        self._poll = select.poll() if hasattr(select, "poll") else None
-        for each in sockets if self._poll else ():
-            self._poll.register(each, select.POLLIN)
-
-    def wait(self, seconds: float) -> list[socket.socket]:
-        """Those that can be read without waiting, after at most that many seconds."""
-        seconds = max(0, seconds)
-        # select() fails from descriptor 1024 on
-        if self._poll:
-            return [
-                self._by_descriptor[descriptor] for descriptor, _ in self._poll.poll(seconds * 1000)
-            ]
-        # Windows, where select() refuses to wait for nothing
-        if not self._by_descriptor:
-            time.sleep(seconds)
-            return []
-        return select.select(list(self._by_descriptor.values()), [], [], seconds)[0]
+# select() fails from descriptor 1024 on; poll() is not there on Windows.
+Selector: Any = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 
-def readable(connection: socket.socket, seconds: float) -> bool:
-    """Whether the socket can be read without waiting, after at most that many seconds."""
-    return bool(Readiness([connection]).wait(seconds))
+def wait_for(connection: socket.socket, event: int, seconds: float) -> bool:
+    """Return whether a socket is ready for an event of `selectors`, after at most so long."""
+    with Selector() as selector:
+        selector.register(connection, event)
+        return bool(selector.select(max(0, seconds)))
 
 
 def send_all(connection: socket.socket, data: bytes, wait: Callable[[socket.socket], None]) -> None:
-    """Send on a socket that does not block; wait(connection) returns when it takes bytes again, or raises.
+    """Send on a socket that does not block; wait() returns when it takes bytes again, or raises.
 
     Sockets with a timeout cost one more system call for each send, and a stream is little else.
     """
@@ -2614,227 +2557,224 @@ def send_all(connection: socket.socket, data: bytes, wait: Callable[[socket.sock
             wait(connection)
 
 
-def writable(connection: socket.socket, seconds: float) -> bool:
-    """Whether the socket takes bytes, after at most that many seconds."""
-    if not hasattr(select, "poll"):
-        return bool(select.select([], [connection], [], seconds)[1])
-    poll = select.poll()
-    poll.register(connection, select.POLLOUT)
-    return bool(poll.poll(seconds * 1000))
+class Waiter:
+    """Waits for both sides of one request.
 
-
-class Watch:
-    """Waits for the upstream without losing sight of the client.
-
-    One thread serves one request; here it sees, while the upstream is silent, that the client has left
-    (so the upstream is dropped at once, also before the first token), that a sign of life is due, that
-    the silence has lasted too long, and that the server stops.
+    However ready the upstream is, the others are looked at by the clock: the client, which may have
+    left (then the upstream is dropped at once, also before the first token), the sign of life that
+    is due to it, the silence that has lasted too long, and the server, which may stop. All waits
+    raise ClientGone, ShuttingDown, and UpstreamError (504).
     """
+
+    # Look at the client, the clock and the shutdown this often.
+    LOOK = 0.25
+    # Bytes that bring nothing, such as comments, may come this many times as long as silence lasts.
+    PATIENCE = 10
 
     def __init__(
         self,
         client: socket.socket | None = None,
         timeout: float = UPSTREAM_TIMEOUT,
         interval: float = KEEP_ALIVE_INTERVAL,
-        on_silence: Callable[[], None] | None = None,
+        heartbeat: Callable[[], None] | None = None,
     ):
-        self._client, self.timeout, self._interval, self._on_silence = (
-            client,
-            timeout,
-            interval,
-            on_silence,
-        )
+        self._client, self.timeout, self._interval = client, timeout, interval
+        self._heartbeat, self._lock, self._is_stopping = heartbeat, threading.Lock(), False
+        self._selector = Selector()
         self._upstream: socket.socket | None = None
-        self._stopping, self._lock = False, threading.Lock()
-        self._last_sign = time.monotonic()
+        self._waits_for = 0
+        self._last_sign = self._last_progress = time.monotonic()
+        self._next_look = self._last_sign + min(self.LOOK, interval / 2)
+        if client is not None:
+            self._selector.register(client, selectors.EVENT_READ)
 
-    def wait(self, upstream: socket.socket) -> None:
-        """Return when the upstream can be read; raises ClientGone, ShuttingDown, UpstreamError (504)."""
-        self._attend(upstream)
-        deadline = time.monotonic() + self.timeout
-        while True:
-            if self._stopping:
-                raise ShuttingDown
-            now = time.monotonic()
-            if now >= deadline:
-                raise UpstreamError(
-                    f"the upstream has sent nothing for {self.timeout:g} s; try again, or allow more with --timeout",
-                    504,
-                    "upstream_timeout",
-                )
-            due = (
-                max(0.0, self._last_sign + self._interval - now)
-                if self._on_silence
-                else self._interval
-            )
-            ready = self._both.wait(min(due, deadline - now))
-            if upstream in ready and not self._stopping:
-                return
-            if self._client in ready:
-                self._look_at_client()
-            self.tick()
+    def for_reading(self, upstream: socket.socket) -> None:
+        """Return when the upstream can be read."""
+        self._wait(upstream, selectors.EVENT_READ, "sent")
 
-    def wait_to_send(self, upstream: socket.socket) -> None:
-        """Return when the upstream takes bytes; raises as wait() does."""
-        self._attend(upstream)
-        deadline = time.monotonic() + self.timeout
-        while not writable(upstream, min(0.5, self._interval)):
-            if self._stopping:
-                raise ShuttingDown
-            if time.monotonic() > deadline:
-                raise UpstreamError(
-                    f"the upstream has taken nothing for {self.timeout:g} s; try again",
-                    504,
-                    "upstream_timeout",
-                )
-            if self._client and readable(self._client, 0):
-                self._look_at_client()
-            self.tick()
-
-    def release(self) -> None:
-        """The connection is no longer this request's: stop() must not touch what another one may use."""
-        with self._lock:
-            self._upstream = None
+    def for_writing(self, upstream: socket.socket) -> None:
+        """Return when the upstream takes bytes."""
+        self._wait(upstream, selectors.EVENT_WRITE, "taken")
 
     def sleep(self, seconds: float) -> None:
-        """Wait before another attempt; raises ClientGone and ShuttingDown as wait() does."""
+        """Wait before another attempt."""
         end = time.monotonic() + seconds
+        self._attend(None, 0)
         while True:
-            if self._stopping:
-                raise ShuttingDown
+            self.look()
             remaining = end - time.monotonic()
-            if Readiness([self._client] if self._client else []).wait(min(0.5, remaining)):
-                self._look_at_client()
-            self.tick()
             if remaining <= 0:
                 return
+            if self._selector.get_map():
+                self._look_at_client(self._selector.select(min(self.LOOK, remaining)))
+            else:
+                # Windows refuses to wait for nothing.
+                time.sleep(min(self.LOOK, remaining))
 
-    def tick(self) -> None:
-        """Give the client a sign of life if it has heard nothing for an interval."""
-        if self._on_silence and time.monotonic() - self._last_sign >= self._interval * 0.99:
+    def look(self) -> None:
+        """Look at the shutdown, at the client, and at the sign of life that may be due to it."""
+        now = time.monotonic()
+        self._next_look = now + min(self.LOOK, self._interval / 2)
+        if self._is_stopping:
+            raise ShuttingDown
+        if now - self._last_progress > self.timeout * self.PATIENCE:
+            raise UpstreamError(
+                "the upstream has sent bytes but no answer for too long; try again",
+                504,
+                "upstream_timeout",
+            )
+        if self._heartbeat and now - self._last_sign >= self._interval * 0.99:
             try:
-                self._on_silence()
+                self._heartbeat()
             except OSError:
-                # never as an error of what is waited for, such as the lock
+                # Never as an error of what is waited for, such as the lock.
                 raise ClientGone from None
             self.heard()
 
     def heard(self) -> None:
-        """The client was sent something."""
+        """Note that the client was sent something."""
         self._last_sign = time.monotonic()
 
-    def stop(self) -> None:
-        """From any thread: end the wait with ShuttingDown."""
+    def progressed(self) -> None:
+        """Note that the upstream sent more than signs of life."""
+        self._last_progress = time.monotonic()
+
+    def release(self) -> None:
+        """Let go of the connection: stop() must not touch what another request may use."""
         with self._lock:
-            self._stopping = True
+            self._attend(None, 0)
+
+    def stop(self) -> None:
+        """End the wait with ShuttingDown; from any thread."""
+        with self._lock:
+            self._is_stopping = True
             if self._upstream is not None:
-                with contextlib.suppress(
-                    OSError
-                    # not SSLSocket's: it drops what recv in the other thread needs
-                ):
+                # Not SSLSocket's shutdown: it drops what recv in the other thread needs.
+                with contextlib.suppress(OSError):
                     socket.socket.shutdown(self._upstream, socket.SHUT_RDWR)
 
-    def _attend(self, upstream: socket.socket) -> None:
-        if self._upstream is not upstream:
-            self._upstream, self._both = (
-                upstream,
-                Readiness([upstream, self._client] if self._client else [upstream]),
-            )
+    def _wait(self, upstream: socket.socket, event: int, verb: str) -> None:
+        self._attend(upstream, event)
+        now = time.monotonic()
+        deadline = now + self.timeout
+        while True:
+            if now >= self._next_look or self._is_stopping:
+                self.look()
+                if self._client is not None:
+                    self._look_at_client(self._selector.select(0))
+            if now >= deadline:
+                raise UpstreamError(
+                    f"the upstream has {verb} nothing for {self.timeout:g} s; try again, or allow "
+                    "more with --timeout",
+                    504,
+                    "upstream_timeout",
+                )
+            ready = self._selector.select(max(0, min(deadline, self._next_look) - now))
+            if self._client is not None:
+                self._look_at_client(ready)
+            if any(key.fileobj is upstream for key, _ in ready) and not self._is_stopping:
+                return
+            now = time.monotonic()
 
-    def _look_at_client(self) -> None:
+    def _attend(self, upstream: socket.socket | None, event: int) -> None:
+        if self._upstream is upstream and self._waits_for == event:
+            return
+        if self._upstream is not None:
+            self._selector.unregister(self._upstream)
+        self._upstream, self._waits_for = upstream, event
+        if upstream is not None:
+            self._selector.register(upstream, event)
+
+    def _look_at_client(self, ready: list[tuple[selectors.SelectorKey, int]]) -> None:
+        client = self._client
+        if client is None or not any(key.fileobj is client for key, _ in ready):
+            return
         try:
-            if not self._client.recv(1, socket.MSG_PEEK):  # type: ignore[union-attr]
+            if not client.recv(1, socket.MSG_PEEK):
                 raise ClientGone
+        except BlockingIOError:
+            return
         except OSError:
             raise ClientGone from None
-        # it has sent its next request ahead: no end can be seen behind that
+        # It has sent its next request ahead: no end can be seen behind that.
+        self._selector.unregister(client)
         self._client = None
-        self._both = Readiness([self._upstream] if self._upstream is not None else [])
 
 
 class Connection:
-    """A connection to an upstream, each wait of which is a Watch's.
+    """A connection to an upstream, each wait of which is a Waiter's.
 
-    It never blocks inside recv: a TLS record that carries no data must not hide a client that leaves.
+    It never blocks inside recv: a TLS record without data must not hide a client that leaves.
     """
 
     def __init__(self, connected: http.client.HTTPConnection):
         self._connected, self.socket = connected, connected.sock
         self.socket.setblocking(False)
         self._pending = getattr(self.socket, "pending", None)
-        self.watch, self.idle_since, self.has_received = Watch(), 0.0, False
+        self.waiter, self.idle_since, self.has_received = Waiter(), 0.0, False
 
     def send(self, data: bytes) -> None:
-        """Send it all; raises OSError, and what Watch.wait_to_send() raises."""
+        """Send it all; raises OSError, and what a Waiter raises."""
         self.has_received = False
-        send_all(self.socket, data, self.watch.wait_to_send)
+        send_all(self.socket, data, self.waiter.for_writing)
 
     def receive(self) -> bytes:
-        """What arrives next, empty at the end; raises OSError, and what Watch.wait() raises."""
+        """Return what arrives next, nothing at the end; raises OSError and what a Waiter raises."""
         while True:
             if not (self._pending and self._pending()):
-                self.watch.wait(self.socket)
+                self.waiter.for_reading(self.socket)
             try:
-                received = self.socket.recv(PIECE)
+                received: bytes = self.socket.recv(PIECE)
             except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
                 continue
             self.has_received = self.has_received or bool(received)
             return received
+
+    def is_quiet(self) -> bool:
+        """Return whether nothing can be read: on an idle connection that would be its end."""
+        return not wait_for(self.socket, selectors.EVENT_READ, 0)
 
     def close(self) -> None:
         """Close it; may be called more than once."""
         self._connected.close()
 
 
-_HEAD_END = re.compile(rb"\r?\n\r?\n")
-_STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-5]\d\d)(?: |\Z)")
+class _Head:
+    """The head of a response in the place of the socket that http.client reads it from."""
 
+    def __init__(self, head: bytes):
+        self._head = head
 
-def parse_head(head: bytes) -> tuple[int, dict[str, str], bool]:
-    """Status, headers (names in lower case) and whether the connection stays open (RFC 9112 4, 5, 9.3).
-
-    http.client's own parser is the e-mail package's, and half the cost of a small answer. Raises
-    http.client.BadStatusLine.
-    """
-    status_line, *lines = head.decode("latin-1").split("\n")
-    match = _STATUS_LINE.match(status_line.rstrip("\r"))
-    if not match:
-        raise http.client.BadStatusLine(shorten(status_line, 100))
-    headers: dict[str, str] = {}
-    for line in lines:
-        name, _, value = line.partition(":")
-        name, value = name.strip().lower(), value.strip()
-        headers[name] = headers[name] + ", " + value if name in headers else value
-    connection = headers.get("connection", "").lower()
-    stays_open = "close" not in connection and (match.group(1) == "1" or "keep-alive" in connection)
-    return int(match.group(2)), headers, stays_open
+    def makefile(self, *_: object) -> io.BytesIO:
+        return io.BytesIO(self._head)
 
 
 class BodyDecoder:
-    """Takes the framing off a response's body: chunked, of a known length, or up to the end (RFC 9112 6.3).
+    """Takes the framing off a response's body, as it comes (RFC 9112 6.3).
+
+    That is chunked, of a known length, or up to the end of the connection.
 
     >>> decoder = BodyDecoder(200, {"transfer-encoding": "chunked"})
-    >>> decoder.feed(b"3\\r\\nabc\\r\\n2\\r"), decoder.feed(b"\\nde\\r\\n0\\r\\n\\r\\n"), decoder.is_done
-    (b'abc', b'de', True)
+    >>> decoder.feed(b"3\\r\\nabc\\r\\n2\\r"), decoder.feed(b"\\nde\\r\\n0\\r\\n\\r\\n")
+    (b'abc', b'de')
+    >>> decoder.is_done
+    True
     """
 
-    def __init__(self, status: int, headers: dict[str, str]):
+    def __init__(self, status: int, headers: Mapping[str, str]):
         self._is_chunked = "chunked" in headers.get("transfer-encoding", "").lower()
+        # The same length twice is allowed, RFC 9110 8.6.
         lengths = {length.strip() for length in headers.get("content-length", "").split(",")}
-        length = (
-            lengths.pop() if len(lengths) == 1 else ""
-            # the same one twice is allowed, RFC 9110 8.6
-        )
+        length = lengths.pop() if len(lengths) == 1 else ""
         is_known = length.isdecimal() and len(length) < 19 and not self._is_chunked
         self.ends_with_connection = not self._is_chunked and not is_known
         self._left = int(length) if is_known else 0
-        self._line, self._is_last, self.surplus = b"", False, b""
-        self.is_done = status in (204, 304) or not (
-            self._is_chunked or self._left or self.ends_with_connection
-        )
+        self._line, self._is_last, self.surplus, self._trailers = b"", False, b"", 0
+        has_body = self._is_chunked or self._left or self.ends_with_connection
+        self.is_done = status in (204, 304) or not has_body
 
     def feed(self, received: bytes) -> bytes:
-        """The content in what was received; raises ValueError for a chunk size that is none."""
+        """Return the content in what was received; raises ValueError for a bad chunk size."""
         if self.ends_with_connection:
             return received
         if self._is_chunked:
@@ -2862,17 +2802,17 @@ class BodyDecoder:
                 stop = at + self._left
                 found.append(received[at:stop])
                 self._left, at = self._left - len(found[-1]), at + len(found[-1])
-                at += (
-                    2 if received.startswith(b"\r\n", stop) else 0
-                    # spares a turn for the empty line
-                )
+                # Skips the CRLF after the data, saving one loop iteration.
+                at += 2 if received.startswith(b"\r\n", stop) else 0
         self.surplus = received[at:] if self.is_done else b""
         return found[0] if len(found) == 1 else b"".join(found)
 
     def _take_line(self, line: bytes) -> None:
-        """A chunk's size, the empty end of the chunk before, or after the last one a trailer."""
+        """Take a chunk's size, the empty end of the one before, or after the last a trailer."""
         if self._is_last:
-            self.is_done = not line
+            self.is_done, self._trailers = not line, self._trailers + len(line)
+            if self._trailers > MAX_LINE:
+                raise ValueError("trailers without an end")
         elif line:
             self._left = int(line.partition(b";")[0], 16)
             self._is_last = not self._left
@@ -2881,72 +2821,82 @@ class BodyDecoder:
 
 
 class UpstreamResponse:
-    """An answer of the upstream: status, headers, and the body in pieces as they arrive."""
+    """A response of the upstream: status, headers, and the body in pieces as they arrive."""
+
+    DRAIN_TIMEOUT = 0.25
+    _HEAD_END = re.compile(rb"\r?\n\r?\n")
 
     def __init__(self, connection: Connection, pool: KeepAliveHandler, key: Any):
         self._connection: Connection | None = connection
-        self._pool, self._key = pool, key
-        self.status, self.headers, self._stays_open = self._read_head(connection)
+        self._pool, self._key, self._received = pool, key, b""
+        parsed = self._read_head(connection)
+        self.status, self._stays_open = parsed.status, not parsed.will_close
+        names = {name.lower() for name in parsed.headers}
+        self.headers = {name: ", ".join(parsed.headers.get_all(name, [])) for name in names}
         self._body = BodyDecoder(self.status, self.headers)
         if self._body.is_done:
             self._body.surplus = self._received
 
-    def _read_head(self, connection: Connection) -> tuple[int, dict[str, str], bool]:
-        self._received = b""
+    def _read_head(self, connection: Connection) -> http.client.HTTPResponse:
+        size = 0
         while True:
-            end = _HEAD_END.search(self._received)
+            end = self._HEAD_END.search(self._received)
             if end:
-                head, self._received = self._received[: end.start()], self._received[end.end() :]
-                parsed = parse_head(head)
-                if parsed[0] >= 200:
-                    return parsed
-                # 100 Continue, 103 Early Hints: the answer is still to come
-                continue
+                head, self._received = self._received[: end.end()], self._received[end.end() :]
+                if re.match(rb"HTTP/1\.\d 1\d\d\b", head):
+                    # 100 Continue, 103 Early Hints: the response is still to come.
+                    continue
+                parsed = http.client.HTTPResponse(_Head(head))  # type: ignore[arg-type]
+                parsed.begin()
+                return parsed
             piece = connection.receive()
-            if not piece or len(self._received) > MAX_ERROR_BODY:
-                raise http.client.RemoteDisconnected
+            size += len(piece)
+            if not piece or size > MAX_ERROR_BODY:
+                raise http.client.RemoteDisconnected("it closed the connection")
             self._received += piece
 
-    def pieces(self) -> Iterator[bytes]:
-        """The body; raises UpstreamError when the connection breaks, and what Watch.wait() raises."""
-        received, self._received = self._received, b""
+    def receive(self) -> bytes:
+        """Return the next content of the body, nothing at its end.
+
+        Raises UpstreamError when the connection breaks, and what a Waiter raises.
+        """
         try:
             while not self._body.is_done:
+                received, self._received = self._received, b""
+                if not received and self._connection:
+                    received = self._connection.receive()
+                if not received:
+                    if not self._body.ends_with_connection:
+                        raise ConnectionError("connection closed")
+                    self._body.is_done, self._stays_open = True, False
                 content = self._body.feed(received) if received else b""
                 if content:
-                    yield content
-                if self._body.is_done:
-                    return
-                received = self._connection.receive() if self._connection else b""
-                if not received:
-                    self._end_of_connection()
+                    return content
         except (OSError, ValueError) as error:
-            raise UpstreamError(
-                f"the upstream broke off in the middle of its answer ({reason_of(error)}); try again",
-                code="upstream_cut",
-            ) from error
-
-    def _end_of_connection(self) -> None:
-        if not self._body.ends_with_connection:
-            raise ConnectionError("connection closed")
-        self._body.is_done, self._stays_open = True, False
+            reason = reason_of(error)
+            message = f"the upstream broke off in the middle of its answer ({reason}); try again"
+            raise UpstreamError(message, code="upstream_cut") from error
+        return b""
 
     def read(self, limit: int) -> bytes:
-        """The body up to a limit; of a refusal what came of it, since its status counts in any case."""
+        """Return the body up to a limit.
+
+        For an error status that is what arrived before a broken connection: the status is enough.
+        """
         body = bytearray()
         with contextlib.suppress(*([UpstreamError] if self.status >= 300 else [])):
-            for piece in self.pieces():
+            piece = self.receive()
+            while piece and len(body) <= limit:
                 body += piece
-                if len(body) > limit:
-                    break
+                piece = self.receive()
         return bytes(body[:limit])
 
     def close(self) -> None:
-        """Done with it, once: keep the connection if the body is at its end, else close it."""
+        """Be done with it, once: keep the connection if the body is at its end, else close it."""
         connection, self._connection = self._connection, None
         if connection is None:
             return
-        connection.watch.release()
+        connection.waiter.release()
         if self._body.is_done and self._stays_open and not self._body.surplus:
             self._pool.put(self._key, connection)
         else:
@@ -2955,108 +2905,76 @@ class UpstreamResponse:
     def drain(self) -> None:
         """Read what little may follow the end of the stream, so that the connection can be kept."""
         if not self._body.is_done and self._connection is not None:
-            self._connection.watch.release()
-            self._connection.watch, end = (
-                Watch(timeout=DRAIN_TIMEOUT),
-                time.monotonic() + DRAIN_TIMEOUT,
-            )
+            self._connection.waiter.release()
+            deadline = time.monotonic() + self.DRAIN_TIMEOUT
             with contextlib.suppress(UpstreamError):
-                for _ in self.pieces():
-                    if time.monotonic() > end:
+                while not self._body.is_done:
+                    self._connection.waiter = Waiter(timeout=deadline - time.monotonic())
+                    if not self.receive():
                         break
         self.close()
 
 
-def request_head(request: Any) -> bytes:
-    """Request line and headers; raises ValueError for a character that would end a line early."""
-    headers = {**request.headers, **request.unredirected_hdrs, "Accept-encoding": "identity"}
-    lines = [f"{request.get_method()} {request.selector} HTTP/1.1"]
-    lines += [f"{name.title()}: {value}" for name, value in headers.items()]
-    head = "\r\n".join(lines)
-    if (
-        head.count("\n") != len(headers)
-        or head.count("\r") != len(headers)
-        or "\0" in head
-        or " " in request.selector
-    ):
-        raise ValueError("a line end in the request's head")
-    return (head + "\r\n\r\n").encode("latin-1")
-
-
-def headers_for_tunnel(request: Any) -> dict[str, str]:
-    """The password of a forward proxy, taken out of the request: behind a tunnel it is none of the upstream's."""
-    if not request._tunnel_host:
-        return {}
-    secret = request.unredirected_hdrs.pop("Proxy-authorization", None) or request.headers.pop(
-        "Proxy-authorization", None
-    )
-    return {"Proxy-Authorization": secret} if secret else {}
-
-
 class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
-    """urllib's documented place to open connections otherwise: here they are kept and used again.
+    """urllib's documented place to open connections otherwise: they are kept and used again.
 
-    The pool knows only put and take. A kept connection that turns out dead before it gave one byte is
-    replaced once; a fresh one that fails is an error.
+    The pool knows only put and take. A kept connection that turns out dead before it gave one byte
+    is replaced once; a new one that fails is an error.
     """
+
+    # Kept open to each upstream, and for how long: shorter than any gateway's idle limit we know.
+    IDLE, IDLE_AGE = 64, 30.0
 
     def __init__(self) -> None:
         super().__init__()
-        self._idle: dict[Any, list[Any]] = collections.defaultdict(list)
-        self._lock, self._context = threading.Lock(), None  # type: ignore[var-annotated]
+        self._idle: dict[Any, list[Connection]] = collections.defaultdict(list)
+        self._lock = threading.Lock()
+        self._context: ssl.SSLContext | None = None
 
     def http_open(self, request: urllib.request.Request) -> UpstreamResponse:
-        return self.do_open(http.client.HTTPConnection, request)
+        return self._open(http.client.HTTPConnection, request)
 
     def https_open(self, request: urllib.request.Request) -> UpstreamResponse:
         try:
             context = self._tls()
-        except (
-            OSError
-            # SSLError is one: SSL_CERT_FILE or SSLKEYLOGFILE name nothing good
-        ) as error:
-            raise UpstreamError(
-                f"TLS cannot be set up ({reason_of(error)}); check SSL_CERT_FILE", 500
-            ) from error
-        return self.do_open(http.client.HTTPSConnection, request, context=context)
+        except OSError as error:
+            # SSLError is one: SSL_CERT_FILE or SSLKEYLOGFILE name nothing good.
+            reason = reason_of(error)
+            message = f"TLS cannot be set up ({reason}); check SSL_CERT_FILE"
+            raise UpstreamError(message, 500) from error
+        return self._open(http.client.HTTPSConnection, request, context=context)
 
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
-    def do_open(self, http_class: Any, request: Any, **connection_args: Any) -> UpstreamResponse:
-        """The response to a request; raises UpstreamError, and what Watch.wait() raises."""
+    def _open(self, http_class: Any, request: Any, **arguments: Any) -> UpstreamResponse:
         key = (http_class, request.host, request._tunnel_host)
-        connection, tunnel_headers = self._take(key), headers_for_tunnel(request)
-        is_fresh = connection is None
+        connection, tunnel_headers = self._take(key), self._tunnel_headers(request)
+        is_new = connection is None
         while True:
             if connection is None:
-                connection, is_fresh = (
-                    self._connect(http_class, request, connection_args, tunnel_headers),
-                    True,
-                )
+                connection = self._connect(http_class, request, arguments, tunnel_headers)
+                is_new = True
             try:
-                return self._exchange(connection, request, key)
+                return self._send(connection, request, key)
             except (OSError, http.client.HTTPException) as error:
-                if is_fresh or connection.has_received:
+                if is_new or connection.has_received:
+                    is_closed = isinstance(error, http.client.HTTPException)
+                    reason = "it closed the connection" if is_closed else reason_of(error)
                     raise UpstreamError(
-                        "{} gave no answer ({}); try again".format(
-                            request.host,
-                            "it closed the connection"
-                            if isinstance(error, http.client.HTTPException)
-                            else reason_of(error),
-                        ),
+                        f"{request.host} gave no answer ({reason}); try again",
                         code="upstream_cut",
                         moves_on=not connection.has_received,
                     ) from error
                 log.debug("a kept connection to %s was dead", request.host)
                 connection = None
 
-    def put(self, key: Any, connection: Any) -> None:
+    def put(self, key: Any, connection: Connection) -> None:
         """Keep a connection whose response was read to its end."""
         connection.idle_since = time.monotonic()
         with self._lock:
             idle = self._idle[key]
             idle.append(connection)
-            surplus = idle.pop(0) if len(idle) > IDLE_CONNECTIONS else None
+            surplus = idle.pop(0) if len(idle) > self.IDLE else None
         if surplus is not None:
             surplus.close()
 
@@ -3064,301 +2982,448 @@ class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
         """Close what is kept."""
         with self._lock:
             kept, self._idle = self._idle, collections.defaultdict(list)
-        for connection in (connection for idle in kept.values() for connection in idle):
+        for connection in itertools.chain.from_iterable(kept.values()):
             connection.close()
 
-    def _take(self, key: Any) -> Any:
+    def _take(self, key: Any) -> Connection | None:
         while True:
             with self._lock:
                 connection = self._idle[key].pop() if self._idle[key] else None
             if connection is None:
                 return None
             age = time.monotonic() - connection.idle_since
-            # Whatever can be read on an idle connection is its end, or nothing that we asked for.
-            if age < IDLE_CONNECTION_AGE and not readable(connection.socket, 0):
+            if age < self.IDLE_AGE and connection.is_quiet():
                 return connection
             connection.close()
 
+    @staticmethod
+    def _tunnel_headers(request: Any) -> dict[str, str]:
+        """Take the password of a forward proxy out of a request that goes through a tunnel."""
+        if not request._tunnel_host:
+            return {}
+        name = "Proxy-authorization"
+        secret = request.unredirected_hdrs.pop(name, None) or request.headers.pop(name, None)
+        return {"Proxy-Authorization": secret} if secret else {}
+
+    @staticmethod
     def _connect(
-        self, http_class: Any, request: Any, connection_args: dict, tunnel_headers: dict
-    ) -> Any:
+        http_class: Any, request: Any, arguments: Json, tunnel_headers: dict[str, str]
+    ) -> Connection:
         try:
             seconds = min(request.timeout, CONNECT_TIMEOUT)
-            connection = http_class(request.host, timeout=seconds, **connection_args)
+            connection = http_class(request.host, timeout=seconds, **arguments)
             connection._create_connection = connect_before(time.monotonic() + seconds)
             if request._tunnel_host:
                 connection.set_tunnel(request._tunnel_host, headers=tunnel_headers)
             connection.connect()
             return Connection(connection)
         except (OSError, UnicodeError, http.client.HTTPException) as error:
+            host = request._tunnel_host or request.host
             raise UpstreamError(
-                f"{request._tunnel_host or request.host} cannot be reached: {reason_of(error)}",
+                f"{host} cannot be reached: {reason_of(error)}",
                 code="upstream_unreachable",
                 retry=not isinstance(error, (ssl.SSLError, http.client.HTTPException)),
                 moves_on=True,
             ) from error
 
-    def _exchange(self, connection: Connection, request: Any, key: Any) -> UpstreamResponse:
-        connection.watch = request.watch
+    def _send(self, connection: Connection, request: Any, key: Any) -> UpstreamResponse:
+        connection.waiter = request.waiter
         try:
-            with contextlib.suppress(
-                BrokenPipeError,
-                ConnectionResetError,
-                # it may have refused and closed: 413
-            ):
-                connection.send(request_head(request) + (request.data or b""))
+            # It may have refused and closed already: 413.
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                connection.send(self._head_of(request) + (request.data or b""))
             return UpstreamResponse(connection, self, key)
         except BaseException:
+            connection.waiter.release()
             connection.close()
             raise
 
+    @staticmethod
+    def _head_of(request: Any) -> bytes:
+        """Return request line and headers; raises ValueError for a character that ends a line."""
+        headers = {**request.headers, **request.unredirected_hdrs, "Accept-encoding": "identity"}
+        lines = [f"{request.get_method()} {request.selector} HTTP/1.1"]
+        lines += [f"{name.title()}: {value}" for name, value in headers.items()]
+        if not all(map(str.isprintable, lines)) or " " in request.selector:
+            raise ValueError("a line end in the request's head")
+        return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
     def _tls(self) -> ssl.SSLContext:
         with self._lock:
-            # loading the trust store takes 20 ms: once, and not at start
-            if self._context is None:
-                self._context = ssl.create_default_context()
+            # Loading the trust store takes 20 ms: once, and not at start.
+            self._context = self._context or ssl.create_default_context()
             return self._context
 
 
+class Answer:
+    """An upstream's answer: its response, and the decoder that makes chunks of the bytes.
+
+    The decoder pushes what it makes into emit(), which keeps it until deliver() names a writer.
+    """
+
+    def __init__(self, response: UpstreamResponse, target: Target, decoder: Any, waiter: Waiter):
+        self.response, self.target, self.decoder, self._waiter = response, target, decoder, waiter
+        self._pending: list[Any] = []
+        self._emit: Callable[[Any], None] = self._pending.append
+        # An error behind chunks that have not been delivered yet.
+        self._failure: UpstreamError | None = None
+        self.is_over = False
+        decoder.sink = self.emit
+
+    def emit(self, chunk: Any) -> None:
+        """Take a chunk from the decoder."""
+        self._waiter.progressed()
+        self._emit(chunk)
+
+    def begin(self) -> None:
+        """Read until the first chunk is there: until then an error is an HTTP status."""
+        while not self._pending and not self.is_over:
+            self.pump()
+
+    def deliver(self, feed: Callable[[Any], None]) -> None:
+        """Give the chunks that are there, and all that follow, to a writer."""
+        pending, self._pending, self._emit = self._pending, [], feed
+        for chunk in pending:
+            feed(chunk)
+
+    def pump(self) -> None:
+        """Read one piece and push it through; raises what receive() and the decoder raise."""
+        if self._failure:
+            raise self._failure
+        try:
+            piece = b"" if self.decoder.is_done else self.response.receive()
+        except UpstreamError:
+            # A connection that breaks once the finish reason is there has only ended.
+            if not self.decoder.is_finished():
+                raise
+            piece = b""
+        try:
+            if piece:
+                self.decoder.feed(piece)
+            else:
+                self.is_over = True
+                self.decoder.close()
+        except UpstreamError as error:
+            if not self._pending:
+                raise
+            self._failure, self.is_over = error, False
+
+
 class Upstream:
-    """Sends requests to providers, over the forward proxy of the environment where there is one."""
+    """Sends requests to providers, over the forward proxy of the environment if there is one."""
+
+    _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+\Z")
 
     def __init__(self) -> None:
         self._connections = KeepAliveHandler()
-        self._opener = (
-            urllib.request.OpenerDirector()
-            # no redirects, no errors raised: both are judged here
-        )
-        for handler in (
-            urllib.request.ProxyHandler(forward_proxies()),
-            self._connections,
-            urllib.request.UnknownHandler(),
-        ):
+        # No redirects, no errors raised: both are judged here.
+        self._opener = urllib.request.OpenerDirector()
+        proxies = urllib.request.ProxyHandler(forward_proxies())
+        for handler in (proxies, self._connections, urllib.request.UnknownHandler()):
             self._opener.add_handler(handler)
 
     def send(
         self,
-        route: Route,
+        target: Target,
         path: str,
         body: bytes | None,
         access_token: str,
-        watch: Watch,
-        headers: dict[str, str] | None = None,
+        waiter: Waiter,
+        headers: Mapping[str, str],
     ) -> UpstreamResponse:
         """POST a body (GET without one) to a path below the provider's base URL."""
-        own = {"Authorization": "Bearer " + access_token, **(headers or {})}
+        own = {"Authorization": f"Bearer {access_token}", **headers}
         if body is not None:
             own["Content-Type"] = "application/json"
-        own.update(custom_headers(route))
+        own.update(self._custom_headers(target))
+        base_url, method = target.provider.base_url, "GET" if body is None else "POST"
         try:
-            request = urllib.request.Request(
-                route.provider.base_url + path,
-                body,
-                own,
-                method="POST" if body is not None else "GET",
-            )
+            request: Any = urllib.request.Request(base_url + path, body, own, method=method)
         except ValueError as error:
-            raise UpstreamError(
-                f"the base URL {route.provider.base_url} is unusable: {error}", 500
-            ) from error
-        request.watch = watch  # type: ignore[attr-defined]
+            message = f"the base URL {base_url} is unusable: {error}"
+            raise UpstreamError(message, 500) from error
+        request.waiter = waiter
         try:
-            return self._opener.open(request, timeout=watch.timeout)  # type: ignore[return-value]
+            response: Any = self._opener.open(request, timeout=waiter.timeout)
         except urllib.error.URLError as error:
-            raise UpstreamError(
-                f"the base URL {route.provider.base_url} is unusable: {reason_of(error)}", 500
-            ) from error
-        except (
-            ValueError,
-            UnicodeError,
-            # http.client on a key or header with odd characters
-        ) as error:
-            raise UpstreamError(
-                f"the request to {route.provider.name} cannot be sent: the key or a header holds a character that HTTP "
-                "does not allow",
-                500,
-            ) from error
+            message = f"the base URL {base_url} is unusable: {reason_of(error)}"
+            raise UpstreamError(message, 500) from error
+        except ValueError as error:
+            # http.client on a key or header with odd characters; UnicodeError is one.
+            message = (
+                f"the request to {target.provider.name} cannot be sent: the key or a header holds "
+                "a character that HTTP does not allow"
+            )
+            raise UpstreamError(message, 500) from error
+        return response  # type: ignore[no-any-return]
 
     def close(self) -> None:
         """Close the connections that are kept."""
         self._connections.close_idle()
 
-
-_HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+\Z")
-
-
-def custom_headers(route: Route) -> dict[str, str]:
-    """customHeaders of the model's entry in settings.json, without what is no header."""
-    found = dig(route.provider.entries.get(route.model), "customHeaders")
-    return {
-        name: value
-        for name, value in (found.items() if isinstance(found, dict) else ())
-        if isinstance(value, str) and _HEADER_NAME.match(name) and value.isprintable()
-    }
+    @classmethod
+    def _custom_headers(cls, target: Target) -> dict[str, str]:
+        """Return customHeaders of the model's entry in settings.json, without what is no header."""
+        found = as_object(target.config.get("customHeaders"))
+        return {
+            name: value
+            for name, value in found.items()
+            if isinstance(value, str) and cls._HEADER_NAME.match(name) and value.isprintable()
+        }
 
 
-def open_answer(
-    routes: list[Route],
-    attempt: Callable[[Route, str], Any],
-    repair: Callable[[UpstreamError], bool],
-    watch: Watch,
-    retries: int,
-) -> Any:
-    """The first answer that one of the routes gives, as attempt(route, access_token) began it.
+class Call:
+    """One request to the upstream and the attempts made for it.
 
-    Everything here happens before the first byte of an answer: one refresh after a 401, some repairs of a
-    refused body, some retries, and the next route. attempt() raises UpstreamError for whatever is not the
-    beginning of an answer; repair() changes what the next attempt sends. All of it ends with PATIENCE.
+    All that happens here is before the first byte of an answer: one refresh after a 401, some
+    repairs of a refused body, some retries, and the next provider. api is one of the classes that
+    ENDPOINTS lists; notes are what was given up or repaired, for the log.
     """
-    now = time.monotonic()
-    routes = sorted(routes, key=lambda route: route.provider.rests_until > now)
-    for index, route in enumerate(routes):
+
+    # A body may be repaired this often: one reason for a refusal may hide another.
+    REPAIRS = 2
+    RETRY_DELAY = 0.5
+    # A Retry-After beyond this is the client's to wait for.
+    LONGEST_DELAY = 10
+    # No retry and no failover begins later than this: clients have timeouts, too.
+    DEADLINE = 30
+    # A provider that another one stood in for comes last for so long.
+    COOLDOWN = 60
+
+    def __init__(
+        self,
+        upstream: Upstream,
+        api: Any,
+        request: Json,
+        waiter: Waiter,
+        retries: int = RETRIES,
+        user_agent: str = "",
+    ):
+        self._upstream, self._api, self._request = upstream, api, request
+        self._waiter, self._retries = waiter, retries
+        self._headers = {"Accept": api.accept, "User-Agent": user_agent}
+        self._body: Json = {}
+        self._prepared_for: Target | None = None
+        self._response: UpstreamResponse | None = None
+        self.notes: list[str] = []
+
+    def close(self) -> None:
+        """Be done with the answer."""
+        if self._response:
+            self._response.close()
+
+    def open(self, targets: list[Target]) -> Answer:
+        """Return the first answer that one of the targets gives, begun.
+
+        Whatever can still become an HTTP status has been raised then.
+        """
+        now = time.monotonic()
+        targets = sorted(targets, key=lambda target: target.provider.cooldown_until > now)
+        deadline = now + self.DEADLINE
+        for target, following in zip(targets, [*targets[1:], None]):
+            try:
+                return self._open_on(target, deadline, following is None)
+            except ProxyError as error:
+                if not following or not error.moves_on or time.monotonic() > deadline:
+                    raise
+                provider = target.provider
+                if not isinstance(error, BadRequest):
+                    provider.cooldown_until = time.monotonic() + self.COOLDOWN
+                other = following.provider.name
+                log.warning("%s: %s; trying %s", provider.name, error.message, other)
+        raise ValueError("open() needs a target")
+
+    def _open_on(self, target: Target, deadline: float, is_last: bool) -> Answer:
+        credentials, rejected = target.provider.credentials, ""
+        retries, repairs, delay = self._retries, self.REPAIRS, self.RETRY_DELAY
+        while True:
+            access_token = credentials.access_token(rejected, self._waiter.sleep)
+            try:
+                return self._attempt(target, access_token)
+            except UpstreamError as error:
+                if error.code == "invalid_api_key" and isinstance(credentials, OAuthCredentials):
+                    self._check_rejection(credentials, access_token, rejected, error)
+                    rejected = access_token
+                    continue
+                if repairs and self._repair(error):
+                    repairs -= 1
+                    continue
+                if error.code == "upstream_unreachable" and not is_last:
+                    # Three attempts of 10 s would leave no time for the next provider.
+                    raise
+                pause = delay if error.retry_after is None else error.retry_after
+                is_late = time.monotonic() + pause > deadline
+                if not error.retry or retries <= 0 or pause > self.LONGEST_DELAY or is_late:
+                    raise
+                log.info("%s: %s; again in %.1f s", target.provider.name, error.message, pause)
+            retries, delay = retries - 1, delay * 2
+            self._waiter.sleep(pause)
+
+    @staticmethod
+    def _check_rejection(
+        credentials: OAuthCredentials, access_token: str, rejected: str, error: UpstreamError
+    ) -> None:
+        """Raise for a token that was refused although it is new: no refresh would help."""
+        if not rejected and access_token != credentials.rejected_token:
+            return
+        credentials.rejected_token = access_token
+        raise UpstreamError(
+            f"{error.message.rstrip('.')}. {FREE_TIER_ENDED}.",
+            401,
+            error.code,
+            error.type,
+            request_id=error.request_id,
+            moves_on=True,
+        ) from error
+
+    def _attempt(self, target: Target, access_token: str) -> Answer:
+        if self._prepared_for is not target:
+            self._prepare(target)
+        body, path = encode_json(self._body), self._api.path
+        response = self._upstream.send(
+            target, path, body, access_token, self._waiter, self._headers
+        )
         try:
-            return _open_on(
-                route, attempt, repair, watch, retries, now + PATIENCE, index + 1 == len(routes)
-            )
-        except ProxyError as error:
-            if index + 1 == len(routes) or not error.moves_on or time.monotonic() > now + PATIENCE:
-                raise
-            if not isinstance(error, BadRequest):
-                route.provider.rests_until = time.monotonic() + REST_AFTER_FAILURE
-            log.warning(
-                "%s: %s; trying %s",
-                route.provider.name,
-                error.message,
-                routes[index + 1].provider.name,
-            )
-    # never: routes is not empty
-    raise CredentialError("no provider")
+            if not 200 <= response.status < 300:
+                raise self._refused(response, target)
+            decoder = self._api.decoder(self._request, target)
+            answer = Answer(response, target, decoder, self._waiter)
+            answer.begin()
+            self._response = response
+            return answer
+        except BaseException:
+            response.close()
+            raise
+
+    def _prepare(self, target: Target) -> None:
+        family = target.provider.family
+        if self._api.path in family.lacks:
+            message = family.lacks[self._api.path]
+            raise BadRequest(message, code="unsupported_endpoint", moves_on=True)
+        self._body, fired = self._api.to_upstream(self._request, target)
+        self._prepared_for = target
+        self.notes += filter(None, fired.values())
+        for given_up in filter(None, fired.values()):
+            log.info("%s: %s", target.model, given_up)
+        if log.isEnabledFor(logging.DEBUG):
+            rules, text = ", ".join(fired) or "none", excerpt(self._body)
+            log.debug("rules: %s; to %s: %s", rules, target.provider.name, text)
+
+    def _repair(self, error: UpstreamError) -> bool:
+        how: str = self._api.repair(self._body, error)
+        if how:
+            self.notes.append(how)
+            log.info("upstream rejected the request (%s); retrying %s", error.message, how)
+        return bool(how)
+
+    def _refused(self, response: UpstreamResponse, target: Target) -> UpstreamError:
+        text = response.read(MAX_ERROR_BODY).decode("utf-8", "replace")
+        name = target.provider.name
+        log.debug("HTTP %d from %s: %s", response.status, name, shorten(text, 2000))
+        error: UpstreamError = self._api.refusal(response.status, text, response.headers, target)
+        return error
 
 
-def _open_on(
-    route: Route,
-    attempt: Callable[[Route, str], Any],
-    repair: Callable[[UpstreamError], bool],
-    watch: Watch,
-    retries: int,
-    deadline: float,
-    is_last: bool,
-) -> Any:
-    credentials, rejected, repairs, delay = (
-        route.provider.credentials,
-        "",
-        MAX_REPAIRS,
-        RETRY_DELAY_FIRST,
-    )
-    while True:
-        access_token = credentials.access_token(rejected, watch.sleep)
-        try:
-            return attempt(route, access_token)
-        except UpstreamError as error:
-            if error.code == "invalid_api_key" and credentials.kind == "oauth":
-                if rejected or access_token == credentials.useless_token:
-                    credentials.useless_token = access_token
-                    raise UpstreamError(
-                        "{}. {}.".format(error.message.rstrip("."), FREE_TIER_ENDED),
-                        401,
-                        error.code,
-                        error.type,
-                        request_id=error.request_id,
-                        moves_on=True,
-                    ) from error
-                rejected = access_token
-                continue
-            if repairs and repair(error):
-                repairs -= 1
-                continue
-            if error.code == "upstream_unreachable" and not is_last:
-                # three attempts of 10 s would leave no time for the next provider
-                raise
-            pause = delay if error.retry_after is None else error.retry_after
-            if (
-                not error.retry
-                or retries <= 0
-                or pause > RETRY_DELAY_MOST
-                or time.monotonic() + pause > deadline
-            ):
-                raise
-            log.info("%s: %s; again in %.1f s", route.provider.name, error.message, pause)
-        retries, delay = retries - 1, delay * 2
-        watch.sleep(pause)
+def excerpt(value: Any, longest: int = 200) -> str:
+    """Return a JSON value for the log, long strings cut."""
+
+    def cut(item: Any) -> Any:
+        if isinstance(item, str) and len(item) > longest:
+            return f"{shorten(item, longest)}... ({len(item)} characters)"
+        if isinstance(item, dict):
+            return {name: cut(inner) for name, inner in item.items()}
+        return [cut(inner) for inner in item] if isinstance(item, list) else item
+
+    try:
+        return json.dumps(cut(value), ensure_ascii=False)
+    except RecursionError:
+        return "(nested too deeply to show)"
 
 
 class ModelLists:
     """The live lists of models, asked for in the background and kept; any thread may ask.
 
-    A list that is old is given out all the same while a new one is asked for, and one that cannot be had
-    any more stays: a picker of models that is empty for a moment makes clients forget their choice.
+    A list that is old is given out all the same while a new one is asked for, and one that cannot
+    be had any more stays: a picker of models that is empty for a moment makes clients forget their
+    choice.
     """
+
+    # A list is asked for again after this long, and after this long if there was none to be had.
+    AGE, AGE_FAILED = 300.0, 30.0
+    # GET /v1/models waits no longer for one: LibreChat gives it 5 s, Claude Code 3.
+    WAIT = 0.8
+    # What such a request itself may take; Qwen Code's own limits.
+    TIMEOUT, SIZE = 5.0, 1_048_576
 
     def __init__(self, upstream: Upstream):
         self._upstream, self._lock = upstream, threading.Lock()
+        self._executor = concurrent.futures.ThreadPoolExecutor(4)
         self._lists: dict[tuple[str, str], list[str]] = {}
-        self._asked: dict[tuple[str, str], float] = {}
-        self._running: dict[tuple[str, str], threading.Thread] = {}
+        self._due: dict[tuple[str, str], float] = {}
+        self._running: dict[tuple[str, str], concurrent.futures.Future[None]] = {}
+        self._waiters: set[Waiter] = set()
 
     def get(self, providers: list[Provider], seconds: float) -> list[list[str]]:
-        """The list of each provider, empty where none is known that long after it was asked for; 0 asks nobody."""
+        """Return the list of each provider, after at most so long; with 0 no upstream is asked."""
         keys = [(provider.name, provider.host()) for provider in providers]
-        if not seconds:
-            return [self._lists.get(key, []) for key in keys]
-        threads = [
-            None if provider.family in UNLISTED_FAMILIES else self._refresh(provider, key)
+        futures = [
+            self._refresh(provider, key) if seconds and provider.family.has_list else None
             for provider, key in zip(providers, keys)
         ]
-        for key, thread in zip(keys, threads):
-            if thread is not None and key not in self._lists:
-                thread.join(max(0.0, self._asked[key] + seconds - time.monotonic()))
+        waited_for = [
+            future for key, future in zip(keys, futures) if future and key not in self._lists
+        ]
+        concurrent.futures.wait(waited_for, seconds)
         return [self._lists.get(key, []) for key in keys]
 
-    def _refresh(self, provider: Provider, key: tuple[str, str]) -> threading.Thread | None:
-        """The thread that asks for a list, begun if the one at hand is old; None when it is new enough."""
+    def close(self) -> None:
+        """End what is running."""
+        for waiter in list(self._waiters):
+            waiter.stop()
+        self._executor.shutdown(wait=False)
+
+    def _refresh(
+        self, provider: Provider, key: tuple[str, str]
+    ) -> concurrent.futures.Future[None] | None:
         with self._lock:
             if key in self._running:
                 return self._running[key]
-            if time.monotonic() - self._asked.get(key, float("-inf")) < MODELS_AGE:
+            if time.monotonic() < self._due.get(key, 0.0):
                 return None
-            self._asked[key] = time.monotonic()
-            thread = self._running[key] = threading.Thread(
-                target=self._ask, args=(provider, key), daemon=True
-            )
-            thread.start()
-            return thread
+            self._due[key] = time.monotonic() + self.AGE
+            with contextlib.suppress(RuntimeError):
+                self._running[key] = self._executor.submit(self._ask, provider, key)
+            return self._running.get(key)
 
     def _ask(self, provider: Provider, key: tuple[str, str]) -> None:
         ids: list[str] = []
         try:
             ids = self._listed(provider)
-        except ProxyError as error:
-            log.debug("%s has no list of models: %s", provider.name, error.message)
+        except (ProxyError, ShuttingDown) as error:
+            log.debug("%s has no list of models: %s", provider.name, error)
         with self._lock:
             if ids:
                 self._lists[key] = ids
             else:
-                self._asked[key] -= MODELS_AGE - MODELS_AGE_FAILED
-            del self._running[key]
+                self._due[key] = time.monotonic() + self.AGE_FAILED
+            self._running.pop(key, None)
 
     def _listed(self, provider: Provider) -> list[str]:
         access_token = provider.credentials.access_token()
-        response = self._upstream.send(
-            Route(provider, ""),
-            "/models",
-            None,
-            access_token,
-            Watch(timeout=MODELS_TIMEOUT),
-            {"User-Agent": "qwen_proxy/" + __version__, "Accept": "application/json"},
-        )
+        headers = {"User-Agent": f"qwen_proxy/{__version__}", "Accept": "application/json"}
+        waiter = Waiter(timeout=self.TIMEOUT)
+        self._waiters.add(waiter)
         try:
-            listed = json.loads(response.read(MODELS_SIZE)) if response.status == 200 else None
-        except (ValueError, RecursionError):
-            listed = None
+            target = Target(provider, "")
+            response = self._upstream.send(target, "/models", None, access_token, waiter, headers)
+            try:
+                listed = loads(response.read(self.SIZE)) if response.status == 200 else None
+            finally:
+                response.close()
         finally:
-            response.close()
-        return [
-            entry["id"]
-            for entry in as_list(dig(listed, "data"))
-            if isinstance(entry, dict) and isinstance(entry.get("id"), str) and entry["id"]
-        ]
+            self._waiters.discard(waiter)
+        ids = (dig(entry, "id") for entry in as_list(dig(listed, "data")))
+        return [name for name in ids if isinstance(name, str) and name]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3376,7 +3441,7 @@ class Event(NamedTuple):
 
 
 class EventDecoder:
-    r"""Bytes in, events out; the bytes may be cut anywhere, also inside a character or a line end.
+    r"""Bytes in, events out; the bytes may be cut anywhere, also in a character or a line end.
 
     >>> decoder = EventDecoder()
     >>> decoder.feed(b'data: a\r\ndata:b\r') + decoder.feed(b'\n\r\n: note\n\ndata: c')
@@ -3389,7 +3454,7 @@ class EventDecoder:
         self._buffer, self._after_cr, self._is_first = bytearray(), False, True
 
     def feed(self, piece: bytes) -> list[Event]:
-        """The events that are complete with this piece."""
+        """Return the events that are complete with this piece."""
         if self._after_cr and piece:
             piece, self._after_cr = piece[1:] if piece[:1] == b"\n" else piece, False
         if b"\r" in piece:
@@ -3402,14 +3467,14 @@ class EventDecoder:
         end = self._buffer.rfind(b"\n\n", searched)
         if end < 0:
             if len(self._buffer) > MAX_EVENT:
-                raise UpstreamError("the upstream sent an event of more than %d bytes" % MAX_EVENT)
+                raise UpstreamError(f"the upstream sent an event of more than {MAX_EVENT} bytes")
             return []
         complete = bytes(self._buffer[:end])
         del self._buffer[: end + 2]
         return self._events(complete)
 
     def close(self) -> list[Event]:
-        """What the stream ended with, if its last blank line is missing."""
+        """Return what the stream ended with, if its last blank line is missing."""
         rest, self._buffer = bytes(self._buffer), bytearray()
         return self._events(rest)
 
@@ -3417,108 +3482,56 @@ class EventDecoder:
         if self._is_first and blocks:
             self._is_first = False
             blocks = blocks[3:] if blocks.startswith(b"\xef\xbb\xbf") else blocks
-        return [event for event in map(parse_event, blocks.split(b"\n\n")) if event is not None]
+        events = (self._parse(block) for block in blocks.split(b"\n\n"))
+        return [event for event in events if event is not None]
+
+    @staticmethod
+    def _parse(block: bytes) -> Event | None:
+        """Return the event in the lines between two blank ones; None where they hold no data."""
+        if block.startswith(b"data:") and b"\n" not in block:
+            return Event(block[6:] if block[5:6] == b" " else block[5:])
+        found, name, status = [], "", 0
+        for line in block.split(b"\n"):
+            field, _, value = line.partition(b":")
+            value = value[1:] if value[:1] == b" " else value
+            if field == b"data":
+                found.append(value)
+            elif field == b"event":
+                name = value.decode("utf-8", "replace")
+            elif not field and value.startswith(b"HTTP_STATUS/") and value[12:15].isdigit():
+                status = int(value[12:15])
+            elif line[:1] == b"{":
+                # An error without its 'data:' (upstreams behind gateways).
+                found.append(line)
+        return Event(b"\n".join(found), name, status) if found else None
 
 
-def parse_event(block: bytes) -> Event | None:
-    """The event in the lines between two blank ones; None where they hold no data."""
-    if block.startswith(b"data:") and b"\n" not in block:
-        return Event(block[6:] if block[5:6] == b" " else block[5:])
-    found, name, status = [], "", 0
-    for line in block.split(b"\n"):
-        field, _, value = line.partition(b":")
-        value = value[1:] if value[:1] == b" " else value
-        if field == b"data":
-            found.append(value)
-        elif field == b"event":
-            name = value.decode("utf-8", "replace")
-        elif not field and value.startswith(b"HTTP_STATUS/") and value[12:15].isdigit():
-            status = int(value[12:15])
-        elif line[:1] == b"{":
-            # an error without its 'data:' (upstreams behind gateways)
-            found.append(line)
-    return Event(b"\n".join(found), name, status) if found else None
+def separate_events(event: Event) -> list[Event]:
+    """Return the events in one whose lines are JSON each and not together.
+
+    Some upstreams put no blank line between their events.
+    """
+    if b"\n" not in event.data or loads(event.data) is not None:
+        return [event]
+    return [event._replace(data=line) for line in event.data.split(b"\n")]
 
 
 def encode_event(data: bytes, name: str = "") -> bytes:
-    """One event, ready to write; the data must hold no line end."""
-    return (
-        b"event: %s\ndata: %s\n\n" % (name.encode(), data) if name else b"data: " + data + b"\n\n"
-    )
+    """Return one event, ready to write; the data must hold no line end."""
+    if name:
+        return b"event: %s\ndata: %s\n\n" % (name.encode(), data)
+    return b"data: " + data + b"\n\n"
 
 
-# never ': ping': Continue takes that for the end of the stream
+# Never ': ping': Continue takes that for the end of the stream.
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"[DONE]"
-
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
-_JSON_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-
-
-def encode_json(value: Any) -> bytes:
-    """JSON in UTF-8, unescaped: escapes would double Chinese text, and DashScope counts bytes as sent.
-
-    Raises BadRequest for a number that JSON cannot hold, or nesting beyond what Python can write.
-    """
-    try:
-        text = _JSON_ENCODER.encode(value)
-    except (ValueError, RecursionError):
-        raise BadRequest("a number is out of range, or the nesting is too deep") from None
-    try:
-        return text.encode()
-    except UnicodeEncodeError:
-        # half of a surrogate pair: somebody cut a string in an emoji
-        return _SURROGATE.sub(lambda match: f"\\u{ord(match.group()):04x}", text).encode()
 
 
 # ------------------------------------------------------------------------------------------------
 # Requests
 # ------------------------------------------------------------------------------------------------
-# Pure: a client's request in, the upstream's request out. Whatever no rule below names passes
-# unchanged.
-
-
-class Context(NamedTuple):
-    """What the rules may look at besides the body: where it goes, and what was asked about thinking."""
-
-    family: str
-    model: str
-    facts: ModelFacts
-    # generationConfig of the model's entry in settings.json
-    config: dict
-    # by the client or the entry
-    thinking: Thinking
-    # thinking, by the client's own words
-    client_wants_it: bool = False
-
-    @property
-    def mode(self) -> str:
-        """How this model thinks at this endpoint; see ModelFacts."""
-        if self.config.get("thinkingMandatory") is True:
-            return "always"
-        # Qwen Code 0.24.4, Token Plan preset: thinking of 3.8-max cannot be switched off there.
-        return (
-            "always"
-            if self.family == "token" and "qwen3.8-max" in self.model
-            else self.facts.thinking
-        )
-
-    @property
-    def speaks_qwen(self) -> bool:
-        """Whether enable_thinking and its relatives are this endpoint's words for this model."""
-        own = ("openrouter", "deepseek", "zai")
-        return self.family in ALIBABA_FAMILIES or (
-            self.family not in own and "qwen" in self.model.lower()
-        )
-
-
-class Thinking(NamedTuple):
-    """What a client asked about thinking, in whichever of the spellings; None where it did not."""
-
-    enabled: bool | None = None
-    effort: str | None = None
-    budget: int | None = None
+# Pure: a client's request in, the upstream's request out. What no rule names passes unchanged.
 
 
 THINKING_FIELDS = (
@@ -3529,163 +3542,861 @@ THINKING_FIELDS = (
     "thinking",
     "think",
 )
-LIMIT_FIELDS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
-EFFORT_BUDGETS = {
-    "low": 4096,
-    "medium": 16_384,
-    # Qwen's own tokens per level; above: the model's maximum
-}
 
 
-def asked_thinking(body: dict) -> Thinking:
-    """Read enable_thinking, thinking_budget, reasoning_effort, reasoning, thinking, think, chat_template_kwargs.
+class Thinking(NamedTuple):
+    """What a request says about thinking, in whichever of the spellings; None where it does not."""
 
-    >>> asked_thinking({"reasoning": {"effort": "minimal"}}).enabled
-    False
-    """
-    if not any(name in body for name in THINKING_FIELDS) and "chat_template_kwargs" not in body:
-        return Thinking()
-    reasoning = body.get("reasoning") if isinstance(body.get("reasoning"), dict) else {}
-    thinking = body.get("thinking") if isinstance(body.get("thinking"), dict) else {}
-    effort = body.get("reasoning_effort", reasoning.get("effort", body.get("think")))
-    effort = effort.lower() if isinstance(effort, str) else None
-    budget = next(
-        (
-            value
-            for value in (
-                body.get("thinking_budget"),
-                thinking.get("budget_tokens"),
-                reasoning.get("max_tokens"),
-            )
-            if isinstance(value, int) and not isinstance(value, bool)
-        ),
-        None,
-    )
-    enabled = next(
-        (
-            value
-            for value in (
-                body.get("enable_thinking"),
-                reasoning.get("enabled"),
-                body.get("think"),
-                dig(body, "chat_template_kwargs", "enable_thinking"),
-            )
-            if isinstance(value, bool)
-        ),
-        None,
-    )
-    if enabled is None and isinstance(thinking.get("type"), str):
-        enabled = thinking["type"] != "disabled"
-    if enabled is None and effort is not None:
-        enabled = effort not in ("none", "minimal")
-    if enabled is None and budget is not None:
-        enabled = budget > 0
-    return Thinking(
-        enabled,
-        effort if effort not in ("none", "minimal") else None,
-        budget if (budget or 0) > 0 else None,
-    )
+    enabled: bool | None = None
+    effort: str | None = None
+    budget: int | None = None
 
+    @classmethod
+    def read(cls, body: Json) -> Thinking:
+        """Read all of THINKING_FIELDS, and chat_template_kwargs.
 
-def check_chat_request(request: Any) -> None:
-    """Raise BadRequest for what no upstream could make sense of, naming the field."""
-    if not isinstance(request, dict):
-        raise BadRequest(f"the body must be a JSON object, not {json_type(request)}")
-    messages = request.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise BadRequest("messages must be a list of at least one message", param="messages")
-    for index, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise BadRequest(
-                "messages[%d] must be an object with a role" % index, param="messages.%d" % index
-            )
-        if message.get("content") is not None and not isinstance(message["content"], (str, list)):
-            raise BadRequest(
-                "the content of messages[%d] must be a string or a list of parts" % index,
-                param="messages.%d.content" % index,
-            )
-        if not all(isinstance(part, dict) for part in as_list(message.get("content"))):
-            raise BadRequest(
-                "every part of messages[%d] must be an object" % index,
-                param="messages.%d.content" % index,
-            )
-    for name, kinds in (
-        ("stream", bool),
-        ("tools", list),
-        ("functions", list),
-        ("stream_options", dict),
-        ("response_format", dict),
-    ):
-        if request.get(name) is not None and not isinstance(request[name], kinds):
-            raise BadRequest(
-                "{} must be {}".format(
-                    name, {bool: "true or false", list: "a list", dict: "an object"}[kinds]
-                ),
-                param=name,
-            )
-
-
-def with_extra_body(request: Any) -> Any:
-    """The request with what stands in extra_body beside it: openai-python puts it there, others send it as written."""
-    extra = dig(request, "extra_body")
-    if not isinstance(extra, dict):
-        return request
-    log.debug("extra_body is merged: %s", ", ".join(extra))
-    stated_fields = {
-        name: value for name, value in request.items() if value is not None and name != "extra_body"
-    }
-    return {**extra, **stated_fields}
-
-
-def entry_defaults(body: dict, context: Context) -> bool:
-    """samplingParams and extra_body of the settings entry, where the client says nothing."""
-    if not context.config:
-        return False
-    before = dict(body)
-    given = {name: value for name, value in body.items() if value is not None}
-    for name in ("samplingParams", "extra_body"):
-        defaults = context.config.get(name)
-        body.update(defaults if isinstance(defaults, dict) else {})
-    if context.config.get("reasoning") is False:
-        body["enable_thinking"] = False
-    in_template = dig(given, "chat_template_kwargs", "enable_thinking")
-    if in_template is not None or any(name in given for name in THINKING_FIELDS):
-        for name in THINKING_FIELDS:
-            body.pop(
-                name,
-                None,
-                # what the client says of thinking replaces all that the entry says
-            )
-    if any(name in given for name in LIMIT_FIELDS):
-        body.pop("max_tokens", None)
-    body.update(given)
-    return body != before
-
-
-def without_nulls(body: dict, context: Context) -> bool:
-    """No null that means "not set": at the top, in messages but for their content, in a JSON schema's frame."""
-    changed = drop_nulls(body)
-    for message in body["messages"] if "prompt" not in body else ():
-        changed = drop_nulls(message, "content") or changed
-    wanted = dig(body, "response_format", "json_schema")
-    if isinstance(wanted, dict) and None in wanted.values():
-        body["response_format"], changed = (
-            {**body["response_format"], "json_schema": stated(wanted)},
-            True,
+        >>> Thinking.read({"reasoning": {"effort": "minimal"}}).enabled
+        False
+        """
+        if "chat_template_kwargs" not in body and not any(name in body for name in THINKING_FIELDS):
+            return cls()
+        reasoning, thinking = as_object(body.get("reasoning")), as_object(body.get("thinking"))
+        effort = body.get("reasoning_effort", reasoning.get("effort", body.get("think")))
+        effort = effort.lower() if isinstance(effort, str) else None
+        budgets = (
+            body.get("thinking_budget"),
+            thinking.get("budget_tokens"),
+            reasoning.get("max_tokens"),
         )
-    return changed
+        budget = next((value for value in budgets if type(value) is int), None)
+        enabled = cls._switch(body, reasoning, thinking)
+        is_off = effort in ("none", "minimal")
+        if enabled is None and effort is not None:
+            enabled = not is_off
+        if enabled is None and budget is not None:
+            enabled = budget > 0
+        effort = None if is_off else effort
+        return cls(enabled, effort, budget if (budget or 0) > 0 else None)
+
+    @staticmethod
+    def _switch(body: Json, reasoning: Json, thinking: Json) -> bool | None:
+        switches = (
+            body.get("enable_thinking"),
+            reasoning.get("enabled"),
+            body.get("think"),
+            dig(body, "chat_template_kwargs", "enable_thinking"),
+        )
+        switch = next((value for value in switches if isinstance(value, bool)), None)
+        if switch is None and isinstance(thinking.get("type"), str):
+            return bool(thinking["type"] != "disabled")
+        return switch
 
 
-def drop_nulls(value: dict, kept: str = "") -> bool:
-    """In place: an object without its nulls but one; whether there were any."""
-    nulls = [name for name, item in value.items() if item is None and name != kept]
-    for name in nulls:
-        del value[name]
-    return bool(nulls)
+class Dialect(NamedTuple):
+    """How a kind of endpoint or model is told about thinking.
+
+    off, on: what to set; efforts: the levels that it has, by the client's names ('' for any other);
+    budget: the field for a number of tokens, which wins over the effort; budgets: tokens for a
+    level, where it has no levels of its own.
+    """
+
+    off: Json
+    on: Json = {}
+    efforts: Mapping[str, str] = {}
+    budget: str = ""
+    budgets: Mapping[str, int] = {}
 
 
-def stated(value: Any) -> Any:
-    """An object without its nulls, but for those that are values of a JSON Schema."""
+# By the family of the endpoint, else by how the model thinks (see ModelFacts), else 'qwen'. Model
+# Studio, 'Deep thinking': tokens per level; above, the model's maximum. DeepSeek's and Z.AI's
+# reference: reasoning_effort.
+DIALECTS = {
+    "deepseek": Dialect(
+        off={"thinking": {"type": "disabled"}},
+        on={"thinking": {"type": "enabled"}},
+        efforts={"low": "high", "medium": "high", "xhigh": "max"},
+    ),
+    "zai": Dialect(off={"thinking": {"type": "disabled"}}, on={"thinking": {"type": "enabled"}}),
+    "effort": Dialect(
+        off={"reasoning_effort": "none"},
+        on={"enable_thinking": True},
+        efforts={"low": "low", "medium": "medium", "high": "high", "": "xhigh"},
+        budget="thinking_budget",
+    ),
+    "always": Dialect(off={}, budget="thinking_budget", budgets={"low": 4096, "medium": 16_384}),
+    "unknown": Dialect(
+        off={"enable_thinking": False}, on={"enable_thinking": True}, budget="thinking_budget"
+    ),
+    "qwen": Dialect(
+        off={"enable_thinking": False},
+        on={"enable_thinking": True},
+        budget="thinking_budget",
+        budgets={"low": 4096, "medium": 16_384},
+    ),
+}
+# Families whose words for thinking are their own, whatever model they serve.
+OWN_DIALECTS = frozenset({"openrouter", "deepseek", "zai"})
+
+
+@functools.lru_cache(maxsize=256)
+def traits_of(family: str, model: str) -> frozenset[str]:
+    """Return what the rules look at: the family's name and traits, and what the model brings."""
+    traits = FAMILIES[family].traits | {family}
+    if family in OWN_DIALECTS or "qwen" not in model.lower():
+        return traits
+    return traits | {"qwen", "limits"}
+
+
+class History:
+    """The messages of a request, put right in one pass.
+
+    In goes what clients keep of a conversation; out come results directly behind their calls, a
+    stub for a call without a result, no result without a call, ids and arguments that are JSON, and
+    media where the endpoint takes them.
+    """
+
+    CALL_PARTS = ("tool_use", "tool_result")
+    STUB = "(no result: the call was interrupted)"
+
+    class Turn:
+        """A message, its calls' results, and what the assistant says between them."""
+
+        def __init__(self, message: Json):
+            self.message = message
+            self.results: list[Json | None] = []
+            self.is_between = False
+
+    def __init__(self, splits_media: bool):
+        self._splits_media = splits_media
+        self._turns: list[History.Turn] = []
+        # By call id: the turns that wait for its results, each with the places of its calls.
+        self._waiting: dict[str, list[tuple[History.Turn, collections.deque[int]]]] = {}
+        # Results that came before their calls, with what the assistant had just said.
+        self._early: list[tuple[Json, list[History.Turn]]] = []
+        self._said: list[History.Turn] = []
+        # Ids for the calls of the latest turn that came without one.
+        self._unnamed: collections.deque[str] = collections.deque()
+        self._legacy_calls = self._count = 0
+        # The names of the rules that changed something.
+        self.fired: set[str] = set()
+
+    @classmethod
+    def repaired(cls, messages: list[Json], splits_media: bool) -> tuple[list[Json], set[str]]:
+        """Return the messages, and the names of the rules that changed them."""
+        history = cls(splits_media)
+        for message in messages:
+            history._add(message)
+        repaired = history._messages()
+        if not repaired:
+            raise BadRequest(
+                "messages contains only tool results; the assistant message with the matching "
+                "tool_calls is missing",
+                param="messages",
+            )
+        return repaired, history.fired
+
+    @classmethod
+    def unpacked(cls, messages: list[Json]) -> list[Json]:
+        """Return the messages with calls and results that are parts in OpenAI's places.
+
+        Anthropic has them as parts, and Cursor sends them so.
+        """
+        unpacked: list[Json] = []
+        for message in messages:
+            content = as_list(message.get("content"))
+            parts = [part for part in content if part.get("type") in cls.CALL_PARTS]
+            unpacked += cls._unpacked_one(message, parts) if parts else [message]
+        return unpacked
+
+    @classmethod
+    def _unpacked_one(cls, message: Json, parts: list[Json]) -> list[Json]:
+        """Return the messages for one; results come first, as they belong to the turn before."""
+        results = [
+            {
+                "role": "tool",
+                "tool_call_id": part.get("tool_use_id"),
+                "content": part.get("content") or "",
+            }
+            for part in parts
+            if part["type"] == "tool_result"
+        ]
+        calls = as_list(message.get("tool_calls")) + [
+            {
+                "id": part.get("id"),
+                "type": "function",
+                "function": {
+                    "name": part.get("name"),
+                    "arguments": json.dumps(part.get("input") or {}, ensure_ascii=False),
+                },
+            }
+            for part in parts
+            if part["type"] == "tool_use"
+        ]
+        rest = [part for part in message["content"] if part.get("type") not in cls.CALL_PARTS]
+        if not rest and not calls:
+            return results
+        return [
+            *results,
+            {**message, "content": rest or "", **({"tool_calls": calls} if calls else {})},
+        ]
+
+    def _add(self, message: Json) -> None:
+        self._from_legacy(message)
+        if message["role"] == "tool":
+            self._add_result(message)
+        else:
+            self._add_turn(message)
+        self._count += 1
+
+    def _from_legacy(self, message: Json) -> None:
+        """Turn the deprecated function_call and role function into calls and results."""
+        call = message.get("function_call")
+        if message["role"] == "function":
+            message.update(role="tool", tool_call_id=f"call_legacy_{self._legacy_calls}")
+        elif (
+            message["role"] == "assistant"
+            and isinstance(call, dict)
+            and not message.get("tool_calls")
+        ):
+            self._legacy_calls += 1
+            call_id = f"call_legacy_{self._legacy_calls}"
+            message.pop("function_call")
+            message["tool_calls"] = [{"id": call_id, "type": "function", "function": call}]
+        else:
+            return
+        self.fired.add("legacy-functions")
+
+    def _add_turn(self, message: Json) -> None:
+        turn = self.Turn(message)
+        self._turns.append(turn)
+        calls = self._valid_calls(message)
+        if message["role"] != "assistant" or calls:
+            self._said = []
+        else:
+            self._said.append(turn)
+        turn.results = [None] * len(calls)
+        for number, call in enumerate(calls):
+            waiting = self._waiting.setdefault(str(dig(call, "id")), [])
+            if not waiting or waiting[-1][0] is not turn:
+                waiting.append((turn, collections.deque()))
+            waiting[-1][1].append(number)
+
+    def _valid_calls(self, message: Json) -> list[Any]:
+        """Return the calls of a message, with ids, and with arguments that are JSON."""
+        if message["role"] != "assistant" or "tool_calls" not in message:
+            return []
+        calls = message["tool_calls"]
+        if not isinstance(calls, list) or not calls:
+            del message["tool_calls"]
+            self.fired.add("tool-calls")
+            return []
+        self._unnamed.clear()
+        valid = []
+        for number, call in enumerate(calls):
+            named = call
+            if isinstance(call, dict) and not call.get("id"):
+                self._unnamed.append(f"call_{self._count}_{number}")
+                named = {**call, "id": self._unnamed[-1]}
+            valid.append(self._valid_call(named))
+        if valid != calls:
+            self.fired.add("tool-calls")
+        message["tool_calls"] = valid
+        return valid
+
+    @staticmethod
+    def _valid_call(call: Any) -> Any:
+        """Return a call whose arguments are the text of a JSON value."""
+        function = dig(call, "function")
+        arguments = dig(function, "arguments")
+        if not isinstance(function, dict):
+            return call
+        if isinstance(arguments, str) and arguments:
+            broken = object()
+            if loads(arguments, broken) is not broken:
+                return call
+            arguments = json.dumps({"malformed_arguments": arguments}, ensure_ascii=False)
+        elif isinstance(arguments, (dict, list)):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        else:
+            arguments = "{}"
+        return {**call, "function": {**function, "arguments": arguments}}
+
+    def _add_result(self, message: Json) -> None:
+        if not message.get("tool_call_id") and self._unnamed:
+            message["tool_call_id"] = self._unnamed.popleft()
+            self.fired.add("tool-calls")
+        call_id = message.get("tool_call_id")
+        if not isinstance(call_id, str):
+            self.fired.add("tool-pairs")
+            self._said = []
+        elif not self._match(call_id, message, -1, self._said):
+            self._early.append((message, self._said))
+            self._said = []
+
+    def _match(self, call_id: str, result: Json, place: int, said: list[Turn]) -> bool:
+        """Give a result to a call of its id; place -1 is the nearest turn before it, 0 the first.
+
+        Ids may occur again in later turns.
+        """
+        waiting = self._waiting.get(call_id)
+        if not waiting:
+            return False
+        turn, numbers = waiting[place]
+        turn.results[numbers.popleft()] = result
+        if not numbers:
+            del waiting[place]
+        # The assistant speaks between results, as Jan has it: behind them it would have the last
+        # word.
+        for each in said:
+            each.is_between = True
+        said.clear()
+        if turn is not self._turns[-1]:
+            self.fired.add("tool-pairs")
+        return True
+
+    def _messages(self) -> list[Json]:
+        for message, said in self._early:
+            self._match(as_text(message["tool_call_id"]), message, 0, said)
+            self.fired.add("tool-pairs")
+        messages: list[Json] = []
+        # Where the calls are that results belong to.
+        insert_at = -1
+        for turn in self._turns:
+            if turn.is_between and insert_at >= 0:
+                messages.insert(insert_at, turn.message)
+                insert_at += 1
+                self.fired.add("tool-pairs")
+                continue
+            insert_at = len(messages) if turn.results else -1
+            messages.append(turn.message)
+            messages += self._results_of(turn)
+        return messages
+
+    def _results_of(self, turn: Turn) -> list[Json]:
+        results: list[Json] = []
+        media: list[Json] = []
+        for call, found_result in zip(turn.message.get("tool_calls") or [], turn.results):
+            stub = {"role": "tool", "tool_call_id": dig(call, "id"), "content": self.STUB}
+            result = stub if found_result is None else found_result
+            if found_result is None:
+                self.fired.add("tool-pairs")
+            parts = as_list(result.get("content")) if self._splits_media else []
+            found = [
+                part
+                for part in parts
+                if isinstance(part, dict) and part.get("type") not in ("text", None)
+            ]
+            if found:
+                result["content"] = text_of(parts) or "(see the next message)"
+                media += found
+            results.append(result)
+        if media:
+            self.fired.add("tool-media")
+            results.append({"role": "user", "content": media})
+        return results
+
+
+class Rewrite:
+    """One request on its way into the upstream's dialect; each method is a rule of RULES.
+
+    A rule changes self.body and returns whether it did; what the client does not get because of it
+    goes into self.notes.
+    """
+
+    LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+    # Overview page of Model Studio's OpenAI compatibility: 'ignored'; object metadata and the rest
+    # are refused by models of other makers behind it (Qwen Code, dashscope.ts).
+    OPENAI_ONLY = (
+        "logit_bias metadata prediction prompt_cache_key prompt_cache_retention safety_identifier "
+        "service_tier store verbosity web_search_options"
+    ).split()
+    # Controls for other servers that clients offer for every server. Unknown ones pass, as a
+    # parameter that Qwen will have tomorrow does.
+    FOREIGN = (
+        # Ollama, as Open WebUI's advanced parameters and Jan name them.
+        "auto_compact ctx_len format keep_alive mirostat mirostat_eta mirostat_tau num_batch "
+        "num_ctx num_gpu num_keep num_thread repeat_last_n use_mlock use_mmap "
+        # llama.cpp, KoboldCpp, text-generation-webui, as SillyTavern names them.
+        "add_bos_token cache_prompt dry_allowed_length dry_base dry_multiplier "
+        "dry_sequence_breakers min_p sampler_order tfs tfs_z top_a typical_p xtc_probability "
+        "xtc_threshold "
+        # OpenRouter and Mistral.
+        "include_reasoning models plugins provider route safe_prompt transforms usage"
+    ).split()
+
+    def __init__(self, request: Json, target: Target):
+        self.body = {**request, "model": target.model}
+        if isinstance(request.get("messages"), list):
+            self.body["messages"] = [
+                dict(message) if isinstance(message, dict) else message
+                for message in request["messages"]
+            ]
+        self.family, self.model = target.provider.family, target.model
+        self.config, self.traits = target.config, traits_of(self.family.name, target.model)
+        always = self.family.always_thinks
+        is_mandatory = self.config.get("thinkingMandatory") is True
+        is_always = is_mandatory or bool(always) and always in target.model
+        self.mode = "always" if is_always else model_facts(target.model).thinking
+        self.client_wants_thinking = bool(Thinking.read(request).enabled)
+        self.asked = Thinking()
+        self.notes: list[str] = []
+
+    def run(self, api: str) -> tuple[Json, dict[str, str]]:
+        """Return the body, and the rules that changed it, each with what it gave up."""
+        fired: dict[str, str] = {}
+        for rule in rules_for(api, self.traits):
+            before = len(self.notes)
+            if rule.apply(self):
+                fired[rule.name] = "; ".join(self.notes[before:])
+        return self.body, fired
+
+    # -- defaults, and what means nothing --------------------------------------------------------
+
+    def entry_defaults(self) -> bool:
+        """samplingParams and extra_body of the settings entry, where the client says nothing."""
+        if not self.config:
+            return False
+        body, before = self.body, dict(self.body)
+        given = {name: value for name, value in body.items() if value is not None}
+        for name in ("samplingParams", "extra_body"):
+            body.update(as_object(self.config.get(name)))
+        if self.config.get("reasoning") is False:
+            body["enable_thinking"] = False
+        in_template = dig(given, "chat_template_kwargs", "enable_thinking")
+        if in_template is not None or any(name in given for name in THINKING_FIELDS):
+            # What the client says of thinking replaces all that the entry says.
+            for name in THINKING_FIELDS:
+                body.pop(name, None)
+        if any(name in given for name in self.LIMITS):
+            body.pop("max_tokens", None)
+        body.update(given)
+        return body != before
+
+    def no_nulls(self) -> bool:
+        """No null that means 'not set': at the top, in messages, in a JSON schema's frame."""
+        changed = self._remove_nulls(self.body)
+        for message in as_list(self.body.get("messages")):
+            if isinstance(message, dict):
+                changed = self._remove_nulls(message, "content") or changed
+        wanted = dig(self.body, "response_format", "json_schema")
+        if isinstance(wanted, dict) and None in wanted.values():
+            kept = without_nulls(wanted)
+            self.body["response_format"] = {**self.body["response_format"], "json_schema": kept}
+            changed = True
+        return changed
+
+    @staticmethod
+    def _remove_nulls(value: Json, except_for: str = "") -> bool:
+        nulls = [name for name, item in value.items() if item is None and name != except_for]
+        for name in nulls:
+            del value[name]
+        return bool(nulls)
+
+    # -- messages --------------------------------------------------------------------------------
+
+    def parts_to_calls(self) -> bool:
+        """Calls and results that are parts of messages."""
+        before, after = self.body["messages"], History.unpacked(self.body["messages"])
+        self.body["messages"] = after
+        return len(before) != len(after) or any(map(lambda a, b: a is not b, before, after))
+
+    def developer_role(self) -> bool:
+        """The role developer is called system by Qwen."""
+        found = [message for message in self.body["messages"] if message["role"] == "developer"]
+        for message in found:
+            message["role"] = "system"
+        return bool(found)
+
+    def system_first(self) -> bool:
+        """One system message, first, with the text of all of them.
+
+        System messages behind the last answer become the user's: SillyTavern asks so for the next
+        reply.
+        """
+        messages = self.body["messages"]
+        place = len(messages)
+        while place and messages[place - 1]["role"] == "system":
+            place -= 1
+        is_last = 0 < place < len(messages) and messages[place - 1]["role"] == "assistant"
+        if is_last:
+            messages[place:] = [{**message, "role": "user"} for message in messages[place:]]
+        system = [message for message in messages if message["role"] == "system"]
+        if len(system) == (1 if messages[0]["role"] == "system" else 0):
+            return is_last
+        contents = [message.get("content") for message in system]
+        content: Any = "\n\n".join(
+            content for content in contents if isinstance(content, str) and content
+        )
+        if any(isinstance(each, list) for each in contents):
+            content = [part for each in contents for part in parts_of(each)]
+        rest = [message for message in messages if message["role"] != "system"]
+        messages[:] = [{**system[0], "content": content}, *rest]
+        return True
+
+    def portal_system(self) -> bool:
+        """The system message as parts, the first one with a cache_control marker."""
+        messages = self.body["messages"]
+        has_one = messages[0]["role"] == "system"
+        head = messages.pop(0) if has_one else {"role": "system", "content": ""}
+        parts = parts_of(head.get("content")) or [{"type": "text", "text": ""}]
+        is_marked = "cache_control" in parts[0]
+        if not is_marked:
+            parts[0] = {**parts[0], "cache_control": {"type": "ephemeral"}}
+        messages.insert(0, {**head, "content": parts})
+        return not is_marked
+
+    def history(self) -> bool:
+        """Ids, pairs, media and order of calls and results."""
+        messages = self.body["messages"]
+        is_needed = any(
+            message["role"] in ("tool", "function")
+            or "tool_calls" in message
+            or "function_call" in message
+            for message in messages
+        )
+        if not is_needed:
+            return False
+        splits_media = "alibaba" in self.traits
+        self.body["messages"], fired = History.repaired(messages, splits_media)
+        return bool(fired)
+
+    def legacy_functions(self) -> bool:
+        """The deprecated functions and function_call, as tools and tool_choice."""
+        functions, choice = self.body.pop("functions", None), self.body.pop("function_call", None)
+        if functions is not None:
+            tools = [{"type": "function", "function": function} for function in functions]
+            self.body.setdefault("tools", tools)
+        if choice is not None:
+            named = {"type": "function", "function": choice}
+            self.body.setdefault("tool_choice", named if isinstance(choice, dict) else choice)
+        return functions is not None or choice is not None
+
+    def content_present(self) -> bool:
+        """Every message has content, if only an empty one."""
+        missing = [message for message in self.body["messages"] if message.get("content") is None]
+        for message in missing:
+            message["content"] = ""
+        return bool(missing)
+
+    def reasoning_name(self) -> bool:
+        """Thoughts that come back are called reasoning_content; none where a model has none."""
+        changed = False
+        for message in self.body["messages"]:
+            if message["role"] == "assistant" and isinstance(message.get("reasoning"), str):
+                message.setdefault("reasoning_content", message["reasoning"])
+                del message["reasoning"]
+                changed = True
+            if self.mode == "none" and message.pop("reasoning_content", None) is not None:
+                changed = True
+        return changed
+
+    def reasoning_required(self) -> bool:
+        """Every assistant message has reasoning_content, if only an empty one."""
+        missing = [
+            message
+            for message in self.body["messages"]
+            if message["role"] == "assistant" and "reasoning_content" not in message
+        ]
+        for message in missing:
+            message["reasoning_content"] = ""
+        return bool(missing)
+
+    def flat_content(self) -> bool:
+        """Text parts as one string: of the assistant, and wherever parts are lost or refused."""
+        is_lossy = "glm" in self.model.lower() and not self.body.get("tools")
+        everywhere, changed = "deepseek" in self.traits or is_lossy, False
+        for message in self.body["messages"]:
+            content = message.get("content")
+            if not isinstance(content, list):
+                continue
+            if not all(dig(part, "type") == "text" for part in content):
+                continue
+            # A mark needs a part to sit on.
+            is_marked = any("cache_control" in part for part in content)
+            if everywhere or message["role"] == "assistant" and not is_marked:
+                message["content"], changed = text_of(content), True
+        return changed
+
+    def cache_markers(self) -> bool:
+        """Four cache_control markers at most: the first message's, and the last three.
+
+        The portal wants the first one.
+        """
+        messages, tools = self.body["messages"], as_list(self.body.get("tools"))
+        holders = [
+            message["content"] for message in messages if isinstance(message.get("content"), list)
+        ]
+        holders.insert(1, tools)
+        marked = [
+            part
+            for holder in holders
+            for part in holder
+            if isinstance(part, dict) and "cache_control" in part
+        ]
+        if len(marked) <= 4:
+            return False
+        surplus = {id(part) for part in marked[1:-3]}
+
+        def thinned(parts: list[Any]) -> list[Any]:
+            return [
+                {name: value for name, value in part.items() if name != "cache_control"}
+                if id(part) in surplus
+                else part
+                for part in parts
+            ]
+
+        if tools:
+            self.body["tools"] = thinned(tools)
+        for message in messages:
+            if isinstance(message.get("content"), list):
+                message["content"] = thinned(message["content"])
+        return True
+
+    # -- parameters ------------------------------------------------------------------------------
+
+    def max_tokens(self) -> bool:
+        """One limit under its old name, the smallest of them, and no more than the model has."""
+        before = {name: self.body[name] for name in self.LIMITS if name in self.body}
+        asked = [value for value in before.values() if type(value) is int]
+        if not asked:
+            return False
+        for name in before:
+            del self.body[name]
+        # Roo Code sends -1 for no limit.
+        limits = [value for value in asked if value > 0]
+        if limits:
+            self.body["max_tokens"] = min(
+                limits + list(filter(None, [model_facts(self.model).output]))
+            )
+        return before != {name: self.body[name] for name in self.LIMITS if name in self.body}
+
+    def sampling_range(self) -> bool:
+        """temperature below 2, top_p above 0."""
+        changed = False
+        temperature, top_p = self.body.get("temperature"), self.body.get("top_p")
+        if isinstance(temperature, (int, float)) and temperature >= 2:
+            self.body["temperature"], changed = 1.99, True
+        if isinstance(top_p, (int, float)) and top_p <= 0:
+            del self.body["top_p"]
+            changed = True
+        return changed
+
+    def tools(self) -> bool:
+        """No empty list of tools, tools with parameters, tool_choice in OpenAI's shape."""
+        if not self.body.get("tools"):
+            names = ("tools", "tool_choice", "parallel_tool_calls")
+            return bool([self.body.pop(name) for name in names if name in self.body])
+        repaired = [self._tool(tool) for tool in self.body["tools"]]
+        changed = bool(repaired != self.body["tools"])
+        self.body["tools"] = repaired
+        choice = self.body.get("tool_choice")
+        if not isinstance(choice, dict) or "function" in choice:
+            return changed
+        # Anthropic's shapes, sent by some editors.
+        name, kind = choice.get("name"), str(choice.get("type"))
+        named = {"type": "function", "function": {"name": name}}
+        other = {"any": "required", "none": "none"}.get(kind, "auto")
+        self.body["tool_choice"] = named if name else other
+        return True
+
+    def _tool(self, tool: Any) -> Any:
+        """Return a tool with parameters and without nulls; without `strict` where it is unknown."""
+        # Anthropic's shape, or that of /v1/responses.
+        schema = dig(tool, "input_schema") or dig(tool, "parameters")
+        if (
+            isinstance(schema, dict)
+            and "function" not in tool
+            and isinstance(tool.get("name"), str)
+        ):
+            function = {
+                "name": tool["name"],
+                "description": tool.get("description"),
+                "parameters": schema,
+            }
+            marker = tool.get("cache_control")
+            tool = {"type": "function", "cache_control": marker, "function": function}
+        function = dig(tool, "function")
+        if not isinstance(function, dict):
+            return tool
+        kept = {
+            name: value
+            for name, value in function.items()
+            if value is not None and (name != "strict" or "alibaba" not in self.traits)
+        }
+        kept.setdefault("parameters", {"type": "object", "properties": {}})
+        properties = dig(kept, "parameters", "properties")
+        if isinstance(properties, dict):
+            properties = {name: without_nulls(value) for name, value in properties.items()}
+            kept["parameters"] = {**without_nulls(kept["parameters"]), "properties": properties}
+        return {**without_nulls(tool), "function": kept}
+
+    def web_search(self) -> bool:
+        """web_search_options asks for the search of the endpoint, where there is one."""
+        if "web_search_options" not in self.body:
+            return False
+        if "alibaba" not in self.traits:
+            if self.body["web_search_options"]:
+                return False
+            del self.body["web_search_options"]
+        elif "search" in self.traits:
+            self.body.setdefault("enable_search", True)
+        else:
+            self.notes.append("no web search, since this endpoint has none")
+        return True
+
+    def openai_only(self) -> bool:
+        """Fields that only OpenAI itself knows are left out."""
+        dropped = [self.body.pop(name) for name in self.OPENAI_ONLY if name in self.body]
+        if not isinstance(self.body.get("user", ""), str):
+            dropped.append(self.body.pop("user"))
+        for name, default in (("n", 1), ("modalities", ["text"])):
+            if self.body.get(name) == default:
+                dropped.append(self.body.pop(name))
+        return bool(dropped)
+
+    def foreign_fields(self) -> bool:
+        """Fields of other servers are left out; the one that Qwen has too gets Qwen's name."""
+        dropped = [self.body.pop(name) for name in self.FOREIGN if name in self.body]
+        if "repeat_penalty" not in self.body:
+            return bool(dropped)
+        self.body.setdefault("repetition_penalty", self.body.pop("repeat_penalty"))
+        return True
+
+    def fill_in_the_middle(self) -> bool:
+        """prompt and suffix as one prompt with Qwen's marks."""
+        prompt, suffix = self.body.get("prompt"), self.body.get("suffix")
+        if not isinstance(suffix, str) or not isinstance(prompt, str):
+            return False
+        del self.body["suffix"]
+        self.body["prompt"] = f"<|fim_prefix|>{prompt}<|fim_suffix|>{suffix}<|fim_middle|>"
+        return True
+
+    def stream(self) -> bool:
+        """The upstream always streams and always counts."""
+        options = self.body.get("stream_options")
+        before = (self.body.get("stream"), options)
+        kept = {
+            name: value
+            for name, value in as_object(options).items()
+            if name != "include_obfuscation"
+        }
+        self.body["stream"] = True
+        self.body["stream_options"] = {**kept, "include_usage": True}
+        return before != (True, self.body["stream_options"])
+
+    # -- thinking --------------------------------------------------------------------------------
+
+    def thinking(self) -> bool:
+        """What the client asked about thinking, in the endpoint's words and as far as it can."""
+        own = self.family.name in OWN_DIALECTS
+        if not own and "alibaba" not in self.traits and self.mode == "unknown":
+            return False
+        asked = Thinking.read(self.body)
+        if own and asked.enabled is None:
+            return False
+        names = (*THINKING_FIELDS, *(() if own else ("chat_template_kwargs",)))
+        before = {name: self.body.pop(name) for name in names if name in self.body}
+        if not before and not own:
+            return False
+        template = as_object(before.get("chat_template_kwargs"))
+        template = {name: value for name, value in template.items() if name != "enable_thinking"}
+        if template:
+            self.body["chat_template_kwargs"] = template
+        if self.family.name == "openrouter":
+            self._ask_openrouter(asked, as_object(before.get("reasoning")))
+        elif asked.enabled is not None and self.mode != "none" or own:
+            self._ask(asked)
+        return {name: self.body[name] for name in names if name in self.body} != before
+
+    def _dialect(self) -> Dialect:
+        own = DIALECTS.get(self.family.name)
+        return own or DIALECTS.get(self.mode) or DIALECTS["qwen"]
+
+    def _ask(self, asked: Thinking) -> None:
+        dialect, body = self._dialect(), self.body
+        effort = dialect.efforts.get(asked.effort or "", dialect.efforts.get("", asked.effort))
+        if not asked.enabled:
+            body.update(dialect.off)
+        elif asked.budget and dialect.budget:
+            body.update({**dialect.on, dialect.budget: asked.budget})
+        elif not dialect.budget and asked.effort or dialect.efforts and dialect.budget:
+            body["reasoning_effort"] = effort
+        else:
+            body.update(dialect.on)
+            if (asked.effort or "") in dialect.budgets:
+                body[dialect.budget] = dialect.budgets[asked.effort or ""]
+
+    def _ask_openrouter(self, asked: Thinking, reasoning: Json) -> None:
+        """Ask in OpenRouter's words, which are nested."""
+        kept = {
+            name: value
+            for name, value in reasoning.items()
+            if name not in ("effort", "max_tokens", "enabled")
+        }
+        how: Json = {"enabled": bool(asked.enabled)}
+        if asked.enabled and asked.effort:
+            how = {"effort": asked.effort}
+        elif asked.enabled and asked.budget:
+            how = {"max_tokens": asked.budget}
+        self.body["reasoning"] = {**kept, **how}
+
+    def _thinks(self) -> bool:
+        """Return whether the model will think about this body."""
+        body = self.body
+        is_off = body.get("enable_thinking") is False or body.get("reasoning_effort") == "none"
+        if is_off or self.mode == "none":
+            return False
+        is_on = bool(body.get("enable_thinking")) or "thinking_budget" in body
+        return is_on or self.mode in ("on", "always", "effort")
+
+    def _stop_thinking(self) -> bool:
+        """Switch thinking off, if it is only a default, not the model's nature or asked for."""
+        if self.mode == "always" or self.client_wants_thinking:
+            return False
+        for name in ("thinking_budget", "reasoning_effort", "enable_thinking"):
+            self.body.pop(name, None)
+        self.body.update(DIALECTS["effort" if self.mode == "effort" else "qwen"].off)
+        return True
+
+    def forced_tool(self) -> bool:
+        """While thinking, tool_choice is only auto or none."""
+        choice = self.body.get("tool_choice")
+        if not (choice == "required" or isinstance(choice, dict)) or not self._thinks():
+            return False
+        if self._stop_thinking():
+            self.notes.append("no thinking, since a tool call is forced")
+        else:
+            ask_for_call(self.body)
+            self.notes.append(
+                "tool_choice is replaced by an instruction in the prompt, since the model thinks"
+            )
+        return True
+
+    def json_output(self) -> bool:
+        """No JSON mode while thinking."""
+        if not wants_json(self.body) or not self._thinks():
+            return False
+        if self._stop_thinking():
+            self.notes.append("no thinking, since JSON is asked for")
+        else:
+            ask_for_json(self.body)
+            self.notes.append(
+                "response_format is replaced by an instruction in the prompt, since the model "
+                "thinks"
+            )
+        return True
+
+    def json_word(self) -> bool:
+        """Messages that ask for JSON hold that word."""
+        texts = (text_of(message.get("content")) for message in self.body.get("messages", ()))
+        if not wants_json(self.body) or any("json" in text.lower() for text in texts):
+            return False
+        add_instruction(self.body, "Answer in JSON.")
+        return True
+
+
+def without_nulls(value: Any) -> Any:
+    """Return an object without its nulls, except those that are values of a JSON Schema."""
     if not isinstance(value, dict):
         return value
     return {
@@ -3695,721 +4406,34 @@ def stated(value: Any) -> Any:
     }
 
 
-CALL_PARTS = ("tool_use", "tool_result")
-
-
-def parts_to_calls(body: dict, context: Context) -> bool:
-    """Calls and results that are parts, as Anthropic has them and Cursor sends them, in OpenAI's places."""
-    messages: list[dict] = []
-    for message in body["messages"]:
-        parts = [part for part in as_list(message.get("content")) if part.get("type") in CALL_PARTS]
-        messages += with_calls(message, parts) if parts else [message]
-    changed = [id(message) for message in messages] != [id(message) for message in body["messages"]]
-    body["messages"] = messages
-    return changed
-
-
-def with_calls(message: dict, parts: list[dict]) -> list[dict]:
-    """The messages for one that holds such parts: the results first, as they answer the turn before."""
-    results = [
-        {
-            "role": "tool",
-            "tool_call_id": part.get("tool_use_id"),
-            "content": part.get("content") or "",
-        }
-        for part in parts
-        if part["type"] == "tool_result"
-    ]
-    calls = as_list(message.get("tool_calls")) + [
-        {
-            "id": part.get("id"),
-            "type": "function",
-            "function": {
-                "name": part.get("name"),
-                "arguments": json.dumps(part.get("input") or {}, ensure_ascii=False),
-            },
-        }
-        for part in parts
-        if part["type"] == "tool_use"
-    ]
-    rest = [part for part in message["content"] if part.get("type") not in CALL_PARTS]
-    if not rest and not calls:
-        return results
-    return [
-        *results,
-        {**message, "content": rest or "", **({"tool_calls": calls} if calls else {})},
-    ]
-
-
-def functions_to_tools(body: dict, context: Context) -> bool:
-    """The deprecated functions and function_call, also in the history, as tools."""
-    changed = False
-    if "functions" in body:
-        functions = body.pop("functions")
-        body.setdefault(
-            "tools", [{"type": "function", "function": function} for function in functions]
-        )
-        changed = True
-    if "function_call" in body:
-        choice = body.pop("function_call")
-        body.setdefault(
-            "tool_choice",
-            {"type": "function", "function": choice} if isinstance(choice, dict) else choice,
-        )
-        changed = True
-    calls = 0
-    for message in body["messages"]:
-        call = message.get("function_call")
-        if (
-            message["role"] == "assistant"
-            and isinstance(call, dict)
-            and not message.get("tool_calls")
-        ):
-            calls, changed = calls + 1, True
-            message.pop("function_call")
-            message["tool_calls"] = [
-                {"id": "call_legacy_%d" % calls, "type": "function", "function": call}
-            ]
-        elif message["role"] == "function":
-            changed = True
-            message.update(role="tool", tool_call_id="call_legacy_%d" % calls)
-    return changed
-
-
-def developer_to_system(body: dict, context: Context) -> bool:
-    """The role developer is called system by Qwen."""
-    found = [message for message in body["messages"] if message["role"] == "developer"]
-    for message in found:
-        message["role"] = "system"
-    return bool(found)
-
-
-def text_of(content: Any) -> str:
-    """The text in a message's content, be it a string or parts."""
+def parts_of(content: Any) -> list[Json]:
+    """Return a message's content as parts."""
     if isinstance(content, list):
-        return "\n".join(
-            part["text"]
-            for part in content
-            if isinstance(part, dict) and isinstance(part.get("text"), str)
-        )
-    return content if isinstance(content, str) else ""
+        return list(content)
+    return [{"type": "text", "text": content}] if content else []
 
 
-def parts_of(content: Any) -> list[dict]:
-    """A message's content as parts."""
-    return (
-        list(content)
-        if isinstance(content, list)
-        else [{"type": "text", "text": content}]
-        if content
-        else []
-    )
+def wants_json(body: Json) -> bool:
+    """Return whether a request asks for nothing but JSON."""
+    return dig(body, "response_format", "type") in ("json_object", "json_schema")
 
 
-def system_first(body: dict, context: Context) -> bool:
-    """One system message, first, with the text of all; but what follows the last answer is the next thing to do."""
+def add_instruction(body: Json, text: str) -> None:
+    """Append a sentence to the system message, or put one first."""
     messages = body["messages"]
-    is_changed = system_last_to_user(messages)
-    system = [message for message in messages if message["role"] == "system"]
-    if len(system) == (1 if messages[0]["role"] == "system" else 0):
-        return is_changed
-    if any(isinstance(message.get("content"), list) for message in system):
-        content: Any = [part for message in system for part in parts_of(message.get("content"))]
+    if not messages or messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": text})
+        return
+    content: Any = messages[0].get("content")
+    if isinstance(content, list):
+        content = [*content, {"type": "text", "text": text}]
     else:
-        content = "\n\n".join(message["content"] for message in system if message.get("content"))
-    messages[:] = [{**system[0], "content": content}] + [
-        message for message in messages if message["role"] != "system"
-    ]
-    return True
+        content = (content or "") + "\n\n" + text
+    messages[0] = {**messages[0], "content": content}
 
 
-def system_last_to_user(messages: list[dict]) -> bool:
-    """In place: system messages behind the last answer become the user's. SillyTavern asks so for the next reply."""
-    place = len(messages)
-    while place and messages[place - 1]["role"] == "system":
-        place -= 1
-    if place in (0, len(messages)) or messages[place - 1]["role"] != "assistant":
-        return False
-    messages[place:] = [{**message, "role": "user"} for message in messages[place:]]
-    return True
-
-
-def portal_system(body: dict, context: Context) -> bool:
-    """The system message as parts, the first one with a cache_control marker."""
-    messages = body["messages"]
-    head = messages.pop(0) if messages[0]["role"] == "system" else {"role": "system", "content": ""}
-    parts = parts_of(head.get("content")) or [{"type": "text", "text": ""}]
-    is_marked = "cache_control" in parts[0]
-    if not is_marked:
-        parts[0] = {**parts[0], "cache_control": {"type": "ephemeral"}}
-    messages.insert(0, {**head, "content": parts})
-    return not is_marked
-
-
-def paired_tool_messages(body: dict, context: Context) -> bool:
-    """Every answer directly after its call, a stub for a call without an answer, no answer without a call."""
-    messages = body["messages"]
-    if not any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
-        return False
-    answers, paired = answers_by_call(messages), []  # type: ignore[var-annotated]
-    between = places_before_results(messages, {id(answer) for answer in answers.values()})
-    # where the calls are that the results so far answer
-    turn = -1
-    for place, message in enumerate(messages):
-        if message["role"] == "tool":
-            continue
-        if place in between and turn >= 0:
-            paired.insert(turn, message)
-            turn += 1
-            continue
-        turn = len(paired) if calls_of(message) else -1
-        paired.append(message)
-        for number, call in enumerate(calls_of(message)):
-            paired.append(
-                answers.get((place, number))
-                or {
-                    "role": "tool",
-                    "tool_call_id": dig(call, "id"),
-                    "content": "(no result: the call was interrupted)",
-                }
-            )
-    if not paired:
-        raise BadRequest(
-            "messages holds nothing but answers to tool calls that are not there", param="messages"
-        )
-    changed = [id(message) for message in paired] != [id(message) for message in messages]
-    messages[:] = paired
-    return changed
-
-
-def places_before_results(messages: list[dict], results: set[int]) -> set[int]:
-    """Where the assistant speaks between results, as Jan has it: behind them it would have the last word."""
-    places, follower = set(), ""
-    for place in range(len(messages) - 1, -1, -1):
-        if messages[place]["role"] != "assistant" or calls_of(messages[place]):
-            follower = "tool" if id(messages[place]) in results else ""
-        elif follower == "tool":
-            places.add(place)
-    return places
-
-
-def calls_of(message: dict) -> list:
-    """The tool calls of an assistant's message."""
-    return message.get("tool_calls") or [] if message["role"] == "assistant" else []
-
-
-def answers_by_call(messages: list[dict]) -> dict[tuple[int, int], dict]:
-    """The answer to each call, by the places of its message and in it.
-
-    Ids may occur again in later turns: an answer belongs to the nearest turn before it that waits for one of
-    its id, and only without such a turn to any call of that id.
-    """
-    waiting: dict[str, list[tuple[int, int]]] = {}
-    answers: dict[tuple[int, int], dict] = {}
-    early: list[dict] = []
-    for place, message in enumerate(messages):
-        for number, call in enumerate(calls_of(message)):
-            waiting.setdefault(str(dig(call, "id")), []).append((place, number))
-        if message["role"] == "tool" and isinstance(message.get("tool_call_id"), str):
-            calls = waiting.get(message["tool_call_id"])
-            if calls:
-                nearest = next(call for call in calls if call[0] == calls[-1][0])
-                calls.remove(nearest)
-                answers[nearest] = message
-            else:
-                early.append(message)
-    for message in early:
-        calls = waiting.get(message["tool_call_id"])
-        if calls:
-            answers[calls.pop(0)] = message
-    return answers
-
-
-def valid_tool_calls(body: dict, context: Context) -> bool:
-    """Tool calls of the history with ids and with arguments that are JSON; no empty lists of them."""
-    changed = with_call_ids(body["messages"])
-    for message in body["messages"]:
-        calls = message.get("tool_calls")
-        if message["role"] != "assistant" or "tool_calls" not in message:
-            continue
-        if not isinstance(calls, list) or not calls:
-            del message["tool_calls"]
-            changed = True
-            continue
-        repaired = [valid_call(call) for call in calls]
-        changed = changed or repaired != calls
-        message["tool_calls"] = repaired
-    return changed
-
-
-def with_call_ids(messages: list[dict]) -> bool:
-    """In place: ids for the calls that have none; answers without one belong to these calls in their order."""
-    waiting: list[str] = []
-    changed = False
-    for place, message in enumerate(messages):
-        calls = as_list(calls_of(message))
-        waiting = [] if calls else waiting
-        if any(isinstance(call, dict) and not call.get("id") for call in calls):
-            ids = ["call_%d_%d" % (place, number) for number in range(len(calls))]
-            waiting += [
-                name
-                for name, call in zip(ids, calls)
-                if isinstance(call, dict) and not call.get("id")
-            ]
-            message["tool_calls"] = [
-                call if not isinstance(call, dict) or call.get("id") else {**call, "id": name}
-                for name, call in zip(ids, calls)
-            ]
-            changed = True
-        if message["role"] == "tool" and not message.get("tool_call_id") and waiting:
-            message["tool_call_id"], changed = waiting.pop(0), True
-    return changed
-
-
-def valid_call(call: Any) -> Any:
-    """A tool call of the history whose arguments are the text of a JSON object."""
-    arguments = dig(call, "function", "arguments")
-    if isinstance(arguments, str) and arguments:
-        try:
-            json.loads(arguments)
-            return call
-        except (ValueError, RecursionError):
-            arguments = json.dumps({"malformed_arguments": arguments}, ensure_ascii=False)
-    elif isinstance(arguments, (dict, list)):
-        arguments = json.dumps(arguments, ensure_ascii=False)
-    else:
-        arguments = "{}"
-    if not isinstance(dig(call, "function"), dict):
-        return call
-    return {**call, "function": {**call["function"], "arguments": arguments}}
-
-
-def content_present(body: dict, context: Context) -> bool:
-    """Every message has content, if only an empty one."""
-    missing = [message for message in body["messages"] if message.get("content") is None]
-    for message in missing:
-        message["content"] = ""
-    return bool(missing)
-
-
-def is_only_text(content: Any) -> bool:
-    """Whether content is a list of nothing but text parts."""
-    return isinstance(content, list) and all(
-        isinstance(part, dict) and part.get("type") == "text" for part in content
-    )
-
-
-def flat_content(body: dict, context: Context) -> bool:
-    """Text parts as one string: in answers, and wherever parts are lost or refused."""
-    everywhere = (
-        context.family == "deepseek" or "glm" in context.model.lower() and not body.get("tools")
-    )
-    changed = False
-    for message in body["messages"]:
-        content = message.get("content")
-        if not is_only_text(content):
-            continue
-        is_marked = any(
-            "cache_control" in part
-            for part in content
-            # a mark needs a part to sit on
-        )
-        if everywhere or message["role"] == "assistant" and not is_marked:
-            message["content"], changed = text_of(content), True
-    return changed
-
-
-def media_out_of_tools(body: dict, context: Context) -> bool:
-    """Images of a tool's answer go into a user message behind the answers."""
-    messages: list[dict] = []
-    media: list[dict] = []
-    for message in body["messages"]:
-        if message["role"] != "tool" and media:
-            messages.append({"role": "user", "content": media})
-            media = []
-        content = message.get("content")
-        if message["role"] == "tool" and isinstance(content, list):
-            found = [
-                part
-                for part in content
-                if isinstance(part, dict) and part.get("type") not in ("text", None)
-            ]
-            media = media + found
-            if found:
-                message["content"] = text_of(content) or "(see the next message)"
-        messages.append(message)
-    if media:
-        messages.append({"role": "user", "content": media})
-    changed = len(messages) != len(body["messages"])
-    body["messages"][:] = messages
-    return changed
-
-
-def reasoning_sent_back(body: dict, context: Context) -> bool:
-    """Thoughts that a client sends back are called reasoning_content; a model that never thinks gets none."""
-    changed = False
-    for message in body["messages"]:
-        if message["role"] == "assistant" and isinstance(message.get("reasoning"), str):
-            message.setdefault("reasoning_content", message["reasoning"])
-            del message["reasoning"]
-            changed = True
-        if context.mode == "none" and message.pop("reasoning_content", None) is not None:
-            changed = True
-    return changed
-
-
-def reasoning_required(body: dict, context: Context) -> bool:
-    """Every assistant message has reasoning_content, if only an empty one."""
-    missing = [
-        message
-        for message in body["messages"]
-        if message["role"] == "assistant" and "reasoning_content" not in message
-    ]
-    for message in missing:
-        message["reasoning_content"] = ""
-    return bool(missing)
-
-
-def few_cache_markers(body: dict, context: Context) -> bool:
-    """Four cache_control markers at most: the first message's, which the portal wants, and the last three."""
-    holders = [
-        message["content"]
-        for message in body["messages"]
-        if isinstance(message.get("content"), list)
-    ]
-    holders.insert(1, as_list(body.get("tools")))
-    marked = [
-        part
-        for holder in holders
-        for part in holder
-        if isinstance(part, dict) and "cache_control" in part
-    ]
-    surplus = {id(part) for part in (marked[1:-3] if len(marked) > 4 else ())}
-
-    def thinned(parts: list) -> list:
-        return [
-            {name: value for name, value in part.items() if name != "cache_control"}
-            if id(part) in surplus
-            else part
-            for part in parts
-        ]
-
-    if surplus and body.get("tools"):
-        body["tools"] = thinned(body["tools"])
-    for message in body["messages"] if surplus else ():
-        if isinstance(message.get("content"), list):
-            message["content"] = thinned(message["content"])
-    return bool(surplus)
-
-
-def max_tokens(body: dict, context: Context) -> bool:
-    """One limit under its old name, the smallest if there are more, and no more than the model has."""
-    before = {name: body[name] for name in LIMIT_FIELDS if name in body}
-    asked = [
-        value for value in before.values() if isinstance(value, int) and not isinstance(value, bool)
-    ]
-    if not asked:
-        return False
-    for name in before:
-        del body[name]
-    # Roo Code sends -1 for no limit
-    limits = [value for value in asked if value > 0]
-    if limits:
-        body["max_tokens"] = min(limits + ([context.facts.output] if context.facts.output else []))
-    return {name: body[name] for name in LIMIT_FIELDS if name in body} != before
-
-
-def sampling_range(body: dict, context: Context) -> bool:
-    """temperature below 2, top_p above 0."""
-    changed = False
-    if isinstance(body.get("temperature"), (int, float)) and body["temperature"] >= 2:
-        body["temperature"], changed = 1.99, True
-    if isinstance(body.get("top_p"), (int, float)) and body["top_p"] <= 0:
-        del body["top_p"]
-        changed = True
-    return changed
-
-
-def usable_tools(body: dict, context: Context) -> bool:
-    """No empty list of tools and nothing that needs one; tools with parameters; tool_choice in OpenAI's shape."""
-    if not body.get("tools"):
-        dropped = [
-            body.pop(name)
-            for name in ("tools", "tool_choice", "parallel_tool_calls")
-            if name in body
-        ]
-        return bool(dropped)
-    repaired = [usable_tool(tool, context) for tool in body["tools"]]
-    changed = repaired != body["tools"]
-    body["tools"] = repaired
-    choice = body.get("tool_choice")
-    if (
-        isinstance(choice, dict) and "function" not in choice
-        # Anthropic's shapes, sent by some editors
-    ):
-        named = (
-            {"type": "function", "function": {"name": choice.get("name")}}
-            if choice.get("name")
-            else None
-        )
-        body["tool_choice"] = named or {"any": "required", "none": "none"}.get(
-            str(choice.get("type")), "auto"
-        )
-        return True
-    return changed
-
-
-def usable_tool(tool: Any, context: Context) -> Any:
-    """A tool with parameters and without nulls; without `strict` where that is unknown."""
-    schema = dig(tool, "input_schema") or dig(
-        tool,
-        "parameters",
-        # Anthropic's shape, or that of /v1/responses
-    )
-    if isinstance(schema, dict) and "function" not in tool and isinstance(tool.get("name"), str):
-        tool = {
-            "type": "function",
-            "cache_control": tool.get("cache_control"),
-            "function": {
-                "name": tool["name"],
-                "description": tool.get("description"),
-                "parameters": schema,
-            },
-        }
-    function = dig(tool, "function")
-    if not isinstance(function, dict):
-        return tool
-    kept = {
-        name: value
-        for name, value in function.items()
-        if value is not None and (name != "strict" or context.family not in ALIBABA_FAMILIES)
-    }
-    kept.setdefault("parameters", {"type": "object", "properties": {}})
-    if isinstance(dig(kept, "parameters", "properties"), dict):
-        properties = {
-            name: stated(value) for name, value in kept["parameters"]["properties"].items()
-        }
-        kept["parameters"] = {**stated(kept["parameters"]), "properties": properties}
-    return {**stated(tool), "function": kept}
-
-
-# Overview page of Model Studio's OpenAI compatibility: 'ignored'; object metadata and the rest are
-# refused
-# by models of other makers behind it (Qwen Code, dashscope.ts).
-OPENAI_ONLY = (
-    "logit_bias",
-    "metadata",
-    "prediction",
-    "prompt_cache_key",
-    "prompt_cache_retention",
-    "safety_identifier",
-    "service_tier",
-    "store",
-    "verbosity",
-    "web_search_options",
-)
-
-
-def without_openai_only(body: dict, context: Context) -> bool:
-    """Fields that only OpenAI itself knows are left out."""
-    dropped = [body.pop(name) for name in OPENAI_ONLY if name in body]
-    if not isinstance(body.get("user", ""), str):
-        dropped.append(body.pop("user"))
-    if body.get("n") == 1:
-        dropped.append(body.pop("n"))
-    if body.get("modalities") == ["text"]:
-        dropped.append(body.pop("modalities"))
-    return bool(dropped)
-
-
-# Controls for other servers that clients offer for every server. What nobody here knows of passes,
-# as a parameter
-# that Qwen will have tomorrow.
-FOREIGN_FIELDS = (
-    # Ollama, as Open WebUI's advanced parameters and Jan name them
-    "auto_compact",
-    "ctx_len",
-    "format",
-    "keep_alive",
-    "mirostat",
-    "mirostat_eta",
-    "mirostat_tau",
-    "num_batch",
-    "num_ctx",
-    "num_gpu",
-    "num_keep",
-    "num_thread",
-    "repeat_last_n",
-    "use_mlock",
-    "use_mmap",
-    # llama.cpp, KoboldCpp, text-generation-webui, as SillyTavern names them
-    "add_bos_token",
-    "cache_prompt",
-    "dry_allowed_length",
-    "dry_base",
-    "dry_multiplier",
-    "dry_sequence_breakers",
-    "min_p",
-    "sampler_order",
-    "tfs",
-    "tfs_z",
-    "top_a",
-    "typical_p",
-    "xtc_probability",
-    "xtc_threshold",
-    # OpenRouter and Mistral
-    "include_reasoning",
-    "models",
-    "plugins",
-    "provider",
-    "route",
-    "safe_prompt",
-    "transforms",
-    "usage",
-)
-
-
-def without_foreign_fields(body: dict, context: Context) -> bool:
-    """Fields of other servers are left out, and the one that Qwen has too gets Qwen's name."""
-    dropped = [body.pop(name) for name in FOREIGN_FIELDS if name in body]
-    if "repeat_penalty" not in body:
-        return bool(dropped)
-    body.setdefault("repetition_penalty", body["repeat_penalty"])
-    del body["repeat_penalty"]
-    return True
-
-
-def web_search(body: dict, context: Context) -> bool | str:
-    """web_search_options asks for the search of the endpoint, where there is one."""
-    if "web_search_options" not in body:
-        return False
-    if context.family not in ALIBABA_FAMILIES:
-        return not body["web_search_options"] and not body.pop("web_search_options")
-    if context.family != "dashscope":
-        return "no web search, since this endpoint has none"
-    body.setdefault("enable_search", True)
-    return True
-
-
-def qwen_thinking(body: dict, context: Context) -> bool:
-    """What the client asked about thinking, in Qwen's words and as far as the model can."""
-    asked, mode = context.thinking, context.mode
-    before = {
-        name: body[name] for name in THINKING_FIELDS + ("chat_template_kwargs",) if name in body
-    }
-    if not before:
-        return False
-    template = (
-        body["chat_template_kwargs"] if isinstance(body.get("chat_template_kwargs"), dict) else {}
-    )
-    template = {name: value for name, value in template.items() if name != "enable_thinking"}
-    for name in before:
-        del body[name]
-    if template:
-        body["chat_template_kwargs"] = template
-    if mode == "none" or asked.enabled is None:
-        return True
-    if not asked.enabled:
-        if mode != "always":
-            thinking_off(body, context)
-    elif mode == "effort" and asked.budget is None:
-        body["reasoning_effort"] = {"low": "low", "medium": "medium", "high": "high"}.get(
-            asked.effort or "", "xhigh"
-        )
-    else:
-        if mode != "always":
-            body["enable_thinking"] = True
-        budget = asked.budget or (
-            EFFORT_BUDGETS.get(asked.effort or "") if mode != "unknown" else None
-        )
-        if budget:
-            body["thinking_budget"] = budget
-    return {
-        name: body[name] for name in (*THINKING_FIELDS, "chat_template_kwargs") if name in body
-    } != before
-
-
-def thinking_off(body: dict, context: Context) -> None:
-    """Switch thinking off: qwen3.8 by its effort, all others by enable_thinking."""
-    for name in ("thinking_budget", "reasoning_effort", "enable_thinking"):
-        body.pop(name, None)
-    if context.mode == "effort":
-        body["reasoning_effort"] = "none"
-    else:
-        body["enable_thinking"] = False
-
-
-def other_thinking(body: dict, context: Context) -> bool:
-    """The same in the words of OpenRouter, DeepSeek and Z.AI."""
-    asked = context.thinking
-    if asked.enabled is None:
-        return False
-    reasoning = body["reasoning"] if isinstance(body.get("reasoning"), dict) else {}
-    for name in THINKING_FIELDS:
-        body.pop(name, None)
-    if context.family == "openrouter":
-        kept = {
-            name: value
-            for name, value in reasoning.items()
-            if name not in ("effort", "max_tokens", "enabled")
-        }
-        how = (
-            {"effort": asked.effort}
-            if asked.effort
-            else {"max_tokens": asked.budget}
-            if asked.budget
-            else {"enabled": True}
-        )
-        body["reasoning"] = {**kept, **(how if asked.enabled else {"enabled": False})}
-        return True
-    if not asked.enabled:
-        body["thinking"] = {"type": "disabled"}
-    elif asked.effort:
-        names = (
-            {"low": "high", "medium": "high", "xhigh": "max"}
-            if context.family == "deepseek"
-            else {}
-        )
-        body["reasoning_effort"] = names.get(asked.effort, asked.effort)
-    else:
-        body["thinking"] = {"type": "enabled"}
-    return True
-
-
-def thinks(body: dict, context: Context) -> bool:
-    """Whether the model will think about this body."""
-    if (
-        body.get("enable_thinking") is False
-        or body.get("reasoning_effort") == "none"
-        or context.mode == "none"
-    ):
-        return False
-    return (
-        bool(body.get("enable_thinking"))
-        or "thinking_budget" in body
-        or context.mode in ("on", "always", "effort")
-    )
-
-
-def can_stop_thinking(context: Context) -> bool:
-    """Whether thinking is only a default here, not the model's nature or the client's wish."""
-    return context.mode != "always" and not context.client_wants_it
-
-
-def forced_tool(body: dict, context: Context) -> bool | str:
-    """Model Studio, 'Function calling': while thinking, tool_choice is only auto or none."""
-    choice = body.get("tool_choice")
-    if not (choice == "required" or isinstance(choice, dict)) or not thinks(body, context):
-        return False
-    if can_stop_thinking(context):
-        thinking_off(body, context)
-        return "no thinking, since a tool call is forced"
-    call_in_words(body)
-    return "the tool call is asked for in words only, since the model thinks"
-
-
-def call_in_words(body: dict) -> None:
-    """A sentence instead of a tool_choice that forces a call; of a named tool nothing else is offered."""
+def ask_for_call(body: Json) -> None:
+    """Replace a tool_choice that forces a call by a sentence; offer nothing but a named tool."""
     name = dig(body["tool_choice"], "function", "name")
     named = [
         tool
@@ -4417,495 +4441,373 @@ def call_in_words(body: dict) -> None:
         if isinstance(name, str) and dig(tool, "function", "name") == name
     ]
     body["tools"], body["tool_choice"] = named or body["tools"], "auto"
-    add_instruction(
-        body,
-        "Call %s now; do not answer in text."
-        % ("the tool " + name if named else "one of the tools"),
-    )
+    which = f"the tool {name}" if named else "one of the tools"
+    add_instruction(body, f"Call {which} now; do not answer in text.")
 
 
-def wants_json(body: dict) -> bool:
-    """Whether a request asks for nothing but JSON."""
-    return dig(body, "response_format", "type") in ("json_object", "json_schema")
-
-
-def json_output(body: dict, context: Context) -> bool | str:
-    """Model Studio, 'Structured output': no JSON mode while thinking."""
-    if not wants_json(body) or not thinks(body, context):
-        return False
-    if can_stop_thinking(context):
-        thinking_off(body, context)
-        return "no thinking, since JSON is asked for"
-    add_instruction(body, schema_instruction(body.pop("response_format")))
-    return "JSON is asked for in words only, since the model thinks"
-
-
-def json_word(body: dict, context: Context) -> bool:
-    """Refused otherwise: 'messages' must contain the word 'json' in some form."""
-    if not wants_json(body):
-        return False
-    if any("json" in text_of(message.get("content")).lower() for message in body["messages"]):
-        return False
-    add_instruction(body, "Answer in JSON.")
-    return True
-
-
-def schema_instruction(response_format: dict) -> str:
-    """The words that stand in for a response_format that cannot be sent."""
-    schema = dig(response_format, "json_schema", "schema")
+def ask_for_json(body: Json) -> None:
+    """Replace a response_format that cannot be sent by a sentence."""
+    schema = dig(body.pop("response_format"), "json_schema", "schema")
     words = "Answer with one JSON object only: no other text, no code fence."
-    if schema is None:
-        return words
-    return words + " It must match this JSON Schema:\n" + json.dumps(schema, ensure_ascii=False)
-
-
-def add_instruction(body: dict, text: str) -> None:
-    """Append a sentence to the system message, or put one first."""
-    messages = body["messages"]
-    if not messages or messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": text})
-        return
-    content = messages[0].get("content")
-    if isinstance(content, list):
-        joined: Any = content + [{"type": "text", "text": text}]
-    else:
-        joined = (content or "") + "\n\n" + text
-    messages[0] = {**messages[0], "content": joined}
-
-
-def streamed(body: dict, context: Context) -> bool:
-    """The upstream always streams and always counts."""
-    options = body.get("stream_options")
-    before = (body.get("stream"), options)
-    body["stream"] = True
-    kept = dict(options) if isinstance(options, dict) else {}
-    kept.pop("include_obfuscation", None)
-    body["stream_options"] = {**kept, "include_usage": True}
-    return before != (True, body["stream_options"])
+    if schema is not None:
+        words += f" It must match this JSON Schema:\n{json.dumps(schema, ensure_ascii=False)}"
+    add_instruction(body, words)
 
 
 class Rule(NamedTuple):
-    """One deliberate change: what it is called, where it applies, what does it, and why."""
+    """One deliberate change: its name, what does it, why, and where.
+
+    where: traits or families, one of which must be there (none: everywhere); unless: those that
+    must not; apis: the kinds of request.
+    """
 
     name: str
-    apply: Callable[
-        [dict, Context], bool | str
-        # changes the body; says whether, or what was given up
-    ]
-    where: Callable[[Context], bool]
+    apply: Callable[[Rewrite], bool]
     source: str
+    where: frozenset[str] = frozenset()
+    unless: frozenset[str] = frozenset()
+    apis: frozenset[str] = frozenset({"chat"})
 
 
-def _anywhere(context: Context) -> bool:
-    return True
-
-
-def _alibaba(context: Context) -> bool:
-    return context.family in ALIBABA_FAMILIES
-
-
-# In this order. `where` gates a rule by the endpoint's or the model's family, never by one host's
-# name.
-RULES = tuple(
-    Rule(*row)
-    for row in (
-        (
-            "entry-defaults",
-            entry_defaults,
-            _anywhere,
-            "Qwen Code, model-providers.md: samplingParams, extra_body",
-        ),
-        (
-            "no-nulls",
-            without_nulls,
-            _anywhere,
-            "pydantic-ai and LangChain JS send null for 'not set'",
-        ),
-        (
-            "parts-to-calls",
-            parts_to_calls,
-            _anywhere,
-            "Anthropic's messages, which Cursor sends to chat completions",
-        ),
-        (
-            "legacy-functions",
-            functions_to_tools,
-            _anywhere,
-            "OpenAI reference: functions, deprecated by tools",
-        ),
-        (
-            "developer-role",
-            developer_to_system,
-            _anywhere,
-            "DashScope 400: developer is not one of [...]",
-        ),
-        (
-            "system-first",
-            system_first,
-            lambda c: _alibaba(c) or c.speaks_qwen,
-            "400: System message must be at the beginning.",
-        ),
-        (
-            "portal-system",
-            portal_system,
-            lambda c: c.family == "portal",
-            "CLIProxyAPI 29dba0399, PR #2520, #2537",
-        ),
-        (
-            "tool-calls",
-            valid_tool_calls,
-            _anywhere,
-            "DashScope 400: function.arguments must be in JSON format",
-        ),
-        (
-            "tool-pairs",
-            paired_tool_messages,
-            _anywhere,
-            "DashScope 400, both ways: qwen-code #656, #2360",
-        ),
-        ("tool-media", media_out_of_tools, _alibaba, "Qwen Code, converter.ts: splitToolMedia"),
-        (
-            "content-present",
-            content_present,
-            _anywhere,
-            "DashScope 400: Field required: input.messages.N.content",
-        ),
-        (
-            "reasoning-name",
-            reasoning_sent_back,
-            lambda c: c.family != "openrouter",
-            "Model Studio, 'Deep thinking'",
-        ),
-        (
-            "reasoning-required",
-            reasoning_required,
-            lambda c: c.family == "deepseek",
-            "DeepSeek API, thinking mode",
-        ),
-        (
-            "flat-content",
-            flat_content,
-            lambda c: _alibaba(c) or c.family == "deepseek",
-            "Model Studio, chat reference: an answer's content is a string; Qwen Code, dashscope.ts: glm loses parts",
-        ),
-        ("cache-markers", few_cache_markers, _alibaba, "Model Studio, 'Context cache': at most 4"),
-        (
-            "max-tokens",
-            max_tokens,
-            lambda c: c.family not in ("openrouter", "other") or c.speaks_qwen,
-            "DashScope 400: Range of max_tokens should be [1, N]",
-        ),
-        (
-            "sampling-range",
-            sampling_range,
-            _alibaba,
-            "Model Studio, chat reference: temperature [0, 2), top_p (0, 1]",
-        ),
-        (
-            "tools",
-            usable_tools,
-            _anywhere,
-            "MiniMax 400: function parameters is empty; vLLM: null tool_choice",
-        ),
-        ("web-search", web_search, _anywhere, "Model Studio, chat reference: enable_search"),
-        (
-            "openai-only",
-            without_openai_only,
-            lambda c: _alibaba(c) or c.family == "modelscope",
-            "Model Studio, OpenAI compatibility",
-        ),
-        (
-            "foreign-fields",
-            without_foreign_fields,
-            _alibaba,
-            "Open WebUI 0.12, SillyTavern 1.19, Jan 0.8: their settings",
-        ),
-        (
-            "thinking",
-            qwen_thinking,
-            lambda c: _alibaba(c) or c.speaks_qwen and c.mode != "unknown",
-            "Model Studio, 'Deep thinking'",
-        ),
-        (
-            "thinking-words",
-            other_thinking,
-            lambda c: c.family in ("openrouter", "deepseek", "zai"),
-            "each provider's reference",
-        ),
-        ("forced-tool", forced_tool, lambda c: c.speaks_qwen, "Model Studio, 'Function calling'"),
-        ("json-output", json_output, lambda c: c.speaks_qwen, "Model Studio, 'Structured output'"),
-        ("json-word", json_word, lambda c: c.speaks_qwen, "Model Studio, 'Structured output'"),
-        ("stream", streamed, _anywhere, "one path for all: see iter_chunks"),
-    )
+_QWEN, _ALIBABA = frozenset({"qwen"}), frozenset({"alibaba"})
+_BOTH = frozenset({"chat", "text"})
+# In this order: the defaults first, thinking behind what the client and the entry say about it.
+RULES = (
+    Rule(
+        "entry-defaults",
+        Rewrite.entry_defaults,
+        "Qwen Code, model-providers.md: samplingParams, extra_body",
+        apis=_BOTH,
+    ),
+    Rule(
+        "no-nulls",
+        Rewrite.no_nulls,
+        "pydantic-ai and LangChain JS send null for 'not set'",
+        apis=_BOTH,
+    ),
+    Rule(
+        "parts-to-calls",
+        Rewrite.parts_to_calls,
+        "Anthropic's messages, which Cursor sends to chat completions",
+    ),
+    Rule(
+        "legacy-functions",
+        Rewrite.legacy_functions,
+        "OpenAI reference: functions, deprecated by tools",
+    ),
+    Rule("developer-role", Rewrite.developer_role, "DashScope 400: developer is not one of [...]"),
+    Rule(
+        "system-first",
+        Rewrite.system_first,
+        "400: System message must be at the beginning.",
+        where=_QWEN,
+    ),
+    Rule(
+        "portal-system",
+        Rewrite.portal_system,
+        "CLIProxyAPI 29dba0399, PR #2520, #2537",
+        where=frozenset({"portal"}),
+    ),
+    Rule(
+        "history",
+        Rewrite.history,
+        "DashScope 400: qwen-code #656, #2360, arguments must be JSON; Qwen Code, converter.ts",
+    ),
+    Rule(
+        "content-present",
+        Rewrite.content_present,
+        "DashScope 400: Field required: input.messages.N.content",
+    ),
+    Rule(
+        "reasoning-name",
+        Rewrite.reasoning_name,
+        "Model Studio, 'Deep thinking'",
+        unless=frozenset({"openrouter"}),
+    ),
+    Rule(
+        "reasoning-required",
+        Rewrite.reasoning_required,
+        "DeepSeek API, thinking mode",
+        where=frozenset({"deepseek"}),
+    ),
+    Rule(
+        "flat-content",
+        Rewrite.flat_content,
+        "Model Studio, chat reference: an assistant's content is a string; Qwen Code, "
+        "dashscope.ts: glm loses parts",
+        where=frozenset({"alibaba", "deepseek"}),
+    ),
+    Rule(
+        "cache-markers",
+        Rewrite.cache_markers,
+        "Model Studio, 'Context cache': at most 4",
+        where=_ALIBABA,
+    ),
+    Rule(
+        "max-tokens",
+        Rewrite.max_tokens,
+        "DashScope 400: Range of max_tokens should be [1, N]",
+        where=frozenset({"limits"}),
+        apis=_BOTH,
+    ),
+    Rule(
+        "sampling-range",
+        Rewrite.sampling_range,
+        "Model Studio, chat reference: temperature [0, 2), top_p (0, 1]",
+        where=_ALIBABA,
+        apis=_BOTH,
+    ),
+    Rule(
+        "tools",
+        Rewrite.tools,
+        "MiniMax 400: function parameters is empty; vLLM: null tool_choice",
+    ),
+    Rule("web-search", Rewrite.web_search, "Model Studio, chat reference: enable_search"),
+    Rule(
+        "openai-only",
+        Rewrite.openai_only,
+        "Model Studio, OpenAI compatibility",
+        where=frozenset({"openai-only"}),
+        apis=_BOTH,
+    ),
+    Rule(
+        "foreign-fields",
+        Rewrite.foreign_fields,
+        "Open WebUI 0.12, SillyTavern 1.19, Jan 0.8: their settings",
+        where=_ALIBABA,
+        apis=_BOTH,
+    ),
+    Rule(
+        "thinking",
+        Rewrite.thinking,
+        "Model Studio, 'Deep thinking', and each provider's reference",
+        where=_QWEN | OWN_DIALECTS,
+    ),
+    Rule(
+        "forced-tool",
+        Rewrite.forced_tool,
+        "Model Studio, 'Function calling'",
+        where=_QWEN,
+    ),
+    Rule(
+        "json-output",
+        Rewrite.json_output,
+        "Model Studio, 'Structured output'",
+        where=_QWEN,
+    ),
+    Rule(
+        "json-word",
+        Rewrite.json_word,
+        "DashScope 400: 'messages' must contain the word 'json' in some form",
+        where=_QWEN,
+    ),
+    Rule("stream", Rewrite.stream, "one path for all: see relay", apis=_BOTH),
+    Rule(
+        "fill-in-the-middle",
+        Rewrite.fill_in_the_middle,
+        "Model Studio, 'Completions': there is no suffix parameter",
+        where=_ALIBABA,
+        apis=frozenset({"text"}),
+    ),
 )
 
 
 @functools.lru_cache(maxsize=256)
-def rules_for(family: str, model: str, thinking_mandatory: bool) -> list[Rule]:
-    """The rules that apply at an endpoint to a model: no gate looks at the body."""
-    context = Context(
-        family, model, model_facts(model), {"thinkingMandatory": thinking_mandatory}, Thinking()
-    )
-    return [rule for rule in RULES if rule.where(context)]
-
-
-def to_upstream_request(request: dict, route: Route) -> tuple[dict, dict[str, str]]:
-    """The body for the upstream, and the rules that changed it. The request stays as it is.
-
-    The rules are names, each with what the client does not get because of it, mostly nothing.
-    """
-    family, config = route.provider.family, route.provider.entries.get(route.model) or {}
-    body = {
-        **request,
-        "model": route.model,
-        "messages": [dict(message) for message in request["messages"]],
-    }
-    wants_thinking = bool(asked_thinking(request).enabled)
-    context, fired = (
-        Context(family, route.model, model_facts(route.model), config, Thinking(), wants_thinking),
-        {},
-    )
-    for rule in rules_for(family, route.model, config.get("thinkingMandatory") is True):
-        changed = rule.apply(body, context)
-        if changed:
-            fired[rule.name] = changed if isinstance(changed, str) else ""
-        # now the body says all that is known of thinking
-        if rule.name == "no-nulls":
-            context = context._replace(thinking=asked_thinking(body))
-    return body, fired
-
-
-def check_text_request(request: Any) -> None:
-    """Raise BadRequest for what is no request for a text completion."""
-    if not isinstance(request, dict):
-        raise BadRequest(f"the body must be a JSON object, not {json_type(request)}")
-    if not isinstance(request.get("prompt"), (str, list)):
-        raise BadRequest("prompt must be a string or a list", param="prompt")
-    for name, kind, words in (
-        ("stream", bool, "true or false"),
-        ("stream_options", dict, "an object"),
-    ):
-        if request.get(name) is not None and not isinstance(request[name], kind):
-            raise BadRequest(f"{name} must be {words}", param=name)
-
-
-def fill_in_the_middle(body: dict, context: Context) -> bool:
-    """prompt and suffix as one prompt with Qwen's marks."""
-    if not isinstance(body.get("suffix"), str) or not isinstance(body["prompt"], str):
-        return False
-    body["prompt"] = "<|fim_prefix|>{}<|fim_suffix|>{}<|fim_middle|>".format(
-        body["prompt"],
-        body.pop("suffix"),
-    )
-    return True
-
-
-TEXT_RULES = (
-    *(
+def rules_for(api: str, traits: frozenset[str]) -> tuple[Rule, ...]:
+    """Return the rules for a kind of request at an endpoint."""
+    return tuple(
         rule
         for rule in RULES
-        if rule.name
-        in (
-            "entry-defaults",
-            "no-nulls",
-            "max-tokens",
-            "sampling-range",
-            "openai-only",
-            "foreign-fields",
-            "stream",
-        )
-    ),
-    Rule(
-        "fill-in-the-middle",
-        fill_in_the_middle,
-        _alibaba,
-        "Model Studio, 'Completions': there is no suffix parameter",
-    ),
-)
-
-
-def to_upstream_text_request(request: dict, route: Route) -> tuple[dict, dict[str, str]]:
-    """The same for a text completion."""
-    family, config = route.provider.family, route.provider.entries.get(route.model) or {}
-    context = Context(family, route.model, model_facts(route.model), config, Thinking())
-    body = {**request, "model": route.model}
-    return body, {
-        rule.name: "" for rule in TEXT_RULES if rule.where(context) and rule.apply(body, context)
-    }
-
-
-def embedding_texts(request: Any) -> list[str]:
-    """The texts of a request for embeddings; raises BadRequest that names what is wrong with them."""
-    if not isinstance(request, dict):
-        raise BadRequest(f"the body must be a JSON object, not {json_type(request)}")
-    if not isinstance(request.get("model"), str) or not request["model"].strip():
-        raise BadRequest("model must be named, such as text-embedding-v4", param="model")
-    if request.get("encoding_format") not in (None, "float", "base64"):
-        raise BadRequest("encoding_format must be float or base64", param="encoding_format")
-    texts = [request["input"]] if isinstance(request.get("input"), str) else request.get("input")
-    if not isinstance(texts, list) or not texts:
-        raise BadRequest("input must be a string or a list of strings", param="input")
-    if isinstance(texts[0], (int, list)):
-        raise BadRequest(
-            "token array input is not supported, since the tokens are another model's; send text (in "
-            "LangChain: OpenAIEmbeddings(check_embedding_ctx_length=False))",
-            param="input",
-        )
-    if len(texts) > MAX_EMBEDDING_INPUTS:
-        raise BadRequest(
-            "input may hold %d texts, not %d" % (MAX_EMBEDDING_INPUTS, len(texts)), param="input"
-        )
-    wrong = next(
-        (index for index, text in enumerate(texts) if not isinstance(text, str) or not text), None
-    )
-    if wrong is not None:
-        raise BadRequest(
-            "input[%d] must be a string that is not empty" % wrong, param="input.%d" % wrong
-        )
-    return texts
-
-
-def embedding_batch_size(route: Route) -> int:
-    """How many texts a request to this route may hold."""
-    if route.provider.family not in ALIBABA_FAMILIES and not route.model.lower().startswith(
-        "text-embedding-v"
-    ):
-        # nobody else has models of Model Studio's names
-        return MAX_EMBEDDING_INPUTS
-    return next(
-        size
-        for pattern, size in EMBEDDING_BATCHES
-        if fnmatch.fnmatchcase(route.model.lower(), pattern)
+        if api in rule.apis and (not rule.where or rule.where & traits) and not rule.unless & traits
     )
 
 
-def to_embedding_request(request: dict, texts: list[str], route: Route) -> dict:
-    """The upstream's request for some of the texts: always floats, since Model Studio documents nothing else."""
-    dropped = ("user",) if route.provider.family in ALIBABA_FAMILIES else ()
-    body = {
-        name: value for name, value in request.items() if value is not None and name not in dropped
-    }
-    return {**body, "model": route.model, "input": texts, "encoding_format": "float"}
+class Repair(NamedTuple):
+    """What to do about a refusal by name: in the text of a 400, if the body has what it names.
+
+    has: fields of the body, one of which must be there; lacks: one that must not; value: what the
+    first of `has` must be; sets: what to set ('$1' is the number that the refusal names); drops:
+    fields to leave out; then: a change that needs messages; how: for the log.
+    """
+
+    pattern: str
+    has: tuple[str, ...]
+    how: str
+    sets: Json = {}
+    drops: tuple[str, ...] = ()
+    lacks: str = ""
+    value: Any = None
+    then: Callable[[Json], None] | None = None
 
 
-def schema_to_prompt(body: dict, match: Any) -> str:
-    """A JSON schema that was refused goes into the prompt."""
-    wanted = body["response_format"]
+def schema_to_prompt(body: Json) -> None:
+    """Put a JSON schema that was refused into the prompt."""
+    ask_for_json(body)
     body["response_format"] = {"type": "json_object"}
-    add_instruction(body, schema_instruction(wanted))
-    return "with the JSON schema in words"
 
 
-def set_max_tokens(body: dict, match: Any) -> str:
-    """The limit that the refusal names."""
-    body["max_tokens"] = int(match.group(1))
-    return "with max_tokens %d" % body["max_tokens"]
-
-
-def set_thinking_budget(body: dict, match: Any) -> str:
-    """The limit that the refusal names."""
-    body["thinking_budget"] = int(match.group(1))
-    return "with thinking_budget %d" % body["thinking_budget"]
-
-
-def drop_logprobs(body: dict, match: Any) -> str:
-    """No log probabilities."""
-    body.pop("logprobs", None)
-    body.pop("top_logprobs", None)
-    return "without log probabilities"
-
-
-def think_on(body: dict, match: Any) -> str:
-    """Thinking that cannot be switched off stays on."""
-    body["enable_thinking"] = True
-    return "with thinking"
-
-
-def think_off(body: dict, match: Any) -> str:
-    """A model that thinks by default, though nobody here knew."""
-    body["enable_thinking"] = False
-    return "without thinking"
-
-
-def json_in_words(body: dict, match: Any) -> str:
-    """Where the client wants thinking, JSON is asked for in words."""
-    add_instruction(body, schema_instruction(body.pop("response_format")))
-    return "with the JSON asked for in words only"
-
-
-def tool_in_words(body: dict, match: Any) -> str:
-    """A choice that was refused is left to the model."""
-    call_in_words(body)
-    return "with the tool call asked for in words only"
-
-
-def _forces_tool(body: dict) -> bool:
-    return bool(body.get("tools")) and body.get("tool_choice") not in (None, "auto", "none")
-
-
-# What an upstream may refuse by name: the text of its 400, whether the body has it, and what to do
-# about it.
-REPAIRS: tuple[tuple[str, Callable[[dict], bool], Callable[[dict, Any], str]], ...] = (
-    (
+_JSON_FORMATS = ("json_object", "json_schema")
+REPAIRS = (
+    Repair(
         r"[Rr]ange of max_tokens should be \[\d+, ?(\d+)\]",
-        lambda body: "max_tokens" in body,
-        set_max_tokens,
+        ("max_tokens",),
+        "with max_tokens $1",
+        sets={"max_tokens": "$1"},
     ),
-    (
+    Repair(
         r"thinking_budget.*not greater than (\d+)",
-        lambda body: "thinking_budget" in body,
-        set_thinking_budget,
+        ("thinking_budget",),
+        "with thinking_budget $1",
+        sets={"thinking_budget": "$1"},
     ),
-    (
+    Repair(
         r"enable_thinking is true",
-        lambda body: wants_json(body) and "enable_thinking" not in body,
-        think_off,
+        ("response_format",),
+        "without thinking",
+        sets={"enable_thinking": False},
+        lacks="enable_thinking",
+        value=_JSON_FORMATS,
     ),
-    (
+    Repair(
         r"enable_thinking is true",
-        lambda body: wants_json(body) and body["enable_thinking"] is True,
-        json_in_words,
+        ("response_format",),
+        "with the JSON asked for by prompt",
+        value=_JSON_FORMATS,
+        then=ask_for_json,
     ),
-    (
+    Repair(
         r"json_schema|response_format",
-        lambda body: dig(body, "response_format", "type") == "json_schema",
-        schema_to_prompt,
+        ("response_format",),
+        "with the JSON schema in the prompt",
+        value=("json_schema",),
+        then=schema_to_prompt,
     ),
-    (r"logprobs", lambda body: "logprobs" in body or "top_logprobs" in body, drop_logprobs),
-    (
+    Repair(
+        r"logprobs",
+        ("logprobs", "top_logprobs"),
+        "without log probabilities",
+        drops=("logprobs", "top_logprobs"),
+    ),
+    Repair(
         r"enable_thinking.*(restricted to True|must be True)",
-        lambda body: body.get("enable_thinking") is False,
-        think_on,
+        ("enable_thinking",),
+        "with thinking",
+        sets={"enable_thinking": True},
+        value=(False,),
     ),
-    (
+    Repair(
         r'tool_choice.*\["none", "auto"\]',
-        lambda body: _forces_tool(body) and "enable_thinking" not in body,
-        think_off,
+        ("tool_choice",),
+        "without thinking",
+        sets={"enable_thinking": False},
+        lacks="enable_thinking",
     ),
-    (r"tool_choice", _forces_tool, tool_in_words),
+    Repair(
+        r"tool_choice",
+        ("tool_choice",),
+        "with the tool call asked for by prompt",
+        then=ask_for_call,
+    ),
 )
 
 
-# these need messages
-IN_WORDS = (schema_to_prompt, json_in_words, tool_in_words)
+def repair_request(body: Json, error: UpstreamError) -> str:
+    """Take out of the body what the upstream has just refused by name.
 
-
-def repair_request(body: dict, error: UpstreamError) -> str:
-    """Take out of the body what the upstream has just refused by name; says how, or "" if there was no such thing."""
-    for pattern, applies, repair in REPAIRS if error.status == 400 else ():
-        match = re.search(pattern, error.message[:CLASSIFIED], re.S)
-        if match and applies(body) and not ("prompt" in body and repair in IN_WORDS):
-            before, how = dict(body), repair(body, match)
-            # the same body would be refused again
-            return how if body != before else ""
+    Returns how, or "" if there was no such thing.
+    """
+    for repair in REPAIRS if error.status == 400 else ():
+        match = re.search(repair.pattern, error.message[:MAX_ERROR_TEXT_SCANNED], re.S)
+        if match is None or not is_repairable(body, repair):
+            continue
+        before, number = dict(body), match.group(1) if match.groups() else ""
+        for name, value in repair.sets.items():
+            body[name] = int(number) if value == "$1" else value
+        for name in repair.drops:
+            body.pop(name, None)
+        if repair.then:
+            repair.then(body)
+        # The same body would be refused again.
+        return repair.how.replace("$1", number) if body != before else ""
     return ""
 
 
+def is_repairable(body: Json, repair: Repair) -> bool:
+    """Return whether the body has what a refusal names, so that it can be taken out."""
+    if repair.then and "messages" not in body or repair.lacks in body:
+        return False
+    if not any(name in body for name in repair.has):
+        return False
+    found = body.get(repair.has[0])
+    if repair.has[0] == "tool_choice":
+        return bool(body.get("tools")) and found not in (None, "auto", "none")
+    if repair.has[0] == "response_format":
+        found = dig(found, "type")
+        if repair.then is ask_for_json and body.get("enable_thinking") is not True:
+            return False
+    return repair.value is None or found in repair.value
+
+
+def with_extra_body(request: Any) -> Any:
+    """Return the request with what is in extra_body beside it.
+
+    openai-python puts it there, other clients send it as it is written.
+    """
+    extra = dig(request, "extra_body")
+    if not isinstance(extra, dict):
+        return request
+    log.debug("extra_body is merged: %s", ", ".join(extra))
+    stated = {
+        name: value for name, value in request.items() if value is not None and name != "extra_body"
+    }
+    return {**extra, **stated}
+
+
+# What a field must be, in Python's types and in JSON's words.
+_KINDS: dict[str, tuple[Any, str]] = {
+    "stream": (bool, "true or false"),
+    "tools": (list, "a list"),
+    "functions": (list, "a list"),
+    "stream_options": (dict, "an object"),
+    "response_format": (dict, "an object"),
+}
+
+
+def check_object(value: Any, *fields: str) -> Json:
+    """Return a request that is an object and has the right types in these fields.
+
+    Raises BadRequest that names what is wrong.
+    """
+    if not isinstance(value, dict):
+        raise BadRequest(f"the body must be a JSON object, not {json_type(value)}")
+    request: Json = value
+    for name in fields:
+        kind, words = _KINDS[name]
+        if request.get(name) is not None and not isinstance(request[name], kind):
+            raise BadRequest(f"{name} must be {words}", param=name)
+    return request
+
+
+def check_messages(messages: Any) -> None:
+    """Raise BadRequest for messages that no upstream could make sense of."""
+    if not isinstance(messages, list) or not messages:
+        raise BadRequest("messages must be a list of at least one message", param="messages")
+    for index, message in enumerate(messages):
+        where = f"messages.{index}"
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise BadRequest(f"messages[{index}] must be an object with a role", param=where)
+        content, where = message.get("content"), f"{where}.content"
+        if content is not None and not isinstance(content, (str, list)):
+            problem = f"the content of messages[{index}] must be a string or a list of parts"
+            raise BadRequest(problem, param=where)
+        if not all(isinstance(part, dict) for part in as_list(content)):
+            raise BadRequest(f"every part of messages[{index}] must be an object", param=where)
+
+
 # ------------------------------------------------------------------------------------------------
-# Responses
+# Answers
 # ------------------------------------------------------------------------------------------------
-# Pure: the upstream's events in, the client's chunks out; a refusal's text in, an UpstreamError
-# out.
+# Pure: the upstream's events in, clean chunks out; a refusal's text in, an UpstreamError out.
 
 
 class Refusal(NamedTuple):
@@ -4917,310 +4819,249 @@ class Refusal(NamedTuple):
     request_id: str | None = None
     param: str | None = None
 
+    @classmethod
+    def read(cls, status: int, text: str) -> Refusal:
+        """Read a refusal by its content, never by its type: JSON, JSON in SSE lines, any text.
 
-class Verdict(NamedTuple):
-    """What becomes of a refusal: conditions, then the answer. status 0 keeps the upstream's."""
+        >>> Refusal.read(400, 'data: {"code":"InvalidParameter","message":"m"}').message
+        'm'
+        """
+        stripped = text.strip().lstrip("\ufeff")
+        if stripped[:1] not in ("{", "<"):
+            events = EventDecoder().feed(stripped.encode("utf-8", "replace") + b"\n\n")
+            for event in events:
+                if event.data[:1] == b"{":
+                    data = event.data.decode("utf-8", "replace")
+                    return cls.read(event.status or status, data)
+        value = loads(stripped)
+        if isinstance(value, dict):
+            return cls.of(status, value)
+        # DashScope's own messages begin with <400>, which is no web page.
+        page = web_page(stripped)
+        if page:
+            return cls(status, f"a gateway answered with {page} instead of the API", "html")
+        return cls(status, " ".join(shorten(stripped, 500).split()))
 
-    # () for any
+    @classmethod
+    def of(cls, status: int, value: Json) -> Refusal:
+        """Read a JSON object: OpenAI's shape, the native one, a string, or one within another."""
+        error = value.get("error", value)
+        if isinstance(error, str):
+            code = value.get("code") or error
+            shape = {**value, "code": code} if "message" in value else {"message": error}
+            error = {"code": code, **shape}
+        error = as_object(error)
+        choices = as_list(value.get("choices"))
+        content = dig(choices[0] if choices else None, "delta", "content")
+        if as_text(content):
+            # error_finish: the text of the error is the content.
+            return cls.read(status, content)
+        messages = (error.get("message"), error.get("detail"), value.get("detail"))
+        message = first_of(str, *messages, value.get("message")) or ""
+        codes = [
+            str(item)
+            for item in (error.get("code"), error.get("type"))
+            if isinstance(item, (str, int)) and item != ""
+        ]
+        # One with a blank in it is a message.
+        code = next((each for each in codes if re.fullmatch(r"\S{1,60}", each)), "")
+        ids = (value.get("request_id"), error.get("request_id"), value.get("traceId"))
+        request_id = first_of(str, *ids)
+        if message.startswith(("{", "data:", "id:", "event:")):
+            # JSON or a frame as the message.
+            inner = cls.read(status, message)
+            request_id = request_id or inner.request_id
+            return inner._replace(request_id=request_id, code=inner.code or code)
+        param = error.get("param")
+        param = shorten(param, 200) if isinstance(param, str) else None
+        return cls(status, message, code, request_id, param)
+
+
+class ErrorRule(NamedTuple):
+    """What becomes of a refusal: conditions, then the answer."""
+
+    # None: any.
     statuses: tuple[int, ...]
-    # searched in 'code: message', ignoring case
+    # Searched in 'code: message', ignoring case.
     pattern: str
     status: int
     type: str
-    # None keeps the upstream's
+    # None keeps the upstream's.
     code: str | None
     retry: bool = False
     moves_on: bool = False
-    # () for any
+    # None: any.
     families: tuple[str, ...] = ()
 
 
+_BAD_REQUEST, _QUOTA, _RATE = "invalid_request_error", "insufficient_quota", "rate_limit_error"
 # First match wins. Model Studio 'Error messages', Coding Plan FAQ, qwen-code issues; by text where
-# the code
-# lies: insufficient_quota and Throttling.AllocationQuota are mostly a limit per minute, that
-# recovers.
-CATALOGUE = tuple(
-    Verdict(*row)
-    for row in (
-        (
-            (),
-            r"data_?inspection_?failed|inappropriate content",
-            400,
-            "invalid_request_error",
-            "content_filter",
-        ),
-        (
-            (),
-            r"range of input length|maximum context length|context_length_exceeded",
-            400,
-            "invalid_request_error",
-            "context_length_exceeded",
-        ),
-        (
-            (),
-            r"max bytes to request body|BadRequest\.TooLarge|entity too large|string value length|max data-uri",
-            413,
-            "invalid_request_error",
-            "request_too_large",
-        ),
-        (
-            (),
-            r"arrearage|good standing|overdue|CommodityNotPurchased",
-            429,
-            "insufficient_quota",
-            "insufficient_quota",
-            False,
-            True,
-        ),
-        (
-            (),
-            r"free allocated quota|free tier of the model|FreeTierOnly|(hour|week|month)\w* allocated quota|will reset at|"
-            r"daily (quota|limit)|quota_exceeded",
-            429,
-            "insufficient_quota",
-            "insufficient_quota",
-            False,
-            True,
-        ),
-        ((402,), r"", 429, "insufficient_quota", "insufficient_quota", False, True),
-        (
-            (403,),
-            r"insufficient_quota",
-            429,
-            "insufficient_quota",
-            "insufficient_quota",
-            False,
-            True,
-        ),
-        (
-            (429,),
-            r"insufficient_quota",
-            429,
-            "insufficient_quota",
-            "insufficient_quota",
-            False,
-            True,
-            ("portal",),
-        ),
-        ((), r"only available for coding agents", 403, "permission_error", "client_not_accepted"),
-        (
-            (500, 503, 0),
-            r"ModelServingError|ModelUnavailable|too many requests",
-            503,
-            "server_error",
-            None,
-            True,
-        ),
-        ((429,), r"", 429, "rate_limit_error", "rate_limit_exceeded", True),
-        (
-            (),
-            r"throttling|limit_?requests|limit_burst_rate|insufficient_quota|allocated quota exceeded|rate limit"
-            r"|\b130[25]: ",
-            429,
-            "rate_limit_error",
-            "rate_limit_exceeded",
-            True,
-        ),
-        ((401,), r"", 401, "authentication_error", "invalid_api_key", False, True),
-        (
-            (403, 0),
-            r"invalid.?api.?-?key|access token|token expired|session has expired|unauthorized",
-            401,
-            "authentication_error",
-            "invalid_api_key",
-            False,
-            True,
-        ),
-        ((403,), r"", 403, "permission_error", None),
-        ((0,), r"access_?denied|unpurchased", 403, "permission_error", None),
-        (
-            (404, 400, 0),
-            r"model_?not_?found|model( \S+| '[^']*')?( does| is)?( currently)? not (exist|supported)"
-            r"|unsupported model",
-            404,
-            "invalid_request_error",
-            "model_not_found",
-        ),
-        ((404,), r"", 404, "invalid_request_error", None),
-        ((413,), r"", 413, "invalid_request_error", "request_too_large"),
-        ((504,), r"", 504, "upstream_timeout", None),
-        ((), r"RequestTimeOut|stream timeout", 504, "upstream_timeout", None),
-        ((502, 503, 529), r"", 503, "server_error", None, True, True),
-        ((0,), r"invalid_?parameter|invalid_request", 400, "invalid_request_error", None),
-        ((400, 405, 406, 408, 409, 411, 414, 415, 422), r"", 400, "invalid_request_error", None),
-    )
-)
-
-# A way out, by the verdict's code and the endpoint's family; '' stands for every other family.
-ADVICE = {
-    (
-        "invalid_api_key",
-        "coding",
-    ): "A Coding Plan key (sk-sp-...) works only at the host and region it was issued for, and only while the plan "
-    "runs; compare --provider coding and coding-intl",
-    (
-        "invalid_api_key",
-        "token",
-    ): "A Token Plan key works only in its own region; compare --provider token-cn and token-intl",
-    (
-        "invalid_api_key",
-        "dashscope",
-    ): "A key works only in its own region, and plan keys (sk-sp-...) not at all here; compare --provider dashscope, "
-    "dashscope-intl, dashscope-us and dashscope-hk",
-    ("invalid_api_key", "portal"): "",
-    ("invalid_api_key", ""): "Check the key and that it belongs to this base URL",
-    (
-        "client_not_accepted",
-        "coding",
-    ): "The Coding Plan accepts requests of interactive coding tools only and judges by their User-Agent, which is "
-    "passed on as your client sent it",
-    (
+# the code lies: insufficient_quota and Throttling.AllocationQuota are mostly a limit per minute,
+# that recovers.
+ERROR_RULES = (
+    ErrorRule(
+        (), r"data_?inspection_?failed|inappropriate content", 400, _BAD_REQUEST, "content_filter"
+    ),
+    ErrorRule(
+        (),
+        r"range of input length|maximum context length|context_length_exceeded",
+        400,
+        _BAD_REQUEST,
+        "context_length_exceeded",
+    ),
+    ErrorRule(
+        (),
+        r"max bytes to request body|BadRequest\.TooLarge|entity too large|string value length"
+        r"|max data-uri",
+        413,
+        _BAD_REQUEST,
         "request_too_large",
-        "dashscope",
-    ): "Send less text or fewer images; the endpoint takes about 6 MiB of text",
-}
-
-
-def refusal_of(status: int, text: str) -> Refusal:
-    """Read a refusal by its content, never by its type: JSON, JSON within SSE lines, or any text.
-
-    >>> refusal_of(400, 'data: {"code":"InvalidParameter","message":"m","request_id":"r1"}')
-    Refusal(status=400, message='m', code='InvalidParameter', request_id='r1', param=None)
-    """
-    stripped = text.strip().lstrip("\ufeff")
-    if stripped[:1] not in ("{", "<"):
-        events = [
-            event
-            for event in EventDecoder().feed(stripped.encode("utf-8", "replace") + b"\n\n")
-            if event.data[:1] == b"{"
-        ]
-        if events:
-            return refusal_of(events[0].status or status, events[0].data.decode("utf-8", "replace"))
-    try:
-        value = json.loads(stripped)
-    except (ValueError, RecursionError):
-        value = None
-    if isinstance(value, dict):
-        return refusal_in(status, value)
-    # DashScope's own messages begin with <400>
-    page = web_page(stripped)
-    if page:
-        return Refusal(status, f"a gateway answered with {page} instead of the API", "html")
-    return Refusal(status, " ".join(shorten(stripped, 500).split()))
-
-
-def refusal_in(status: int, value: dict) -> Refusal:
-    """The refusal in a JSON object: OpenAI's shape, the native one, a bare string, or one within another."""
-    error = value.get("error", value)
-    if isinstance(error, str):
-        code = value.get("code") or error
-        error = {**value, "code": code} if "message" in value else {"message": error, "code": error}
-    if not isinstance(error, dict):
-        error = {}
-    choices = value.get("choices")
-    content = dig(choices[0] if isinstance(choices, list) and choices else None, "delta", "content")
-    # error_finish: the text of the error is the content
-    if isinstance(content, str) and content:
-        return refusal_of(status, content)
-    message = next(
-        (
-            item
-            for item in (
-                error.get("message"),
-                error.get("detail"),
-                value.get("detail"),
-                value.get("message"),
-            )
-            if isinstance(item, str) and item
-        ),
-        "",
-    )
-    codes = [
-        str(item)
-        for item in (error.get("code"), error.get("type"))
-        if isinstance(item, (str, int)) and item != ""
-    ]
-    code = next((code for code in codes if len(code) <= 60 and len(code.split()) == 1), "")
-    request_id = next(
-        (
-            item
-            for item in (value.get("request_id"), error.get("request_id"), value.get("traceId"))
-            if isinstance(item, str)
-        ),
+    ),
+    ErrorRule(
+        (),
+        r"arrearage|good standing|overdue|CommodityNotPurchased",
+        429,
+        _QUOTA,
+        _QUOTA,
+        moves_on=True,
+    ),
+    ErrorRule(
+        (),
+        r"free allocated quota|free tier of the model|FreeTierOnly"
+        r"|(hour|week|month)\w* allocated quota|will reset at|daily (quota|limit)|quota_exceeded",
+        429,
+        _QUOTA,
+        _QUOTA,
+        moves_on=True,
+    ),
+    ErrorRule((402,), r"", 429, _QUOTA, _QUOTA, moves_on=True),
+    ErrorRule((403,), r"insufficient_quota", 429, _QUOTA, _QUOTA, moves_on=True),
+    ErrorRule(
+        (429,), r"insufficient_quota", 429, _QUOTA, _QUOTA, moves_on=True, families=("portal",)
+    ),
+    ErrorRule(
+        (), r"only available for coding agents", 403, "permission_error", "client_not_accepted"
+    ),
+    ErrorRule(
+        (500, 503, 0),
+        r"ModelServingError|ModelUnavailable|too many requests",
+        503,
+        "server_error",
         None,
-    )
-    param = error.get("param")
-    if message.startswith(("{", "data:", "id:", "event:")):
-        # JSON or a frame as the message
-        inner = refusal_of(status, message)
-        return inner._replace(request_id=request_id or inner.request_id, code=inner.code or code)
-    return Refusal(
-        status, message, code, request_id, shorten(param, 200) if isinstance(param, str) else None
-    )
+        retry=True,
+    ),
+    ErrorRule((429,), r"", 429, _RATE, "rate_limit_exceeded", retry=True),
+    ErrorRule(
+        (),
+        r"throttling|limit_?requests|limit_burst_rate|insufficient_quota"
+        r"|allocated quota exceeded|rate limit|\b130[25]: ",
+        429,
+        _RATE,
+        "rate_limit_exceeded",
+        retry=True,
+    ),
+    ErrorRule((401,), r"", 401, "authentication_error", "invalid_api_key", moves_on=True),
+    ErrorRule(
+        (403, 0),
+        r"invalid.?api.?-?key|access token|token expired|session has expired|unauthorized",
+        401,
+        "authentication_error",
+        "invalid_api_key",
+        moves_on=True,
+    ),
+    ErrorRule((403,), r"", 403, "permission_error", None),
+    ErrorRule((0,), r"access_?denied|unpurchased", 403, "permission_error", None),
+    ErrorRule(
+        (404, 400, 0),
+        r"model_?not_?found|model( \S+| '[^']*')?( does| is)?( currently)? not (exist|supported)"
+        r"|unsupported model",
+        404,
+        _BAD_REQUEST,
+        "model_not_found",
+    ),
+    ErrorRule((404,), r"", 404, _BAD_REQUEST, None),
+    ErrorRule((413,), r"", 413, _BAD_REQUEST, "request_too_large"),
+    ErrorRule((504,), r"", 504, "upstream_timeout", None),
+    ErrorRule((), r"RequestTimeOut|stream timeout", 504, "upstream_timeout", None),
+    ErrorRule((502, 503, 529), r"", 503, "server_error", None, retry=True, moves_on=True),
+    ErrorRule((0,), r"invalid_?parameter|invalid_request", 400, _BAD_REQUEST, None),
+    ErrorRule((400, 405, 406, 408, 409, 411, 414, 415, 422), r"", 400, _BAD_REQUEST, None),
+    ErrorRule((), r"", 502, "upstream_error", None),
+)
+# The way out for an error code, where the family has no other.
+ADVICE = {"invalid_api_key": "Check the key and that it belongs to this base URL"}
+# openai-node sleeps any Retry-After, openai-python none above 60.
+LONGEST_RETRY_AFTER = 60
 
 
 def to_upstream_error(
-    refusal: Refusal, family: str, retry_after: float | None = None
+    refusal: Refusal, family: Family, retry_after: float | None = None
 ) -> UpstreamError:
-    """The error for the client: status, type and code of the catalogue, the upstream's message, advice."""
-    text = (f"{refusal.code}: {refusal.message}")[:CLASSIFIED]
-    matching = (
-        row
-        for row in CATALOGUE
-        if (not row.statuses or refusal.status in row.statuses)
-        and (not row.families or family in row.families)
-        and re.search(row.pattern, text, re.I)
-    )
-    verdict = next(matching, Verdict((), "", 502, "upstream_error", None))
-    if refusal.code == "html" and refusal.status not in RETRY_STATUSES:
-        verdict = Verdict((), "", 502, "upstream_error", "upstream_html")
-    code = verdict.code or refusal.code or None
-    message = refusal.message or (
-        "the upstream answered HTTP %d without a word" % refusal.status
-        if refusal.status
-        else "the upstream reported an error and said no word about it"
-    )
-    if refusal.status == 404 and not refusal.message:
-        message = "the upstream knows no such path (HTTP 404, empty answer); check the base URL"
-    advice = ADVICE.get((code or "", family), ADVICE.get((code or "", ""), ""))
-    if refusal.status in range(300, 400):
-        message = (
-            "the upstream wants to redirect the request elsewhere, which is not followed with a key; "
-            "check the base URL"
-        )
+    """Return the error for the client: by the first of ERROR_RULES, with advice."""
+    rule = error_rule_for(refusal, family)
+    code = rule.code or refusal.code or None
+    message = error_message_of(refusal)
+    advice = family.advice.get(code or "", ADVICE.get(code or "", ""))
     headers = []
-    if verdict.status == 429 and verdict.retry:
-        seconds = min(max(5 if retry_after is None else retry_after, 1), RETRY_AFTER_MOST)
-        headers.append(("Retry-After", str(int(seconds))))
-    elif verdict.status == 503 and retry_after is not None:
-        headers.append(("Retry-After", str(int(min(max(retry_after, 1), RETRY_AFTER_MOST)))))
-    if verdict.code == "insufficient_quota":
-        headers.append(
-            ("x-should-retry", "false")
-            # openai-python and -node would retry a 429 otherwise
-        )
+    if rule.status == 429 and rule.retry or rule.status == 503 and retry_after is not None:
+        seconds = max(5 if retry_after is None else retry_after, 1)
+        headers.append(("Retry-After", str(int(min(seconds, LONGEST_RETRY_AFTER)))))
+    if rule.code == _QUOTA:
+        # openai-python and -node would retry a 429 otherwise.
+        headers.append(("x-should-retry", "false"))
     return UpstreamError(
-        message + (". " + advice if advice else ""),
-        verdict.status,
+        message + (f". {advice}" if advice else ""),
+        rule.status,
         code,
-        verdict.type,
-        refusal.param,
-        refusal.request_id,
-        headers,
-        verdict.retry,
-        retry_after,
-        verdict.moves_on,
+        rule.type,
+        param=refusal.param,
+        request_id=refusal.request_id,
+        headers=headers,
+        retry=rule.retry,
+        retry_after=retry_after,
+        moves_on=rule.moves_on,
     )
 
 
-def retry_after_of(headers: Any) -> float | None:
-    """Seconds of retry-after-ms or Retry-After (RFC 9110 10.2.3); None without, or for what is neither."""
+def error_rule_for(refusal: Refusal, family: Family) -> ErrorRule:
+    """Return the first of ERROR_RULES that a refusal fits."""
+    if refusal.code == "html" and refusal.status not in RETRY_STATUSES:
+        return ErrorRule((), "", 502, "upstream_error", "upstream_html")
+    text = f"{refusal.code}: {refusal.message}"[:MAX_ERROR_TEXT_SCANNED]
+    return next(
+        rule
+        for rule in ERROR_RULES
+        if (not rule.statuses or refusal.status in rule.statuses)
+        and (not rule.families or family.name in rule.families)
+        and re.search(rule.pattern, text, re.I)
+    )
+
+
+def error_message_of(refusal: Refusal) -> str:
+    """Return the upstream's message, or what its silence means."""
+    if refusal.status in range(300, 400):
+        return (
+            "the upstream wants to redirect the request elsewhere, which is not followed with a "
+            "key; check the base URL"
+        )
+    if refusal.message:
+        return refusal.message
+    if refusal.status == 404:
+        return "the upstream knows no such path (HTTP 404, empty answer); check the base URL"
+    if refusal.status:
+        return f"the upstream returned HTTP {refusal.status} with an empty body"
+    return "the upstream reported an error without a message"
+
+
+def retry_after_of(headers: Mapping[str, str]) -> float | None:
+    """Return the seconds of retry-after-ms or Retry-After (RFC 9110 10.2.3), None without."""
     for name, scale in (("retry-after-ms", 1000), ("retry-after", 1)):
         value = (headers.get(name) or "").strip()
         if re.match(r"\d{1,9}(\.\d+)?\Z", value):
             return float(value) / scale
     try:
-        return max(0.0, parsedate_to_datetime(headers.get("retry-after")).timestamp() - time.time())
+        date = parsedate_to_datetime(headers.get("retry-after", ""))
+        return max(0.0, date.timestamp() - time.time())
     except (TypeError, ValueError, IndexError, OverflowError):
         return None
 
@@ -5228,29 +5069,30 @@ def retry_after_of(headers: Any) -> float | None:
 class Increments:
     """Makes increments of a text that may arrive cumulatively: each delta all of the text so far.
 
-    Some Coding Plan paths do that (qwen-code #1184, #3279, PR #3896). An increment may start with the
-    whole text so far as well: "ha" and then "haha" is the text "hahaha". The two are told apart by
-    evidence: how many characters were repeated, delta by delta, while each delta extended the one before
-    it. Only what both readings agree on is passed on until one of them is out: one delta that does not
-    start with the delta before it proves increments for good; EVIDENCE repeated characters prove a
-    cumulative stream, unless the text is one short unit over and over, which is what a model that
-    laughs or draws a line really sends. A mere repeat of fewer characters is an increment, as to wait would
-    make every answer of equal chunks late; a longer one speaks for neither. Undecidable are cumulative answers
-    that end before that, and periodic ones: they are read as increments. What is read wrongly is an answer whose
-    first increments each begin with all of the one before, as rows that grow ("1 2 3", "1 2 3 4 5 6", ...).
+    Some Coding Plan paths do that (qwen-code #1184, #3279, PR #3896). An increment may start with
+    the whole text so far as well: "ha" and then "haha" is the text "hahaha". The two are told apart
+    by evidence: how many characters were repeated, delta by delta, while each delta extended the
+    one before it. Only what both readings agree on is passed on until one of them is ruled out. One
+    delta that does not start with the delta before it proves increments for good; EVIDENCE repeated
+    characters prove a cumulative stream, unless the text is one short unit over and over, which is
+    what a model that laughs or draws a line really sends. A mere repeat of fewer characters is an
+    increment, as to wait would make every answer of equal chunks late. Undecidable are cumulative
+    answers that end before that, and periodic ones: they are read as increments. What is read
+    wrongly is an answer whose first increments each begin with all of the one before, as rows that
+    grow ("1 2 3", "1 2 3 4 5 6", ...).
     """
 
     EVIDENCE = 24
 
     def __init__(self) -> None:
-        # increments for good: feed() need not be asked any more
+        # Increments for good: feed() need not be asked any more.
         self.is_settled = False
         self._is_cumulative = False
         self._joined = self._latest = ""
         self._sent = self._evidence = 0
 
     def feed(self, text: str) -> str:
-        """The text to pass on now."""
+        """Return the text to pass on now."""
         if self.is_settled or not text:
             return text
         if self._is_cumulative:
@@ -5269,14 +5111,13 @@ class Increments:
         return fresh
 
     def close(self) -> str:
-        """What was held back, when no more will come."""
-        return "" if self.is_settled or self._is_cumulative else self._settle(self._joined)
+        """Return what was kept back, when no more will come."""
+        is_decided = self.is_settled or self._is_cumulative
+        return "" if is_decided else self._settle(self._joined)
 
     def _is_increment(self, repeat: str) -> bool:
-        return len(repeat) < self.EVIDENCE or len(self._joined) > 2 * len(
-            repeat
-            # it is held two times at most
-        )
+        # A longer repeat is kept back two times at most.
+        return len(repeat) < self.EVIDENCE or len(self._joined) > 2 * len(repeat)
 
     def _settle(self, joined: str) -> str:
         self.is_settled, self._joined, self._latest = True, "", ""
@@ -5291,48 +5132,43 @@ class Increments:
 
 
 def is_periodic(text: str) -> bool:
-    """Whether a text is one unit of at most half its length over and over, the last perhaps cut.
+    """Return whether a text is one unit of at most half its length over and over.
 
-    The unit is looked for in the beginning, as looking through a long text takes the square of its length.
+    The last one may be cut. The unit is looked for in the beginning, as looking through a long text
+    takes the square of its length.
 
     >>> is_periodic("hahah"), is_periodic("Hello, w")
     (True, False)
     """
-    start = text[:LONGEST_START]
-    width = next(
-        (width for width in range(1, len(start) // 2 + 1) if start.startswith(start[width:])), 0
-    )
+    start = text[:MAX_PREFIX_SCANNED]
+    widths = range(1, len(start) // 2 + 1)
+    width = next((width for width in widths if start.startswith(start[width:])), 0)
     return width > 0 and text.startswith(text[width:])
 
 
-THINK_TAGS = (("<think>", "</think>"), ("<thinking>", "</thinking>"))
-CLOSING_TAGS = tuple(closing for _, closing in THINK_TAGS)
-_FENCE = re.compile(r"\s*```[a-zA-Z0-9]*[ \t]*\n?")
-
-
 class ContentFilter:
-    """Takes out of the content what does not belong there, looking at its very beginning and end only.
+    """Takes out of the content what does not belong there, at its very beginning and end.
 
-    Thoughts that a server left in the content (<think>...</think> first, or the lone closing tag), and,
-    where the client asked for JSON, the code fence around it. Such a word in the middle is the answer's.
+    That is thoughts that a server left in the content (<think>...</think> first, or the lone
+    closing tag), and, where the client asked for JSON, the code fence around it. Such a word in the
+    middle is the answer's.
     """
 
+    TAGS = (("<think>", "</think>"), ("<thinking>", "</thinking>"))
+    _CLOSING = re.compile(r"(?:\s*</think(?:ing)?>)+")
+    _FENCE = re.compile(r"\s*```[a-zA-Z0-9]*[ \t]*\n?")
+
     def __init__(self, is_json: bool):
-        self._is_json, self._held, self._closing, self._in_fence, self._took_tag = (
-            is_json,
-            "",
-            "",
-            False,
-            False,
-        )
-        # nothing to look for any more: feed() need not be asked
+        self._is_json, self._kept, self._closing = is_json, "", ""
+        self._in_fence = self._took_tag = False
+        # Nothing to look for any more: feed() need not be asked.
         self.is_open = False
 
     def feed(self, text: str) -> tuple[str, str]:
-        """(reasoning, content) to pass on now."""
+        """Return (reasoning, content) to pass on now."""
         if self.is_open:
             return "", text
-        self._held += text
+        self._kept += text
         if self._closing:
             return self._feed_thoughts()
         if not self._in_fence and not self._starts():
@@ -5340,86 +5176,97 @@ class ContentFilter:
         if self._closing:
             return self._feed_thoughts()
         if self._in_fence:
-            body = self._held.rstrip("` \t\r\n") if len(self._held) < LONGEST_START else self._held
-            self._held = self._held[len(body) :]
+            is_short = len(self._kept) < MAX_PREFIX_SCANNED
+            body = self._kept.rstrip("` \t\r\n") if is_short else self._kept
+            self._kept = self._kept[len(body) :]
             return "", body
         self.is_open = True
-        text, self._held = self._held, ""
+        text, self._kept = self._kept, ""
         return "", text.lstrip() if self._took_tag else text
 
     def close(self) -> tuple[str, str]:
-        """(reasoning, content) that was held back, when no more will come."""
-        held, self._held = self._held, ""
+        """Return (reasoning, content) that was kept back, when no more will come."""
+        kept, self._kept = self._kept, ""
         if self._closing:
-            return held, ""
+            return kept, ""
         if self._in_fence:
-            bare = held.rstrip()
-            return "", bare[:-3].rstrip() if bare.endswith("```") else held
-        return "", held.lstrip() if self._took_tag else held
+            bare = kept.rstrip()
+            return "", bare[:-3].rstrip() if bare.endswith("```") else kept
+        return "", kept.lstrip() if self._took_tag else kept
 
     def _starts(self) -> bool:
-        """Whether the beginning is known: a tag was taken off, a fence was, or it is plain."""
-        start = self._held.lstrip()
-        while start.startswith(CLOSING_TAGS):
-            self._held, self._took_tag = start.partition(">")[2], True
-            start = self._held.lstrip()
-        for opening, closing in THINK_TAGS:
+        """Return whether the beginning is known: a tag or a fence was taken off, or it is plain."""
+        closing = self._CLOSING.match(self._kept)
+        if closing:
+            self._kept, self._took_tag = self._kept[closing.end() :], True
+        start = self._kept.lstrip()
+        for opening, closing_tag in self.TAGS:
             if start.startswith(opening):
-                self._closing, self._held, self._took_tag = (
-                    closing,
-                    start[len(opening) :].lstrip("\n"),
-                    True,
-                )
+                self._closing, self._took_tag = closing_tag, True
+                self._kept = start[len(opening) :].lstrip("\n")
                 return True
-        if len(self._held) > LONGEST_START:
+        if len(self._kept) > MAX_PREFIX_SCANNED:
             return True
-        tags = [tag for pair in THINK_TAGS for tag in pair] + (["```"] if self._is_json else [])
+        tags = [*itertools.chain(*self.TAGS), *(["```"] if self._is_json else [])]
         if any(tag.startswith(start) for tag in tags):
             return False
-        fence = _FENCE.match(self._held) if self._is_json else None
-        if fence and fence.end() == len(self._held) and not self._held.endswith("\n"):
-            # "```js": the word may go on
+        fence = self._FENCE.match(self._kept) if self._is_json else None
+        if fence and fence.end() == len(self._kept) and not self._kept.endswith("\n"):
+            # "```js": the word may go on.
             return False
         if fence:
-            self._in_fence, self._held = True, self._held[fence.end() :]
+            self._in_fence, self._kept = True, self._kept[fence.end() :]
         return True
 
     def _feed_thoughts(self) -> tuple[str, str]:
-        thoughts, tag, rest = self._held.partition(self._closing)
+        thoughts, tag, rest = self._kept.partition(self._closing)
         if tag:
-            self._closing, self._held = "", ""
-            content = self.feed(rest)
-            return thoughts + content[0], content[1]
-        keep = next(
-            (
-                size
-                for size in range(len(self._closing) - 1, 0, -1)
-                if thoughts.endswith(self._closing[:size])
-            ),
-            0,
-        )
-        self._held = thoughts[len(thoughts) - keep :]
-        return thoughts[: len(thoughts) - keep], ""
+            self._closing, self._kept = "", ""
+            more, content = self.feed(rest)
+            return thoughts + more, content
+        sizes = range(len(self._closing) - 1, 0, -1)
+        begun = (size for size in sizes if thoughts.endswith(self._closing[:size]))
+        end = len(thoughts) - next(begun, 0)
+        self._kept = thoughts[end:]
+        return thoughts[:end], ""
+
+
+class Budget:
+    """What one answer may keep to its end, in characters, whatever it is made of.
+
+    take() raises UpstreamError beyond LIMIT. Streamed chunks are not kept.
+    """
+
+    LIMIT = 128 * 1024 * 1024
+    # What a character of JSON that is no string costs as Python objects.
+    OBJECTS = 16
+
+    def __init__(self) -> None:
+        self._left = self.LIMIT
+
+    def take(self, value: Any) -> None:
+        """Count a value that is kept."""
+        is_text = isinstance(value, (str, bytes))
+        self._left -= len(value) if is_text else self.OBJECTS * len(encode_json(value))
+        if self._left < 0:
+            raise UpstreamError(
+                f"the answer is longer than {self.LIMIT} characters and was aborted"
+            )
 
 
 class LongText:
-    """A text that grows piece by piece; joining it at each piece would take the square of its length.
+    """A text that grows piece by piece; joining it at each piece would take quadratic time."""
 
-    add() raises UpstreamError for one that grows beyond MAX_ANSWER.
-    """
-
-    def __init__(self) -> None:
+    def __init__(self, budget: Budget | None = None) -> None:
         self._parts: list[str] = []
-        self.size = 0
+        self._budget, self.size = budget, 0
 
     def add(self, text: str) -> None:
         """Append a piece."""
         self._parts.append(text)
         self.size += len(text)
-        if self.size > MAX_ANSWER:
-            raise UpstreamError(
-                "the upstream's answer goes on after %d characters; it is given up" % MAX_ANSWER
-            )
+        if self._budget:
+            self._budget.take(text)
 
     def __str__(self) -> str:
         if len(self._parts) > 1:
@@ -5427,176 +5274,209 @@ class LongText:
         return self._parts[0] if self._parts else ""
 
 
+class JsonText(LongText):
+    """A growing JSON text that knows when it is whole, in time linear in its length.
+
+    It is parsed only when its brackets are balanced, and never again once it is broken.
+    """
+
+    _TOKENS = re.compile(r'\\.|["{}\[\]]', re.S)
+
+    def __init__(self, budget: Budget | None = None) -> None:
+        super().__init__(budget)
+        self._depth, self._in_string, self._carry = 0, False, ""
+        self._is_broken, self._parsed_size = False, -1
+        self._value: Any = None
+
+    def add(self, text: str) -> None:
+        """Append a piece."""
+        super().add(text)
+        text = self._carry + text
+        # A backslash at the end belongs to what comes next.
+        cut = len(text) - len(text.rstrip("\\"))
+        text, self._carry = (text[:-1], "\\") if cut % 2 else (text, "")
+        for token in self._TOKENS.findall(text):
+            if token == '"':
+                self._in_string = not self._in_string
+            elif not self._in_string and token in "{[":
+                self._depth += 1
+            elif not self._in_string and token in "}]":
+                self._depth -= 1
+
+    def value(self) -> Any:
+        """Return the value, or None as long as the text is not whole JSON."""
+        if self._is_broken or self._depth or self._in_string or self._carry:
+            return None
+        if self._parsed_size != self.size:
+            broken = object()
+            value = loads(str(self), broken)
+            self._parsed_size, self._value = self.size, None if value is broken else value
+            self._is_broken = value is broken and self.size > MAX_PREFIX_SCANNED
+        return self._value
+
+    def is_whole(self) -> bool:
+        """Return whether it is whole JSON; null is, too."""
+        return self.value() is not None or self.size < 20 and str(self).strip() == "null"
+
+
 class ToolCall:
     """One tool call of an answer as it was passed on so far."""
 
-    def __init__(self, number: Callable[[], int], upstream_index: Any, upstream_id: str):
-        self.index, self.upstream_index, self.upstream_id, self._number = (
+    MAX_NAME = 256
+
+    def __init__(self, number: Callable[[], int], upstream_id: str, has_index: bool):
+        self.index, self.upstream_id, self.has_index, self._number = (
             -1,
-            upstream_index,
             upstream_id,
+            has_index,
             number,
         )
         self.id = upstream_id or "call_" + secrets.token_hex(12)
-        self.name, self.arguments, self._held = "", LongText(), ""
+        self.name, self.arguments, self._kept = "", JsonText(), ""
         self._increments, self._repeats_name = Increments(), False
 
-    def add(self, name: str, arguments: str) -> dict | None:
-        """The delta to pass on now: id, type and name once and first, then nothing but arguments."""
+    def add(self, name: str, arguments: str) -> Json | None:
+        """Return the delta to pass on now.
+
+        id, type and name come once and first, then nothing but arguments.
+        """
         if arguments and self._is_all(name, arguments):
-            # the whole call once more
+            # The whole call once more.
             arguments = ""
         self._repeats_name = self._repeats_name or bool(name and self.name)
-        fresh = self._held + self._increments.feed(arguments)
+        fresh = self._kept + self._increments.feed(arguments)
         is_first = not self.name and bool(name)
         self.name = self.name or name
-        # arguments before the name: nobody can use them yet
         if not self.name:
-            self._held = fresh
+            # Arguments before the name are of no use to the client yet.
+            self._kept = fresh
             return None
-        self._held = ""
+        self._kept = ""
         self.arguments.add(fresh)
         if is_first:
             self.index = self._number()
-            return {
-                "index": self.index,
-                "id": self.id,
-                "type": "function",
-                "function": {"name": self.name, "arguments": fresh},
-            }
+            function = {"name": self.name, "arguments": fresh}
+            return {"index": self.index, "id": self.id, "type": "function", "function": function}
         return {"index": self.index, "function": {"arguments": fresh}} if fresh else None
 
     def is_followed_by(self, name: str, arguments: str) -> bool:
-        """Whether a delta with this one's id is another call all the same: some give one id to all."""
+        """Return whether a delta with this call's id starts a new one; some repeat one id."""
         if not (name and self.name):
             return False
-        return (
-            name != self.name
-            or bool(arguments.strip())
-            and not self._is_all(name, arguments)
-            and self.is_complete()
-        )
+        is_new = bool(arguments.strip()) and not self._is_all(name, arguments)
+        return name != self.name or is_new and self.arguments.is_whole()
 
     def is_followed_without_id_by(self, name: str, arguments: str) -> bool:
-        """The same where there are no ids: a name again after whole arguments, unless it came with every delta."""
+        """Return whether a delta without id starts a new call.
+
+        That is a name again after whole arguments, unless it came with every delta.
+        """
         if not (name and self.name) or self.upstream_id:
             return False
-        return (
-            name != self.name
-            or self.is_complete()
-            and (bool(arguments.strip()) or not self._repeats_name)
-        )
+        is_new = bool(arguments.strip()) or not self._repeats_name
+        return name != self.name or is_new and self.arguments.is_whole()
 
-    def close(self) -> dict | None:
-        """The delta that completes it: what was held back, and {} for a call without arguments."""
+    def close(self) -> Json | None:
+        """Return the delta that completes it: what was kept back, {} for no arguments."""
         fresh = self._increments.close()
         if not (self.arguments.size or fresh):
             fresh = "{}"
         self.arguments.add(fresh)
-        return (
-            {"index": self.index, "function": {"arguments": fresh}} if fresh and self.name else None
-        )
-
-    def is_complete(self) -> bool:
-        """Whether the arguments are whole JSON."""
-        try:
-            json.loads(str(self.arguments))
-        except (ValueError, RecursionError):
-            return False
-        return True
+        has_news = bool(fresh and self.name)
+        return {"index": self.index, "function": {"arguments": fresh}} if has_news else None
 
     def _is_all(self, name: str, arguments: str) -> bool:
-        """Whether these are all of the arguments once more, with the name perhaps in other blanks."""
+        """Return whether these are all of the arguments once more, perhaps in other blanks."""
         if len(arguments) == self.arguments.size and arguments == str(self.arguments):
-            return self.is_complete()
-        if not name or arguments.lstrip()[:1] != "{" or not self.is_complete():
+            return self.arguments.is_whole()
+        if not name or arguments.lstrip()[:1] != "{":
             return False
-        try:
-            ours, theirs = json.loads(str(self.arguments)), json.loads(arguments)
-            return json.dumps(ours, sort_keys=True) == json.dumps(
-                theirs,
-                sort_keys=True,
-                # 1 is not true
-            )
-        except (ValueError, RecursionError):
+        ours = self.arguments.value()
+        if not isinstance(ours, dict) or len(arguments) < len(ours):
             return False
+        theirs = loads(arguments)
+        # 1 is not true.
+        return theirs == ours and json.dumps(ours, sort_keys=True) == json.dumps(
+            theirs, sort_keys=True
+        )
 
 
 class ToolCalls:
     """The tool calls of one choice, rebuilt from deltas of any shape.
 
-    Seen from upstreams: no index, index from 1, one index for two calls, id "" or null or repeated or
-    missing, name repeated, arguments null or an object or before the name. Out comes OpenAI's shape:
-    index from 0 without holes, ids unique, one entry a delta.
+    Seen from upstreams: no index, index from 1, one index for two calls, id "" or null or repeated
+    or missing, name repeated, arguments null or an object or before the name. Out comes OpenAI's
+    shape: index from 0 without holes, ids unique, one entry a delta.
     """
 
     def __init__(self) -> None:
         self.calls: list[ToolCall] = []
-        self._number = (
-            itertools.count().__next__
-            # given out as names come, so that there are no holes
-        )
+        self._by_index: dict[int, ToolCall] = {}
+        self._by_id: dict[tuple[str, int | None], ToolCall] = {}
+        self._ids: set[str] = set()
+        # Given out as names come, so that there are no holes.
+        self._number = itertools.count().__next__
 
-    def feed(self, entries: Any) -> list[dict]:
-        """The deltas to pass on for the tool_calls of one upstream delta."""
+    def feed(self, entries: Any) -> list[Json]:
+        """Return the deltas to pass on for the tool_calls of one upstream delta."""
         deltas = []
-        for entry in entries if isinstance(entries, list) else []:
+        for entry in as_list(entries):
             if not isinstance(entry, dict):
                 continue
-            function = entry.get("function") if isinstance(entry.get("function"), dict) else {}
-            name = function.get("name") if isinstance(function.get("name"), str) else ""
+            function = as_object(entry.get("function"))
+            name = as_text(function.get("name"))[: ToolCall.MAX_NAME]
             arguments = function.get("arguments")
             if not isinstance(arguments, str):
                 arguments = "" if arguments is None else json.dumps(arguments, ensure_ascii=False)
-            call_id = entry.get("id") if isinstance(entry.get("id"), str) else ""
-            deltas.append(
-                self._call_for(entry.get("index"), call_id, name, arguments).add(name, arguments)
-            )
+            call_id = as_text(entry.get("id"))
+            call_id = call_id if len(call_id) <= ToolCall.MAX_NAME else ""
+            index = entry.get("index")
+            index = index if type(index) is int and 0 <= index < 100_000 else None
+            deltas.append(self._call_for(index, call_id, name, arguments).add(name, arguments))
         return [delta for delta in deltas if delta]
 
-    def is_whole(self) -> bool:
-        """Whether the last call's arguments are whole as they came."""
-        return bool(self.calls) and self.calls[-1].is_complete()
+    def named(self) -> list[ToolCall]:
+        """Return the calls that the client was told of."""
+        return [call for call in self.calls if call.name]
 
-    def close(self) -> list[dict]:
-        """The deltas that complete all calls."""
+    def is_whole(self) -> bool:
+        """Return whether the last call's arguments are whole as they came."""
+        return bool(self.calls) and self.calls[-1].arguments.is_whole()
+
+    def close(self) -> list[Json]:
+        """Return the deltas that complete all calls."""
         return [delta for delta in (call.close() for call in self.calls) if delta]
 
-    def _call_for(self, index: Any, call_id: str, name: str, arguments: str) -> ToolCall:
-        same_index = (
-            [call for call in self.calls if call.upstream_index == index]
-            if index is not None
-            else []
-        )
+    def _call_for(self, index: int | None, call_id: str, name: str, arguments: str) -> ToolCall:
+        same_index = self._by_index.get(index) if index is not None else None
         if call_id:
-            for call in self.calls:
-                if (
-                    call.upstream_id == call_id
-                    and (index is None or call.upstream_index in (index, None))
-                    and not call.is_followed_by(name, arguments)
-                ):
-                    return call
-            if same_index and not same_index[-1].upstream_id and not same_index[-1].name:
-                # its id comes late: ours has not gone out yet
-                return same_index[-1]
+            call = self._by_id.get((call_id, index)) or self._by_id.get((call_id, None))
+            if call and not call.is_followed_by(name, arguments):
+                return call
+            if same_index and not same_index.upstream_id and not same_index.name:
+                # Its id comes late: ours has not gone out yet.
+                return same_index
             return self._new(index, call_id)
-        latest = same_index[-1] if same_index else None
-        if (
-            latest is None
-            and self.calls
-            and (index is None or not name and self.calls[-1].upstream_index is None)
-        ):
-            latest = self.calls[-1]
-        if latest is None:
+        latest = same_index
+        last = self.calls[-1] if self.calls else None
+        if latest is None and last and (index is None or not name and not last.has_index):
+            latest = last
+        if latest is None or latest.is_followed_without_id_by(name, arguments):
             return self._new(index, "")
-        return self._new(index, "") if latest.is_followed_without_id_by(name, arguments) else latest
+        return latest
 
-    def _new(self, index: Any, call_id: str) -> ToolCall:
-        is_taken = any(call.id == call_id for call in self.calls)
-        call = ToolCall(self._number, index, call_id)
-        if is_taken:
+    def _new(self, index: int | None, call_id: str) -> ToolCall:
+        call = ToolCall(self._number, call_id, index is not None)
+        if call.id in self._ids:
             call.id = "call_" + secrets.token_hex(12)
+        self._ids.add(call.id)
         self.calls.append(call)
+        if index is not None:
+            self._by_index[index] = call
+        if call_id:
+            self._by_id[call_id, index] = call
+            # For a delta of the same call that names no index.
+            self._by_id[call_id, None] = call
         return call
 
 
@@ -5607,219 +5487,127 @@ class ChoiceState:
         self.content, self.reasoning = Increments(), Increments()
         self.filter, self.tools = ContentFilter(is_json), ToolCalls()
         self.has_role = self.has_ended = False
-        self.finish_reason: str | None = (
-            # the upstream's; ours goes out at the end, as more may follow it
-            None
-        )
-        self.finish_extra: dict = {}
+        # The upstream's; ours goes out at the end, as more may follow it.
+        self.finish_reason: str | None = None
+        self.finish_extra: Json = {}
 
     def passes_text(self) -> bool:
-        """Whether content can go through as it is."""
-        return (
-            self.has_role
-            and self.content.is_settled
-            and self.filter.is_open
-            and self.finish_reason is None
-        )
+        """Return whether content can go through as it is."""
+        is_plain = self.content.is_settled and self.filter.is_open
+        return self.has_role and is_plain and self.finish_reason is None
 
 
-KNOWN_DELTA = frozenset(
-    {"role", "content", "reasoning_content", "reasoning", "tool_calls", "function_call"}
-)
-_CHUNKS = json.JSONDecoder(
-    parse_constant=lambda name: None
-    # a log probability of -Infinity is no JSON
-)
-Translated = List[
-    Tuple[dict, Optional[bytes]]
-    # chunks, each with the bytes that it came as if unchanged
-]
+class Chunk(NamedTuple):
+    """A chunk for the client, and the bytes that it came as, if they are still right."""
 
-
-_CONTENT = re.compile(rb'"content": ?"((?:[^"\\]|\\.)*)"')
-# Without a repetition in a repetition, which takes exponential time for a text that is none.
-_JSON_TEXT = re.compile(
-    rb'[^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*)*\Z'
-)
-
-
-class Frame(NamedTuple):
-    """What is around the text in a chunk that went through as it came; most chunks differ in nothing but the text."""
-
-    before: bytes
-    behind: bytes
-    our_before: bytes
-    our_behind: bytes
-    index: int
-
-    @classmethod
-    def around(cls, theirs: bytes, ours: bytes, index: int) -> Frame | None:
-        """The frame of a chunk as it came and as it went out; None where the place of the text is not certain."""
-        found, found_ours = _CONTENT.search(theirs), _CONTENT.search(ours)
-        if not found or not found_ours or theirs.count(b'"content"') != 1:
-            return None
-        return cls(
-            theirs[: found.start(1)],
-            theirs[found.end(1) :],
-            ours[: found_ours.start(1)],
-            ours[found_ours.end(1) :],
-            index,
-        )
-
-    def text(self, data: bytes) -> bytes | None:
-        """The text, as JSON has it, of a chunk that begins as this frame; None if it ends otherwise."""
-        if not data.endswith(self.behind):
-            return None
-        text = data[len(self.before) : len(data) - len(self.behind)]
-        return text if text and _JSON_TEXT.match(text) else None
-
-
-def decode_chunk(data: bytes) -> dict:
-    """The object in an event's data, which begins with its brace; raises ValueError, RecursionError."""
-    text = data.decode("utf-8", "replace")
-    chunk, end = _CHUNKS.raw_decode(text)
-    if end < len(text) and text[end:].strip():
-        raise ValueError("something follows the JSON")
-    return chunk
-
-
-def whole_delta(message: Any) -> dict:
-    """A whole message as a delta: each of its tool calls is a call of its own, whatever ids they have."""
-    if not isinstance(message, dict) or not isinstance(message.get("tool_calls"), list):
-        return message if isinstance(message, dict) else {}
-    return {
-        **message,
-        "tool_calls": [
-            {"index": place, **call} if isinstance(call, dict) else call
-            for place, call in enumerate(message["tool_calls"])
-        ],
-    }
+    value: Json
+    raw: bytes | None = None
 
 
 class ChunkTranslator:
-    """Upstream chunks in, chunks as OpenAI shapes them out, for one answer.
+    """Upstream events in, chunks as OpenAI shapes them out, into `sink`, for one answer.
 
-    Out come: the role in the first delta only; one id, created and model throughout; reasoning_content
-    and content never in one delta; one tool call a delta; a finish chunk whose delta is empty; usage in
-    one last chunk without choices, if the client asked for it. Raises UpstreamError for an error inside
-    the stream and for an end that is none.
+    Out come: the role in the first delta only; one id, created and model throughout;
+    reasoning_content and content never in one delta; one tool call a delta; a finish chunk whose
+    delta is empty; usage in one last chunk without choices, if the client asked for it. Raises
+    UpstreamError for an error inside the stream and for an end that is none.
     """
 
     OBJECT = "chat.completion.chunk"
+    KNOWN_DELTA = frozenset(
+        {"role", "content", "reasoning_content", "reasoning", "tool_calls", "function_call"}
+    )
+    MAX_ID = 200
+    # Of a choice; OpenAI's n is 128 at most.
+    MAX_INDEX = 1024
+    # A log probability of -Infinity is no JSON.
+    _DECODER = json.JSONDecoder(parse_constant=lambda name: None)
 
-    def __init__(self, request: dict, route: Route):
-        self.model, self.family = route.model, route.provider.family
+    def __init__(self, request: Json, target: Target):
+        self.sink: Callable[[Chunk], None] = lambda chunk: None
+        self.model, self.family = target.model, target.provider.family
         self.wants_usage = bool(dig(request, "stream_options", "include_usage"))
         self._is_legacy = bool(request.get("functions")) and not request.get("tools")
         self._is_json = wants_json(request)
         self._states: dict[int, ChoiceState] = {}
-        self._id, self._created, self._their_model = "", 0, None
+        self._id, self._created = "", 0
+        self._their_model: Any = None
         self._model_bytes: list[tuple[bytes, bytes]] = []
-        # else nobody asks for the bytes
+        # Otherwise the bytes are of no use.
         self._is_stream = bool(request.get("stream"))
-        self._frame: Frame | None = None
-        # an upstream whose every chunk differs in more is not worth more
-        self._frames_to_try = 3
-        self.usage: dict | None = None
+        self.usage: Json | None = None
         self.is_done = False
 
-    def feed(self, event: Event) -> Translated:
-        """The chunks for one event."""
-        data = event.data
-        if self._frame is not None and data.startswith(self._frame.before) and not event.name:
-            text = self._frame.text(data)
-            if text is not None:
-                return self._same_frame(self._frame, text)
-        if data[:1] in (b" ", b"\t"):
-            data = data.lstrip()
-        if data[:1] != b"{":
-            return self._no_chunk(event)
-        return self._chunk_in(event, data)
-
-    def _no_chunk(self, event: Event) -> Translated:
-        if event.data.strip() == DONE:
+    def feed(self, event: Event) -> None:
+        """Translate one event."""
+        data = event.data.lstrip(b" \t")
+        if data[:1] == b"{":
+            self._feed_chunk(event, data)
+        elif data.strip() == DONE:
             self.is_done = True
         elif event.name == "error":
-            raise to_upstream_error(
-                refusal_of(event.status, event.data.decode("utf-8", "replace")), self.family
-            )
-        # a keep-alive in words
-        return []
+            text = event.data.decode("utf-8", "replace")
+            raise to_upstream_error(Refusal.read(event.status, text), self.family)
 
-    def _same_frame(self, frame: Frame, text: bytes) -> Translated:
-        """A chunk that differs from an earlier one in its text alone: four of five chunks of an answer."""
-        content = json.loads(b'"%s"' % text) if b"\\" in text else text.decode("utf-8", "replace")
-        chunk = self._chunk(
-            [{"index": frame.index, "delta": {"content": content}, "finish_reason": None}]
-        )
-        return [(chunk, frame.our_before + text + frame.our_behind)]
+    def is_finished(self) -> bool:
+        """Return whether every choice has its finish reason."""
+        states = self._states.values()
+        return bool(states) and all(state.finish_reason is not None for state in states)
 
-    def _chunk_in(self, event: Event, data: bytes) -> Translated:
-        try:
-            chunk = decode_chunk(data)
-        except (ValueError, RecursionError):
-            raise UpstreamError(
-                "the upstream sent a chunk that is not JSON, or was cut off in one; try again",
-                code="upstream_cut",
-            ) from None
+    def close(self) -> None:
+        """End the stream; raises UpstreamError when the upstream broke off."""
+        if not self._states or not (self.is_done or self.is_finished()):
+            message = "the upstream answered with an empty stream; try again"
+            if self._states:
+                message = "the upstream ended its answer without a finish reason; try again"
+            raise UpstreamError(message, code="upstream_cut")
+        for index, state in self._states.items():
+            # [DONE] without a reason: it is whole, and opencode loops without one.
+            if not state.has_ended:
+                reason = state.finish_reason or "stop"
+                for output in self._finish(index, state, reason, state.finish_extra):
+                    self.sink(Chunk(self._chunk([output])))
+        if self.wants_usage and self.usage:
+            self.sink(Chunk({**self._chunk([]), "usage": self.usage}))
+
+    def _feed_chunk(self, event: Event, data: bytes) -> None:
+        chunk = self._decoded(data)
         choices = chunk.get("choices")
-        if (
-            event.name == "error"
-            or chunk.get("error")
-            or (not choices and "message" in chunk and "code" in chunk)
-        ):
-            raise to_upstream_error(refusal_in(event.status, chunk), self.family)
+        is_native_error = not choices and "message" in chunk and "code" in chunk
+        if event.name == "error" or chunk.get("error") or is_native_error:
+            raise to_upstream_error(Refusal.of(event.status, chunk), self.family)
         came_from = chunk.get("model")
         is_changed = self._envelope(chunk)
         if self._is_stream and not is_changed and came_from != self.model:
             data = self._with_model(data, came_from)
         if not isinstance(choices, list):
-            return []
-        translated: Translated = []
+            return
+        envelope = chunk
         for choice in choices:
             outputs = self._choice(choice) if isinstance(choice, dict) else []
             if outputs is None and len(choices) == 1:
                 is_same = bool(data) and not is_changed and b"\n" not in event.data
-                if is_same and self._frames_to_try > 0:
-                    self._frames_to_try -= 1
-                    self._frame = Frame.around(event.data, data, choice["index"])
-                return [(chunk, data if is_same else None)]
-            translated += [
-                ({**chunk, "choices": [output]}, None)
-                for output in ([choice] if outputs is None else outputs)
-            ]
-        return translated
+                self.sink(Chunk(chunk, data if is_same else None))
+                return
+            for output in [choice] if outputs is None else outputs:
+                self.sink(Chunk({**envelope, "choices": [output]}))
+                # What else is in the event goes out once, not with each of its choices.
+                envelope = self._chunk([])
 
-    def is_finished(self) -> bool:
-        """Whether every choice has its finish reason."""
-        return bool(self._states) and all(
-            state.finish_reason is not None for state in self._states.values()
+    def _decoded(self, data: bytes) -> Json:
+        text = data.decode("utf-8", "replace")
+        try:
+            chunk, end = self._DECODER.raw_decode(text)
+            if end == len(text) or not text[end:].strip():
+                return as_object(chunk)
+        except (ValueError, RecursionError):
+            pass
+        raise UpstreamError(
+            "the upstream sent a chunk that is not JSON, or was cut off in one; try again",
+            code="upstream_cut",
         )
 
-    def close(self) -> Translated:
-        """The chunks that end the stream; raises UpstreamError when the upstream broke off."""
-        if not self._states or not (self.is_done or self.is_finished()):
-            raise UpstreamError(
-                "the upstream ended its answer without a finish reason; try again"
-                if self._states
-                else "the upstream answered with an empty stream; try again",
-                code="upstream_cut",
-            )
-        outputs = []
-        for index, state in self._states.items():
-            if (
-                not state.has_ended
-                # [DONE] without a reason: it is whole, and opencode loops without one
-            ):
-                outputs += self._finish(
-                    index, state, state.finish_reason or "stop", state.finish_extra
-                )
-        chunks: Translated = [(self._chunk([output]), None) for output in outputs]
-        if self.wants_usage and self.usage:
-            chunks.append(({**self._chunk([]), "usage": self.usage}, None))
-        return chunks
-
-    def _chunk(self, choices: list[dict]) -> dict:
+    def _chunk(self, choices: list[Json]) -> Json:
         return {
             "id": self._id,
             "object": self.OBJECT,
@@ -5828,38 +5616,31 @@ class ChunkTranslator:
             "choices": choices,
         }
 
-    def _envelope(self, chunk: dict) -> bool:
+    def _envelope(self, chunk: Json) -> bool:
         """Make id, object, created and model the same in all chunks, and take the usage out."""
         if not self._id:
-            self._id = as_text(chunk.get("id")) or "chatcmpl-" + secrets.token_hex(12)
-            created = chunk.get("created")
-            # NaN is neither
+            self._id = as_text(chunk.get("id"))[: self.MAX_ID]
+            self._id = self._id or "chatcmpl-" + secrets.token_hex(12)
+            created: Any = chunk.get("created")
+            # NaN is neither.
             is_time = isinstance(created, (int, float)) and 0 < created < 1e12
             self._created = int(created) if is_time else 1
-        is_changed = False
-        if chunk.get("usage") is not None:
-            self.usage = clean_usage(chunk["usage"]) or self.usage
-        if "usage" in chunk:
-            is_changed = chunk.pop("usage") is not None
-        if (
-            chunk.get("id") != self._id
-            or chunk.get("object") != self.OBJECT
-            or chunk.get("created") != self._created
-        ):
-            chunk["id"], chunk["object"], chunk["created"] = self._id, self.OBJECT, self._created
-            is_changed = True
+        usage = chunk.pop("usage", None)
+        self.usage = clean_usage(usage) or self.usage
+        is_changed = usage is not None
+        for name, value in (("id", self._id), ("object", self.OBJECT), ("created", self._created)):
+            if chunk.get(name) != value:
+                chunk[name], is_changed = value, True
         chunk["model"] = self.model
         return is_changed
 
     def _with_model(self, data: bytes, came_from: Any) -> bytes:
-        """The bytes with our model in the place of the upstream's; b"" where that is not certain."""
+        """Return the bytes with our model for the upstream's; b"" where that is not certain."""
         if came_from != self._their_model:
             self._their_model, name = came_from, encode_json(came_from)
+            ours = encode_json(self.model)
             self._model_bytes = [
-                (
-                    b'"model":%s%s' % (space, name),
-                    b'"model":%s%s' % (space, encode_json(self.model)),
-                )
+                (b'"model":%s%s' % (space, name), b'"model":%s%s' % (space, ours))
                 for space in (b"", b" ")
             ]
         for theirs, ours in self._model_bytes if data.count(b'"model"') == 1 else ():
@@ -5867,63 +5648,83 @@ class ChunkTranslator:
                 return data.replace(theirs, ours)
         return b""
 
-    def _choice(self, choice: dict) -> list[dict] | None:
-        """The choices for one upstream choice; None when it is right as it came."""
+    def _choice(self, choice: Json) -> list[Json] | None:
+        """Return the choices for one upstream choice; None when it is right as it came."""
         index, state = self._state_of(choice)
         delta, finish_reason = choice.get("delta"), choice.get("finish_reason")
+        if self._is_plain_text(choice, index, state):
+            return None if choice["delta"]["content"] else []
         if not isinstance(delta, dict):
-            delta = whole_delta(choice.get("message"))
-        if (
-            len(delta) == 1
-            and finish_reason is None
-            and state.passes_text()
-            and type(delta.get("content")) is str
-            and type(choice.get("index")) is int
-            and "finish_reason" in choice
-            and "message" not in choice
-        ):
-            return None if delta["content"] else []
+            delta = self._whole_delta(choice.get("message"))
         if finish_reason == "error_finish":
-            raise to_upstream_error(refusal_of(0, text_of(delta.get("content"))), self.family)
+            refusal = Refusal.read(0, text_of(delta.get("content")))
+            raise to_upstream_error(refusal, self.family)
+        own = ("index", "delta", "message", "finish_reason")
         extra = {
-            name: value
-            for name, value in choice.items()
-            if name not in ("index", "delta", "message", "finish_reason") and value is not None
+            name: value for name, value in choice.items() if name not in own and value is not None
         }
         outputs = self._deltas(index, state, delta, extra)
-        if isinstance(finish_reason, str) and finish_reason not in ("", "null"):
-            # some upstreams send several
+        if as_text(finish_reason) not in ("", "null"):
+            # Some upstreams send several.
             if state.finish_reason in (None, "stop"):
                 state.finish_reason = finish_reason
             state.finish_extra = {} if outputs else extra
         return outputs
 
-    def _state_of(self, choice: dict) -> tuple[int, ChoiceState]:
+    @staticmethod
+    def _is_plain_text(choice: Json, index: int, state: ChoiceState) -> bool:
+        """Return whether a choice is nothing but text that needs no look: four chunks of five."""
+        delta = choice.get("delta")
+        return (
+            type(delta) is dict
+            and len(delta) == 1
+            and type(delta.get("content")) is str
+            and type(choice.get("index")) is int
+            and choice["index"] == index
+            and choice.get("finish_reason", "") is None
+            and "message" not in choice
+            and state.passes_text()
+        )
+
+    @staticmethod
+    def _whole_delta(message: Any) -> Json:
+        """Return a whole message as a delta: each of its tool calls is a call of its own."""
+        whole = as_object(message)
+        if not isinstance(whole.get("tool_calls"), list):
+            return whole
+        calls = [
+            {"index": place, **call} if isinstance(call, dict) else call
+            for place, call in enumerate(whole["tool_calls"])
+        ]
+        return {**whole, "tool_calls": calls}
+
+    def _state_of(self, choice: Json) -> tuple[int, ChoiceState]:
         index = choice.get("index")
-        index = index if type(index) is int else 0
+        index = index if type(index) is int and 0 <= index < self.MAX_INDEX else 0
         state = self._states.get(index)
         if state is None:
             state = self._states[index] = ChoiceState(self._is_json)
         return index, state
 
-    def _deltas(self, index: int, state: ChoiceState, delta: dict, extra: dict) -> list[dict]:
+    def _deltas(self, index: int, state: ChoiceState, delta: Json, extra: Json) -> list[Json]:
         reasoning = delta.get("reasoning_content") or delta.get("reasoning")
         reasoning = state.reasoning.feed(reasoning) if isinstance(reasoning, str) else ""
-        thoughts, content = state.filter.feed(state.content.feed(text_of(delta.get("content"))))
+        text = state.content.feed(text_of(delta.get("content")))
+        thoughts, content = state.filter.feed(text)
         entries = delta.get("tool_calls")
         if not entries and isinstance(delta.get("function_call"), dict):
             entries = [{"index": 0, "function": delta["function_call"]}]
-        # what is held of the text comes before the call, not behind it
         if entries:
-            held = [state.filter.feed(state.content.close()), state.filter.close()]
-            thoughts, content = ("".join(texts) for texts in zip((thoughts, content), *held))
-        deltas: list[dict] = []
+            # What is kept back of the text comes before the call, not behind it.
+            kept = [state.filter.feed(state.content.close()), state.filter.close()]
+            thoughts, content = ("".join(texts) for texts in zip((thoughts, content), *kept))
+        deltas: list[Json] = []
         if reasoning or thoughts:
             deltas.append({"reasoning_content": reasoning + thoughts})
         others = {
             name: value
             for name, value in delta.items()
-            if name not in KNOWN_DELTA and value is not None
+            if name not in self.KNOWN_DELTA and value is not None
         }
         if content or others:
             deltas.append({**({"content": content} if content else {}), **others})
@@ -5931,98 +5732,86 @@ class ChunkTranslator:
             deltas += self._tool_deltas(state.tools.feed(entries))
         return self._outputs(index, state, deltas, extra, isinstance(delta.get("role"), str))
 
-    def _tool_deltas(self, calls: list[dict]) -> list[dict]:
+    def _tool_deltas(self, calls: list[Json]) -> list[Json]:
         if not self._is_legacy:
             return [{"tool_calls": [call]} for call in calls]
         return [{"function_call": call["function"]} for call in calls if call["index"] == 0]
 
+    @staticmethod
     def _outputs(
-        self, index: int, state: ChoiceState, deltas: list[dict], extra: dict, role_came: bool
-    ) -> list[dict]:
+        index: int, state: ChoiceState, deltas: list[Json], extra: Json, role_came: bool
+    ) -> list[Json]:
         if not state.has_role and (deltas or role_came):
             first = deltas[0] if deltas else {}
-            deltas[:1] = [
-                {
-                    "role": "assistant",
-                    **(
-                        {}
-                        if "content" in first or "reasoning_content" in first
-                        else {"content": ""}
-                    ),
-                    **first,
-                }
-            ]
+            head: Json = {"role": "assistant"}
             if "tool_calls" in first or "function_call" in first:
-                deltas[0]["content"] = None
+                head["content"] = None
+            elif "content" not in first and "reasoning_content" not in first:
+                head["content"] = ""
+            deltas[:1] = [{**head, **first}]
             state.has_role = True
         outputs = [{"index": index, "delta": delta, "finish_reason": None} for delta in deltas]
         if outputs:
             outputs[-1].update(extra)
         return outputs
 
-    def _finish(
-        self, index: int, state: ChoiceState, finish_reason: str, extra: dict
-    ) -> list[dict]:
-        """What was held back, then the finish chunk. Precedence: tool_calls, length, stop."""
+    def _finish(self, index: int, state: ChoiceState, reason: str, extra: Json) -> list[Json]:
+        """Return what was kept back, then the finish chunk."""
         reasoning = state.reasoning.close()
         thoughts, content = state.filter.feed(state.content.close())
         last_thoughts, last_content = state.filter.close()
-        held = [
+        kept = [
             {"reasoning_content": reasoning + thoughts + last_thoughts},
             {"content": content + last_content},
         ]
         was_whole = state.tools.is_whole()
-        deltas = [delta for delta in held if any(delta.values())] + self._tool_deltas(
-            state.tools.close()
-        )
+        deltas = [delta for delta in kept if any(delta.values())]
+        deltas += self._tool_deltas(state.tools.close())
         outputs = self._outputs(index, state, deltas, {}, True)
-        if finish_reason in ("stop", "function_call", "tool_calls", "length"):
-            finish_reason = self._reason(state.tools, finish_reason, was_whole)
+        if reason in ("stop", "function_call", "tool_calls", "length"):
+            reason = self._reason(state.tools, reason, was_whole)
         state.has_ended = True
-        return outputs + [{"index": index, "delta": {}, "finish_reason": finish_reason, **extra}]
+        return [*outputs, {"index": index, "delta": {}, "finish_reason": reason, **extra}]
 
-    def _reason(self, tools: ToolCalls, finish_reason: str, was_whole: bool) -> str:
-        """tool_calls if there are whole calls; length if the last one is cut, whatever the upstream says of it."""
-        called = [call for call in tools.calls if call.name]
+    def _reason(self, tools: ToolCalls, reason: str, was_whole: bool) -> str:
+        """Return tool_calls if there are whole calls; length if the last one is cut."""
+        called = tools.named()
         if not called:
-            return "length" if finish_reason == "length" else "stop"
-        if not called[-1].is_complete() or finish_reason == "length" and not was_whole:
+            return "length" if reason == "length" else "stop"
+        if not called[-1].arguments.is_whole() or reason == "length" and not was_whole:
             return "length"
         return "function_call" if self._is_legacy else "tool_calls"
 
 
 class TextTranslator(ChunkTranslator):
-    """The same for text completions: text instead of deltas, no roles, no calls."""
+    """The ChunkTranslator of text completions: text instead of deltas, no roles, no calls."""
 
     OBJECT = "text_completion"
 
-    def _choice(self, choice: dict) -> list[dict] | None:
+    def _choice(self, choice: Json) -> list[Json] | None:
         index, state = self._state_of(choice)
-        text, finish_reason = text_of(choice.get("text")), choice.get("finish_reason")
-        if finish_reason == "error_finish":
-            raise to_upstream_error(refusal_of(0, text), self.family)
-        if not isinstance(finish_reason, str) or finish_reason in ("", "null"):
-            finish_reason = None
-        if state.finish_reason is not None or not (text or finish_reason):
+        text, reason = text_of(choice.get("text")), choice.get("finish_reason")
+        if reason == "error_finish":
+            raise to_upstream_error(Refusal.read(0, text), self.family)
+        reason = reason if as_text(reason) not in ("", "null") else None
+        if state.finish_reason is not None or not (text or reason):
             return []
-        state.finish_reason, state.has_ended = finish_reason, finish_reason is not None
+        state.finish_reason, state.has_ended = reason, reason is not None
         right = {
             "index": index,
             "text": text,
-            "finish_reason": finish_reason,
+            "finish_reason": reason,
             "logprobs": choice.get("logprobs"),
         }
         return None if choice == right else [{**choice, **right}]
 
-    def _finish(
-        self, index: int, state: ChoiceState, finish_reason: str, extra: dict
-    ) -> list[dict]:
+    def _finish(self, index: int, state: ChoiceState, reason: str, extra: Json) -> list[Json]:
         state.has_ended = True
-        return [{"index": index, "text": "", "finish_reason": finish_reason, "logprobs": None}]
+        return [{"index": index, "text": "", "finish_reason": reason, "logprobs": None}]
 
 
-def clean_usage(usage: Any) -> dict | None:
-    """The usage with its three counts as integers; None for one that holds no count."""
+def clean_usage(usage: Any) -> Json | None:
+    """Return the usage with its three counts as integers; None for one that holds no count."""
     if not isinstance(usage, dict):
         return None
     counts = {
@@ -6040,104 +5829,96 @@ def clean_usage(usage: Any) -> dict | None:
         "total_tokens": counts.get("total_tokens", prompt + completion),
     }
     if isinstance(usage.get("cached_tokens"), int):
-        cleaned.setdefault("prompt_tokens_details", {"cached_tokens": usage["cached_tokens"]})
+        details = {"cached_tokens": usage["cached_tokens"]}
+        cleaned.setdefault("prompt_tokens_details", details)
     return cleaned
 
 
-def iter_chunks(pieces: Iterable[bytes], translator: Any) -> Iterator[Translated]:
-    """The translated chunks of an answer, piece by piece; an empty list for a piece that gave none.
+class AnswerDecoder:
+    """The bytes of an answer in, chunks out, into the translator's sink.
 
-    The body is judged by its content, not by its Content-Type: a stream, one JSON object (an error, or a
-    whole completion), or a web page with status 200.
+    The body is judged by its content, not by its Content-Type: a stream, one JSON object (an error,
+    or a whole completion), or a web page with status 200.
     """
-    decoder, head = EventDecoder(), b""
-    pieces = iter(pieces)
-    for piece in pieces:
-        head = (head + piece).lstrip(b"\xef\xbb\xbf \r\n\t")
-        if head:
-            break
-        yield []
-    start = head[:1]
-    if start in (b"{", b"<", b"["):
-        yield translator.feed(Event(whole_answer(head, pieces, translator.family)))
-        translator.is_done = (
-            # JSON that can be read is whole, even if it names no finish reason
-            True
-        )
-    else:
-        for piece in itertools.chain([head], until_finished(pieces, translator)):
-            yield from translated_events(decoder.feed(piece), translator)
-        if not translator.is_done:
-            yield from last_events(decoder, translator)
-    yield translator.close()
 
+    BLANK = b"\xef\xbb\xbf \r\n\t"
 
-def last_events(decoder: EventDecoder, translator: Any) -> Iterator[Translated]:
-    """The chunks of an event without its blank line; one that is cut is no loss once the finish reason is there."""
-    try:
-        yield from translated_events(decoder.close(), translator)
-    except UpstreamError as error:
-        if error.code != "upstream_cut" or not translator.is_finished():
-            raise
+    def __init__(self, translator: ChunkTranslator):
+        self.translator, self._events = translator, EventDecoder()
+        self._has_begun = False
+        # The answer that is no stream.
+        self._whole: bytearray | None = None
 
+    @property
+    def sink(self) -> Callable[[Chunk], None]:
+        """Where the chunks go."""
+        return self.translator.sink
 
-def separate_events(event: Event) -> list[Event]:
-    """The events in one whose lines are JSON each and not together: some put no blank line between their events."""
-    if b"\n" not in event.data:
-        return [event]
-    try:
-        json.loads(event.data.decode("utf-8", "replace"))
-        return [event]
-    except (ValueError, RecursionError):
-        return [event._replace(data=line) for line in event.data.split(b"\n")]
+    @sink.setter
+    def sink(self, sink: Callable[[Chunk], None]) -> None:
+        self.translator.sink = sink
 
+    @property
+    def is_done(self) -> bool:
+        """Whether the stream has said that it is over."""
+        return self.translator.is_done
 
-def translated_events(events: list[Event], translator: Any) -> Iterator[Translated]:
-    """The chunks of some events, all in one; those before an error come out before it is raised."""
-    chunks: Translated = []
-    try:
-        for event in itertools.chain.from_iterable(map(separate_events, events)):
-            chunks += translator.feed(event)
-    except UpstreamError:
-        if chunks:
-            yield chunks
-        raise
-    yield chunks
+    @property
+    def usage(self) -> Json | None:
+        """The usage, once it came."""
+        return self.translator.usage
 
+    def is_finished(self) -> bool:
+        """Return whether nothing is missing if the connection breaks now."""
+        return self.translator.is_finished()
 
-def until_finished(pieces: Iterator[bytes], translator: Any) -> Iterator[bytes]:
-    """The pieces up to [DONE]; a connection that breaks once the finish reason is there has only ended."""
-    try:
-        while not translator.is_done:
-            piece = next(pieces, b"")
+    def feed(self, piece: bytes) -> None:
+        """Take the next piece of the body."""
+        if not self._has_begun:
+            piece = piece.lstrip(self.BLANK)
             if not piece:
                 return
-            yield piece
-    except UpstreamError:
-        if not translator.is_finished():
-            raise
+            self._has_begun = True
+            if piece[:1] in (b"{", b"<", b"["):
+                self._whole = bytearray()
+        if self._whole is None:
+            self._feed_events(self._events.feed(piece))
+            return
+        self._whole += piece
+        if len(self._whole) > MAX_EVENT:
+            message = f"the upstream sent an answer of more than {MAX_EVENT} bytes"
+            raise UpstreamError(message)
 
+    def close(self) -> None:
+        """Take the end of the body."""
+        if self._whole is not None:
+            self.translator.feed(Event(self._completion(bytes(self._whole))))
+            # JSON that can be read is whole, even if it names no finish reason.
+            self.translator.is_done = True
+        elif not self.translator.is_done:
+            try:
+                self._feed_events(self._events.close())
+            except UpstreamError as error:
+                # An event that is cut is no loss once the finish reason is there.
+                if error.code != "upstream_cut" or not self.translator.is_finished():
+                    raise
+        self.translator.close()
 
-def whole_answer(head: bytes, pieces: Iterable[bytes], family: str) -> bytes:
-    """The JSON of an answer that is no stream; raises UpstreamError where it is none."""
-    body = bytearray(head)
-    for piece in pieces:
-        body += piece
-        if len(body) > MAX_EVENT:
-            raise UpstreamError("the upstream sent an answer of more than %d bytes" % MAX_EVENT)
-    text = bytes(body).decode("utf-8", "replace").strip("\ufeff \r\n\t")
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = None
-    if isinstance(value, dict) and value.get("choices"):
-        return text.encode()
-    refusal = refusal_of(0, text)
-    if not refusal.message:
-        refusal = refusal._replace(
-            message="the upstream answered with something that is no completion"
-        )
-    raise to_upstream_error(refusal, family)
+    def _feed_events(self, events: list[Event]) -> None:
+        for event in events:
+            for separate in separate_events(event):
+                self.translator.feed(separate)
+
+    def _completion(self, body: bytes) -> bytes:
+        """Return the JSON of a whole completion; raises UpstreamError where it is none."""
+        text = body.decode("utf-8", "replace").strip("\ufeff \r\n\t")
+        if dig(loads(text), "choices"):
+            return text.encode()
+        refusal = Refusal.read(0, text)
+        if not refusal.message:
+            message = "the upstream answered with something that is no completion"
+            refusal = refusal._replace(message=message)
+        raise to_upstream_error(refusal, self.translator.family)
 
 
 class CompletionCollector:
@@ -6145,206 +5926,428 @@ class CompletionCollector:
 
     OBJECT = "chat.completion"
 
-    def __init__(self) -> None:
-        self._head: dict = {}
-        self._head_size = 0
-        self._choices: dict[int, dict] = {}
+    class Choice:
+        """What was collected of one choice."""
 
-    def feed(self, chunk: dict) -> None:
+        def __init__(self) -> None:
+            self.texts: dict[str, LongText] = {}
+            self.message: Json = {}
+            self.calls: list[Json] = []
+            self.fields: Json = {"finish_reason": None}
+            self.is_legacy = False
+
+    def __init__(self) -> None:
+        self._head: Json = {}
+        self._budget = Budget()
+        self._choices: dict[int, CompletionCollector.Choice] = {}
+
+    def feed(self, chunk: Json) -> None:
         """Add one chunk."""
-        if (
-            len(chunk) > self._head_size
-            # later chunks may name more than the first, seldom something else
-        ):
-            self._head_size = len(chunk)
-            self._head.update(
-                (name, value) for name, value in chunk.items() if name not in ("choices", "usage")
-            )
+        # Later chunks may name more than the first, seldom something else.
+        for name in chunk.keys() - self._head.keys() - {"choices", "usage"}:
+            self._budget.take(chunk[name])
+            self._head[name] = chunk[name]
         for part in chunk["choices"]:
-            choice = self._choices.get(part["index"])
-            if choice is None:
-                choice = {
-                    "index": part["index"],
-                    "texts": {},
-                    "message": {},
-                    "calls": [],
-                    "finish_reason": None,
-                }
-                self._choices[part["index"]] = choice
+            choice = self._choices.setdefault(part["index"], self.Choice())
             self._add(choice, part)
 
-    def _add(self, choice: dict, part: dict) -> None:
+    def completion(self, usage: Json | None) -> Json:
+        """Return the completion, with usage where the upstream gave it."""
+        choices = [
+            {"index": index, **self._finished(self._choices[index])}
+            for index in sorted(self._choices)
+        ]
+        completion = {**self._head, "object": self.OBJECT, "choices": choices}
+        return {**completion, "usage": usage} if usage else completion
+
+    def _add(self, choice: Choice, part: Json) -> None:
         for name, value in part["delta"].items():
             if name == "tool_calls":
-                self._add_call(choice["calls"], value[0])
+                self._add_call(choice.calls, value[0])
             elif name == "function_call":
-                self._add_call(choice["calls"], {"index": 0, "function": value})
-                choice["is_legacy"] = True
+                self._add_call(choice.calls, {"index": 0, "function": value})
+                choice.is_legacy = True
             elif isinstance(value, str) and name != "role":
-                self._add_text(choice["texts"], name, value)
-            elif isinstance(value, list) and isinstance(choice["message"].get(name, []), list):
-                choice["message"].setdefault(name, []).extend(value)
+                self._add_text(choice, name, value)
+            elif isinstance(value, list) and isinstance(choice.message.get(name, []), list):
+                self._budget.take(value)
+                choice.message.setdefault(name, []).extend(value)
             elif value is not None:
-                choice["message"][name] = value
+                choice.message[name] = value
         if len(part) > 3 or part.get("finish_reason"):
             self._add_fields(choice, part)
 
-    @staticmethod
-    def _add_text(texts: dict[str, LongText], name: str, text: str) -> None:
-        if name not in texts:
-            texts[name] = LongText()
-        texts[name].add(text)
+    def _add_text(self, choice: Choice, name: str, text: str) -> None:
+        if name not in choice.texts:
+            choice.texts[name] = LongText(self._budget)
+        choice.texts[name].add(text)
 
-    @staticmethod
-    def _add_fields(choice: dict, part: dict) -> None:
+    def _add_fields(self, choice: Choice, part: Json) -> None:
         for name, value in part.items():
             if name == "logprobs" and isinstance(value, dict):
+                self._budget.take(value)
+                logprobs = choice.fields.setdefault("logprobs", {})
                 for kind, values in value.items():
-                    if isinstance(values, list):
-                        choice.setdefault("logprobs", {}).setdefault(kind, []).extend(values)
-            elif name not in ("index", "delta", "text") and value is not None:
-                choice[name] = value
+                    logprobs.setdefault(kind, []).extend(as_list(values))
+            elif name not in ("index", "delta", "text", "message") and value is not None:
+                choice.fields[name] = value
 
-    @staticmethod
-    def _add_call(calls: list[dict], delta: dict) -> None:
+    def _add_call(self, calls: list[Json], delta: Json) -> None:
         if delta["index"] == len(calls):
-            calls.append(
-                {
-                    "id": delta.get("id"),
-                    "type": "function",
-                    "function": {"name": "", "arguments": LongText()},
-                }
-            )
+            function = {"name": "", "arguments": LongText(self._budget)}
+            calls.append({"id": delta.get("id"), "type": "function", "function": function})
         function = calls[delta["index"]]["function"]
         function["name"] = function["name"] or delta["function"].get("name", "")
         function["arguments"].add(delta["function"].get("arguments", ""))
 
-    def completion(self, usage: dict | None) -> dict:
-        """The completion, with usage where the upstream gave it."""
-        choices = [self._finished(self._choices[index]) for index in sorted(self._choices)]
-        completion = {**self._head, "object": self.OBJECT, "choices": choices}
-        return {**completion, "usage": usage} if usage else completion
-
-    @staticmethod
-    def _finished(choice: dict) -> dict:
-        texts, calls = choice.pop("texts"), choice.pop("calls")
-        message = {
-            "role": "assistant",
-            "content": None,
-            **{name: str(text) for name, text in texts.items()},
-            **choice["message"],
-        }
-        if not calls and message["content"] is None:
-            message["content"] = ""
-        if calls:
+    def _finished(self, choice: Choice) -> Json:
+        texts = {name: str(text) for name, text in choice.texts.items()}
+        message = {"role": "assistant", "content": None, **texts, **choice.message}
+        for call in choice.calls:
+            call["function"]["arguments"] = str(call["function"]["arguments"])
+        if not choice.calls:
+            message["content"] = "" if message["content"] is None else message["content"]
+        else:
             message["content"] = message["content"] or None
-            for call in calls:
-                call["function"]["arguments"] = str(call["function"]["arguments"])
-            if choice.pop("is_legacy", False):
-                message["function_call"] = calls[0]["function"]
+            if choice.is_legacy:
+                message["function_call"] = choice.calls[0]["function"]
             else:
-                message["tool_calls"] = calls
-        return {
-            "index": choice["index"],
-            "message": message,
-            "logprobs": None,
-            **{name: value for name, value in choice.items() if name not in ("index", "message")},
-        }
+                message["tool_calls"] = choice.calls
+        return {"message": message, "logprobs": None, **choice.fields}
 
 
 class TextCollector(CompletionCollector):
-    """The same for text completions."""
+    """The CompletionCollector of text completions."""
 
     OBJECT = "text_completion"
 
-    def _add(self, choice: dict, part: dict) -> None:
-        self._add_text(choice["texts"], "text", part["text"])
+    def _add(self, choice: CompletionCollector.Choice, part: Json) -> None:
+        self._add_text(choice, "text", part["text"])
         self._add_fields(choice, part)
 
-    @staticmethod
-    def _finished(choice: dict) -> dict:
+    def _finished(self, choice: CompletionCollector.Choice) -> Json:
+        fields = choice.fields
         return {
-            "index": choice["index"],
-            "text": str(choice["texts"]["text"]),
-            "logprobs": choice.get("logprobs"),
-            "finish_reason": choice["finish_reason"],
+            "text": str(choice.texts["text"]),
+            "logprobs": fields.get("logprobs"),
+            "finish_reason": fields["finish_reason"],
         }
 
 
-class Kind(NamedTuple):
-    """What differs between chat completions and text completions on the one path of both."""
+class Writer:
+    """Writes an answer to the client; this one to a client of chat or text completions, streamed.
 
-    path: str
-    check: Callable[[Any], None]
-    to_upstream: Callable[[dict, Route], tuple[dict, dict[str, str]]]
-    translator: Callable[[dict, Route], Any]
-    collector: Callable[[], Any]
+    What it writes is kept until flush(); out is the exchange, which knows the framing.
+    """
+
+    is_stream = True
+
+    def __init__(self, out: Any):
+        self._out = out
+        self._pieces: list[bytes] = []
+
+    def start(self) -> None:
+        """Write what goes out before the first chunk."""
+
+    def part(self, place: int) -> Callable[[Chunk], None]:
+        """Return what takes the chunks of one of the requests of split()."""
+        return self.feed
+
+    def feed(self, chunk: Chunk) -> None:
+        """Write one chunk."""
+        self._pieces.append(encode_event(chunk.raw or encode_json(chunk.value)))
+
+    def heartbeat(self) -> None:
+        """Write a sign of life while the upstream is silent."""
+        self._out.write_events([KEEP_ALIVE])
+
+    def close(self, usage: Json | None) -> None:
+        """Write the end."""
+        self._pieces.append(encode_event(DONE))
+        self.flush()
+        self._out.end_stream()
+
+    def error(self, error: ProxyError) -> None:
+        """Write the end of an answer that broke off; no [DONE], as it is not whole."""
+        self.flush()
+        self._out.write_events([encode_event(encode_json(error.body()))])
+        self._out.end_stream()
+
+    def flush(self) -> None:
+        """Send what was written, as one write."""
+        if self._pieces:
+            pieces, self._pieces = self._pieces, []
+            self._out.write_events(pieces)
 
 
-CHAT = Kind(
-    "/chat/completions",
-    check_chat_request,
-    to_upstream_request,
-    ChunkTranslator,
-    CompletionCollector,
-)
-TEXT = Kind(
-    "/completions", check_text_request, to_upstream_text_request, TextTranslator, TextCollector
-)
+class CollectingWriter(Writer):
+    """Writes an answer as one JSON object at its end."""
+
+    is_stream = False
+
+    def __init__(self, out: Any, collector: CompletionCollector):
+        super().__init__(out)
+        self._collector = collector
+
+    def feed(self, chunk: Chunk) -> None:
+        """Collect one chunk."""
+        if chunk.value["choices"]:
+            self._collector.feed(chunk.value)
+
+    def close(self, usage: Json | None) -> None:
+        """Write the whole answer."""
+        self._out.send_json(200, self._collector.completion(usage))
 
 
-def vectors_of(body: bytes, count: int, family: str) -> tuple[list[list[float]], dict]:
-    """The vectors of one answer of /embeddings, in the order of the texts, and its usage; raises UpstreamError."""
-    text = body.decode("utf-8", "replace")
-    try:
-        answer = json.loads(text)
-    except (ValueError, RecursionError):
-        answer = None
-    entries = dig(answer, "data")
-    if not isinstance(entries, list):
-        raise to_upstream_error(refusal_of(0, text), family)
-    found = {
-        entry["index"] if type(entry.get("index")) is int else place: entry.get("embedding")
-        for place, entry in enumerate(entries)
-        if isinstance(entry, dict)
-    }
-    vectors = [found.get(place) for place in range(count)]
-    if len(entries) != count or not all(isinstance(vector, list) for vector in vectors):
-        raise UpstreamError(
-            "the upstream answered %d texts with %d embeddings; try again" % (count, len(entries))
-        )
-    usage = dig(answer, "usage")
-    return vectors, usage if isinstance(usage, dict) else {}  # type: ignore[return-value]
+class ChatApi:
+    """POST /v1/chat/completions.
+
+    Each API has the same methods: check() a client's body, to_upstream() its translation, repair()
+    of that after a refusal, refusal() as an error, decoder() from bytes to chunks, writer() from
+    chunks to the client. There is one object for each request.
+    """
+
+    path = "/chat/completions"
+    accept = "text/event-stream"
+    name = "chat"
+
+    def __init__(self, items: Any = None, owner: str = ""):
+        self._items, self._owner = items, owner
+
+    def check(self, body: Any) -> Json:
+        """Return the request in a client's body; raises BadRequest."""
+        request = check_object(with_extra_body(body))
+        check_messages(request.get("messages"))
+        names = ("stream", "tools", "functions", "stream_options", "response_format")
+        return check_object(request, *names)
+
+    def to_upstream(self, request: Json, target: Target) -> tuple[Json, dict[str, str]]:
+        """Return the body for the upstream, and the rules that changed it; see Rewrite.run()."""
+        return Rewrite(request, target).run(self.name)
+
+    @staticmethod
+    def repair(body: Json, error: UpstreamError) -> str:
+        """Take out of the body what was refused by name; returns how, if there was such a thing."""
+        return repair_request(body, error)
+
+    @staticmethod
+    def refusal(
+        status: int, text: str, headers: Mapping[str, str], target: Target
+    ) -> UpstreamError:
+        """Return the error for an answer whose status is none of success."""
+        refusal = Refusal.read(status, text)
+        if not refusal.request_id:
+            refusal = refusal._replace(request_id=headers.get("x-request-id"))
+        return to_upstream_error(refusal, target.provider.family, retry_after_of(headers))
+
+    def decoder(self, request: Json, target: Target) -> Any:
+        """Return what makes chunks of the bytes of an answer."""
+        return AnswerDecoder(ChunkTranslator(request, target))
+
+    @staticmethod
+    def split(request: Json, targets: list[Target]) -> list[Json]:
+        """Return the requests to the upstream that a client's request takes, mostly one."""
+        return [request]
+
+    def writer(self, request: Json, out: Any, target: Target) -> Any:
+        """Return what writes the answer to the client."""
+        is_stream = request.get("stream") is True
+        return Writer(out) if is_stream else CollectingWriter(out, self._collector())
+
+    @staticmethod
+    def _collector() -> CompletionCollector:
+        return CompletionCollector()
 
 
-def embeddings_answer(
-    model: str, batches: list[tuple[list[list[float]], dict]], encoding_format: str | None
-) -> dict:
-    """The answer for the client: all batches in order, usage summed; base64 is little-endian float32."""
-    vectors = [vector for batch, _ in batches for vector in batch]
-    encode = base64_of if encoding_format == "base64" else list
-    counts = [clean_usage(used) or {} for _, used in batches]
-    usage = {
-        name: sum(used.get(name, 0) for used in counts)
-        for name in ("prompt_tokens", "total_tokens")
-    }
-    return {
-        "object": "list",
-        "model": model,
-        "usage": usage,
-        "data": [
+class TextApi(ChatApi):
+    """POST /v1/completions."""
+
+    path = "/completions"
+    name = "text"
+
+    def check(self, body: Any) -> Json:
+        """Return the request in a client's body; raises BadRequest."""
+        request = check_object(with_extra_body(body), "stream", "stream_options")
+        if not isinstance(request.get("prompt"), (str, list)):
+            raise BadRequest("prompt must be a string or a list", param="prompt")
+        return request
+
+    def decoder(self, request: Json, target: Target) -> AnswerDecoder:
+        """Return what makes chunks of the bytes of an answer."""
+        return AnswerDecoder(TextTranslator(request, target))
+
+    @staticmethod
+    def _collector() -> CompletionCollector:
+        return TextCollector()
+
+
+# ------------------------------------------------------------------------------------------------
+# Embeddings
+# ------------------------------------------------------------------------------------------------
+
+
+class EmbeddingsDecoder:
+    """The bytes of one answer of /embeddings in; out, at the end, (vectors, usage) into `sink`."""
+
+    def __init__(self, count: int, family: Family, budget: Budget):
+        self.sink: Callable[[Any], None] = lambda found: None
+        self._body, self._count, self._family = bytearray(), count, family
+        self._budget, self.is_done = budget, False
+        self.usage: Json | None = None
+
+    def is_finished(self) -> bool:
+        """Return whether nothing is missing if the connection breaks now."""
+        return False
+
+    def feed(self, piece: bytes) -> None:
+        """Take the next piece of the body."""
+        self._body += piece
+        self._budget.take(bytes(len(piece) * 2))
+
+    def close(self) -> None:
+        """Take the end of the body; the vectors go out in the order of the texts."""
+        text = self._body.decode("utf-8", "replace")
+        answer = loads(text)
+        entries = dig(answer, "data")
+        if not isinstance(entries, list):
+            raise to_upstream_error(Refusal.read(0, text), self._family)
+        vectors: list[Any] = [None] * self._count
+        for place, entry in enumerate(entries):
+            index = dig(entry, "index")
+            index = index if type(index) is int else place
+            if 0 <= index < self._count:
+                vectors[index] = dig(entry, "embedding")
+        is_complete = all(isinstance(vector, list) for vector in vectors)
+        if len(entries) != self._count or not is_complete:
+            found = len(entries)
+            message = f"the upstream answered {self._count} texts with {found} embeddings"
+            raise UpstreamError(f"{message}; try again")
+        self.usage = clean_usage(dig(answer, "usage"))
+        self.sink((vectors, self.usage or {}))
+
+
+class EmbeddingsWriter(Writer):
+    """Writes all batches as one answer, in their order, usage summed."""
+
+    is_stream = False
+
+    def __init__(self, out: Any, model: str, is_base64: bool):
+        super().__init__(out)
+        self._model, self._is_base64 = model, is_base64
+        self._batches: dict[int, tuple[list[Any], Json]] = {}
+
+    def part(self, place: int) -> Callable[[Any], None]:
+        """Return what takes the vectors and the usage of one batch."""
+        return functools.partial(self._batches.__setitem__, place)
+
+    def close(self, usage: Json | None) -> None:
+        """Write the whole answer."""
+        batches = [self._batches[place] for place in sorted(self._batches)]
+        encode = self._base64_of if self._is_base64 else list
+        vectors = itertools.chain.from_iterable(vectors for vectors, _ in batches)
+        data = [
             {"object": "embedding", "index": index, "embedding": encode(vector)}
             for index, vector in enumerate(vectors)
-        ],
-    }
+        ]
+        names = ("prompt_tokens", "total_tokens")
+        usage = {name: sum(used.get(name, 0) for _, used in batches) for name in names}
+        answer = {"object": "list", "model": self._model, "usage": usage, "data": data}
+        self._out.send_json(200, answer)
+
+    @staticmethod
+    def _base64_of(vector: list[float]) -> str:
+        """Return a vector as the OpenAI SDKs want it: little-endian float32."""
+        try:
+            return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+        except (struct.error, OverflowError):
+            message = "the upstream sent an embedding that is no list of numbers"
+            raise UpstreamError(message) from None
 
 
-def base64_of(vector: list[float]) -> str:
-    """A vector as the OpenAI SDKs want it: openai-node reads floats as an empty vector."""
-    try:
-        return base64.b64encode(struct.pack("<%df" % len(vector), *vector)).decode()
-    except (struct.error, OverflowError):
-        raise UpstreamError("the upstream sent an embedding that is no list of numbers") from None
+class EmbeddingsApi(ChatApi):
+    """POST /v1/embeddings: any number of texts, split into what the model takes at once."""
+
+    path = "/embeddings"
+    accept = "application/json"
+    name = "embeddings"
+    # OpenAI reference, embeddings.
+    MAX_INPUTS = 2048
+    # Texts in one request. Model Studio, 'Text embedding'; langchain4j #1140 for v1 and v2.
+    BATCHES = (("text-embedding-v[12]*", 25), ("*", 10))
+
+    def __init__(self, items: Any = None, owner: str = ""):
+        super().__init__(items, owner)
+        self._budget = Budget()
+
+    def check(self, body: Any) -> Json:
+        """Return the request in a client's body; raises BadRequest that names what is wrong."""
+        request = check_object(body)
+        if not as_text(request.get("model")).strip():
+            raise BadRequest("model must be named, such as text-embedding-v4", param="model")
+        if request.get("encoding_format") not in (None, "float", "base64"):
+            raise BadRequest("encoding_format must be float or base64", param="encoding_format")
+        texts = request.get("input")
+        texts = [texts] if isinstance(texts, str) else texts
+        if not isinstance(texts, list) or not texts:
+            raise BadRequest("input must be a string or a list of strings", param="input")
+        if isinstance(texts[0], (int, list)):
+            raise BadRequest(
+                "token array input is not supported, since the tokens are another model's; send "
+                "text (in LangChain: OpenAIEmbeddings(check_embedding_ctx_length=False))",
+                param="input",
+            )
+        if len(texts) > self.MAX_INPUTS:
+            message = f"input may hold {self.MAX_INPUTS} texts, not {len(texts)}"
+            raise BadRequest(message, param="input")
+        for index, text in enumerate(texts):
+            if not isinstance(text, str) or not text:
+                message = f"input[{index}] must be a string that is not empty"
+                raise BadRequest(message, param=f"input.{index}")
+        return {**request, "input": texts}
+
+    @staticmethod
+    def split(request: Json, targets: list[Target]) -> list[Json]:
+        """Return a request for each batch that all of the targets take."""
+        size = min(map(EmbeddingsApi.batch_size, targets))
+        texts = request["input"]
+        return [
+            {**request, "input": texts[start : start + size]}
+            for start in range(0, len(texts), size)
+        ]
+
+    @classmethod
+    def batch_size(cls, target: Target) -> int:
+        """Return how many texts a request to this target may hold."""
+        model = target.model.lower()
+        is_alibaba = "alibaba" in target.provider.family.traits
+        # No other maker has models of Model Studio's names.
+        if not is_alibaba and not model.startswith("text-embedding-v"):
+            return cls.MAX_INPUTS
+        return next(size for pattern, size in cls.BATCHES if fnmatch.fnmatchcase(model, pattern))
+
+    def to_upstream(self, request: Json, target: Target) -> tuple[Json, dict[str, str]]:
+        """Return the body: always floats, since Model Studio documents nothing else."""
+        dropped = ("user",) if "alibaba" in target.provider.family.traits else ()
+        body = {
+            name: value
+            for name, value in request.items()
+            if value is not None and name not in dropped
+        }
+        return {**body, "model": target.model, "encoding_format": "float"}, {}
+
+    @staticmethod
+    def repair(body: Json, error: UpstreamError) -> str:
+        """Repair nothing."""
+        return ""
+
+    def decoder(self, request: Json, target: Target) -> EmbeddingsDecoder:
+        """Return what takes the bytes of an answer."""
+        return EmbeddingsDecoder(len(request["input"]), target.provider.family, self._budget)
+
+    def writer(self, request: Json, out: Any, target: Target) -> EmbeddingsWriter:
+        """Return what writes the answer to the client."""
+        is_base64 = request.get("encoding_format") == "base64"
+        return EmbeddingsWriter(out, target.model, is_base64)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -6353,92 +6356,72 @@ def base64_of(vector: list[float]) -> str:
 # Pure: a request to /v1/responses in, a chat request out; chat chunks in, events of a response out.
 # OpenAI reference, Responses; no response is stored, so a request holds the whole conversation.
 
-# before what encrypted_content carries for us to the next request
-CARRIED = "qwen_proxy:"
-COMPACTION = (
-    "Summarise the conversation so far for somebody who goes on with it and sees nothing but your summary: "
-    "the task, what was decided and found out, which files and commands matter, what is left to do."
-)
-RESPONSE_ONLY = frozenset(
-    {
-        "input",
-        "instructions",
-        "tools",
-        "tool_choice",
-        "reasoning",
-        "text",
-        "max_output_tokens",
-        "previous_response_id",
-        "store",
-        "include",
-        "truncation",
-        "metadata",
-        "prompt_cache_key",
-        "client_metadata",
-        "background",
-        "conversation",
-        "prompt",
-        "max_tool_calls",
-        "top_logprobs",
-        "service_tier",
-        "safety_identifier",
-        "prompt_cache_retention",
-        "stream_options",
-        "context_management",
-    }
-)
-IGNORED_ITEMS = frozenset({"web_search_call", "mcp_list_tools", "additional_tools"})
+# Before what encrypted_content carries for us to the next request.
+OPAQUE = "qwen_proxy:"
+
+
+def encode_opaque(text: str) -> str:
+    """Return a text as encrypted_content: opaque to the client, read again by decode_opaque()."""
+    return OPAQUE + base64.b64encode(text.encode("utf-8", "replace")).decode()
+
+
+def decode_opaque(value: Any) -> str:
+    """Return the text that encode_opaque() was given; empty for what another server made."""
+    if not isinstance(value, str) or not value.startswith(OPAQUE):
+        return ""
+    try:
+        return base64.b64decode(value[len(OPAQUE) :], validate=True).decode("utf-8", "replace")
+    except ValueError:
+        return ""
 
 
 class ToolNames:
-    """The names of a request's tools as Qwen is told them, and back: namespaces are flattened, custom tools noted."""
+    """The names of a request's tools as Qwen is told them, and back.
+
+    Namespaces are flattened, custom tools noted.
+    """
+
+    # Model Studio, 'Function calling'.
+    LONGEST = 64
 
     def __init__(self) -> None:
         self.custom: set[str] = set()
         self._nested: dict[str, tuple[str, str]] = {}
 
     def flat(self, name: str, namespace: Any) -> str:
-        """namespace__name, of at most the 64 characters that Model Studio allows."""
+        """Return namespace__name, cut to the length that is allowed."""
         if not isinstance(namespace, str) or not namespace:
             return name
         joined = f"{namespace}__{name}"
-        if len(joined) > 64:
-            joined = f"{joined[:55]}_{hashlib.sha256(joined.encode()).hexdigest()[:8]}"
+        if len(joined) > self.LONGEST:
+            digest = hashlib.sha256(joined.encode("utf-8", "replace")).hexdigest()
+            joined = f"{joined[: self.LONGEST - 9]}_{digest[:8]}"
         self._nested[joined] = (namespace, name)
         return joined
 
-    def restored(self, flat: str) -> dict:
-        """name, and namespace where it had one: Codex calls a flattened name unsupported."""
+    def restored(self, flat: str) -> Json:
+        """Return name, and namespace where it had one: Codex takes a flattened name for unknown."""
         if flat not in self._nested:
             return {"name": flat}
         namespace, name = self._nested[flat]
         return {"name": name, "namespace": namespace}
 
 
-class ResponseRequest(NamedTuple):
-    """A request to /v1/responses, taken apart."""
-
-    # the chat request
-    chat: dict
-    # the request as it came
-    asked: dict
-    names: ToolNames
-    # the client wants the conversation summarised, see COMPACTION
-    is_compaction: bool
-    # types of tools that have no counterpart
-    skipped: list[str]
-
-
 class ItemMemory:
-    """The latest output items, in memory only: unless it is told `store: false`, the AI SDK sends an answer back as
-    {"type": "item_reference", "id"} (@ai-sdk/openai, convertToOpenAIResponsesInput)."""
+    """The latest output items, in memory only, for whoever presents the same key.
 
-    def __init__(self, limit: int = MAX_ITEM_MEMORY):
+    Unless it is told `store: false`, the AI SDK sends an answer back as {"type": "item_reference",
+    "id": ...} (@ai-sdk/openai, convertToOpenAIResponsesInput).
+    """
+
+    LIMIT = 4_194_304
+
+    def __init__(self, limit: int = LIMIT):
         self._limit, self._size, self._lock = limit, 0, threading.Lock()
         self._items: collections.OrderedDict[tuple[str, str], bytes] = collections.OrderedDict()
 
-    def keep(self, items: list[dict], owner: str = "") -> None:
-        """Remember some items for whoever presented the key of that owner; the oldest give way to them."""
+    def keep(self, items: list[Json], owner: str = "") -> None:
+        """Remember some items; the oldest ones give way to them."""
         with self._lock:
             for item in items:
                 self._items[owner, item["id"]] = encoded = encode_json(item)
@@ -6446,345 +6429,313 @@ class ItemMemory:
             while self._size > self._limit:
                 self._size -= len(self._items.popitem(last=False)[1])
 
-    def get(self, item_id: Any, owner: str = "") -> dict | None:
-        """The owner's item of that id, if it is still here."""
+    def get(self, item_id: str, owner: str = "") -> Json | None:
+        """Return the owner's item of that id, if it is still here."""
         with self._lock:
-            encoded = self._items.get((owner, item_id)) if isinstance(item_id, str) else None
-        return json.loads(encoded) if encoded else None
+            encoded = self._items.get((owner, item_id))
+        return as_object(json.loads(encoded)) if encoded else None
 
 
-def carried(text: str) -> str:
-    """A text as encrypted_content: opaque to the client, read again by carried_text()."""
-    return CARRIED + base64.b64encode(text.encode("utf-8", "replace")).decode()
+class ResponseRequest:
+    """A request to /v1/responses, and the chat request for it.
 
+    asked: the request as it came; chat: the chat request; names: of its tools; is_compaction: the
+    client wants the conversation summarised; skipped: types of tools that have no counterpart.
+    Raises BadRequest for what is forgotten or cannot be meant.
+    """
 
-def carried_text(value: Any) -> str:
-    """The text in encrypted_content that carried() made; empty for somebody else's."""
-    if not isinstance(value, str) or not value.startswith(CARRIED):
-        return ""
-    try:
-        return base64.b64decode(value[len(CARRIED) :], validate=True).decode("utf-8", "replace")
-    except ValueError:
-        return ""
-
-
-def to_chat_request(request: Any, memory: ItemMemory, owner: str = "") -> ResponseRequest:
-    """The chat request for a request to /v1/responses; raises BadRequest for what is forgotten or cannot be meant."""
-    if not isinstance(request, dict):
-        raise BadRequest(f"the body must be a JSON object, not {json_type(request)}")
-    if request.get("previous_response_id"):
-        raise BadRequest(
-            "nothing is stored here, so there is no previous response: send the whole conversation as "
-            "input",
-            code="previous_response_not_found",
-            param="previous_response_id",
-        )
-    for name in ("background", "prompt", "conversation"):
-        if request.get(name):
-            raise BadRequest(f"{name} is not supported: nothing is stored here", param=name)
-    names, skipped = ToolNames(), []  # type: ignore[var-annotated]
-    items = request.get("input")
-    items = [{"role": "user", "content": items}] if isinstance(items, str) else items
-    if not isinstance(items, list) or not items:
-        raise BadRequest("input must be a string or a list of items", param="input")
-    seen: set[str] = set()
-    items = [
-        found
-        for index, item in enumerate(items)
-        for found in referred(item, index, memory, owner, seen)
-    ]
-    is_compaction = bool(items) and dig(items[-1], "type") == "compaction_trigger"
-    chat = {
-        name: value
-        for name, value in request.items()
-        if name not in RESPONSE_ONLY and value is not None
-    }
-    chat["messages"] = messages_of(request.get("instructions"), items, names)
-    if is_compaction:
-        chat["messages"].append({"role": "user", "content": COMPACTION})
-    else:
-        chat.update(chat_tools(request, names, skipped))
-    chat.update(chat_options(request))
-    return ResponseRequest(chat, request, names, is_compaction, skipped)
-
-
-def referred(item: Any, index: int, memory: ItemMemory, owner: str, seen: set[str]) -> list[Any]:
-    """The item that an item_reference stands for; thoughts that are forgotten are no loss, anything else is refused."""
-    if dig(item, "type") != "item_reference":
-        return [item]
-    # else a small request could grow without limit
-    if item.get("id") in seen:
-        raise BadRequest(
-            "input[%d] refers to an item a second time" % index, param="input.%d" % index
-        )
-    seen.add(as_text(item.get("id")))
-    found = memory.get(item.get("id"), owner)
-    if found is None and not as_text(item.get("id")).startswith("rs_"):
-        raise BadRequest(
-            "input[%d] is of type 'item_reference', and %r is not in memory here: send the item itself "
-            "(AI SDK: providerOptions.openai.store = false)"
-            % (index, shorten(str(item.get("id")), 60)),
-            param="input.%d" % index,
-        )
-    return [found] if found else []
-
-
-def chat_options(request: dict) -> dict:
-    """max_output_tokens, reasoning and text.format in the words of chat completions."""
-    options: dict = {}
-    if request.get("max_output_tokens") is not None:
-        options["max_tokens"] = request["max_output_tokens"]
-    effort = dig(request, "reasoning", "effort")
-    if isinstance(effort, str):
-        options["reasoning_effort"] = effort
-    text_format = dig(request, "text", "format")
-    if dig(text_format, "type") == "json_schema":
-        schema = {
-            name: text_format[name]
-            for name in ("name", "description", "schema", "strict")
-            if text_format.get(name) is not None
-        }
-        options["response_format"] = {"type": "json_schema", "json_schema": schema}
-    elif dig(text_format, "type") == "json_object":
-        options["response_format"] = {"type": "json_object"}
-    return options
-
-
-def chat_tools(request: dict, names: ToolNames, skipped: list[str]) -> dict:
-    """tools and tool_choice of a chat request."""
-    tools, searches = [], False  # type: ignore[var-annotated]
-    for tool in as_list(request.get("tools")):
-        if str(dig(tool, "type")).startswith("web_search"):
-            searches = True
-        for namespace, inner in (
-            [(tool.get("name"), each) for each in as_list(tool.get("tools"))]
-            if dig(tool, "type") == "namespace"
-            else [(None, tool)]
-        ):
-            function = chat_function(inner, namespace, names)
-            if function:
-                tools.append({"type": "function", "function": function})
-            elif not str(dig(inner, "type")).startswith("web_search"):
-                skipped.append(str(dig(inner, "type")))
-    options: dict = {"tools": tools} if tools else {}
-    if searches and request.get("tool_choice") != "none":
-        options["web_search_options"] = {}
-    choice = chat_tool_choice(request.get("tool_choice"), names, options)
-    if tools and choice:
-        options["tool_choice"] = choice
-    return options
-
-
-def chat_function(tool: Any, namespace: Any, names: ToolNames) -> dict | None:
-    """The function of a chat tool for a tool of /v1/responses; None for one that only OpenAI runs."""
-    name = dig(tool, "name")
-    if not isinstance(name, str) or tool.get("type") not in ("function", "custom"):
-        return None
-    flat = names.flat(name, namespace)
-    if tool["type"] == "custom":
-        names.custom.add(flat)
-        return {
-            "name": flat,
-            "description": tool.get("description") or "",
-            "parameters": {
-                "type": "object",
-                "required": ["input"],
-                "properties": {"input": {"type": "string", "description": custom_format(tool)}},
-            },
-        }
-    function = {
-        key: tool[key]
-        for key in ("description", "parameters", "strict")
-        if tool.get(key) is not None
-    }
-    return {"name": flat, **function}
-
-
-def custom_format(tool: dict) -> str:
-    """What the one string of a custom tool must look like, in words: the grammar itself cannot be enforced."""
-    definition = dig(tool, "format", "definition")
-    return (
-        "It must match this grammar:\n" + definition
-        if isinstance(definition, str)
-        else "The input as it is."
+    COMPACTION = (
+        "Summarise the conversation so far for somebody who goes on with it and sees nothing but "
+        "your summary: the task, what was decided and found out, which files and commands matter, "
+        "what is left to do."
+    )
+    # Fields that chat completions do not have, or have in another shape.
+    ONLY_HERE = frozenset(
+        "input instructions tools tool_choice reasoning text max_output_tokens "
+        "previous_response_id store include truncation metadata prompt_cache_key client_metadata "
+        "background conversation prompt max_tool_calls top_logprobs service_tier "
+        "safety_identifier prompt_cache_retention stream_options context_management".split()
+    )
+    IGNORED_ITEMS = frozenset(
+        {"web_search_call", "mcp_list_tools", "additional_tools", "compaction_trigger"}
     )
 
-
-def chat_tool_choice(choice: Any, names: ToolNames, options: dict) -> Any:
-    """tool_choice in the words of chat completions; allowed_tools keeps those tools only."""
-    if not isinstance(choice, dict):
-        return choice
-    if choice.get("type") in ("function", "custom") and isinstance(choice.get("name"), str):
-        return {
-            "type": "function",
-            "function": {"name": names.flat(choice["name"], choice.get("namespace"))},
+    def __init__(self, request: Any, memory: ItemMemory, owner: str = ""):
+        self.asked: Json = check_object(request)
+        self._check_unsupported()
+        self.names = ToolNames()
+        self.skipped: list[str] = []
+        self._memory, self._owner = memory, owner
+        self._referred: set[str] = set()
+        items = self._items(self.asked.get("input"))
+        self.is_compaction = bool(items) and dig(items[-1], "type") == "compaction_trigger"
+        self.chat = {
+            name: value
+            for name, value in self.asked.items()
+            if name not in self.ONLY_HERE and value is not None
         }
-    if choice.get("type") == "allowed_tools" and isinstance(choice.get("tools"), list):
-        allowed = [
-            names.flat(as_text(dig(tool, "name")), dig(tool, "namespace"))
-            for tool in choice["tools"]
-        ]
-        offered = options.get("tools", [])
-        options["tools"] = [
-            tool for tool in offered if tool["function"]["name"] in allowed
-        ] or offered
-        return choice.get("mode") or "auto"
-    return "auto"
+        self._messages: list[Json] = []
+        self._thoughts: dict[int, list[str]] = {}
+        self.chat["messages"] = self._read_messages(self.asked.get("instructions"), items)
+        if self.is_compaction:
+            self.chat["messages"].append({"role": "user", "content": self.COMPACTION})
+        else:
+            self.chat.update(self._tools())
+        self.chat.update(self._options())
 
-
-def messages_of(instructions: Any, items: list, names: ToolNames) -> list[dict]:
-    """The messages of a conversation; raises BadRequest that names an item of no use."""
-    messages: list[dict] = []
-    if isinstance(instructions, str) and instructions:
-        messages.append({"role": "system", "content": instructions})
-    elif isinstance(instructions, list):
-        messages += messages_of(None, instructions, names)
-    for index, item in enumerate(items):
-        if not isinstance(item, dict):
-            raise BadRequest("input[%d] must be an object" % index, param="input.%d" % index)
-        kind = as_text(item.get("type", "message"))
-        add = ITEMS.get(kind)
-        if add is not None:
-            add(messages, item, names)
-        elif kind not in IGNORED_ITEMS and kind != "compaction_trigger":
+    def _check_unsupported(self) -> None:
+        if self.asked.get("previous_response_id"):
             raise BadRequest(
-                "input[%d] is of type %r; it is not supported here" % (index, shorten(kind, 60)),
-                param="input.%d" % index,
+                "nothing is stored here, so there is no previous response: send the whole "
+                "conversation as input",
+                code="previous_response_not_found",
+                param="previous_response_id",
             )
-    return [
-        message
-        for message in messages
-        if message.get("content") or message.get("tool_calls") or message["role"] != "assistant"
-    ]
+        for name in ("background", "prompt", "conversation"):
+            if self.asked.get(name):
+                message = f"{name} is not supported: nothing is stored here"
+                raise BadRequest(message, param=name)
 
+    # -- the conversation ------------------------------------------------------------------------
 
-def assistant_turn(messages: list[dict], is_text: bool = False) -> dict:
-    """The assistant message that the next item of the same turn joins; a second text begins another one."""
-    last = messages[-1] if messages else {}
-    if last.get("role") == "assistant" and not (
-        is_text and (last["content"] or last.get("tool_calls"))
-    ):
+    def _items(self, items: Any) -> list[Any]:
+        items = [{"role": "user", "content": items}] if isinstance(items, str) else items
+        if not isinstance(items, list) or not items:
+            raise BadRequest("input must be a string or a list of items", param="input")
+        found = (self._resolve(item, index) for index, item in enumerate(items))
+        return list(itertools.chain.from_iterable(found))
+
+    def _resolve(self, item: Any, index: int) -> list[Any]:
+        """Return the item that an item_reference stands for.
+
+        Thoughts that are forgotten are no loss, anything else is refused.
+        """
+        if dig(item, "type") != "item_reference":
+            return [item]
+        item_id, where = as_text(item.get("id")), f"input.{index}"
+        if item_id in self._referred:
+            # Otherwise a small request could grow without limit.
+            message = f"input[{index}] refers to an item a second time"
+            raise BadRequest(message, param=where)
+        self._referred.add(item_id)
+        found = self._memory.get(item_id, self._owner)
+        if found is None and not item_id.startswith("rs_"):
+            raise BadRequest(
+                f"input[{index}] is of type 'item_reference', and {shorten(item_id, 60)!r} is not "
+                "in memory here: send the item itself (AI SDK: providerOptions.openai.store = "
+                "false)",
+                param=where,
+            )
+        return [found] if found else []
+
+    def _read_messages(self, instructions: Any, items: list[Any]) -> list[Json]:
+        if isinstance(instructions, str) and instructions:
+            self._messages.append({"role": "system", "content": instructions})
+        for index, item in enumerate([*as_list(instructions), *items]):
+            self._add(item, index)
+        for place, thoughts in self._thoughts.items():
+            self._messages[place]["reasoning_content"] = "".join(thoughts)
+        return [
+            message
+            for message in self._messages
+            if message.get("content") or message.get("tool_calls") or message["role"] != "assistant"
+        ]
+
+    def _add(self, item: Any, index: int) -> None:
+        where = f"input.{index}"
+        if not isinstance(item, dict):
+            raise BadRequest(f"input[{index}] must be an object", param=where)
+        kind = as_text(item.get("type", "message"))
+        add = self.ITEMS.get(kind)
+        if add is not None:
+            add(self, item)
+        elif kind not in self.IGNORED_ITEMS:
+            name = shorten(kind, 60)
+            message = f"input[{index}] is of type {name!r}; it is not supported here"
+            raise BadRequest(message, param=where)
+
+    def _assistant(self, is_text: bool = False) -> Json:
+        """Return the assistant message that the next item of the same turn joins.
+
+        A second text begins another one.
+        """
+        last = self._messages[-1] if self._messages else {}
+        is_taken = is_text and (last.get("content") or last.get("tool_calls"))
+        if last.get("role") != "assistant" or is_taken:
+            last = {"role": "assistant", "content": ""}
+            self._messages.append(last)
         return last
-    messages.append({"role": "assistant", "content": ""})
-    return messages[-1]
 
+    def _add_message(self, item: Json) -> None:
+        role, content = item.get("role"), self._content(item.get("content"))
+        if role not in ("user", "assistant", "system", "developer"):
+            name = shorten(str(role), 60)
+            raise BadRequest(f"a message of the input has the role {name!r}", param="input")
+        if role == "assistant":
+            self._assistant(is_text=True)["content"] = content
+        else:
+            self._messages.append({"role": role, "content": content})
 
-def add_message(messages: list[dict], item: dict, names: ToolNames) -> None:
-    """message"""
-    role, content = item.get("role"), item.get("content")
-    if role not in ("user", "assistant", "system", "developer"):
+    def _add_call(self, item: Json) -> None:
+        name = self.names.flat(as_text(item.get("name")), item.get("namespace"))
+        arguments = item.get("arguments")
+        if item["type"] == "custom_tool_call":
+            arguments = json.dumps({"input": as_text(item.get("input"))}, ensure_ascii=False)
+        call_id, function = item.get("call_id"), {"name": name, "arguments": arguments}
+        call = {"id": call_id or item.get("id"), "type": "function", "function": function}
+        self._assistant().setdefault("tool_calls", []).append(call)
+
+    def _add_output(self, item: Json) -> None:
+        content = self._content(item.get("output"))
+        if not isinstance(content, (str, list)):
+            content = json.dumps(content, ensure_ascii=False)
+        result = {"role": "tool", "tool_call_id": item.get("call_id"), "content": content}
+        self._messages.append(result)
+
+    def _add_reasoning(self, item: Json) -> None:
+        parts = as_list(item.get("content")) or as_list(item.get("summary"))
+        thoughts = decode_opaque(item.get("encrypted_content")) or text_of(parts)
+        if thoughts:
+            self._assistant(is_text=True)
+            self._thoughts.setdefault(len(self._messages) - 1, []).append(thoughts)
+
+    def _add_compaction(self, item: Json) -> None:
+        summary = decode_opaque(item.get("encrypted_content"))
+        if summary:
+            content = f"The conversation so far, in summary:\n\n{summary}"
+            self._messages.append({"role": "user", "content": content})
+
+    ITEMS: Mapping[str, Callable[[ResponseRequest, Json], None]] = {
+        "message": _add_message,
+        "function_call": _add_call,
+        "custom_tool_call": _add_call,
+        "function_call_output": _add_output,
+        "custom_tool_call_output": _add_output,
+        "reasoning": _add_reasoning,
+        "compaction": _add_compaction,
+        "compaction_summary": _add_compaction,
+    }
+
+    @classmethod
+    def _content(cls, content: Any) -> Any:
+        """Return content as chat completions have it: a string, if it is nothing but text."""
+        if not isinstance(content, list):
+            return "" if content is None else content
+        parts = [cls._part(part) for part in content]
+        if all(part["type"] == "text" for part in parts):
+            return "\n".join(part["text"] for part in parts)
+        return parts
+
+    @staticmethod
+    def _part(part: Any) -> Json:
+        kind = dig(part, "type")
+        if kind in ("input_text", "output_text", "text", "summary_text", "reasoning_text"):
+            return {"type": "text", "text": as_text(part.get("text"))}
+        if kind == "refusal":
+            return {"type": "text", "text": as_text(part.get("refusal"))}
+        if kind == "input_image" and part.get("image_url"):
+            url = part["image_url"]
+            url = url if isinstance(url, dict) else {"url": url}
+            detail = {"detail": part["detail"]} if part.get("detail") else {}
+            return {"type": "image_url", "image_url": {**detail, **url}}
+        if kind == "input_file" and (part.get("file_data") or part.get("file_url")):
+            names = ("filename", "file_data", "file_url")
+            file = {name: part[name] for name in names if part.get(name)}
+            return {"type": "file", "file": file}
+        if kind == "input_audio":
+            return {"type": "input_audio", "input_audio": part.get("input_audio")}
         raise BadRequest(
-            f"a message of the input has the role {shorten(str(role), 60)!r}", param="input"
-        )
-    if role == "assistant":
-        assistant_turn(messages, is_text=True)["content"] = chat_content(content)
-    else:
-        messages.append({"role": role, "content": chat_content(content)})
-
-
-def chat_content(content: Any) -> Any:
-    """A message's or an output's content in the words of chat completions: a string, if it is nothing but text."""
-    if not isinstance(content, list):
-        return "" if content is None else content
-    parts = [chat_part(part) for part in content]
-    return (
-        "\n".join(part["text"] for part in parts)
-        if all(part["type"] == "text" for part in parts)
-        else parts
-    )
-
-
-def chat_part(part: Any) -> dict:
-    """A part of a message's content in the words of chat completions."""
-    kind = dig(part, "type")
-    if kind in ("input_text", "output_text", "text", "summary_text", "reasoning_text"):
-        return {"type": "text", "text": as_text(part.get("text"))}
-    if kind == "refusal":
-        return {"type": "text", "text": as_text(part.get("refusal"))}
-    if kind == "input_image" and part.get("image_url"):
-        url = (
-            part["image_url"] if isinstance(part["image_url"], dict) else {"url": part["image_url"]}
-        )
-        return {
-            "type": "image_url",
-            "image_url": {**({"detail": part["detail"]} if part.get("detail") else {}), **url},
-        }
-    if kind == "input_file" and (part.get("file_data") or part.get("file_url")):
-        return {
-            "type": "file",
-            "file": {
-                name: part[name] for name in ("filename", "file_data", "file_url") if part.get(name)
-            },
-        }
-    if kind == "input_audio":
-        return {"type": "input_audio", "input_audio": part.get("input_audio")}
-    raise BadRequest(
-        f"a part of type {shorten(str(kind), 60)!r} cannot be sent; files and images must be in the request itself, since none "
-        "are stored",
-        param="input",
-    )
-
-
-def add_call(messages: list[dict], item: dict, names: ToolNames) -> None:
-    """function_call, custom_tool_call"""
-    name, arguments = (
-        names.flat(as_text(item.get("name")), item.get("namespace")),
-        item.get("arguments"),
-    )
-    if item["type"] == "custom_tool_call":
-        arguments = json.dumps({"input": as_text(item.get("input"))}, ensure_ascii=False)
-    assistant_turn(messages).setdefault("tool_calls", []).append(
-        {
-            "id": item.get("call_id") or item.get("id"),
-            "type": "function",
-            "function": {"name": name, "arguments": arguments},
-        }
-    )
-
-
-def add_output(messages: list[dict], item: dict, names: ToolNames) -> None:
-    """function_call_output, custom_tool_call_output"""
-    content = chat_content(item.get("output"))
-    if not isinstance(content, (str, list)):
-        content = json.dumps(content, ensure_ascii=False)
-    messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": content})
-
-
-def add_reasoning(messages: list[dict], item: dict, names: ToolNames) -> None:
-    """reasoning"""
-    parts = as_list(item.get("content")) or as_list(item.get("summary"))
-    thoughts = carried_text(item.get("encrypted_content")) or text_of(parts)
-    if thoughts:
-        turn = assistant_turn(messages, is_text=True)
-        turn["reasoning_content"] = turn.get("reasoning_content", "") + thoughts
-
-
-def add_compaction(messages: list[dict], item: dict, names: ToolNames) -> None:
-    """compaction, compaction_summary"""
-    summary = carried_text(item.get("encrypted_content"))
-    if summary:
-        messages.append(
-            {"role": "user", "content": "The conversation so far, in summary:\n\n" + summary}
+            f"a part of type {shorten(str(kind), 60)!r} cannot be sent; files and images must be "
+            "in the request itself, since none are stored",
+            param="input",
         )
 
+    # -- tools and options -----------------------------------------------------------------------
 
-ITEMS: dict[str, Callable[[list[dict], dict, ToolNames], None]] = {
-    "message": add_message,
-    "function_call": add_call,
-    "custom_tool_call": add_call,
-    "function_call_output": add_output,
-    "custom_tool_call_output": add_output,
-    "reasoning": add_reasoning,
-    "compaction": add_compaction,
-    "compaction_summary": add_compaction,
-}
+    def _tools(self) -> Json:
+        """Return tools and tool_choice of the chat request."""
+        tools, searches = [], False
+        for tool in as_list(self.asked.get("tools")):
+            is_namespace = dig(tool, "type") == "namespace"
+            namespace = tool.get("name") if is_namespace else None
+            searches = searches or str(dig(tool, "type")).startswith("web_search")
+            for inner in as_list(tool.get("tools")) if is_namespace else [tool]:
+                function = self._function(inner, namespace)
+                if function:
+                    tools.append({"type": "function", "function": function})
+                elif not str(dig(inner, "type")).startswith("web_search"):
+                    self.skipped.append(str(dig(inner, "type")))
+        options: Json = {"tools": tools} if tools else {}
+        if searches and self.asked.get("tool_choice") != "none":
+            options["web_search_options"] = {}
+        choice = self._tool_choice(options)
+        if tools and choice:
+            options["tool_choice"] = choice
+        return options
+
+    def _function(self, tool: Any, namespace: Any) -> Json | None:
+        """Return the function of a chat tool; None for a tool that only OpenAI runs."""
+        name = dig(tool, "name")
+        if not isinstance(name, str) or tool.get("type") not in ("function", "custom"):
+            return None
+        flat = self.names.flat(name, namespace)
+        if tool["type"] == "function":
+            keys = ("description", "parameters", "strict")
+            return {"name": flat, **{key: tool[key] for key in keys if tool.get(key) is not None}}
+        self.names.custom.add(flat)
+        # The grammar itself cannot be enforced.
+        grammar = dig(tool, "format", "definition")
+        words = "The input as it is."
+        if isinstance(grammar, str):
+            words = f"It must match this grammar:\n{grammar}"
+        properties = {"input": {"type": "string", "description": words}}
+        schema = {"type": "object", "required": ["input"], "properties": properties}
+        return {"name": flat, "description": tool.get("description") or "", "parameters": schema}
+
+    def _tool_choice(self, options: Json) -> Any:
+        """Return tool_choice as chat completions have it; allowed_tools keeps those tools only."""
+        choice = self.asked.get("tool_choice")
+        if not isinstance(choice, dict):
+            return choice
+        kind, name = choice.get("type"), choice.get("name")
+        if kind in ("function", "custom") and isinstance(name, str):
+            flat = self.names.flat(name, choice.get("namespace"))
+            return {"type": "function", "function": {"name": flat}}
+        if kind == "allowed_tools" and isinstance(choice.get("tools"), list):
+            allowed = {
+                self.names.flat(as_text(dig(tool, "name")), dig(tool, "namespace"))
+                for tool in choice["tools"]
+            }
+            offered = options.get("tools", [])
+            kept = [tool for tool in offered if tool["function"]["name"] in allowed]
+            options["tools"] = kept or offered
+            return choice.get("mode") or "auto"
+        return "auto"
+
+    def _options(self) -> Json:
+        """Return max_output_tokens, reasoning and text.format as chat completions have them."""
+        options: Json = {}
+        if self.asked.get("max_output_tokens") is not None:
+            options["max_tokens"] = self.asked["max_output_tokens"]
+        effort = dig(self.asked, "reasoning", "effort")
+        if isinstance(effort, str):
+            options["reasoning_effort"] = effort
+        wanted = dig(self.asked, "text", "format")
+        kind = dig(wanted, "type")
+        if kind == "json_schema":
+            names = ("name", "description", "schema", "strict")
+            schema = {name: wanted[name] for name in names if wanted.get(name) is not None}
+            options["response_format"] = {"type": kind, "json_schema": schema}
+        elif kind == "json_object":
+            options["response_format"] = {"type": kind}
+        return options
 
 
 class OutputItem:
-    """One item of a response's output while it grows: `item` is what the client has been told of it."""
+    """One item of a response's output while it grows; item is what the client was told of it."""
 
-    def __init__(self, kind: str, prefix: str, index: int, **fields: Any):
-        self.index, self.text, self.is_open = index, LongText(), True
+    def __init__(self, kind: str, prefix: str, index: int, budget: Budget, **fields: Any):
+        self.index, self.text, self.is_open = index, LongText(budget), True
         self.item = {"id": prefix + secrets.token_hex(12), "type": kind, **fields}
         self.place = {"item_id": self.item["id"], "output_index": index}
 
@@ -6792,40 +6743,41 @@ class OutputItem:
 class ResponseEvents:
     """Chat chunks in, the events of one response out, in the order that all clients take.
 
-    Thoughts go out as a reasoning summary, since openai-node fails on reasoning_text and Codex and the
-    AI SDK do not show it. Calls are done at the end, as deltas for several of them may alternate.
+    Thoughts go out as a reasoning summary, since openai-node fails on reasoning_text and Codex and
+    the AI SDK do not show it. Calls are done at the end, as deltas for several of them may
+    alternate.
     """
+
+    # Error codes that Codex knows.
+    CODES = ("context_length_exceeded", "insufficient_quota", "rate_limit_exceeded")
 
     def __init__(self, request: ResponseRequest, model: str, created: int):
         self._request, self._names = request, request.names
-        self._id, self._model, self._created = "resp_" + secrets.token_hex(16), model, created
-        self._number = itertools.count()
+        self._id, self._model = "resp_" + secrets.token_hex(16), model
+        self._created, self._number, self._budget = created, itertools.count(), Budget()
         self._items: list[OutputItem] = []
-        # the text or the thoughts that go on
+        # The text or the thoughts that go on.
         self._open: OutputItem | None = None
         self._calls: dict[int, OutputItem] = {}
         self._finish_reason: str | None = None
-        self._summary = LongText()
-        self._keeps_thoughts = "reasoning.encrypted_content" in as_list(
-            request.asked.get("include")
-        )
+        self._summary = LongText(self._budget)
+        included = as_list(request.asked.get("include"))
+        self._keeps_thoughts = "reasoning.encrypted_content" in included
 
-    def start(self) -> list[dict]:
-        """The first events."""
-        return [self._event("response.created", response=self.response()), self.alive()]
+    def start(self) -> list[Json]:
+        """Return the first events."""
+        return [self._event("response.created", response=self.response()), self.heartbeat()]
 
-    def alive(self) -> dict:
-        """A sign of life: Codex takes no comment for one."""
+    def heartbeat(self) -> Json:
+        """Return a sign of life: Codex takes no comment for one."""
         return self._event("response.in_progress", response=self.response())
 
-    def feed(self, chunk: dict) -> list[dict]:
-        """The events for a chunk."""
-        events: list[dict] = []
+    def feed(self, chunk: Json) -> list[Json]:
+        """Return the events for a chunk."""
+        events: list[Json] = []
         for choice in chunk["choices"][:1]:
-            delta, self._finish_reason = (
-                choice["delta"],
-                choice["finish_reason"] or self._finish_reason,
-            )
+            delta = choice["delta"]
+            self._finish_reason = choice["finish_reason"] or self._finish_reason
             if self._request.is_compaction:
                 self._summary.add(delta.get("content") or "")
                 continue
@@ -6837,42 +6789,40 @@ class ResponseEvents:
                 events += self._call(call)
         return events
 
-    def finish(self, usage: dict | None) -> list[dict]:
-        """The events that end the response: whole, or incomplete for its length or a filter."""
+    def finish(self, usage: Json | None) -> list[Json]:
+        """Return the events that end the response: whole, or cut by its length or a filter."""
         events = self._close()
         for call in self._calls.values():
             events += self._close_call(call)
         if self._request.is_compaction:
             events += self._compaction()
-        status = (
-            "completed" if self._finish_reason not in ("length", "content_filter") else "incomplete"
-        )
-        return [*events, self._event("response." + status, response=self.response(status, usage))]
+        is_cut = self._finish_reason in ("length", "content_filter")
+        status = "incomplete" if is_cut else "completed"
+        return [*events, self._event(f"response.{status}", response=self.response(status, usage))]
 
-    def fail(self, error: ProxyError) -> list[dict]:
-        """The two events that end a response that broke off, as at OpenAI; the codes are those that Codex knows.
+    def fail(self, error: ProxyError) -> list[Json]:
+        """Return the two events that end a response that broke off, as at OpenAI.
 
-        Codex waits for response.failed; LangChain JS and with it n8n would take what came for whole without error,
-        down to a tool call cut in its arguments.
+        Codex waits for response.failed; LangChain JS and with it n8n would take what came for whole
+        without error, down to a tool call cut in its arguments.
         """
-        known = ("context_length_exceeded", "insufficient_quota", "rate_limit_exceeded")
-        failure = {
-            "code": error.code if error.code in known else "server_error",
-            "message": error.error_object()["message"],
-        }
-        if error.code == "rate_limit_exceeded":
-            failure["message"] += ". Please try again in %ds." % max(1, int(error.retry_after or 5))
+        code = error.code if error.code in self.CODES else "server_error"
+        failure = {"code": code, "message": error.error_object()["message"]}
+        if code == "rate_limit_exceeded":
+            seconds = max(1, int(error.retry_after or 5))
+            failure["message"] += f". Please try again in {seconds}s."
+        inner = {**failure, "type": error.type, "param": None}
+        response = {**self.response("failed"), "error": failure}
         return [
-            self._event(
-                "error", **failure, param=None, error={**failure, "type": error.type, "param": None}
-            ),
-            self._event("response.failed", response={**self.response("failed"), "error": failure}),
+            self._event("error", **failure, param=None, error=inner),
+            self._event("response.failed", response=response),
         ]
 
-    def response(self, status: str = "in_progress", usage: dict | None = None) -> dict:
-        """The response object as it is now."""
+    def response(self, status: str = "in_progress", usage: Json | None = None) -> Json:
+        """Return the response object as it is now."""
         asked = self._request.asked
-        reason = "max_output_tokens" if self._finish_reason == "length" else self._finish_reason
+        reason = self._finish_reason
+        reason = "max_output_tokens" if reason == "length" else reason
         is_over = status != "in_progress"
         return {
             "id": self._id,
@@ -6906,170 +6856,136 @@ class ResponseEvents:
             "top_logprobs": 0,
             "top_p": asked.get("top_p"),
             "truncation": asked.get("truncation") or "disabled",
-            "usage": response_usage(usage),
+            "usage": self._usage(usage),
             "user": asked.get("user"),
             "metadata": asked.get("metadata") or {},
         }
 
-    def _event(self, kind: str, **fields: Any) -> dict:
+    @staticmethod
+    def _usage(usage: Json | None) -> Json | None:
+        if not usage:
+            return None
+        cached = dig(usage, "prompt_tokens_details", "cached_tokens")
+        reasoning = dig(usage, "completion_tokens_details", "reasoning_tokens")
+        return {
+            "input_tokens": usage["prompt_tokens"],
+            "input_tokens_details": {"cached_tokens": cached or 0},
+            "output_tokens": usage["completion_tokens"],
+            "output_tokens_details": {"reasoning_tokens": reasoning or 0},
+            "total_tokens": usage["total_tokens"],
+        }
+
+    def _event(self, kind: str, **fields: Any) -> Json:
         return {"type": kind, "sequence_number": next(self._number), **fields}
 
-    def _begin(self, kind: str, prefix: str, **fields: Any) -> tuple[OutputItem, dict]:
-        item = OutputItem(kind, prefix, len(self._items), **fields)
+    def _begin(self, kind: str, prefix: str, **fields: Any) -> tuple[OutputItem, Json]:
+        item = OutputItem(kind, prefix, len(self._items), self._budget, **fields)
         self._items.append(item)
-        return item, self._event(
-            "response.output_item.added", output_index=item.index, item=dict(item.item)
-        )
+        place = {"output_index": item.index, "item": dict(item.item)}
+        return item, self._event("response.output_item.added", **place)
 
-    def _done(self, item: OutputItem) -> dict:
+    def _done(self, item: OutputItem) -> Json:
         item.is_open = False
-        return self._event(
-            "response.output_item.done", output_index=item.index, item=self._whole(item)
-        )
+        place = {"output_index": item.index, "item": self._whole(item)}
+        return self._event("response.output_item.done", **place)
 
-    def _thoughts(self, text: str) -> list[dict]:
-        events: list[dict] = []
+    def _thoughts(self, text: str) -> list[Json]:
+        events: list[Json] = []
         if self._open is None or self._open.item["type"] != "reasoning":
             events = self._close()
             self._open, added = self._begin("reasoning", "rs_", summary=[])
-            events += [
-                added,
-                self._event(
-                    "response.reasoning_summary_part.added",
-                    **self._open.place,
-                    summary_index=0,
-                    part={"type": "summary_text", "text": ""},
-                ),
-            ]
+            part = {"summary_index": 0, "part": {"type": "summary_text", "text": ""}}
+            kind = "response.reasoning_summary_part.added"
+            events += [added, self._event(kind, **self._open.place, **part)]
         self._open.text.add(text)
-        return [
-            *events,
-            self._event(
-                "response.reasoning_summary_text.delta",
-                **self._open.place,
-                summary_index=0,
-                delta=text,
-            ),
-        ]
+        delta = {"summary_index": 0, "delta": text}
+        kind = "response.reasoning_summary_text.delta"
+        return [*events, self._event(kind, **self._open.place, **delta)]
 
-    def _text(self, text: str) -> list[dict]:
-        events: list[dict] = []
+    def _text(self, text: str) -> list[Json]:
+        events: list[Json] = []
         if self._open is None or self._open.item["type"] != "message":
             events = self._close()
-            self._open, added = self._begin(
-                "message", "msg_", status="in_progress", role="assistant", content=[]
-            )
+            fields = {"status": "in_progress", "role": "assistant", "content": []}
+            self._open, added = self._begin("message", "msg_", **fields)
+            part = {"content_index": 0, "part": output_text("")}
             events += [
                 added,
-                self._event(
-                    "response.content_part.added",
-                    **self._open.place,
-                    content_index=0,
-                    part=output_text(""),
-                ),
+                self._event("response.content_part.added", **self._open.place, **part),
             ]
         self._open.text.add(text)
-        return [
-            *events,
-            self._event(
-                "response.output_text.delta",
-                **self._open.place,
-                content_index=0,
-                delta=text,
-                logprobs=[],
-            ),
-        ]
+        delta = {"content_index": 0, "delta": text, "logprobs": []}
+        return [*events, self._event("response.output_text.delta", **self._open.place, **delta)]
 
-    def _call(self, call: dict) -> list[dict]:
-        events: list[dict] = []
+    def _call(self, call: Json) -> list[Json]:
+        events: list[Json] = []
         item = self._calls.get(call["index"])
         if item is None:
             events, flat = self._close(), call["function"]["name"]
-            kind, prefix, field = (
-                ("custom_tool_call", "ctc_", "input")
-                if flat in self._names.custom
-                else ("function_call", "fc_", "arguments")
-            )
-            fields = {
-                "status": "in_progress",
-                "call_id": call["id"],
-                **self._names.restored(flat),
-                field: "",
-            }
+            kind, prefix, field = "function_call", "fc_", "arguments"
+            if flat in self._names.custom:
+                kind, prefix, field = "custom_tool_call", "ctc_", "input"
+            fields = {"status": "in_progress", "call_id": call["id"]}
+            fields = {**fields, **self._names.restored(flat), field: ""}
             item, added = self._begin(kind, prefix, **fields)
             self._calls[call["index"]] = item
             events.append(added)
         arguments = call["function"].get("arguments") or ""
         item.text.add(arguments)
         if arguments and item.item["type"] == "function_call":
-            events.append(
-                self._event("response.function_call_arguments.delta", **item.place, delta=arguments)
-            )
+            kind = "response.function_call_arguments.delta"
+            events.append(self._event(kind, **item.place, delta=arguments))
         return events
 
-    def _close(self) -> list[dict]:
-        """The events that end the text or the thoughts that go on."""
+    def _close(self) -> list[Json]:
+        """Return the events that end the text or the thoughts that go on."""
         item, self._open = self._open, None
         if item is None:
             return []
         text = str(item.text)
         if item.item["type"] == "reasoning":
-            part = {"type": "summary_text", "text": text}
+            kind, part = "response.reasoning_summary", {"type": "summary_text", "text": text}
+            where: Json = {**item.place, "summary_index": 0}
             return [
-                self._event(
-                    "response.reasoning_summary_text.done", **item.place, summary_index=0, text=text
-                ),
-                self._event(
-                    "response.reasoning_summary_part.done", **item.place, summary_index=0, part=part
-                ),
+                self._event(f"{kind}_text.done", **where, text=text),
+                self._event(f"{kind}_part.done", **where, part=part),
                 self._done(item),
             ]
+        where = {**item.place, "content_index": 0}
         return [
-            self._event(
-                "response.output_text.done", **item.place, content_index=0, text=text, logprobs=[]
-            ),
-            self._event(
-                "response.content_part.done", **item.place, content_index=0, part=output_text(text)
-            ),
+            self._event("response.output_text.done", **where, text=text, logprobs=[]),
+            self._event("response.content_part.done", **where, part=output_text(text)),
             self._done(item),
         ]
 
-    def _close_call(self, item: OutputItem) -> list[dict]:
+    def _close_call(self, item: OutputItem) -> list[Json]:
+        text = str(item.text)
         if item.item["type"] == "function_call":
-            done = self._event(
-                "response.function_call_arguments.done",
-                **item.place,
-                name=item.item["name"],
-                arguments=str(item.text),
-            )
+            fields = {**item.place, "name": item.item["name"], "arguments": text}
+            done = self._event("response.function_call_arguments.done", **fields)
             return [done, self._done(item)]
-        text = custom_input(str(item.text))
+        text, kind = custom_input(text), "response.custom_tool_call_input"
         return [
-            self._event("response.custom_tool_call_input.delta", **item.place, delta=text),
-            self._event("response.custom_tool_call_input.done", **item.place, input=text),
+            self._event(f"{kind}.delta", **item.place, delta=text),
+            self._event(f"{kind}.done", **item.place, input=text),
             self._done(item),
         ]
 
-    def _compaction(self) -> list[dict]:
-        if not str(self._summary).strip():
+    def _compaction(self) -> list[Json]:
+        summary = str(self._summary)
+        if not summary.strip():
             raise UpstreamError("the model gave no summary of the conversation; try again")
-        item, added = self._begin(
-            "compaction", "cmp_", encrypted_content=carried(str(self._summary))
-        )
+        fields = {"encrypted_content": encode_opaque(summary)}
+        item, added = self._begin("compaction", "cmp_", **fields)
         return [added, self._done(item)]
 
-    def _whole(self, output: OutputItem) -> dict:
-        """An item with all that came so far; one that was cut says so."""
+    def _whole(self, output: OutputItem) -> Json:
+        """Return an item with all that came so far; one that was cut says so."""
         kind, item, text = output.item["type"], output.item, str(output.text)
-        status = (
-            "in_progress"
-            if output.is_open
-            else "incomplete"
-            if self._finish_reason == "length"
-            else "completed"
-        )
+        status = "incomplete" if self._finish_reason == "length" else "completed"
+        status = "in_progress" if output.is_open else status
         if kind == "reasoning":
-            kept = {"encrypted_content": carried(text)} if self._keeps_thoughts else {}
+            kept = {"encrypted_content": encode_opaque(text)} if self._keeps_thoughts else {}
             return {**item, "summary": [{"type": "summary_text", "text": text}], **kept}
         if kind == "message":
             return {**item, "status": status, "content": [output_text(text)]}
@@ -7080,33 +6996,98 @@ class ResponseEvents:
         return dict(item)
 
 
-def output_text(text: str) -> dict:
-    """A text part of a message; the AI SDK and LangChain JS need its annotations."""
+def output_text(text: str) -> Json:
+    """Return a text part of a message; the AI SDK and LangChain JS need its annotations."""
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
 def custom_input(arguments: str) -> str:
-    """The one string that a custom tool is called with."""
-    try:
-        found = dig(json.loads(arguments), "input")
-    except (ValueError, RecursionError):
-        found = None
+    """Return the one string that a custom tool is called with."""
+    found = dig(loads(arguments), "input")
     return found if isinstance(found, str) else arguments
 
 
-def response_usage(usage: dict | None) -> dict | None:
-    """The usage in the words of /v1/responses."""
-    if not usage:
-        return None
-    cached = dig(usage, "prompt_tokens_details", "cached_tokens")
-    reasoning = dig(usage, "completion_tokens_details", "reasoning_tokens")
-    return {
-        "input_tokens": usage["prompt_tokens"],
-        "input_tokens_details": {"cached_tokens": cached or 0},
-        "output_tokens": usage["completion_tokens"],
-        "output_tokens_details": {"reasoning_tokens": reasoning or 0},
-        "total_tokens": usage["total_tokens"],
-    }
+class ResponsesWriter(Writer):
+    """Writes an answer to a client of /v1/responses: events with a name each, or one object."""
+
+    def __init__(self, out: Any, events: ResponseEvents, is_stream: bool, keep: Any):
+        super().__init__(out)
+        self._events, self.is_stream, self._keep = events, is_stream, keep
+        self._has_started = False
+
+    def start(self) -> None:
+        """Write response.created, once."""
+        if not self._has_started:
+            self._has_started = True
+            self._write(self._events.start())
+
+    def feed(self, chunk: Chunk) -> None:
+        """Write one chunk."""
+        self._write(self._events.feed(chunk.value))
+
+    def heartbeat(self) -> None:
+        """Write a sign of life while the upstream is silent."""
+        if self._has_started:
+            self._write([self._events.heartbeat()])
+        self.start()
+        self.flush()
+
+    def close(self, usage: Json | None) -> None:
+        """Write the end, and remember the output."""
+        events = self._events.finish(usage)
+        response = events[-1]["response"]
+        self._keep(response["output"])
+        if not self.is_stream:
+            self._out.send_json(200, response)
+            return
+        self._write(events)
+        self.flush()
+        self._out.end_stream()
+
+    def error(self, error: ProxyError) -> None:
+        """Write error and response.failed: two of four clients do not see a stream just end."""
+        self.start()
+        self._write(self._events.fail(error))
+        self.flush()
+        self._out.end_stream()
+
+    def _write(self, events: list[Json]) -> None:
+        if self.is_stream:
+            self._pieces += [encode_event(encode_json(event), event["type"]) for event in events]
+
+
+class ResponsesApi(ChatApi):
+    """POST /v1/responses: a translation in front of and behind the chat API."""
+
+    def check(self, body: Any) -> Json:
+        """Return the chat request for a request to /v1/responses; raises BadRequest."""
+        self._request = ResponseRequest(body, self._items, self._owner)
+        if self._request.skipped:
+            kinds = shorten(", ".join(sorted(set(self._request.skipped))), 200)
+            log.info("left out, since only OpenAI runs them: tools of type %s", kinds)
+        return super().check(self._request.chat)
+
+    def writer(self, request: Json, out: Any, target: Target) -> Writer:
+        """Return what writes the answer to the client."""
+        events = ResponseEvents(self._request, target.model, int(time.time()))
+        is_stored = self._request.asked.get("store") is not False
+        keep = functools.partial(self._items.keep, owner=self._owner)
+        is_stream = request.get("stream") is True
+        return ResponsesWriter(out, events, is_stream, keep if is_stored else lambda items: None)
+
+
+class ChatRouteApi(ChatApi):
+    """POST /v1/chat/completions, also with the body of a Responses request.
+
+    Cursor sends that here and wants chunks back (forum.cursor.com #159298).
+    """
+
+    def check(self, body: Any) -> Json:
+        """Return the chat request; raises BadRequest."""
+        if isinstance(body, dict) and "messages" not in body and "input" in body:
+            chat = ResponseRequest(body, self._items, self._owner).chat
+            return super().check({**chat, "stream_options": {"include_usage": True}})
+        return super().check(body)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -7114,70 +7095,54 @@ def response_usage(usage: dict | None) -> dict | None:
 # ------------------------------------------------------------------------------------------------
 
 
-class ServerOptions(NamedTuple):
-    """What the command line or make_server() says about serving; see `--help`. Times are seconds."""
+class StrictDecoder(json.JSONDecoder):
+    """Decodes a client's JSON: no constants that JSON lacks, no name twice, no endless numbers."""
 
-    host: str = "localhost"
-    port: int = 8080
-    api_keys: tuple[str, ...] = ()
-    no_auth: bool = False
-    allow_origins: tuple[str, ...] = ()
-    allow_hosts: tuple[str, ...] = ()
-    timeout: float = UPSTREAM_TIMEOUT
-    retries: int = RETRIES
-    max_connections: int = MAX_CONNECTIONS
-    max_body: int = MAX_BODY_MIB * 1024 * 1024
-    keep_alive: float = KEEP_ALIVE_INTERVAL
-    grace: float = GRACE
+    # Of one number: CPython before 3.11 takes quadratic time for more.
+    MAX_DIGITS = 1000
 
+    def __init__(self) -> None:
+        super().__init__(
+            parse_constant=self._constant, parse_int=self._int, object_pairs_hook=self._pairs
+        )
 
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+    @staticmethod
+    def _constant(name: str) -> None:
+        raise ValueError(f"{name} is no JSON")
 
+    @classmethod
+    def _int(cls, digits: str) -> int:
+        if len(digits) > cls.MAX_DIGITS:
+            raise ValueError("a number has too many digits")
+        return int(digits)
 
-def _bounded_int(digits: str) -> int:
-    if len(digits) > MAX_JSON_DIGITS:
-        raise ValueError("a number has too many digits")
-    return int(digits)
-
-
-def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        raise ValueError("a name occurs twice in one object")
-    return value
+    @staticmethod
+    def _pairs(pairs: list[tuple[str, Any]]) -> Json:
+        value = dict(pairs)
+        if len(value) != len(pairs):
+            raise ValueError("a name occurs twice in one object")
+        return value
 
 
-_STRICT_JSON = json.JSONDecoder(
-    parse_constant=_no_constant, parse_int=_bounded_int, object_pairs_hook=_unique_pairs
-)
+_STRICT = StrictDecoder()
 
 
 def parse_json(body: bytes) -> Any:
-    """The JSON in a client's body; raises BadRequest that says what is wrong with it."""
+    """Return the JSON in a client's body; raises BadRequest that says what is wrong with it."""
     try:
-        return _STRICT_JSON.decode(body.decode("utf-8-sig"))
+        return _STRICT.decode(body.decode("utf-8-sig"))
     except UnicodeDecodeError:
-        raise BadRequest("the body is not UTF-8", code="invalid_json") from None
+        message = "the body is not UTF-8"
     except RecursionError:
-        raise BadRequest("the body is nested too deeply", code="invalid_json") from None
+        message = "the body is nested too deeply"
     except ValueError as error:
-        raise BadRequest(f"the body is not valid JSON: {error}", code="invalid_json") from None
-
-
-def split_host(value: str) -> str:
-    """The name in a Host header, in lower case and without the port.
-
-    >>> split_host("[::1]:8080"), split_host("LocalHost:80")
-    ('::1', 'localhost')
-    """
-    match = re.match(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]/\s@]*))(?::\d*)?\Z", value.strip().lower())
-    return (match.group(1) or match.group(2)).rstrip(".") if match else ""
+        message = f"the body is not valid JSON: {error}"
+    raise BadRequest(message, code="invalid_json")
 
 
 @functools.lru_cache(maxsize=256)
 def is_loopback(name: str) -> bool:
-    """Whether a host name or address can only mean this machine."""
+    """Return whether a host name or address can only mean this machine."""
     if name == "localhost" or name.endswith(".localhost"):
         return True
     try:
@@ -7186,71 +7151,84 @@ def is_loopback(name: str) -> bool:
         return False
 
 
-def listed(values: Iterable[str] | str) -> list[str]:
-    """The values as a list; a string is one value, not one for each of its characters."""
-    return [values] if isinstance(values, str) else list(values)
+def listed(values: Iterable[str] | str) -> tuple[str, ...]:
+    """Return the values; a string is one value, not one for each of its characters."""
+    return (values,) if isinstance(values, str) else tuple(values)
 
 
 def checked_keys(keys: Iterable[str] | str, source: str = "--api-key") -> tuple[str, ...]:
-    """The keys that clients may present, without blanks around them; raises ValueError for one that is none.
+    """Return the keys that clients may present, without blanks around them.
 
-    An empty key is mostly a variable that was not set: to serve without a key then would open the door.
+    An empty key is mostly a variable that was not set: to serve without a key then would open the
+    door. Raises ValueError for one that is no key.
     """
     checked = []
-    for key in listed(keys):
-        key = key.strip() if isinstance(key, str) else ""
+    for stated in listed(keys):
+        key = stated.strip() if isinstance(stated, str) else ""
         if len(key) < 2 or not key.isprintable():
             raise ValueError(
-                f"{source}: a key must have at least 2 characters, none of them a control character; "
-                "is the variable that should hold it set?"
+                f"{source}: a key must have at least 2 characters, none of them a control "
+                "character; is the variable that should hold it set?"
             )
+        keep_secret(key)
         checked.append(key)
     return tuple(checked)
 
 
 class AccessPolicy:
-    """Who may use the server: which keys there are, whether one is needed, and whether a request may pass.
+    """Who may use the server: which keys there are, whether one is needed, who may pass.
 
-    Command line and make_server() come here; the constructor raises ValueError for options that would
-    leave the door open. A page on the web reaches a server on loopback by DNS rebinding (stopped by Host) or by a plain
-    cross-site request (stopped by Origin and Sec-Fetch-Site). Ollama's CVE-2024-28224 was the first.
+    Command line and make_server() come here; the constructor raises ValueError for options that
+    would leave the door open. A page on the web reaches a server on loopback by DNS rebinding
+    (stopped by Host) or by a plain cross-site request (stopped by Origin and Sec-Fetch-Site).
+    Ollama's CVE-2024-28224 was the first.
     """
 
-    def __init__(self, options: ServerOptions):
-        self._hosts = {name.lower() for name in options.allow_hosts} | {
-            "host.docker.internal",
-            socket.gethostname().lower(),
-            options.host.lower(),
-        }
+    LOCAL_ORIGINS = re.compile(
+        r"(https?://(localhost|127\.\d+\.\d+\.\d+|\[::1\]|tauri\.localhost)(:\d+)?"
+        r"|(app|tauri|vscode-webview|vscode-file)://.*)\Z",
+        re.I,
+    )
+    EXPOSED = "x-request-id, retry-after, retry-after-ms, x-qwen-provider"
+    _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]/\s@]*))(?::\d*)?\Z")
+
+    def __init__(self, options: Options):
+        names = {"host.docker.internal", socket.gethostname(), options.host, *options.allow_host}
+        self._hosts = {name.lower() for name in names}
         self._origins = {
-            re.sub(r"(?<![/:])/\Z", "", origin).lower() for origin in options.allow_origins
+            re.sub(r"(?<![/:])/\Z", "", origin).lower() for origin in options.allow_origin
         }
-        self._keys = [key.encode() for key in checked_keys(options.api_keys)]
-        for key in options.api_keys:
-            keep_secret(key.strip())
+        self.has_keys = bool(options.api_key)
+        self._keys = [key.encode() for key in checked_keys(options.api_key)]
         # An address cannot be rebound; where the server is open to a network it is reached by one.
         self._any_address = not self.is_local(options.host)
         if self._any_address and not (self._keys or options.no_auth):
-            raise ValueError(
-                f"listening on {options.host or 'all addresses'} lets everybody on the network spend your quota: say "
-                "--no-auth, or give a key, here a fresh one: python3 qwen_proxy.py --host "
-                f"{options.host or '0.0.0.0'} --port {options.port} --api-key {secrets.token_hex(16)}"
-            )
+            raise ValueError(self._needs_key(options))
+
+    @staticmethod
+    def _needs_key(options: Options) -> str:
+        command = f"python3 qwen_proxy.py --host {options.host or '0.0.0.0'} --port {options.port}"
+        return (
+            f"listening on {options.host or 'all addresses'} lets everybody on the network spend "
+            "your quota: say --no-auth, or give a key, here a fresh one: "
+            f"{command} --api-key {secrets.token_hex(16)}"
+        )
 
     @staticmethod
     def is_local(host: str) -> bool:
-        """Whether only this machine can reach a server that listens there; a name may lead anywhere."""
+        """Return whether only this machine reaches a server there; a name may lead anywhere."""
         try:
             return host == "localhost" or ipaddress.ip_address(host).is_loopback
         except ValueError:
             return False
 
     def warnings(self) -> list[str]:
-        """What the options open that a person may not have meant."""
+        """Return what the options open that a person may not have meant."""
         found = []
         if "null" in self._origins:
             found.append(
-                "--allow-origin null lets every web page use this server: a sandboxed frame has that origin"
+                "--allow-origin null lets every web page use this server: a sandboxed frame has "
+                "that origin"
             )
         if "*" in self._origins and not self._keys:
             found.append("--allow-origin * without --api-key lets every web page use this server")
@@ -7262,30 +7240,68 @@ class AccessPolicy:
             if is_required:
                 raise BadRequest("the Host header is missing")
             return
-        name = split_host(host)
+        match = self._HOST.match(host.strip().lower())
+        name = (match.group(1) or match.group(2)).rstrip(".") if match else ""
         if is_loopback(name) or name in self._hosts:
             return
         if self._any_address:
             with contextlib.suppress(ValueError):
                 ipaddress.ip_address(name)
                 return
-        raise ProxyError(
-            f"the Host header {shorten(host, 100)!r} does not name this machine; if it should, add --allow-host NAME",
-            403,
-            "host_not_allowed",
-            "permission_error",
+        message = (
+            f"the Host header {shorten(host, 100)!r} does not name this machine; if it should, add "
+            "--allow-host NAME"
         )
+        raise ProxyError(message, 403, "host_not_allowed", "permission_error")
 
-    def allows_origin(self, origin: str) -> bool:
-        """Whether pages of this origin may use the server."""
-        return (
-            "*" in self._origins
-            or origin.lower() in self._origins
-            or bool(LOCAL_ORIGINS.match(origin))
-        )
+    def check_origin(self, method: str, headers: Mapping[str, str]) -> list[tuple[str, str]]:
+        """Return the CORS headers for the answer; raises ProxyError for a foreign page."""
+        origin = headers.get("origin")
+        is_json = declares_json(headers)
+        if origin is None:
+            is_cross_site = headers.get("sec-fetch-site") == "cross-site"
+            if is_cross_site and not self._is_harmless(method, headers, is_json):
+                message = (
+                    "cross-site request without an Origin header was refused; call from a local "
+                    "page, or start with --allow-origin ORIGIN and send Origin"
+                )
+                raise ProxyError(message, 403, "origin_not_allowed", "permission_error")
+            return []
+        is_allowed = "*" in self._origins or origin.lower() in self._origins
+        if not is_allowed and not self.LOCAL_ORIGINS.match(origin):
+            name = shorten(origin, 100)
+            message = (
+                f"pages of {name} may not use this server; if they should, start it with "
+                f"--allow-origin {name}"
+            )
+            if origin == "null":
+                message = (
+                    "pages without an origin of their own (a file, a sandboxed frame) may not use "
+                    "this server; serve the page over http on localhost"
+                )
+            raise ProxyError(message, 403, "origin_not_allowed", "permission_error")
+        return [
+            ("Access-Control-Allow-Origin", origin),
+            ("Vary", "Origin"),
+            ("Access-Control-Expose-Headers", self.EXPOSED),
+        ]
 
-    def check_key(self, headers: dict[str, str]) -> str:
-        """The name of the key that is presented, '' where none is needed; raises ProxyError for a wrong one."""
+    @staticmethod
+    def _is_harmless(method: str, headers: Mapping[str, str], is_json: bool) -> bool:
+        """Return whether a request is a visit by link, or of an app that has web security off.
+
+        Browsers send Origin with every cross-site request in mode cors (Fetch, 'append a request
+        Origin header'); Chatbox and Cherry Studio have web security off.
+        """
+        mode = headers.get("sec-fetch-mode")
+        is_visit = mode == "navigate" and method == "GET"
+        return is_visit or mode == "cors" and (method != "POST" or is_json)
+
+    def check_key(self, headers: Mapping[str, str]) -> str:
+        """Return the name of the key that is presented, '' where none is needed.
+
+        Raises ProxyError for a wrong one.
+        """
         if not self._keys:
             return ""
         scheme, _, bearer = headers.get("authorization", "").partition(" ")
@@ -7294,11 +7310,10 @@ class AccessPolicy:
             headers.get("api-key", ""),
             bearer if scheme.lower() == "bearer" else "",
         ]
+        values = [value.strip(" ").encode("latin-1", "replace") for value in presented]
+        # All of them, in constant time.
         matches = [
-            any(
-                hmac.compare_digest(key, value.strip(" ").encode("latin-1", "replace"))
-                for value in presented
-            )
+            any([hmac.compare_digest(key, value) for value in values])  # noqa: C419
             for key in self._keys
         ]
         if not any(matches):
@@ -7313,452 +7328,139 @@ class AccessPolicy:
         return f"key {matches.index(True) + 1}"
 
 
-class _DeadlineReader(io.RawIOBase):
-    """Bytes from a client, none of them after the deadline: a byte a second must not hold a thread."""
+def declares_json(headers: Mapping[str, str]) -> bool:
+    """Return whether a body is declared as JSON."""
+    content_type = headers.get("content-type", "").partition(";")[0]
+    return content_type.strip().lower() == "application/json"
+
+
+class ClientReader(io.RawIOBase):
+    """Bytes from a client, none after the deadline: a byte a second must not occupy a thread.
+
+    Where a rate is set, bytes that come move the deadline.
+    """
 
     def __init__(self, connection: socket.socket):
         super().__init__()
-        self._connection, self._readiness, self.deadline = connection, Readiness([connection]), 0.0
+        self._connection, self.deadline, self.rate = connection, 0.0, 0
+        self._selector = Selector()
+        self._selector.register(connection, selectors.EVENT_READ)
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Bytes as soon as there are some; raises socket.timeout at the deadline."""
+        """Return bytes as soon as there are some; raises socket.timeout at the deadline."""
         while True:
             remaining = self.deadline - time.monotonic()
-            if remaining <= 0 or not self._readiness.wait(remaining):
+            if remaining <= 0 or not self._selector.select(remaining):
                 raise socket.timeout("timed out")
             with contextlib.suppress(BlockingIOError):
-                return self._connection.recv_into(buffer)
+                received = self._connection.recv_into(buffer)
+                self.deadline += received / self.rate if self.rate else 0
+                return received
 
 
-class Completion:
-    """One request of a client on its way through the upstream: prepared, opened, read."""
+class Exchange:
+    """One request of a client, from its head to its log line.
 
-    def __init__(
-        self,
-        proxy: ProxyServer,
-        kind: Kind,
-        request: dict,
-        routes: list[Route],
-        watch: Watch,
-        user_agent: str,
-    ):
-        self._proxy, self._kind, self._request, self._routes, self._watch = (
-            proxy,
-            kind,
-            request,
-            routes,
-            watch,
-        )
-        self._headers = {"Accept": "text/event-stream", "User-Agent": user_agent}
-        self._body: dict = {}
-        self._prepared_for: Route | None = None
-
-    def open(self) -> Answer:
-        """The answer, begun: whatever can still become an HTTP status has been raised."""
-        return open_answer(
-            self._routes, self._attempt, self._repair, self._watch, self._proxy.options.retries
-        )
-
-    def _attempt(self, route: Route, access_token: str) -> Answer:
-        if self._prepared_for is not route:
-            self._prepare(route)
-        response = self._proxy.upstream.send(
-            route,
-            self._kind.path,
-            encode_json(self._body),
-            access_token,
-            self._watch,
-            self._headers,
-        )
-        try:
-            if not 200 <= response.status < 300:
-                raise refused(response, route)
-            return Answer(
-                response,
-                route,
-                self._kind.translator(self._request, route),
-                self._kind.collector(),
-                self._watch,
-            )
-        except BaseException:
-            response.close()
-            raise
-
-    def _prepare(self, route: Route) -> None:
-        refuse_unserved(self._kind.path, route)
-        self._body, fired = self._kind.to_upstream(self._request, route)
-        self._prepared_for = route
-        for given_up in filter(None, fired.values()):
-            log.info("%s: %s", route.model, given_up)
-        if log.isEnabledFor(logging.DEBUG):
-            log.debug(
-                "rules: %s; to %s: %s",
-                ", ".join(fired) or "none",
-                route.provider.name,
-                excerpt(self._body),
-            )
-
-    def _repair(self, error: UpstreamError) -> bool:
-        how = repair_request(self._body, error)
-        if how:
-            log.info("refused: %s; repeated %s", error.message, how)
-        return bool(how)
-
-
-def refuse_unserved(path: str, route: Route) -> None:
-    """Raise BadRequest where a provider is known not to have an endpoint, instead of its empty 404."""
-    words = UNSERVED.get((path, route.provider.family))
-    if words:
-        raise BadRequest(words, code="unsupported_endpoint", moves_on=True)
-
-
-class EmbeddingBatch:
-    """Some texts of a request for embeddings on their way through the upstream."""
-
-    def __init__(
-        self, proxy: ProxyServer, request: dict, texts: list[str], watch: Watch, user_agent: str
-    ):
-        self._proxy, self._request, self._texts, self._watch = proxy, request, texts, watch
-        self._headers = {"Accept": "application/json", "User-Agent": user_agent}
-        self.route: Route | None = None
-
-    def fetch(self, routes: list[Route]) -> tuple[list[list[float]], dict]:
-        """Vectors and usage."""
-        return open_answer(
-            routes, self._attempt, lambda error: False, self._watch, self._proxy.options.retries
-        )
-
-    def _attempt(self, route: Route, access_token: str) -> tuple[list[list[float]], dict]:
-        refuse_unserved("/embeddings", route)
-        self.route, body = (
-            route,
-            encode_json(to_embedding_request(self._request, self._texts, route)),
-        )
-        response = self._proxy.upstream.send(
-            route, "/embeddings", body, access_token, self._watch, self._headers
-        )
-        try:
-            if not 200 <= response.status < 300:
-                raise refused(response, route)
-            return vectors_of(response.read(MAX_EVENT), len(self._texts), route.provider.family)
-        finally:
-            response.close()
-
-
-def fetch_batches(
-    batches: list[EmbeddingBatch], routes: list[Route], stop: Callable[[], None]
-) -> list[tuple[list[list[float]], dict]]:
-    """What all batches bring, in their order, a few of them at a time; stop() is called when one fails."""
-    if len(batches) == 1:
-        return [batches[0].fetch(routes)]
-    with concurrent.futures.ThreadPoolExecutor(PARALLEL_BATCHES) as pool:
-        futures = [pool.submit(batch.fetch, routes) for batch in batches]
-        done, _ = concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
-        failures = [future.exception() for future in done if future.exception()]
-        if failures:
-            for future in futures:
-                future.cancel()
-            stop()
-            raise failures[0]  # type: ignore[misc]
-        return [future.result() for future in futures]
-
-
-def refused(response: UpstreamResponse, route: Route) -> UpstreamError:
-    """The error for an answer whose status is none of success."""
-    text = response.read(MAX_ERROR_BODY).decode("utf-8", "replace")
-    log.debug("HTTP %d from %s: %s", response.status, route.provider.name, shorten(text, 2000))
-    refusal = refusal_of(response.status, text)
-    if not refusal.request_id:
-        refusal = refusal._replace(request_id=response.headers.get("x-request-id"))
-    return to_upstream_error(refusal, route.provider.family, retry_after_of(response.headers))
-
-
-class Answer:
-    """An upstream's answer whose first chunk is there."""
-
-    def __init__(
-        self,
-        response: UpstreamResponse,
-        route: Route,
-        translator: ChunkTranslator,
-        collector: CompletionCollector,
-        watch: Watch,
-    ):
-        self.response, self.route, self.translator, self._collector = (
-            response,
-            route,
-            translator,
-            collector,
-        )
-        self.request_id = response.headers.get("x-request-id")
-        self._chunks, self._first = iter_chunks(response.pieces(), translator), []  # type: ignore[var-annotated]
-        for translated in self._chunks:
-            self._first = translated
-            if translated:
-                break
-            watch.tick()
-
-    def chunks(self) -> Iterator[Translated]:
-        """All chunks, as they come; raises UpstreamError, ClientGone, ShuttingDown."""
-        yield self._first
-        yield from self._chunks
-
-    def collected(self) -> dict:
-        """The whole completion."""
-        for translated in self.chunks():
-            for chunk, _ in translated:
-                if chunk["choices"]:
-                    self._collector.feed(chunk)
-        return self._collector.completion(self.translator.usage)
-
-
-class ChunkForm:
-    """How an answer is written to a client of chat or text completions: its chunks, then [DONE]."""
-
-    def start(self) -> list[bytes]:
-        """What goes out before the first chunk."""
-        return []
-
-    def alive(self) -> list[bytes]:
-        """A sign of life while the upstream is silent."""
-        return [KEEP_ALIVE]
-
-    def events(self, translated: Translated) -> list[bytes]:
-        """Some chunks."""
-        return [encode_event(raw or encode_json(chunk)) for chunk, raw in translated]
-
-    def end(self, usage: dict | None) -> list[bytes]:
-        """After the last chunk."""
-        return [encode_event(DONE)]
-
-    def problem(self, error: ProxyError) -> list[bytes]:
-        """The end of an answer that broke off; no [DONE], as it is not whole."""
-        return [encode_event(encode_json(error.body()))]
-
-    def whole(self, answer: Answer) -> dict:
-        """The answer for a client that does not want it streamed."""
-        return answer.collected()
-
-
-class ResponseForm:
-    """How an answer is written to a client of /v1/responses: as events with a name each."""
-
-    def __init__(self, request: ResponseRequest, model: str, memory: ItemMemory, owner: str):
-        self._events, self._owner = ResponseEvents(request, model, int(time.time())), owner
-        self._memory = memory if request.asked.get("store") is not False else None
-        self._has_started = False
-
-    def start(self) -> list[bytes]:
-        """response.created, once."""
-        if self._has_started:
-            return []
-        self._has_started = True
-        return self._encoded(self._events.start())
-
-    def alive(self) -> list[bytes]:
-        """A sign of life while the upstream is silent."""
-        return self.start() or self._encoded([self._events.alive()])
-
-    def events(self, translated: Translated) -> list[bytes]:
-        """Some chunks."""
-        return self._encoded(
-            [event for chunk, _ in translated for event in self._events.feed(chunk)]
-        )
-
-    def end(self, usage: dict | None) -> list[bytes]:
-        """After the last chunk."""
-        return self._encoded(self._finished(usage))
-
-    def problem(self, error: ProxyError) -> list[bytes]:
-        """error and response.failed: two of four clients do not notice a stream that just ends."""
-        return self.start() + self._encoded(self._events.fail(error))
-
-    def whole(self, answer: Answer) -> dict:
-        """The answer for a client that does not want it streamed."""
-        for translated in answer.chunks():
-            for chunk, _ in translated:
-                self._events.feed(chunk)
-        return self._finished(answer.translator.usage)[-1]["response"]
-
-    def _finished(self, usage: dict | None) -> list[dict]:
-        events = self._events.finish(usage)
-        if self._memory:
-            self._memory.keep(events[-1]["response"]["output"], self._owner)
-        return events
-
-    @staticmethod
-    def _encoded(events: list[dict]) -> list[bytes]:
-        return [encode_event(encode_json(event), event["type"]) for event in events]
-
-
-def excerpt(value: Any, longest: int = 200) -> str:
-    """A JSON value for the log, long strings cut."""
-
-    def cut(item: Any) -> Any:
-        if isinstance(item, str) and len(item) > longest:
-            return f"{shorten(item, longest)}... ({len(item)} characters)"
-        if isinstance(item, dict):
-            return {name: cut(inner) for name, inner in item.items()}
-        return [cut(inner) for inner in item] if isinstance(item, list) else item
-
-    try:
-        return json.dumps(cut(value), ensure_ascii=False)
-    except RecursionError:
-        return "(nested too deeply to show)"
-
-
-# Path (without /v1), method: the method of Handler.
-ROUTES = {
-    "/chat/completions": {"POST": "post_chat_completions"},
-    "/completions": {"POST": "post_completions"},
-    "/embeddings": {"POST": "post_embeddings"},
-    "/responses": {"POST": "post_responses", "GET": "get_responses"},
-    "/models": {"GET": "get_models"},
-    "/models/{id}": {"GET": "get_model"},
-    "/health": {"GET": "get_health"},
-    "/": {"GET": "get_root"},
-}
-WITHOUT_KEY = ("/health", "/")
-_REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) ([\x21-\x7e]+) HTTP/(\d)\.(\d)\r\n\Z")
-_HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n\Z")
-_SINGLE = frozenset(
-    {
-        "content-length",
-        "transfer-encoding",
-        "host",
-        "authorization",
-        "origin",
-        "content-type",
-        "content-encoding",
-    }
-)
-_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})\r\n\Z")
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    """One connection of a client; http.server's loop over requests, with stricter parsing.
-
-    The settings of the server are on self.server.proxy. A request is answered in one of three ways:
-    _send_json, _send_stream, or _send_problem for every ProxyError.
+    What came: method, path, headers, key; where it went: target; what was answered: status, usage,
+    error, notes. The log line is made from it. It knows the framing of both directions (RFC 9112).
     """
 
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-    server: Listener
+    # A client's connection between requests; from the first byte of a request to the end of its
+    # headers; for the body, and one second more for so many bytes of it that have come.
+    IDLE_TIMEOUT, HEADER_TIMEOUT = 75.0, 20.0
+    BODY_TIMEOUT, BODY_RATE = 60.0, 65_536
+    # A client that takes nothing for this long has left.
+    WRITE_TIMEOUT = 60.0
+    MAX_HEADERS, MAX_HEAD = 100, 262_144
+    # The body of a refused request is read and dropped up to this, if it comes within a second, so
+    # that the connection can be used again.
+    SMALL_BODY, DROP_TIMEOUT = 65_536, 1.0
+    # Headers that may occur once.
+    SINGLE = frozenset(
+        "content-length transfer-encoding host authorization origin content-type "
+        "content-encoding".split()
+    )
+    _REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) ([\x21-\x7e]+) HTTP/(\d)\.(\d)\r\n\Z")
+    _HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n\Z")
+    _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})\r\n\Z")
 
-    # -- one request -----------------------------------------------------------------------------
-
-    def setup(self) -> None:
-        """Reading by deadline, not by socketserver's time per read."""
-        super().setup()
-        self.rfile.close()
-        self.connection.setblocking(False)
-        self._reader = _DeadlineReader(self.connection)
-        self.rfile = io.BufferedReader(self._reader, 8192)  # type: ignore[assignment]
-        self.proxy = self.server.proxy
+    def __init__(self, connection: socket.socket, reader: ClientReader, rfile: Any, max_body: int):
+        self.connection, self._reader, self._rfile = connection, reader, rfile
+        self._max_body = max_body
+        self.method = self.path = self.key = ""
+        self.headers: dict[str, str] = {}
+        self.started = time.monotonic()
         self.is_busy = False
-        self.proxy.handlers.add(self)
+        self.closes = True
+        self._is_http_1_0 = self._is_chunked = self._unread = False
+        self._length = 0
+        # No secret, and os.urandom is a system call.
+        self._request_id = f"req_{random.getrandbits(96):024x}"
+        self.cors: list[tuple[str, str]] = []
+        self._more_headers: list[tuple[str, str]] = []
+        self.writer: Any = None
+        self.waiters: list[Waiter] = []
+        self._head_sent = False
+        self.status = 0
+        self.target: Target | None = None
+        self.usage: Json | None = None
+        self.error: ProxyError | None = None
+        self.notes: list[str] = []
 
-    def finish(self) -> None:
-        self.proxy.handlers.discard(self)
-        with contextlib.suppress(OSError):
-            super().finish()
+    # -- the request -----------------------------------------------------------------------------
 
-    def handle_one_request(self) -> None:
-        """Read one request and answer it; called by http.server as long as the connection is kept."""
-        self._begin()
-        try:
-            self._reader.deadline = time.monotonic() + IDLE_TIMEOUT
-            if not self.rfile.peek(1):  # type: ignore[attr-defined]
-                self.close_connection = True
-                return
-            self.is_busy = True
-            self._started = time.monotonic()
-            self._reader.deadline = self._started + HEADER_TIMEOUT
-            self.raw_requestline = self.rfile.readline(MAX_LINE + 1)
-            self.parse_request()
-            self._respond()
-        except ProxyError as error:
-            self.close_connection = True
-            self._guarded(self._send_problem, error)
-        except (OSError, ClientGone, ValueError) as error:
-            # ValueError: a closed file, on shutdown
-            self.close_connection = True
-            if self.is_busy and isinstance(error, socket.timeout):
-                self._guarded(
-                    self._send_problem, BadRequest("the request did not arrive in time", 408)
-                )
-        finally:
-            if self.is_busy:
-                self._log_answer()
-            self.is_busy = False
-            self.close_connection = self.close_connection or self.proxy.is_stopping
-            if self.close_connection and self._unread:
-                self._linger()
+    def read_head(self) -> bool:
+        """Read request line and headers; returns False when the client has closed instead.
 
-    def _begin(self) -> None:
-        self.close_connection, self.command, self.path, self.headers = True, "", "", {}  # type: ignore[assignment]
-        self._form: ChunkForm | ResponseForm = ChunkForm()
-        self.status, self._unread, self._is_chunked, self._length = 0, False, False, 0
-        self._head_sent = self._is_http_1_0 = False
-        self._cors: list[tuple[str, str]] = []
-        self._note = self._owner = ""
-        self._request_id = "req_{:024x}".format(
-            random.getrandbits(96)
-            # no secret; os.urandom is a system call
-        )
-        self._started = time.monotonic()
-
-    def parse_request(self) -> bool:
-        """Read request line and headers; raises BadRequest for whatever RFC 9112 calls malformed."""
-        line = (
-            self.raw_requestline
-            if self.raw_requestline != b"\r\n"
-            else self.rfile.readline(MAX_LINE + 1)
-        )
-        match = _REQUEST_LINE.match(line)
+        Raises BadRequest for what RFC 9112 calls malformed, OSError.
+        """
+        self._reader.rate, self._reader.deadline = 0, time.monotonic() + self.IDLE_TIMEOUT
+        if not self._rfile.peek(1):
+            return False
+        self.is_busy, self.started = True, time.monotonic()
+        self._reader.deadline = self.started + self.HEADER_TIMEOUT
+        line = self._rfile.readline(MAX_LINE + 1)
+        line = self._rfile.readline(MAX_LINE + 1) if line == b"\r\n" else line
+        match = self._REQUEST_LINE.match(line)
         if len(line) > MAX_LINE:
             raise BadRequest("the request line is too long", 414)
         if not match:
             raise BadRequest("the request line is malformed")
-        self.command, self.path = match.group(1).decode(), match.group(2).decode()
+        self.method, self.path = match.group(1).decode(), match.group(2).decode()
         version = (int(match.group(3)), int(match.group(4)))
         if version not in ((1, 0), (1, 1)):
-            raise BadRequest("only HTTP/1.0 and HTTP/1.1 are spoken here", 505)
+            raise BadRequest("unsupported HTTP version; use HTTP/1.1", 505)
         self._is_http_1_0 = version == (1, 0)
-        self.headers = self._read_headers()  # type: ignore[assignment]
+        self._read_headers()
         self._check_framing()
         connection = self.headers.get("connection", "").lower()
-        self.close_connection = "close" in connection or self._is_http_1_0
+        self.closes = "close" in connection or self._is_http_1_0
         return True
 
-    def _read_headers(self) -> dict[str, str]:
-        headers: dict[str, str] = {}
-        size = 0
-        for _ in range(MAX_HEADERS + 1):
-            line = self.rfile.readline(MAX_LINE + 1)
+    def _read_headers(self) -> None:
+        size, headers = 0, self.headers
+        for _ in range(self.MAX_HEADERS + 1):
+            line = self._rfile.readline(MAX_LINE + 1)
             size += len(line)
-            if size > MAX_HEAD:
+            if size > self.MAX_HEAD:
                 raise BadRequest("the headers are too long", 431)
             if line == b"\r\n":
-                return headers
-            match = _HEADER_LINE.match(line)
+                return
+            match = self._HEADER.match(line)
             if len(line) > MAX_LINE:
                 raise BadRequest("a header line is too long", 431)
-            # obs-fold, NUL, bare CR or LF, a space before the colon
             if not match:
+                # obs-fold, NUL, bare CR or LF, a space before the colon.
                 raise BadRequest("a header line is malformed")
-            name, value = (
-                match.group(1).decode().lower(),
-                match.group(2).decode("latin-1").strip(" \t"),
-            )
-            if name in headers and name in _SINGLE:
+            name = match.group(1).decode().lower()
+            value = match.group(2).decode("latin-1").strip(" \t")
+            if name in headers and name in self.SINGLE:
                 raise BadRequest(f"the header {name} occurs twice")
-            headers[name] = headers[name] + ", " + value if name in headers else value
-        raise BadRequest("there are more than %d headers" % MAX_HEADERS, 431)
+            headers[name] = f"{headers[name]}, {value}" if name in headers else value
+        raise BadRequest(f"there are more than {self.MAX_HEADERS} headers", 431)
 
     def _check_framing(self) -> None:
         """RFC 9112 6.3: one length, digits only, and never beside Transfer-Encoding."""
@@ -7767,9 +7469,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if length is not None or self._is_http_1_0:
                 raise BadRequest("Transfer-Encoding beside Content-Length, or in HTTP/1.0")
             if coding.lower() != "chunked":
-                raise BadRequest(
-                    f"the transfer coding {shorten(coding, 40)!r} is not supported; use chunked"
-                )
+                name = shorten(coding, 40)
+                message = f"the transfer coding {name!r} is not supported; use chunked"
+                raise BadRequest(message)
             self._is_chunked = self._unread = True
         elif length is not None:
             if not re.match(r"[0-9]{1,18}\Z", length):
@@ -7777,227 +7479,56 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._length = int(length)
             self._unread = self._length > 0
 
-    def _respond(self) -> None:
-        """The boundary of a request: whatever happens inside becomes an answer, or the end of the connection."""
-        try:
-            self._check_access()
-            if self.command == "OPTIONS":
-                return self._send_preflight()
-            method, needs_key = self._route()
-            if needs_key:
-                self._owner = self.proxy.access.check_key(self.headers)  # type: ignore[arg-type]
-            return method()
-        except ProxyError as error:
-            self._guarded(self._send_problem, error)
-        except ShuttingDown:
-            problem = ProxyError(
-                "the server is stopping; try again in a moment",
-                503,
-                "shutting_down",
-                "server_error",
-                headers=[("Retry-After", "2")],
-            )
-            self.close_connection = True
-            self._guarded(self._send_problem, problem)
-        except (ClientGone, OSError) as error:
-            self.close_connection, self.status = True, 499
-            if isinstance(error, socket.timeout) and not self._head_sent and self._unread:
-                self._guarded(
-                    self._send_problem, BadRequest("the request did not arrive in time", 408)
-                )
-        except Exception as error:  # noqa: B902 - the one place: a fault of ours must not end in a traceback
-            frame = error.__traceback__
-            while frame and frame.tb_next:
-                frame = frame.tb_next
-            log.error(
-                "%s in line %d: %s; please report this",
-                type(error).__name__,
-                frame.tb_lineno if frame else 0,
-                shorten(str(error), 200),
-            )
-            for line in traceback.format_exc().splitlines():
-                log.debug("%s", line)
-            self.close_connection = True
-            self._guarded(
-                self._send_problem,
-                ProxyError(
-                    f"an internal error of qwen_proxy ({type(error).__name__}); its log says where"
-                ),
-            )
-        return None
+    @property
+    def needs_host(self) -> bool:
+        """Whether the Host header must be there (RFC 9112 3.2)."""
+        return not self._is_http_1_0
 
-    def _guarded(self, send: Callable[..., None], *arguments: Any) -> None:
-        """Run what writes a last word to a client that may be gone."""
-        try:
-            send(*arguments)
-        except OSError:
-            self.close_connection = True
-
-    # -- access and routing ----------------------------------------------------------------------
-
-    def _check_access(self) -> None:
-        access, origin = self.proxy.access, self.headers.get("origin")
-        access.check_host(self.headers.get("host"), not self._is_http_1_0)
-        if origin is not None:
-            if not access.allows_origin(origin):
-                if origin == "null":
-                    raise ProxyError(
-                        "pages without an origin of their own (a file, a sandboxed frame) may not use this "
-                        "server; serve the page over http on localhost",
-                        403,
-                        "origin_not_allowed",
-                        "permission_error",
-                    )
-                raise ProxyError(
-                    f"pages of {shorten(origin, 100)} may not use this server; if they should, start it with --allow-origin {shorten(origin, 100)}",
-                    403,
-                    "origin_not_allowed",
-                    "permission_error",
-                )
-            self._cors = [
-                ("Access-Control-Allow-Origin", origin),
-                ("Vary", "Origin"),
-                (
-                    "Access-Control-Expose-Headers",
-                    "x-request-id, retry-after, retry-after-ms, x-qwen-provider",
-                ),
-            ]
-            if self.command == "POST" and not self._declares_json():
-                raise BadRequest(
-                    "a request from a web page must be declared as Content-Type: application/json",
-                    415,
-                )
-        elif self.headers.get("sec-fetch-site") == "cross-site" and not self._is_harmless():
-            raise ProxyError(
-                "a request from another site, without an Origin that could be checked",
-                403,
-                "origin_not_allowed",
-                "permission_error",
-            )
-
-    def _is_harmless(self) -> bool:
-        """Whether a cross-site request without Origin is a visit by link, or of an app that has web security off.
-
-        Browsers send Origin with every cross-site request in mode cors (Fetch, 'append a request Origin header');
-        Chatbox and Cherry Studio have web security off.
-        """
-        mode = self.headers.get("sec-fetch-mode")
-        return (
-            mode == "cors"
-            and (self.command != "POST" or self._declares_json())
-            or mode == "navigate"
-            and self.command == "GET"
-        )
-
-    def _declares_json(self) -> bool:
-        return (
-            self.headers.get("content-type", "").partition(";")[0].strip().lower()
-            == "application/json"
-        )
-
-    def _send_preflight(self) -> None:
-        headers = [("Allow", "GET, POST, OPTIONS")]
-        if self._cors:
-            headers = [
-                ("Access-Control-Allow-Methods", "GET, POST, OPTIONS"),
-                ("Access-Control-Max-Age", "600"),
-                ("Access-Control-Allow-Origin", self.headers["origin"]),
-                (
-                    "Vary",
-                    "Origin, Access-Control-Request-Headers, Access-Control-Request-Private-Network",
-                ),
-            ]
-            self._cors = []
-            wanted = self.headers.get("access-control-request-headers", "")
-            # echoed: any fixed list of x-stainless-* names ages (ollama#3571)
-            if wanted:
-                headers.append(("Access-Control-Allow-Headers", wanted))
-            if self.headers.get("access-control-request-private-network") == "true":
-                headers.append(("Access-Control-Allow-Private-Network", "true"))
-        self._send(204, headers, b"")
-
-    def _route(self) -> tuple[Callable[[], None], bool]:
-        """The method for path and command, and whether it needs a key; raises 400, 404, 405."""
+    def route(self) -> str:
+        """Return the path without /v1 and without what clients get wrong in a base URL."""
         path = self.path.partition("?")[0]
         if not path.startswith("/"):
-            raise BadRequest("the request target must be a path, such as /v1/chat/completions")
-        path = "/" + path.lstrip(
-            "/"
-            # base URLs that end in a slash get another one: Jan asks for //models
-        )
+            message = "the request target must be a path, such as /v1/chat/completions"
+            raise BadRequest(message)
+        # Base URLs that end in a slash get another one: Jan asks for //models.
+        path = "/" + path.lstrip("/")
         if path == "/v1" or path.startswith("/v1/"):
             path = "/" + path[3:].lstrip("/")
-        path = path.rstrip("/") or "/"
-        self._model_id = (
-            urllib.parse.unquote(path[len("/models/") :]) if path.startswith("/models/") else ""
-        )
-        if self._model_id:
-            path = "/models/{id}"
-        if path.startswith("/responses/"):
-            raise BadRequest(
-                "responses are not stored here (store is false): send the whole conversation as input",
-                404,
-                "response_not_found",
-            )
-        methods = ROUTES.get(path)
-        if methods is None:
-            known = ", ".join(
-                f"{method} /v1{route}"
-                for route, methods in ROUTES.items()
-                for method in methods
-                if route not in WITHOUT_KEY
-            )
-            raise BadRequest(
-                "there is no {} here; there are: {}, GET /health".format(
-                    shorten(self.path.partition("?")[0], 200), known
-                ),
-                404,
-                "unknown_url",
-            )
-        command = "GET" if self.command == "HEAD" else self.command
-        if command not in methods:
-            raise BadRequest(
-                "{} is not possible on this path; use {}".format(self.command, ", ".join(methods)),
-                405,
-                "method_not_allowed",
-                headers=[("Allow", ", ".join([*methods, "OPTIONS"]))],
-            )
-        return getattr(self, methods[command]), path not in WITHOUT_KEY
+        return path.rstrip("/") or "/"
 
-    # -- reading the body ------------------------------------------------------------------------
+    def read_json(self) -> Any:
+        """Return the JSON of the body; raises BadRequest."""
+        return parse_json(self._decoded(self._read_body(self._max_body)))
 
-    def _read_json(self) -> Any:
-        return parse_json(self._decoded(self._read_body()))
-
-    def _read_body(self) -> bytes:
-        limit = self.proxy.options.max_body
+    def _read_body(self, limit: int) -> bytes:
         if self._length > limit:
             raise self._too_large()
-        self._reader.deadline = time.monotonic() + BODY_TIMEOUT + self._length / BODY_RATE
+        self._reader.deadline = time.monotonic() + self.BODY_TIMEOUT
+        self._reader.rate = self.BODY_RATE
         if self.headers.get("expect", "").lower() == "100-continue" and self._unread:
             self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
         if self._is_chunked:
             body = self._read_chunked(limit)
         else:
-            body = self.rfile.read(self._length)
+            body = self._rfile.read(self._length)
             if len(body) < self._length:
-                raise BadRequest("the body ended after %d of %d bytes" % (len(body), self._length))
+                message = f"the body ended after {len(body)} of {self._length} bytes"
+                raise BadRequest(message)
         self._unread = False
         return body
 
     def _read_chunked(self, limit: int) -> bytes:
-        """RFC 9112 7.1, without extensions and trailers: nobody needs them, and smugglers do."""
+        """RFC 9112 7.1, without extensions and trailers: only smugglers need them."""
         body = bytearray()
         while True:
-            match = _CHUNK_SIZE.match(self.rfile.readline(64))
+            match = self._CHUNK_SIZE.match(self._rfile.readline(64))
             if not match:
                 raise BadRequest("a chunk size is malformed")
             size = int(match.group(1), 16)
             if len(body) + size > limit:
                 raise self._too_large()
-            self._reader.deadline += size / BODY_RATE
-            piece = self.rfile.read(size)
-            if len(piece) < size or self.rfile.readline(3) != b"\r\n":
+            piece = self._rfile.read(size)
+            if len(piece) < size or self._rfile.readline(3) != b"\r\n":
                 raise BadRequest("a chunk is malformed, or a trailer follows")
             if not size:
                 return bytes(body)
@@ -8008,318 +7539,446 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if coding in ("identity", ""):
             return body
         if coding not in ("gzip", "x-gzip", "deflate"):
-            raise BadRequest(
-                f"the content coding {shorten(coding, 40)!r} is not supported; send the body plain or as gzip",
-                415,
-            )
-        limit = self.proxy.options.max_body
+            name = shorten(coding, 40)
+            message = f"the content coding {name!r} is not supported; send it plain or as gzip"
+            raise BadRequest(message, 415)
         try:
             decoder = zlib.decompressobj(zlib.MAX_WBITS | 32)
-            decoded = decoder.decompress(body, limit + 1)
+            decoded = decoder.decompress(body, self._max_body + 1)
         except zlib.error:
             raise BadRequest(f"the body is not valid {coding}") from None
-        if len(decoded) > limit:
+        if len(decoded) > self._max_body:
             raise self._too_large()
         if not decoder.eof:
             raise BadRequest(f"the {coding} body is cut off")
         return decoded
 
     def _too_large(self) -> BadRequest:
-        self.close_connection = True
-        return BadRequest(
-            "the body is larger than %d MiB; --max-body allows more"
-            % (self.proxy.options.max_body >> 20),
-            413,
-            "request_too_large",
-        )
+        self.closes = True
+        message = f"the body is larger than {self._max_body >> 20} MiB; --max-body allows more"
+        return BadRequest(message, 413, "request_too_large")
 
     def _drop_body(self) -> None:
-        """Read the small body of a request that is refused, so that its connection can be used again."""
-        is_small = self._is_chunked or self._length <= SMALL_BODY
-        if not self._unread or not is_small or "expect" in self.headers or self.close_connection:
+        is_small = self._is_chunked or self._length <= self.SMALL_BODY
+        if not self._unread or not is_small or "expect" in self.headers or self.closes:
             return
-        self._reader.deadline = time.monotonic() + DROP_TIMEOUT
+        self._reader.rate, self._reader.deadline = 0, time.monotonic() + self.DROP_TIMEOUT
         with contextlib.suppress(BadRequest, OSError):
             if self._is_chunked:
-                self._read_chunked(SMALL_BODY)
+                self._read_chunked(self.SMALL_BODY)
                 self._unread = False
             else:
-                self._unread = len(self.rfile.read(self._length)) < self._length
+                self._unread = len(self._rfile.read(self._length)) < self._length
 
-    def _linger(self) -> None:
-        """Take in some of a body that nobody wants: closing on unread bytes would reset the answer away."""
+    def linger(self) -> None:
+        """Take in some of a refused body: closing on unread bytes resets the answer away."""
+        if not self._unread:
+            return
         with contextlib.suppress(OSError, ValueError):
             self.connection.shutdown(socket.SHUT_WR)
-            self._reader.deadline, rest = time.monotonic() + 2, 4_000_000
+            self._reader.rate, self._reader.deadline = 0, time.monotonic() + 2
+            rest = 4_000_000
             while rest > 0:
-                piece = self.rfile.read1(PIECE)
+                piece = self._rfile.read1(PIECE)
                 if not piece:
                     return
                 rest -= len(piece)
 
-    # -- answering -------------------------------------------------------------------------------
+    # -- the answer ------------------------------------------------------------------------------
 
-    def _send(self, status: int, headers: list[tuple[str, str]], body: bytes | None) -> None:
-        """Write the head and, where it is known, the body, in one go; None starts a chunked body."""
-        lines = ["HTTP/1.1 %d %s" % (status, http.client.responses.get(status, "Status"))]
-        lines += ["{}: {}".format(*header) for header in headers + self._cors]
-        lines.append("X-Request-Id: " + self._request_id)
+    def begin(self, answer: Answer) -> None:
+        """Note who answers; for a stream the head goes out."""
+        self.target = answer.target
+        self._adopt_request_id(answer.response.headers.get("x-request-id"))
+        if not self._head_sent:
+            self._more_headers = [("x-qwen-provider", answer.target.provider.name)]
+        if self.writer.is_stream:
+            self.start_stream()
+            self.writer.start()
+
+    def heartbeat(self, targets: list[Target]) -> None:
+        """Send a sign of life; the head goes with it, naming who will answer if that is sure."""
+        if not self._head_sent and len(targets) == 1:
+            self._more_headers = [("x-qwen-provider", targets[0].provider.name)]
+        self.start_stream()
+        self.writer.heartbeat()
+
+    def send(self, status: int, headers: list[tuple[str, str]], body: bytes | None) -> None:
+        """Write the head and, where it is known, the body; None starts a chunked body."""
+        lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, 'Status')}"]
+        all_headers = [*headers, *self._more_headers, *self.cors]
+        lines += [f"{name}: {value}" for name, value in all_headers]
+        lines.append(f"X-Request-Id: {self._request_id}")
+        if self._unread and body is not None:
+            self._drop_body()
+            self.closes = self.closes or self._unread
         if body is None:
             lines.append("Connection: close" if self._is_http_1_0 else "Transfer-Encoding: chunked")
         elif status != 204:
-            lines.append("Content-Length: %d" % len(body))
-        if self._unread and body is not None:
-            self._drop_body()
-            self.close_connection = self.close_connection or self._unread
-        if body is not None and self.close_connection:
+            lines.append(f"Content-Length: {len(body)}")
+        if body is not None and self.closes:
             lines.append("Connection: close")
         self._head_sent, self.status = True, status
         # One line each, whatever a header's value holds, and nothing secret in them.
-        text = public(
-            "\r\n".join(line if line.isprintable() else public(line) for line in lines), keep="\r\n"
-        )
-        head = (text + "\r\n\r\n").encode("latin-1", "replace")
-        self._write(head if self.command == "HEAD" else head + (body or b""))
+        lines = [line if line.isprintable() else public(line) for line in lines]
+        text = public("\r\n".join(lines), keep="\r\n")
+        head = f"{text}\r\n\r\n".encode("latin-1", "replace")
+        self._write(head if self.method == "HEAD" else head + (body or b""))
 
-    def _send_json(self, status: int, value: Any, headers: Iterable[tuple[str, str]] = ()) -> None:
-        self._send(status, [("Content-Type", "application/json"), *headers], encode_json(value))
+    def send_json(self, status: int, value: Any, headers: Iterable[tuple[str, str]] = ()) -> None:
+        """Send a JSON value."""
+        self.send(status, [("Content-Type", "application/json"), *headers], encode_json(value))
 
-    def _send_problem(self, error: ProxyError) -> None:
-        """An error: as an HTTP status while that is possible, else as the last event of the stream."""
-        self._note = error.message
+    def start_stream(self) -> None:
+        """Send the head of an event stream, once."""
+        if not self._head_sent:
+            content_type = ("Content-Type", "text/event-stream; charset=utf-8")
+            self.send(200, [content_type, ("Cache-Control", "no-cache")], None)
+
+    def write_events(self, events: list[bytes]) -> None:
+        """Send whole events of a stream, each a chunk of the body, as one write."""
+        if not self._is_http_1_0:
+            events = [b"%x\r\n%s\r\n" % (len(event), event) for event in events]
+        self._write(b"".join(events))
+        for waiter in self.waiters:
+            waiter.heard()
+
+    def end_stream(self) -> None:
+        """End the body as it should end, so that the connection can be used again."""
+        if self._is_http_1_0:
+            self.closes = True
+        else:
+            self._write(b"0\r\n\r\n")
+
+    def finish(self, answers: list[Answer]) -> None:
+        """Note the usage, and let the upstream's connections be used again."""
+        used = [answer.decoder.usage or {} for answer in answers]
+        names = ("prompt_tokens", "total_tokens")
+        totals = {name: sum(usage.get(name, 0) for usage in used) for name in names}
+        self.usage = used[0] if len(used) == 1 else totals
+        for answer in answers:
+            answer.response.drain()
+
+    def stop_waiting(self) -> None:
+        """End what its calls wait for."""
+        for waiter in self.waiters:
+            waiter.stop()
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the client of a failure, if it is still there.
+
+        That is an HTTP status while that is possible, else the last event of the stream.
+        """
+        try:
+            self._fail(error)
+        except OSError:
+            self.closes = True
+
+    def _fail(self, error: BaseException) -> None:
+        is_late = isinstance(error, socket.timeout) and not self._head_sent
+        if isinstance(error, ShuttingDown):
+            self.closes = True
+            message = "the server is stopping; try again in a moment"
+            headers = [("Retry-After", "2")]
+            error = ProxyError(message, 503, "shutting_down", "server_error", headers=headers)
+        elif is_late and self.is_busy and (self._unread or not self.headers):
+            self.closes = True
+            error = BadRequest("the request did not arrive in time", 408)
+        elif isinstance(error, (ClientGone, OSError)) or not self.is_busy:
+            self.closes, self.status = True, 499
+            return
+        elif not isinstance(error, ProxyError):
+            self.closes = True
+            error = fault_of_ours(error)
+        elif not self.headers:
+            # The head itself was wrong.
+            self.closes = True
+        self.error = error
         self._adopt_request_id(error.request_id)
         if not self._head_sent:
-            return self._send_json(error.status, error.body(), error.headers)
-        self.status = error.status
-        self._write_pieces(self._form.problem(error))
-        # the body ends as it should: the connection can be used again
-        return self._write_end()
+            self._more_headers = []
+            self.send_json(error.status, error.body(), error.headers)
+        else:
+            self.status = error.status
+            self.writer.error(error)
+
+    def log_line(self) -> str:
+        """Return what the log says of it."""
+        if self.error:
+            note = self.error.message
+        elif self.target:
+            note = f"{self.target.model} via {self.target.provider.name}"
+            used = self.usage or {}
+            counts = (used.get("prompt_tokens", "?"), used.get("completion_tokens", "?"))
+            note += f", {counts[0]}+{counts[1]} tokens"
+        else:
+            note = ""
+        path = shorten(self.path.partition("?")[0], 100)
+        seconds = time.monotonic() - self.started
+        line = f"{self.method or '?'} {path or '?'} {self.status or 499} {seconds:.2f}s"
+        attempt = self.headers.get("x-stainless-retry-count", "0")
+        again = f" (the client's attempt {attempt[:4]})" if attempt != "0" else ""
+        return f"{line}{' ' + shorten(note, 300) if note else ''}{again}"
+
+    def user_agent(self) -> str:
+        """Return the client's own name, then ours.
+
+        The Coding Plan refuses requests without one, and we pose as no other program.
+        """
+        client = self.headers.get("user-agent", "")
+        client = client if client.isascii() and client.isprintable() else ""
+        return f"{client[:200]} qwen_proxy/{__version__}".strip()
 
     def _adopt_request_id(self, request_id: str | None) -> None:
         """Answer with the upstream's own handle, if it fits into a header."""
         if request_id and re.match(r"[\x21-\x7e]{1,200}\Z", request_id):
             self._request_id = request_id
 
-    def _start_stream(self, headers: Iterable[tuple[str, str]] = ()) -> None:
-        if not self._head_sent:
-            self._send(
-                200,
-                [
-                    ("Content-Type", "text/event-stream; charset=utf-8"),
-                    ("Cache-Control", "no-cache"),
-                    *headers,
-                ],
-                None,
-            )
-
-    def _sign_of_life(self, routes: list[Route]) -> None:
-        # The head goes out with it, so that it names who will answer where nobody else can.
-        self._start_stream(
-            [("x-qwen-provider", routes[0].provider.name)] if len(routes) == 1 else ()
-        )
-        self._write_pieces(self._form.alive())
-
-    def _write_pieces(self, pieces: list[bytes]) -> None:
-        """Whole events of a stream, each a chunk of the body, as one write."""
-        if pieces:
-            if not self._is_http_1_0:
-                pieces = [b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces]
-            self._write(b"".join(pieces))
-
-    def _write_end(self) -> None:
-        if self._is_http_1_0:
-            self.close_connection = True
-        else:
-            self._write(b"0\r\n\r\n")
-
     def _write(self, data: bytes) -> None:
         send_all(self.connection, data, self._wait_to_write)
 
-    @staticmethod
-    def _wait_to_write(connection: socket.socket) -> None:
-        if not writable(connection, WRITE_TIMEOUT):
+    def _wait_to_write(self, connection: socket.socket) -> None:
+        if not wait_for(connection, selectors.EVENT_WRITE, self.WRITE_TIMEOUT):
             raise socket.timeout("timed out")
 
-    # -- the API ---------------------------------------------------------------------------------
 
-    def post_chat_completions(self) -> None:
-        request = self._read_json()
-        if isinstance(request, dict) and "messages" not in request and "input" in request:
-            # Cursor sends the body of a Responses request here and wants chunks back
-            # (forum.cursor.com #159298).
-            request = {
-                **to_chat_request(request, self.proxy.items, self._owner).chat,
-                "stream_options": {"include_usage": True},
-            }
-        self._complete(CHAT, request)
+def fault_of_ours(error: BaseException) -> ProxyError:
+    """Log a fault of this program, and return the error for the client."""
+    frame = error.__traceback__
+    while frame and frame.tb_next:
+        frame = frame.tb_next
+    line, text = frame.tb_lineno if frame else 0, shorten(str(error), 200)
+    name = type(error).__name__
+    log.error("%s in line %d: %s; please report this", name, line, text)
+    for trace in traceback.format_exception(type(error), error, error.__traceback__):
+        for each in trace.splitlines():
+            log.debug("%s", each)
+    return ProxyError(f"an internal error of qwen_proxy ({name}); its log says where")
 
-    def post_completions(self) -> None:
-        self._complete(TEXT, self._read_json())
 
-    def post_responses(self) -> None:
-        """The Responses API in front of and behind the one path of all completions."""
-        asked = to_chat_request(self._read_json(), self.proxy.items, self._owner)
-        if asked.skipped:
-            log.info(
-                "left out, since only OpenAI runs them: tools of type %s",
-                shorten(", ".join(sorted(set(asked.skipped))), 200),
-            )
-        self._form = ResponseForm(
-            asked,
-            self.proxy.routes(asked.chat.get("model"))[0].model,
-            self.proxy.items,
-            self._owner,
+def relay(answer: Answer, writer: Any, place: int = 0) -> None:
+    """Push an answer through to the client, piece by piece as it comes."""
+    answer.deliver(writer.part(place))
+    writer.flush()
+    while not answer.is_over:
+        answer.pump()
+        writer.flush()
+
+
+def open_all(calls: list[Call], targets: list[Target], stop: Callable[[], None]) -> list[Answer]:
+    """Open all calls, a few of them at a time; stop() is called when one fails."""
+    if len(calls) == 1:
+        return [calls[0].open(targets)]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        futures = [pool.submit(call.open, targets) for call in calls]
+        first = concurrent.futures.FIRST_EXCEPTION
+        done, _ = concurrent.futures.wait(futures, return_when=first)
+        failures = [future.exception() for future in done if future.exception()]
+        if failures and failures[0]:
+            for future in futures:
+                future.cancel()
+            stop()
+            raise failures[0]
+        return [future.result() for future in futures]
+
+
+# Path (without /v1), method: the class of an API, or the method of Handler.
+ENDPOINTS: dict[str, dict[str, Any]] = {
+    "/chat/completions": {"POST": ChatRouteApi},
+    "/completions": {"POST": TextApi},
+    "/embeddings": {"POST": EmbeddingsApi},
+    "/responses": {"POST": ResponsesApi, "GET": "get_responses"},
+    "/models": {"GET": "get_models"},
+    "/models/{id}": {"GET": "get_model"},
+    "/health": {"GET": "get_health"},
+    "/": {"GET": "get_root"},
+}
+WITHOUT_KEY = ("/health", "/")
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """One connection of a client; http.server's loop over requests, with stricter parsing."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: Listener
+    exchange: Exchange
+
+    def setup(self) -> None:
+        """Read by deadline, not by socketserver's time per read."""
+        super().setup()
+        self.rfile.close()
+        self.connection.setblocking(False)
+        self._reader = ClientReader(self.connection)
+        self.rfile = io.BufferedReader(self._reader, 8192)
+        self.proxy = self.server.proxy
+        self.exchange = self._new_exchange()
+        self.proxy.handlers.add(self)
+
+    def finish(self) -> None:
+        self.proxy.handlers.discard(self)
+        with contextlib.suppress(OSError):
+            super().finish()
+
+    def _new_exchange(self) -> Exchange:
+        max_body = self.proxy.options.max_body << 20
+        return Exchange(self.connection, self._reader, self.rfile, max_body)
+
+    def handle_one_request(self) -> None:
+        """Read one request and answer it: the only boundary for exceptions.
+
+        http.server calls it as long as the connection is kept.
+        """
+        self.exchange = exchange = self._new_exchange()
+        try:
+            if exchange.read_head():
+                self.serve(exchange)
+        except Exception as error:
+            exchange.fail(error)
+        finally:
+            if exchange.is_busy:
+                log.info("%s", exchange.log_line())
+            exchange.is_busy = False
+            self.close_connection = exchange.closes or self.proxy.is_stopping
+            if self.close_connection:
+                exchange.linger()
+
+    def serve(self, exchange: Exchange) -> None:
+        """Answer one request. This is the way of all of them."""
+        proxy = self.proxy
+        self.check_access(exchange)
+        api = self.find_api(exchange)
+        if api is None:
+            return
+        request = api.check(exchange.read_json())
+        targets = proxy.targets(request.get("model"))
+        exchange.writer = api.writer(request, exchange, targets[0])
+        with proxy.calls(api, request, targets, exchange) as calls:
+            answers = open_all(calls, targets, exchange.stop_waiting)
+            exchange.begin(answers[0])
+            for place, answer in enumerate(answers):
+                relay(answer, exchange.writer, place)
+            exchange.writer.close(answers[0].decoder.usage)
+            exchange.finish(answers)
+
+    def check_access(self, exchange: Exchange) -> None:
+        """Raise ProxyError for a Host, a web page or a declared type that may not pass."""
+        access, headers = self.proxy.access, exchange.headers
+        access.check_host(headers.get("host"), exchange.needs_host)
+        exchange.cors = access.check_origin(exchange.method, headers)
+        if exchange.cors and exchange.method == "POST" and not declares_json(headers):
+            message = "a request from a web page must be declared as Content-Type: application/json"
+            raise BadRequest(message, 415)
+
+    def find_api(self, exchange: Exchange) -> ChatApi | None:
+        """Return the API for a request; None for one that is answered already.
+
+        Raises ProxyError: 404, 405, 401.
+        """
+        if exchange.method == "OPTIONS":
+            self.send_preflight(exchange)
+            return None
+        route = exchange.route()
+        if route.startswith("/responses/"):
+            message = "responses are not stored here (store is false): send the whole conversation"
+            raise BadRequest(f"{message} as input", 404, "response_not_found")
+        model = route[len("/models/") :] if route.startswith("/models/") else ""
+        route = "/models/{id}" if model else route
+        methods = ENDPOINTS.get(route)
+        if methods is None:
+            raise self._unknown_route(exchange)
+        method = "GET" if exchange.method == "HEAD" else exchange.method
+        if method not in methods:
+            others = ", ".join(methods)
+            message = f"method {exchange.method} is not allowed on this route; use {others}"
+            headers = [("Allow", f"{others}, OPTIONS")]
+            raise BadRequest(message, 405, "method_not_allowed", headers=headers)
+        if route not in WITHOUT_KEY:
+            exchange.key = self.proxy.access.check_key(exchange.headers)
+        endpoint = methods[method]
+        if isinstance(endpoint, str):
+            getattr(self, endpoint)(exchange, *([urllib.parse.unquote(model)] if model else []))
+            return None
+        api: ChatApi = endpoint(self.proxy.items, exchange.key)
+        return api
+
+    @staticmethod
+    def _unknown_route(exchange: Exchange) -> BadRequest:
+        known = ", ".join(
+            f"{method} /v1{route}"
+            for route, methods in ENDPOINTS.items()
+            for method in methods
+            if route not in WITHOUT_KEY
         )
-        self._complete(CHAT, asked.chat)
+        path = shorten(exchange.path.partition("?")[0], 200)
+        message = f"unknown route {path}. Available routes: {known}, GET /health"
+        return BadRequest(message, 404, "unknown_url")
 
-    def get_responses(self) -> None:
-        """Codex asks for a WebSocket first and falls back at once on 426, but only after six seconds on 404."""
-        if "websocket" not in self.headers.get("upgrade", "").lower():
-            raise BadRequest(
-                "responses are not stored here; POST to /v1/responses",
-                405,
-                "method_not_allowed",
-                headers=[("Allow", "POST, OPTIONS")],
-            )
-        raise BadRequest(
-            "there are no WebSockets here; POST to /v1/responses",
-            426,
-            "upgrade_not_supported",
-            headers=[("Upgrade", "HTTP/1.1")],
-        )
-
-    def _complete(self, kind: Kind, request: Any) -> None:
-        """The one path of all completions, streamed and not."""
-        request = with_extra_body(request)
-        kind.check(request)
-        options, is_stream = self.proxy.options, request.get("stream") is True
-        routes = self.proxy.routes(request.get("model"))
-        watch = Watch(
-            self.connection,
-            options.timeout,
-            options.keep_alive,
-            functools.partial(self._sign_of_life, routes) if is_stream else None,
-        )
-        with self.proxy.running(watch):
-            answer = Completion(self.proxy, kind, request, routes, watch, self._user_agent()).open()
-            try:
-                self._note = f"{answer.route.model} via {answer.route.provider.name}"
-                self._adopt_request_id(answer.request_id)
-                if is_stream:
-                    self._send_stream(answer, watch)
-                else:
-                    self._send_json(
-                        200,
-                        self._form.whole(answer),
-                        [("x-qwen-provider", answer.route.provider.name)],
-                    )
-                usage = answer.translator.usage or {}
-                self._note += ", {}+{} tokens".format(
-                    usage.get("prompt_tokens", "?"),
-                    usage.get("completion_tokens", "?"),
-                )
-                answer.response.drain()
-            finally:
-                answer.response.close()
-
-    def _send_stream(self, answer: Answer, watch: Watch) -> None:
-        form = self._form
-        self._start_stream([("x-qwen-provider", answer.route.provider.name)])
-        self._write_pieces(form.start())
-        for translated in answer.chunks():
-            self._write_pieces(form.events(translated))
-            if translated:
-                watch.heard()
-            else:
-                watch.tick()
-        self._write_pieces(form.end(answer.translator.usage))
-        self._write_end()
-
-    def post_embeddings(self) -> None:
-        """All texts in batches that the model takes, a few at a time, and one answer."""
-        request = self._read_json()
-        texts, routes = embedding_texts(request), self.proxy.routes(request["model"])
-        size = min(embedding_batch_size(route) for route in routes)
-        parts = [texts[start : start + size] for start in range(0, len(texts), size)]
-        watches = [Watch(self.connection, self.proxy.options.timeout) for _ in parts]
-        batches = [
-            EmbeddingBatch(self.proxy, request, part, watch, self._user_agent())
-            for part, watch in zip(parts, watches)
+    @staticmethod
+    def send_preflight(exchange: Exchange) -> None:
+        """Answer OPTIONS."""
+        if not exchange.cors:
+            exchange.send(204, [("Allow", "GET, POST, OPTIONS")], b"")
+            return
+        asks = "access-control-request-"
+        vary = "Origin, Access-Control-Request-Headers, Access-Control-Request-Private-Network"
+        headers = [
+            ("Access-Control-Allow-Methods", "GET, POST, OPTIONS"),
+            ("Access-Control-Max-Age", "600"),
+            ("Access-Control-Allow-Origin", exchange.headers["origin"]),
+            ("Vary", vary),
         ]
-        with self.proxy.running(*watches):
-            fetched = fetch_batches(batches, routes, lambda: [watch.stop() for watch in watches])
-        route = batches[0].route or routes[0]
-        answer = embeddings_answer(route.model, fetched, request.get("encoding_format"))
-        self._note = "%s via %s, %d texts, %d tokens" % (
-            route.model,
-            route.provider.name,
-            len(texts),
-            answer["usage"]["total_tokens"],
-        )
-        self._send_json(200, answer, [("x-qwen-provider", route.provider.name)])
+        exchange.cors = []
+        # Echoed: any fixed list of x-stainless-* names ages (ollama#3571).
+        wanted = exchange.headers.get(asks + "headers", "")
+        if wanted:
+            headers.append(("Access-Control-Allow-Headers", wanted))
+        if exchange.headers.get(asks + "private-network") == "true":
+            headers.append(("Access-Control-Allow-Private-Network", "true"))
+        exchange.send(204, headers, b"")
 
-    def _user_agent(self) -> str:
-        """The client's own name, then ours: the Coding Plan refuses requests without one, and we pose as nobody."""
-        client = self.headers.get("user-agent", "")
-        if not (client.isascii() and client.isprintable()):
-            client = ""
-        return (client[:200] + " qwen_proxy/" + __version__).strip()
+    def get_responses(self, exchange: Exchange) -> None:
+        """Refuse GET /v1/responses.
 
-    def get_models(self) -> None:
-        self._send_json(200, {"object": "list", "data": self.proxy.models()})
+        Codex asks for a WebSocket first and falls back at once on 426, but only after six seconds
+        on 404.
+        """
+        if "websocket" not in exchange.headers.get("upgrade", "").lower():
+            message, headers = "responses are not stored here", [("Allow", "POST, OPTIONS")]
+            code = "method_not_allowed"
+            raise BadRequest(f"{message}; POST to /v1/responses", 405, code, headers=headers)
+        message, headers = "there are no WebSockets here", [("Upgrade", "HTTP/1.1")]
+        code = "upgrade_not_supported"
+        raise BadRequest(f"{message}; POST to /v1/responses", 426, code, headers=headers)
 
-    def get_model(self) -> None:
-        found = next(
-            (model for model in self.proxy.models() if model["id"] == self._model_id), None
-        )
+    def get_models(self, exchange: Exchange) -> None:
+        """Answer GET /v1/models."""
+        exchange.send_json(200, {"object": "list", "data": self.proxy.models()})
+
+    def get_model(self, exchange: Exchange, model_id: str) -> None:
+        """Answer GET /v1/models/{id}."""
+        found = next((model for model in self.proxy.models() if model["id"] == model_id), None)
         if found is None:
-            raise BadRequest(
-                f"the model {shorten(self._model_id, 100)!r} is not among those of /v1/models",
-                404,
-                "model_not_found",
-                param="model",
-            )
-        self._send_json(200, found)
+            message = f"the model {shorten(model_id, 100)!r} is not among those of /v1/models"
+            raise BadRequest(message, 404, "model_not_found", param="model")
+        exchange.send_json(200, found)
 
-    def get_health(self) -> None:
-        self._send_json(200, self.proxy.health())
+    def get_health(self, exchange: Exchange) -> None:
+        """Answer GET /health."""
+        exchange.send_json(200, self.proxy.health())
 
-    def get_root(self) -> None:
-        key = "one of --api-key" if self.proxy.options.api_keys else "anything"
-        routes = ", ".join("/v1" + path for path in ROUTES if path not in WITHOUT_KEY) + ", /health"
-        text = f"qwen_proxy {__version__}: Qwen's models as an OpenAI-compatible API.\n\nBase URL: {self.proxy.url}\nAPI key: {key}\nRoutes: {routes}\n"
-        self._send(200, [("Content-Type", "text/plain; charset=utf-8")], text.encode())
-
-    # -- the log ---------------------------------------------------------------------------------
-
-    def _log_answer(self) -> None:
-        attempt = self.headers.get("x-stainless-retry-count", "0")
-        log.info(
-            "%s %s %d %.2fs%s%s",
-            self.command or "?",
-            shorten(self.path.partition("?")[0], 100) or "?",
-            self.status or 499,
-            time.monotonic() - self._started,
-            " " + shorten(self._note, 300) if self._note else "",
-            f" (the client's attempt {attempt[:4]})" if attempt != "0" else "",
+    def get_root(self, exchange: Exchange) -> None:
+        """Answer GET /."""
+        key = "one of --api-key" if self.proxy.access.has_keys else "anything"
+        routes = ", ".join(f"/v1{route}" for route in ENDPOINTS if route not in WITHOUT_KEY)
+        text = (
+            f"qwen_proxy {__version__}: Qwen's models as an OpenAI-compatible API.\n\n"
+            f"Base URL: {self.proxy.url}\nAPI key: {key}\nRoutes: {routes}, /health\n"
         )
+        exchange.send(200, [("Content-Type", "text/plain; charset=utf-8")], text.encode())
 
     def log_message(self, format: str, *args: Any) -> None:
         log.debug(format, *args)
-
-
-def share_one_processor() -> None:
-    """Keep this thread on the processor of all connections' threads, where the system offers that.
-
-    CPython's lock lets only one of them run at a time. Spread over processors they hand it across, and
-    sleep for it, at every system call: 16 clients cost 560 us a request and got 1600 a second; on one
-    processor it is 370 us and 2600 a second, measured here. Other threads of the process stay free.
-    """
-    if not hasattr(os, "sched_setaffinity") or not getattr(sys, "_is_gil_enabled", lambda: True)():
-        return
-    with contextlib.suppress(OSError):
-        processors = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {processors[os.getpid() % len(processors)]})
 
 
 class Listener(http.server.ThreadingHTTPServer):
@@ -8327,52 +7986,58 @@ class Listener(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
     request_queue_size = 1024
-    # there it would let two programs share the port
+    # On Windows it would let two programs share the port.
     allow_reuse_address = os.name != "nt"
-    # shutdown() takes that long at most
+    # shutdown() takes that long at most.
     poll_interval = 0.5
+    # Above the limit of connections, so many at a time are told why; the others are just closed.
+    MAX_REJECTIONS = 8
+    # Bind the connections' threads to one processor: only where the process is ours.
+    shares_processor = False
 
     def __init__(self, address: tuple[str, int], proxy: ProxyServer):
-        self.proxy, self.address_family = (
-            proxy,
-            socket.AF_INET6 if ":" in address[0] else socket.AF_INET,
-        )
-        self._turned_away = threading.Semaphore(TURNED_AWAY)
+        self.proxy = proxy
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        self._rejections = threading.Semaphore(self.MAX_REJECTIONS)
         super().__init__(address, Handler)
 
     def server_bind(self) -> None:
-        """Bind without http.server's look-up of the machine's full name, which may take seconds."""
+        """Bind without http.server's look-up of the full host name, which may take seconds."""
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         if self.allow_reuse_address:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
-        self.server_name, self.server_port = self.server_address[0], self.server_address[1]
+        host, self.server_port = self.server_address[:2]
+        self.server_name = str(host)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Accept a connection; with no descriptor left, pause instead of trying at once again."""
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                time.sleep(0.1)
+            raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """A thread for the connection, or 503 when there are too many."""
-        if len(self.proxy.handlers) < self.proxy.options.max_connections:
-            return super().process_request(request, client_address)
-        log.warning(
-            "more than %d connections; one was turned away", self.proxy.options.max_connections
-        )
-        if self._turned_away.acquire(blocking=False):
-            threading.Thread(target=self._turn_away, args=(request,), daemon=True).start()
+        """Start a thread for the connection, or answer 503 when there are too many."""
+        limit = self.proxy.options.max_connections
+        if len(self.proxy.handlers) < limit:
+            super().process_request(request, client_address)
+            return
+        log.warning("more than %d connections; one was turned away", limit)
+        if self._rejections.acquire(blocking=False):
+            threading.Thread(target=self._reject, args=(request,), daemon=True).start()
         else:
             self.shutdown_request(request)
-        return None
 
-    def _turn_away(self, request: Any) -> None:
+    def _reject(self, request: Any) -> None:
         try:
-            body = encode_json(
-                ProxyError(
-                    "too many connections; try again in a moment",
-                    503,
-                    "too_many_connections",
-                    "server_error",
-                ).body()
-            )
+            message = "too many connections; try again in a moment"
+            error = ProxyError(message, 503, "too_many_connections", "server_error")
+            body = encode_json(error.body())
             with contextlib.suppress(OSError):
                 request.settimeout(0.5)
                 request.sendall(
@@ -8380,34 +8045,55 @@ class Listener(http.server.ThreadingHTTPServer):
                     b"Retry-After: 1\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s"
                     % (len(body), body)
                 )
-                request.recv(
-                    PIECE
-                    # its request: closing on unread bytes would reset our answer away
-                )
+                # Its request: closing on unread bytes would reset our answer away.
+                request.recv(PIECE)
             self.shutdown_request(request)
         finally:
-            self._turned_away.release()
+            self._rejections.release()
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        share_one_processor()
+        if self.shares_processor:
+            share_one_processor()
         super().process_request_thread(request, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.error("a connection ended in %s", shorten(repr(sys.exc_info()[1]), 200))
 
 
+def share_one_processor() -> None:
+    """Keep this thread on the processor of all connections' threads, where the system offers that.
+
+    CPython's lock lets only one of them run at a time. Spread over processors they hand it across,
+    and sleep for it, at every system call: 16 clients cost 560 us a request and got 1600 a second;
+    on one processor it is 370 us and 2600 a second, measured here.
+    """
+    has_lock = getattr(sys, "_is_gil_enabled", lambda: True)()
+    if not hasattr(os, "sched_setaffinity") or not has_lock:
+        return
+    with contextlib.suppress(OSError):
+        processors = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {processors[os.getpid() % len(processors)]})
+
+
 class ProxyServer:
     """The running proxy: its listeners, and what the handlers share. See make_server()."""
 
-    def __init__(self, catalogue: Catalogue, options: ServerOptions):
-        self.catalogue, self.options, self.upstream = catalogue, options, Upstream()
-        self.access, self.is_stopping = AccessPolicy(options), False
+    # Of the grace, for what running streams are told and the last log lines.
+    LAST_WORDS = 1.5
+
+    def __init__(self, options: Options, environ: Mapping[str, str] | None = None):
+        self.options, self.access = options, AccessPolicy(options)
+        self.providers = Providers(options, environ)
+        self.upstream = Upstream()
+        self.is_stopping = False
         self.handlers: set[Handler] = set()
         self.items = ItemMemory()
         for warning in self.access.warnings():
             log.warning("%s", warning)
-        self._watches: set = set()
+        self._waiters: set[Waiter] = set()
         self._lists = ModelLists(self.upstream)
+        # The objects of /v1/models, and what they were made from.
+        self._models: tuple[Any, list[Json]] = (None, [])
         self._stopped = threading.Event()
         self._started, self._is_serving = time.time(), False
         self._listeners = self._listen()
@@ -8420,173 +8106,210 @@ class ProxyServer:
     @property
     def url(self) -> str:
         """The base URL for clients."""
-        host = (
-            "localhost"
-            if self.options.host in ("localhost", "0.0.0.0", "::", "")
-            else self.options.host
-        )
-        return "http://%s:%d/v1" % (f"[{host}]" if ":" in host else host, self.port)
+        everywhere = ("localhost", "0.0.0.0", "::", "")
+        host = "localhost" if self.options.host in everywhere else self.options.host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}/v1"
 
     def _listen(self) -> list[Listener]:
-        """One listener, or for localhost two: Node resolves that to ::1 first. Raises OSError."""
-        if self.options.host != "localhost":
-            return [Listener((self.options.host, self.options.port), self)]
-        first = Listener(("127.0.0.1", self.options.port), self)
+        """Return one listener, or for localhost two: Node resolves that to ::1 first."""
+        host, port = self.options.host, self.options.port
+        if host != "localhost":
+            return [Listener((host, port), self)]
+        first = Listener(("127.0.0.1", port), self)
         try:
             return [first, Listener(("::1", first.server_port), self)]
         except OSError as error:
-            # EADDRINUSE: Node would reach that other program
-            if error.errno in (48, 98, 10048):
-                first.server_close()
-                if self.options.port:
-                    raise
-                return self._listen()
-            return [first]
+            # Node would reach that other program. 10048 is WSAEADDRINUSE.
+            if error.errno not in (errno.EADDRINUSE, 10048):
+                return [first]
+            first.server_close()
+            if port:
+                raise
+            return self._listen()
 
     def serve_forever(self) -> None:
         """Serve until shutdown() is called from another thread."""
         self._is_serving = True
-        for listener in self._listeners[1:]:
-            threading.Thread(
-                target=listener.serve_forever, args=(listener.poll_interval,), daemon=True
-            ).start()
+        first, *others = self._listeners
+        for listener in others:
+            arguments = (listener.poll_interval,)
+            threading.Thread(target=listener.serve_forever, args=arguments, daemon=True).start()
         try:
-            self._listeners[0].serve_forever(self._listeners[0].poll_interval)
+            first.serve_forever(first.poll_interval)
         except BaseException:
-            # Ctrl-C in a program that vendors this file
+            # Ctrl-C in a program that vendors this file.
             self.shutdown()
             raise
         self._stopped.wait()
 
     def shutdown(self, grace: float | None = None) -> None:
-        """Accept no more, let running answers end, tell the rest, close the ports: all within `grace` seconds."""
+        """Accept no more, let running answers end, tell the rest, close the ports.
+
+        All of it takes `grace` seconds at most.
+        """
         self.is_stopping = True
         end = time.monotonic() + (self.options.grace if grace is None else grace)
         for listener in self._listeners:
             if self._is_serving:
                 listener.shutdown()
             listener.server_close()
-        for handler in [handler for handler in list(self.handlers) if not handler.is_busy]:
-            with contextlib.suppress(OSError):
-                handler.connection.shutdown(socket.SHUT_RDWR)
-        self._wait_until_idle(end - LAST_WORDS)
-        for watch in list(self._watches):
-            watch.stop()
-        self._wait_until_idle(max(end, time.monotonic() + LAST_WORDS) - LAST_WORDS / 2)
+        for handler in list(self.handlers):
+            if not handler.exchange.is_busy:
+                with contextlib.suppress(OSError):
+                    handler.connection.shutdown(socket.SHUT_RDWR)
+        self._wait_until_idle(end - self.LAST_WORDS)
+        for waiter in list(self._waiters):
+            waiter.stop()
+        half = self.LAST_WORDS / 2
+        self._wait_until_idle(max(end - half, time.monotonic() + half))
+        self._lists.close()
         self.upstream.close()
         LockFile.release_all()
         self._stopped.set()
 
     def _wait_until_idle(self, end: float) -> None:
-        while time.monotonic() < end and any(handler.is_busy for handler in list(self.handlers)):
+        while time.monotonic() < end:
+            if not any(handler.exchange.is_busy for handler in list(self.handlers)):
+                return
             time.sleep(0.02)
 
     @contextlib.contextmanager
-    def running(self, *watches: Watch) -> Iterator[None]:
-        """Counts an answer as running, with all that it waits for."""
-        self._watches.update(watches)
+    def calls(
+        self, api: ChatApi, request: Json, targets: list[Target], exchange: Exchange
+    ) -> Iterator[list[Call]]:
+        """Make the calls to the upstream that a request takes, and count them as running."""
+        options, calls, waiters = self.options, [], []
+        heartbeat = None
+        if exchange.writer.is_stream:
+            heartbeat = functools.partial(exchange.heartbeat, targets)
+        for part in api.split(request, targets):
+            client = exchange.connection
+            waiter = Waiter(client, options.timeout, KEEP_ALIVE_INTERVAL, heartbeat)
+            waiters.append(waiter)
+            agent = exchange.user_agent()
+            calls.append(Call(self.upstream, api, part, waiter, options.retries, agent))
+        exchange.waiters = waiters
+        self._waiters.update(waiters)
         try:
-            yield
+            yield calls
         finally:
-            self._watches.difference_update(watches)
+            self._waiters.difference_update(waiters)
+            exchange.notes = [note for call in calls for note in call.notes]
+            for call in calls:
+                call.close()
 
-    def models(self, seconds: float = MODELS_WAIT) -> list[dict]:
-        """The objects of /v1/models, the active provider's first, after waiting at most that long for live lists.
+    def targets(self, model: Any) -> list[Target]:
+        """Return where a model can be had, by the list that /v1/models shows.
 
-        An id belongs to the first provider whose settings list it. Of the other providers, what only the
-        live list names is there as `provider/model`: no request moves to another key without being told.
+        The live lists are asked for if all that is known leads to a problem.
         """
-        lists = self._lists.get(self.catalogue.current().providers, seconds)
-        listing = self.catalogue.serving(lists).listing()
-        return [self._model_object(name, route.model, route.provider) for name, route in listing]
+        providers = self.providers.current().providers
+        targets = self.providers.targets(model, self._lists.get(providers, 0))
+        first = targets[0].provider
+        if first is not providers[0] and first.problem():
+            lists = self._lists.get(providers, self._lists.WAIT)
+            targets = self.providers.targets(model, lists)
+        return targets
 
-    def routes(self, model: Any) -> list[Route]:
-        """Where a model can be had, by the same list; it is asked for if all that is known leads to a problem."""
-        providers = self.catalogue.current().providers
-        routes = self.catalogue.routes(model, self._lists.get(providers, 0))
-        if routes[0].provider.problem() and routes[0].provider is not providers[0]:
-            routes = self.catalogue.routes(model, self._lists.get(providers, MODELS_WAIT))
-        return routes
+    def models(self, seconds: float = ModelLists.WAIT) -> list[Json]:
+        """Return the objects of /v1/models, the active provider's first.
 
-    def _model_object(self, name: str, model: str, provider: Provider) -> dict:
-        facts, config = model_facts(model), provider.entries.get(model) or {}
+        Live lists are waited for at most that long.
+        """
+        discovery = self.providers.current()
+        lists = self._lists.get(discovery.providers, seconds)
+        # Made once for each state of the lists: one of thousands of models takes its time.
+        made_from = [discovery, *lists]
+        before = self._models[0]
+        is_same = before and len(before) == len(made_from)
+        if not is_same or any(map(lambda one, other: one is not other, before, made_from)):
+            listing = self.providers.serving(lists).listing()
+            models = [self._model_object(name, target) for name, target in listing]
+            self._models = (made_from, models)
+        return self._models[1]
+
+    def _model_object(self, name: str, target: Target) -> Json:
+        facts = model_facts(target.model)
         limits = {
-            "context_length": config.get("contextWindowSize") or facts.context,
+            "context_length": target.config.get("contextWindowSize") or facts.context,
             "max_output_tokens": facts.output,
         }
         return {
             "id": name,
             "object": "model",
             "created": int(self._started),
-            "owned_by": provider.name,
+            "owned_by": target.provider.name,
             **{key: value for key, value in limits.items() if value},
         }
 
-    def health(self) -> dict:
-        """The object of /health; nothing secret."""
-        providers = self.catalogue.current().providers
-        login = (
-            providers[0].credentials.describe()
-            if providers
-            else {"type": None, "problem": "no login found"}
-        )
+    def health(self) -> Json:
+        """Return the object of /health; nothing secret."""
+        providers = self.providers.current().providers
+        login = providers[0].credentials.describe() if providers else {"type": None}
         is_usable = bool(providers) and providers[0].problem() is None
+        names = ("type", "expires_at")
         return {
             "status": "ok" if is_usable else "no_login",
             "version": __version__,
             "uptime_seconds": int(time.time() - self._started),
-            "in_flight": len(self._watches),
-            "login": {name: login.get(name) for name in ("type", "expires_at") if name in login},
+            "in_flight": len(self._waiters),
+            "login": {name: login[name] for name in names if name in login},
         }
+
+
+def checked_options(values: Mapping[str, Any]) -> Options:
+    """Return the options with these values, the others as by default.
+
+    Raises ValueError that names an option whose value cannot be meant.
+    """
+    lists = [name for name, value in Options._field_defaults.items() if isinstance(value, tuple)]
+    options = Options(**{**values, **{name: listed(values.get(name, ())) for name in lists}})
+    for name, option in OPTIONS.items():
+        value, flag = getattr(options, name), "--" + name.replace("_", "-")
+        if is_number(Options._field_defaults[name]):
+            least, most = option.bounds
+            if not is_number(value) or not least <= value <= most:
+                words = "must be more than 0" if 0 < least < 1 else "must not be negative"
+                words = f"must be between {least} and {most}" if most < 1e9 else words
+                raise ValueError(f"{flag} {words}")
+    for alias in options.alias:
+        if not all(alias.partition("=")):
+            raise ValueError(f"--alias must be NAME=ID, not {alias!r}")
+    fault = base_url_fault(options.base_url) if options.base_url else ""
+    if fault:
+        raise ValueError(f"--base-url {fault}; the key is read from OPENAI_API_KEY")
+    return options._replace(api_key=checked_keys(options.api_key))
 
 
 def make_server(
     host: str = "localhost",
     port: int = 8080,
     *,
-    api_keys: Iterable[str] = (),
+    api_key: Iterable[str] | str = (),
     no_auth: bool = False,
-    allow_origins: Iterable[str] = (),
-    allow_hosts: Iterable[str] = (),
+    allow_origin: Iterable[str] | str = (),
+    allow_host: Iterable[str] | str = (),
     provider: str | None = None,
     base_url: str | None = None,
     model: str | None = None,
-    aliases: dict[str, str] | None = None,
+    alias: Iterable[str] | str = (),
     failover: bool = False,
     qwen_home: str | None = None,
     timeout: float = UPSTREAM_TIMEOUT,
     retries: int = RETRIES,
     max_connections: int = MAX_CONNECTIONS,
-    max_body_mib: int = MAX_BODY_MIB,
-    keep_alive: float = KEEP_ALIVE_INTERVAL,
+    max_body: int = MAX_BODY_MIB,
     grace: float = GRACE,
-    environ: dict[str, str] | None = None,
+    environ: Mapping[str, str] | None = None,
 ) -> ProxyServer:
-    """A server that is bound to its port and not yet running; the arguments are the options of `serve`.
+    """Return a server that is bound to its port and not yet running.
 
-    environ stands in for os.environ. Raises ValueError for a key that is none, or a host beyond loopback
-    without a key; OSError when the port is taken.
+    The arguments are the options of `serve`; environ stands in for os.environ. Raises ValueError
+    for a value that cannot be meant, such as a host beyond loopback without a key, and OSError when
+    the port is taken.
     """
-    options = ServerOptions(
-        host,
-        port,
-        checked_keys(api_keys),
-        no_auth,
-        tuple(listed(allow_origins)),
-        tuple(listed(allow_hosts)),
-        timeout,
-        retries,
-        max_connections,
-        max_body_mib * 1024 * 1024,
-        keep_alive,
-        grace,
-    )
-    AccessPolicy(options)
-    catalogue = Catalogue(
-        Options(provider, base_url, model, tuple((aliases or {}).items()), qwen_home, failover),
-        environ,
-    )
-    return ProxyServer(catalogue, options)
+    values = {name: value for name, value in locals().items() if name in OPTIONS}
+    return ProxyServer(checked_options(values), environ)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -8594,8 +8317,6 @@ def make_server(
 # ------------------------------------------------------------------------------------------------
 
 DEMO_MODEL = "qwen-demo"
-# between chunks: about the pace of a model
-DEMO_PAUSE = 0.03
 
 
 class DemoUpstream(http.server.BaseHTTPRequestHandler):
@@ -8603,33 +8324,29 @@ class DemoUpstream(http.server.BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
+    # Between chunks: about the pace of a model.
+    PAUSE = 0.03
 
     def do_GET(self) -> None:
-        self._send_json(
-            200,
-            {
-                "object": "list",
-                "data": [{"id": DEMO_MODEL, "object": "model", "created": 1, "owned_by": "demo"}],
-            },
-        )
+        model = {"id": DEMO_MODEL, "object": "model", "created": 1, "owned_by": "demo"}
+        self._send_json(200, {"object": "list", "data": [model]})
 
     def do_POST(self) -> None:
-        """A chunk at a time, as a model would; a tool call where tools are offered."""
+        """Answer a chunk at a time, as a model would."""
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if not self.path.endswith("/chat/completions"):
-            return self._send_json(
-                404, {"error": {"message": "the demo answers chat only", "code": "not_in_demo"}}
-            )
+            error = {"message": "the demo answers chat only", "code": "not_in_demo"}
+            self._send_json(404, {"error": error})
+            return
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        for data in demo_stream(request):
+        for data in DemoAnswer(request).events():
             event = encode_event(data)
             self.wfile.write(b"%x\r\n%s\r\n" % (len(event), event))
-            time.sleep(DEMO_PAUSE)
+            time.sleep(self.PAUSE)
         self.wfile.write(b"0\r\n\r\n")
-        return None
 
     def _send_json(self, status: int, value: Any) -> None:
         body = encode_json(value)
@@ -8643,107 +8360,70 @@ class DemoUpstream(http.server.BaseHTTPRequestHandler):
         log.debug(format, *args)
 
 
-def demo_stream(request: dict) -> Iterator[bytes]:
-    """The data of each event of an answer: some thoughts, then a tool call if tools are offered, else text."""
-    tail, answered = (
-        {"finish_reason": "stop"},
-        any(message["role"] == "tool" for message in request["messages"]),
-    )
-    yield demo_chunk({"role": "assistant", "content": ""})
-    for word in [
-        "The",
-        "user",
-        "tries",
-        "the",
-        "demo,",
-        "so",
-        "I",
-        "say",
-        "that",
-        "I",
-        "am",
-        "one.",
-    ]:
-        yield demo_chunk({"reasoning_content": word + " "})
-    if request.get("tools") and not answered:
-        function = request["tools"][0].get("function", {})
-        arguments = json.dumps(demo_arguments(function.get("parameters", {})))
-        yield demo_chunk(
-            {
-                "tool_calls": [
-                    {
-                        "index": 0,
-                        "id": "call_demo",
-                        "type": "function",
-                        "function": {"name": function.get("name", "tool"), "arguments": ""},
-                    }
-                ]
-            }
-        )
-        for start in range(0, len(arguments), 8):
-            yield demo_chunk(
-                {
-                    "tool_calls": [
-                        {
-                            "index": 0,
-                            "id": "",
-                            "function": {"arguments": arguments[start : start + 8]},
-                        }
-                    ]
-                }
-            )
-        tail = {"finish_reason": "tool_calls"}
-    else:
-        asked = text_of(request["messages"][-1].get("content"))[:200]
-        said = "The tool answered" if answered else "You said"
+class DemoAnswer:
+    """An answer of the demo: some thoughts, then a tool call if tools are offered, else text."""
+
+    def __init__(self, request: Json):
+        self._messages, self._tools = request["messages"], as_list(request.get("tools"))
+        self._has_result = any(message["role"] == "tool" for message in self._messages)
+
+    def events(self) -> Iterator[bytes]:
+        """Yield the data of each event."""
+        yield self._chunk({"role": "assistant", "content": ""})
+        for word in "The user tries the demo, so I say that I am one.".split():
+            yield self._chunk({"reasoning_content": word + " "})
+        calls = bool(self._tools) and not self._has_result
+        for delta in self._call() if calls else self._text():
+            yield self._chunk(delta)
+        yield self._chunk({}, "tool_calls" if calls else "stop")
+        size = len(json.dumps(self._messages)) // 4
+        counts = {"prompt_tokens": size, "completion_tokens": 40, "total_tokens": size + 40}
+        yield self._chunk(None, usage=counts)
+        yield DONE
+
+    def _text(self) -> Iterator[Json]:
+        asked = text_of(self._messages[-1].get("content"))[:200]
+        said = "The tool answered" if self._has_result else "You said"
         text = f"This is the demo of qwen_proxy, not a model. {said}: {asked}"
         for word in re.findall(r"\S+\s*", text):
-            yield demo_chunk({"content": word})
-    yield demo_chunk({}, **tail)
-    size = len(json.dumps(request["messages"])) // 4
-    yield demo_chunk(
-        None, usage={"prompt_tokens": size, "completion_tokens": 40, "total_tokens": size + 40}
-    )
-    yield DONE
+            yield {"content": word}
 
+    def _call(self) -> Iterator[Json]:
+        function = as_object(dig(self._tools[0], "function"))
+        arguments = json.dumps(self._arguments(as_object(function.get("parameters"))))
+        first = {"name": function.get("name", "tool"), "arguments": ""}
+        call = {"index": 0, "id": "call_demo", "type": "function", "function": first}
+        yield {"tool_calls": [call]}
+        for start in range(0, len(arguments), 8):
+            piece = {"arguments": arguments[start : start + 8]}
+            yield {"tool_calls": [{"index": 0, "id": "", "function": piece}]}
 
-def demo_chunk(
-    delta: dict | None, finish_reason: str | None = None, usage: dict | None = None
-) -> bytes:
-    """One chunk of the demo's answer."""
-    choices = (
-        [] if delta is None else [{"index": 0, "delta": delta, "finish_reason": finish_reason}]
-    )
-    return encode_json(
-        {
+    @staticmethod
+    def _arguments(schema: Json) -> Json:
+        """Return arguments that fit a tool's parameters, as far as a demo needs it."""
+        samples: Json = {"integer": 1, "number": 1.5, "boolean": True, "array": [], "object": {}}
+        properties = as_object(schema.get("properties"))
+        required = as_list(schema.get("required", list(properties)))
+        arguments = {}
+        for name, part in properties.items():
+            if name in required:
+                choices = as_list(dig(part, "enum"))
+                sample = samples.get(str(dig(part, "type")), "demo")
+                arguments[name] = choices[0] if choices else sample
+        return arguments
+
+    @staticmethod
+    def _chunk(delta: Json | None, reason: str | None = None, usage: Json | None = None) -> bytes:
+        choice = {"index": 0, "delta": delta, "finish_reason": reason}
+        chunk = {
             "id": "chatcmpl-demo",
             "object": "chat.completion.chunk",
             "created": int(time.time()),
             "model": DEMO_MODEL,
-            "choices": choices,
+            "choices": [] if delta is None else [choice],
             "usage": usage,
         }
-    )
-
-
-def demo_arguments(schema: dict) -> dict:
-    """Arguments that fit a tool's parameters, as far as a demo needs it."""
-    samples = {
-        "string": "demo",
-        "integer": 1,
-        "number": 1.5,
-        "boolean": True,
-        "array": [],
-        "object": {},
-    }
-    properties = schema.get("properties") if isinstance(schema.get("properties"), dict) else {}
-    return {
-        name: dig(part, "enum")[0]
-        if dig(part, "enum")
-        else samples.get(str(dig(part, "type")), "demo")
-        for name, part in properties.items()
-        if name in schema.get("required", properties)
-    }
+        return encode_json(chunk)
 
 
 class DemoServer(http.server.ThreadingHTTPServer):
@@ -8759,141 +8439,94 @@ def start_demo() -> str:
     """Start the stand-in on a free port of loopback; returns its base URL."""
     server = DemoServer(("127.0.0.1", 0), DemoUpstream)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    return "http://127.0.0.1:%d/compatible-mode/v1" % server.server_port
+    return f"http://127.0.0.1:{server.server_port}/compatible-mode/v1"
 
 
 # ------------------------------------------------------------------------------------------------
 # Command line
 # ------------------------------------------------------------------------------------------------
 
+COMMANDS = ("serve", "login", "status")
+
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser for all commands; `serve` is the default one."""
+    """Return the parser for all commands; `serve` is the default one."""
     parser = argparse.ArgumentParser(
         prog="qwen_proxy.py",
         usage="qwen_proxy.py [serve|login|status] [options]",
-        description="Serve Qwen's models as an OpenAI-compatible API on localhost, with the login of the Qwen Code "
-        "CLI.",
+        description="Serve Qwen's models as an OpenAI-compatible API on localhost, with the login "
+        "of the Qwen Code CLI.",
+        epilog="Each option of serve can be given as a variable, too: QWEN_PROXY_PORT=8080, "
+        "QWEN_PROXY_API_KEYS=KEY,KEY.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=100),
     )
-    parser.add_argument("--version", action="version", version="qwen_proxy " + __version__)
-    add_serve_options(parser.add_argument_group("serve"))
-    login = parser.add_argument_group("login and status")
-    login.add_argument("--no-browser", action="store_true", help="login: print the address only")
-    login.add_argument("--json", action="store_true", help="status: print JSON")
+    parser.add_argument("--version", action="version", version=f"qwen_proxy {__version__}")
+    group = parser.add_argument_group("serve")
+    for name, option in OPTIONS.items():
+        add_option(group, name, option)
+    others = parser.add_argument_group("login and status")
+    others.add_argument("--no-browser", action="store_true", help="login: print the address only")
+    others.add_argument("--json", action="store_true", help="status: print JSON")
     return parser
 
 
-def add_serve_options(group: Any) -> None:
-    """One option a line; the README holds what --help prints."""
-    add = group.add_argument
-    add(
-        "--host",
-        default="localhost",
-        help="where to listen (default: localhost, that is 127.0.0.1 and ::1)",
-    )
-    add("--port", type=int, default=8080, help="0 picks a free one (default: 8080)")
-    add(
-        "--api-key",
-        action="append",
-        default=[],
-        metavar="KEY",
-        help="what clients must present; may be repeated; also QWEN_PROXY_API_KEYS=KEY,KEY",
-    )
-    add("--no-auth", action="store_true", help="listen beyond localhost without a key")
-    add(
-        "--allow-origin",
-        action="append",
-        default=[],
-        metavar="ORIGIN",
-        help="web pages that may use it, besides local ones; may be repeated; * for all",
-    )
-    add(
-        "--allow-host",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="another name that the Host header may carry",
-    )
-    add(
-        "--provider",
-        metavar="NAME",
-        help="instead of the CLI's active one: {}, oauth, or a host from settings.json".format(
-            ", ".join(PRESETS)
-        ),
-    )
-    add(
-        "--base-url",
-        metavar="URL",
-        help="any OpenAI-compatible upstream, with the key in OPENAI_API_KEY",
-    )
-    add(
-        "--model",
-        metavar="ID",
-        help="for requests that name none (default: the CLI's; also OPENAI_MODEL)",
-    )
-    add(
-        "--alias",
-        action="append",
-        default=[],
-        metavar="NAME=ID",
-        help="another name for a model; gpt-*=ID is possible",
-    )
-    add(
-        "--failover",
-        action="store_true",
-        help="when a provider is exhausted or down, try the next that lists the model",
-    )
-    add("--qwen-home", metavar="DIR", help="the CLI's folder (default: ~/.qwen; also QWEN_HOME)")
-    add(
-        "--timeout",
-        type=float,
-        default=UPSTREAM_TIMEOUT,
-        metavar="SECONDS",
-        help="longest silence of the upstream (default: 300)",
-    )
-    add(
-        "--retries",
-        type=int,
-        default=RETRIES,
-        metavar="N",
-        help="before the first byte of an answer only (default: 2)",
-    )
-    add(
-        "--max-connections",
-        type=int,
-        default=MAX_CONNECTIONS,
-        metavar="N",
-        help="the next one gets 503 (default: 1024)",
-    )
-    add(
-        "--max-body",
-        type=int,
-        default=MAX_BODY_MIB,
-        metavar="MIB",
-        help="largest request (default: 64)",
-    )
-    add(
-        "--grace",
-        type=float,
-        default=GRACE,
-        metavar="SECONDS",
-        help="from the first signal to the end, for running answers (default: 8)",
-    )
-    add(
-        "--log-level",
-        default="info",
-        choices=["debug", "info", "warning", "error"],
-        help="debug shows requests and answers, secrets masked (default: info)",
-    )
-    add(
-        "--demo",
-        action="store_true",
-        help="a built-in stand-in answers instead of Qwen: no account needed",
-    )
+def add_option(group: Any, name: str, option: Option) -> None:
+    """Add a row of OPTIONS to the parser; a default is only set by checked_options()."""
+    default = Options._field_defaults[name]
+    settings: Json = {"help": option.help, "default": None}
+    if default is False:
+        settings["action"] = "store_true"
+    elif isinstance(default, tuple):
+        settings.update(action="append", metavar=option.metavar)
+    elif option.choices:
+        settings["choices"] = option.choices
+    else:
+        kind = type(default) if is_number(default) else str
+        kind = float if option.metavar == "SECONDS" else kind
+        settings.update(type=kind, metavar=option.metavar)
+    group.add_argument("--" + name.replace("_", "-"), **settings)
 
 
-COMMANDS = ("serve", "login", "status")
+def stated_options(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Json:
+    """Return the options that the command line states, and those of QWEN_PROXY_* variables.
+
+    Raises ValueError for a variable that cannot be meant.
+    """
+    stated = {}
+    for name, option in OPTIONS.items():
+        given, default = getattr(arguments, name), Options._field_defaults[name]
+        variable = f"QWEN_PROXY_{name.upper()}"
+        if isinstance(default, tuple):
+            texts = [environ[each] for each in (variable, variable + "S") if each in environ]
+            values = [value.strip() for text in texts for value in text.split(",")]
+            if name == "api_key":
+                values = list(checked_keys(values, variable + "S"))
+            given = tuple(given or ()) + tuple(filter(None, values)) or None
+        elif given in (None, False) and environ.get(variable):
+            given = value_of(variable, environ[variable], default, option)
+        if given is not None:
+            stated[name] = given
+    return stated
+
+
+def value_of(variable: str, text: str, default: Any, option: Option) -> Any:
+    """Return the value of an option's variable; raises ValueError that names it."""
+    if isinstance(default, bool):
+        if text.lower() not in ("1", "true", "yes", "0", "false", "no"):
+            raise ValueError(f"{variable} must be 1 or 0")
+        return text.lower() in ("1", "true", "yes")
+    if option.choices and text not in option.choices:
+        raise ValueError(f"{variable} must be one of {', '.join(option.choices)}")
+    if not is_number(default):
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{variable} must be a number") from None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -8901,38 +8534,52 @@ def main(argv: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "serve"
     parser = build_parser()
-    options = parser.parse_args(arguments)
-    check_options(parser, options)
-    with logged_to(sys.stderr, options.log_level.upper()), ended_by_signals():
+    parsed = parser.parse_args(arguments)
+    try:
+        options = checked_options(stated_options(parsed, os.environ))
+    except ValueError as error:
+        parser.error(public(str(error)))
+    with logged_to(sys.stderr, options.log_level.upper()), signal_handlers(interrupt):
         try:
-            return {"serve": cmd_serve, "login": cmd_login, "status": cmd_status}[command](options)
+            if command == "login":
+                return cmd_login(options, not parsed.no_browser)
+            return cmd_status(options, parsed.json) if command == "status" else cmd_serve(options)
         except KeyboardInterrupt:
             say("stopped")
             return 130
 
 
 class LogQueue(logging.handlers.QueueHandler):
-    """Hands lines to the thread that writes them; what does not fit is lost, since no request waits for a terminal."""
+    """Hands lines to the thread that writes them.
+
+    What does not fit is lost, since no request waits for a terminal.
+    """
+
+    MOST = 10_000
+
+    def __init__(self) -> None:
+        self.lines: queue.Queue[Any] = queue.Queue(self.MOST)
+        super().__init__(self.lines)
 
     def enqueue(self, record: logging.LogRecord) -> None:
         """Queue a record, if there is room."""
         with contextlib.suppress(queue.Full):
-            self.queue.put_nowait(record)  # type: ignore[union-attr]
+            self.lines.put_nowait(record)
 
     def flush(self) -> None:
         """Wait until all is written, but no more than a second: a terminal may take nothing."""
         end = time.monotonic() + 1
-        while self.queue.unfinished_tasks and time.monotonic() < end:  # type: ignore[union-attr]
+        while self.lines.unfinished_tasks and time.monotonic() < end:
             time.sleep(0.005)
 
 
 @contextlib.contextmanager
 def logged_to(stream: Any, level: str) -> Iterator[None]:
-    """Writes the log to a stream from a thread of its own; whatever ends the program, the last lines too."""
+    """Write the log to a stream from a thread of its own; whatever ends the program, all of it."""
     writer = logging.StreamHandler(stream)
     writer.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
-    handler = LogQueue(queue.Queue(LOG_MOST))  # type: ignore[arg-type]
-    listener = logging.handlers.QueueListener(handler.queue, writer)
+    handler = LogQueue()
+    listener = logging.handlers.QueueListener(handler.lines, writer)
     root = logging.getLogger()
     before = root.level
     root.addHandler(handler)
@@ -8944,29 +8591,23 @@ def logged_to(stream: Any, level: str) -> Iterator[None]:
         handler.flush()
         root.removeHandler(handler)
         root.setLevel(before)
-        if not handler.queue.unfinished_tasks:  # type: ignore[union-attr]
+        if not handler.lines.unfinished_tasks:
             listener.stop()
 
 
-@contextlib.contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """SIGTERM, SIGHUP and SIGBREAK end a command as Ctrl-C does, so that the CLI's lock does not stay behind."""
-
-    def stop(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    with signal_handlers(stop):
-        yield
+def interrupt(number: int, frame: Any) -> None:
+    """End a command as Ctrl-C does, so that the CLI's lock does not stay behind."""
+    raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
 def signal_handlers(stop: Callable[[int, Any], None]) -> Iterator[None]:
-    """stop() for every signal that asks a program to end; one that is ignored, as by nohup, stays so."""
-    numbers = [
-        getattr(signal, name)
-        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
-        if hasattr(signal, name)
-    ]
+    """Call stop() for every signal that asks a program to end.
+
+    One that is ignored, as by nohup, stays so.
+    """
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     if threading.current_thread() is not threading.main_thread():
         numbers = []
     before = {number: signal.getsignal(number) for number in numbers}
@@ -8980,99 +8621,49 @@ def signal_handlers(stop: Callable[[int, Any], None]) -> Iterator[None]:
             signal.signal(number, before[number] or signal.SIG_DFL)
 
 
-def check_options(parser: argparse.ArgumentParser, options: Any) -> None:
-    """Ends the program with a sentence and exit code 2 for a value that cannot be meant."""
-    if not 0 <= options.port <= 65535:
-        parser.error("--port must be between 0 and 65535")
-    for name in ("timeout", "max_connections", "max_body", "grace"):
-        if not getattr(options, name) > 0:
-            parser.error("--{} must be more than 0".format(name.replace("_", "-")))
-    if options.retries < 0:
-        parser.error("--retries must not be negative")
-    for alias in options.alias:
-        if not all(alias.partition("=")):
-            parser.error(f"--alias must be NAME=ID, not {alias!r}")
-    fault = base_url_fault(options.base_url) if options.base_url else ""
-    if fault:
-        parser.error(f"--base-url {fault}; the key is read from OPENAI_API_KEY")
-
-
 def say(*lines: str) -> None:
-    """Lines for the person at the terminal; each stays one line, whatever it holds."""
-    print("\n".join(map(public, lines)), file=sys.stderr, flush=True)
+    """Print lines for the person at the terminal; each stays one line, whatever it holds."""
+    # A terminal that is closed is no reason to stop serving.
+    with contextlib.suppress(OSError, ValueError):
+        print("\n".join(map(public, lines)), file=sys.stderr, flush=True)
 
 
-def provider_options(options: Any) -> dict:
-    """The options that say which provider to use, as make_server() takes them."""
-    return {
-        "provider": options.provider,
-        "base_url": options.base_url,
-        "model": options.model,
-        "qwen_home": options.qwen_home,
-        "aliases": dict(alias.split("=", 1) for alias in options.alias),
-        "failover": options.failover,
-    }
+def server_for(options: Options) -> ProxyServer:
+    """Return the server that the options describe; raises ValueError, and OSError."""
+    if not options.demo:
+        return ProxyServer(options)
+    folder = f"qwen_proxy-demo-{secrets.token_hex(8)}"
+    nowhere = os.path.join(tempfile.gettempdir(), folder)
+    model = options.model or DEMO_MODEL
+    options = options._replace(base_url=start_demo(), provider=None, model=model, qwen_home=nowhere)
+    return ProxyServer(options, {"OPENAI_API_KEY": "demo", "HOME": nowhere})
 
 
-def server_for(options: Any, keys: list[str]) -> ProxyServer:
-    """The server that the options describe; raises what make_server() raises."""
-    choice, environ = provider_options(options), None
-    if options.demo:
-        nowhere = os.path.join(tempfile.gettempdir(), "qwen_proxy-demo-" + secrets.token_hex(8))
-        choice.update(
-            base_url=start_demo(),
-            provider=None,
-            model=options.model or DEMO_MODEL,
-            qwen_home=nowhere,
-        )
-        environ = {"OPENAI_API_KEY": "demo", "HOME": nowhere}
-    return make_server(
-        options.host,
-        options.port,
-        api_keys=keys,
-        no_auth=options.no_auth,
-        allow_origins=options.allow_origin,
-        allow_hosts=options.allow_host,
-        timeout=options.timeout,
-        retries=options.retries,
-        max_connections=options.max_connections,
-        max_body_mib=options.max_body,
-        grace=options.grace,
-        environ=environ,
-        **choice,
-    )
-
-
-def cmd_serve(options: Any) -> int:
+def cmd_serve(options: Options) -> int:
     """Serve until a signal; running answers get some seconds then, a second signal ends at once."""
     try:
-        keys = checked_keys(options.api_key)
-        if "QWEN_PROXY_API_KEYS" in os.environ:
-            keys += checked_keys(
-                os.environ["QWEN_PROXY_API_KEYS"].split(","), "QWEN_PROXY_API_KEYS"
-            )
-        server = server_for(options, list(keys))
+        server = server_for(options)
     except ValueError as error:
         say(str(error))
         return 2
     except OSError as error:
         say(
-            "cannot listen on %s port %d: %s; choose another --port, or 0 for a free one"
-            % (options.host, options.port, reason_of(error))
+            f"cannot listen on {options.host} port {options.port}: {reason_of(error)}; choose "
+            "another --port, or 0 for a free one"
         )
         return 2
     with signal_handlers(functools.partial(stop_serving, server)):
         tune_process()
-        say(*banner(server, options.demo, bool(keys)))
+        say(*banner(server))
         server.serve_forever()
     if not last_words("stopped"):
-        # the interpreter would wait for stderr at its end
+        # The interpreter would wait for stderr at its end.
         os._exit(0)
     return 0
 
 
 def stop_serving(server: ProxyServer, number: int, frame: Any) -> None:
-    """The first signal stops gently, the second one at once."""
+    """Stop gently at the first signal, at once at the second one."""
     if server.is_stopping:
         LockFile.release_all()
         last_words("stopped at once")
@@ -9080,12 +8671,16 @@ def stop_serving(server: ProxyServer, number: int, frame: Any) -> None:
     server.is_stopping = True
     threading.Thread(target=server.shutdown).start()
     last_words(
-        f"stopping within {server.options.grace:g} s, for running answers; a second signal ends at once"
+        f"stopping within {server.options.grace:g} s, for running answers; a second signal ends at "
+        "once"
     )
 
 
 def last_words(text: str) -> bool:
-    """Say it, and the log before it, within a second; False where nobody reads stderr and waiting would never end."""
+    """Say it, and the log before it, within a second.
+
+    Returns False where stderr is not read, and waiting would never end.
+    """
 
     def speak() -> None:
         for handler in logging.getLogger().handlers:
@@ -9099,38 +8694,35 @@ def last_words(text: str) -> bool:
 
 
 def tune_process() -> None:
-    """What serves many streams better than Python's defaults; only here, where the process is ours.
+    """Set what serves many streams better than Python's defaults, in a process that is ours.
 
-    The collector need not look at modules, nor so often: 15 % of a small request, measured here. A stream
-    takes two descriptors, and the usual soft limit of 1024 ends at 500 streams.
+    The collector need not look at modules, nor so often: 15 % of a small request, measured here. A
+    switch interval of 0.005 costs 15 % more with 100 streams. A stream takes two descriptors, and
+    the usual soft limit of 1024 ends at 500 streams.
     """
-    sys.setswitchinterval(SWITCH_INTERVAL)
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = (
-        # no log line shows them,
-        False
-    )
-    logging._srcfile = None  # type: ignore[attr-defined]    # nor who called; Python's Logging HOWTO, Optimization
+    Listener.shares_processor = True
+    sys.setswitchinterval(0.05)
+    # No log line shows them, nor who called; Python's Logging HOWTO, Optimization.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    vars(logging)["_srcfile"] = None
     gc.freeze()
-    gc.set_threshold(GC_THRESHOLD, 20, 20)
+    gc.set_threshold(20_000, 20, 20)
     with contextlib.suppress(ImportError, OSError, ValueError):
-        # not on Windows
+        # Not on Windows.
         import resource
 
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = (
-            4 * MAX_CONNECTIONS
-            if hard == resource.RLIM_INFINITY
-            else min(hard, 4 * MAX_CONNECTIONS)
-        )
-        if soft != resource.RLIM_INFINITY and soft < wanted:
+        unlimited = resource.RLIM_INFINITY
+        wanted = 4 * MAX_CONNECTIONS if hard == unlimited else min(hard, 4 * MAX_CONNECTIONS)
+        if soft != unlimited and soft < wanted:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def banner(server: ProxyServer, is_demo: bool, has_keys: bool) -> list[str]:
-    """The lines with what a newcomer needs next."""
-    discovery = server.catalogue.current()
+def banner(server: ProxyServer) -> list[str]:
+    """Return the lines with what a newcomer needs next."""
+    discovery = server.providers.current()
     lines = [f"qwen_proxy {__version__} on {server.url}"]
-    if is_demo:
+    if server.options.demo:
         lines.append("provider  the built-in demo: no model, no account, no network")
     elif discovery.providers:
         active = discovery.providers[0]
@@ -9138,211 +8730,177 @@ def banner(server: ProxyServer, is_demo: bool, has_keys: bool) -> list[str]:
         if active.problem():
             lines.append(f"warning   {active.problem()}")
         elif active.credentials.kind == "oauth":
-            lines.append("note      " + FREE_TIER_ENDED)
+            lines.append(f"note      {FREE_TIER_ENDED}")
     elif discovery.problem:
-        lines.append("warning   " + discovery.problem)
+        lines.append(f"warning   {discovery.problem}")
     else:
-        lines.append(
-            f"warning   no Qwen login on this machine: {LOGIN_AGAIN}, or start with --provider NAME and its key in the "
-            "environment; until then requests get 401"
-        )
-    lines += ["note      " + note for note in discovery.notes]
+        advice = "or start with --provider NAME and its key in the environment"
+        until = "until then requests get 401"
+        lines.append(f"warning   no Qwen login on this machine: {LOGIN_AGAIN}, {advice}; {until}")
+    lines += [f"note      {note}" for note in discovery.notes]
     models = [model["id"] for model in server.models(0)]
-    lines.append(
-        "models    {}{}".format(
-            ", ".join(models[:12]) or "unknown until there is a login",
-            ", ..." if len(models) > 12 else "",
-        )
-    )
-    key = "-H 'Authorization: Bearer YOUR_KEY' " if has_keys else ""
-    body = json.dumps(
-        {"model": discovery.model, "messages": [{"role": "user", "content": "Hello"}]}
-    )
-    lines.append(
-        f"try       curl {server.url}/chat/completions {key}-H 'Content-Type: application/json' -d '{body}'"
-    )
+    shown = ", ".join(models[:12]) or "unknown until there is a login"
+    lines.append(f"models    {shown}{', ...' if len(models) > 12 else ''}")
+    key = "-H 'Authorization: Bearer YOUR_KEY' " if server.access.has_keys else ""
+    message = {"role": "user", "content": "Hello"}
+    body = json.dumps({"model": discovery.model, "messages": [message]})
+    json_type = "-H 'Content-Type: application/json'"
+    lines.append(f"try       curl {server.url}/chat/completions {key}{json_type} -d '{body}'")
     return lines
 
 
-def cmd_login(options: Any) -> int:
-    """Device authorization in the browser; writes oauth_creds.json."""
-    # here, since it costs every start 10 ms
+def cmd_login(options: Options, with_browser: bool) -> int:
+    """Run device authorization in the browser; writes oauth_creds.json."""
+    # Here, since it costs every start 10 ms.
     import webbrowser
 
-    home = qwen_home(dict(os.environ), options.qwen_home)
-    base, path = (
-        CliSettings(home, dict(os.environ), home).oauth_base_url(),
-        os.path.join(home, "oauth_creds.json"),
-    )
+    home = qwen_home(os.environ, options.qwen_home)
+    base_url = CliSettings(home, os.environ, home).oauth_base_url()
+    path = os.path.join(home, "oauth_creds.json")
     say(f"Note: {FREE_TIER_ENDED}.", "")
     try:
-        device = request_device_code(base)
-        say(
-            f"Open this address and approve the log-in, within {device.expires_in / 60:.0f} minutes:",
-            "",
-            f"    {device.verification_uri}",
-            "",
-        )
+        device = request_device_code(base_url)
+        minutes = f"{device.expires_in / 60:.0f} minutes"
+        say(f"Open this address and approve the log-in, within {minutes}:", "")
+        say(f"    {device.verification_uri}", "")
         if device.user_code:
             say(f"The code it shows must be {device.user_code}.")
-        if not options.no_browser:
+        if with_browser:
             webbrowser.open(device.verification_uri)
-        login = poll_for_login(base, device)
+        login = poll_for_login(base_url, device)
     except ProxyError as error:
-        say("login failed: " + error.message)
+        say(f"login failed: {error.message}")
         return 1
-    credentials = OAuthCredentials(path, base)
+    credentials = OAuthCredentials(path, base_url)
     credentials.replace(login)
     if credentials.problem:
         say(f"logged in, but {path} cannot be written: {credentials.problem}")
         return 1
-    say(
-        f"Logged in; {path} holds the login, valid until it is refreshed {in_words(login.expires_at - time.time())}."
-    )
+    when = span_of(login.expires_at - time.time())
+    say(f"Logged in; {path} holds the login, valid until it is refreshed {when}.")
     return 0
 
 
-def in_words(seconds: float) -> str:
-    """A span of time for a person.
+def span_of(seconds: float) -> str:
+    """Return a span of time for a person.
 
-    >>> in_words(3 * 3600 + 61), in_words(-90)
+    >>> span_of(3 * 3600 + 61), span_of(-90)
     ('in 3 h 1 min', '1 min ago')
     """
     minutes = int(abs(seconds)) // 60
     days, hours, minutes = minutes // 1440, minutes % 1440 // 60, minutes % 60
-    words = (
-        "%d d %d h" % (days, hours)
-        if days
-        else "%d h %d min" % (hours, minutes)
-        if hours
-        else "%d min" % minutes
-    )
-    return "in " + words if seconds >= 0 else words + " ago"
+    words = f"{minutes} min"
+    if days or hours:
+        words = f"{days} d {hours} h" if days else f"{hours} h {words}"
+    return f"in {words}" if seconds >= 0 else f"{words} ago"
 
 
-def cmd_status(options: Any) -> int:
-    """Say what would be used; 0 only when a request could be served. Spends no quota."""
-    choice = provider_options(options)
+def cmd_status(options: Options, as_json: bool) -> int:
+    """Say what would be used; returns 0 only when a request could be served. Spends no quota."""
     try:
-        catalogue = Catalogue(
-            Options(
-                choice["provider"], choice["base_url"], choice["model"], (), choice["qwen_home"]
-            )
-        )
+        providers = Providers(options)
     except ValueError as error:
         say(str(error))
         return 2
-    facts = status_facts(catalogue, options.port)
-    if options.json:
+    facts = status_facts(providers, options.port)
+    if as_json:
         print(public(json.dumps(facts, indent=2, ensure_ascii=False), keep="\n"))
     else:
         for name, value in facts.items():
             for index, line in enumerate(value if isinstance(value, list) else [value]):
                 label = "" if index else name.replace("_", " ")
-                print(public(f"{label:13} {line if isinstance(line, str) else json.dumps(line)}"))
+                text = line if isinstance(line, str) else json.dumps(line)
+                print(public(f"{label:13} {text}"))
     return 0 if facts["usable"] else 1
 
 
-def status_facts(catalogue: Catalogue, port: int) -> dict:
-    """What `status` prints, in its order."""
-    discovery = catalogue.current()
+def status_facts(providers: Providers, port: int) -> Json:
+    """Return what `status` prints, in its order."""
+    discovery = providers.current()
     active = discovery.providers[0] if discovery.providers else None
-    problem = (
-        active.problem()
-        if active
-        else discovery.problem or f"no Qwen login on this machine: {LOGIN_AGAIN}"
-    )
-    facts: dict = {
+    problem = discovery.problem or f"no Qwen login on this machine: {LOGIN_AGAIN}"
+    usable = active is not None and active.problem() is None
+    facts: Json = {
         "version": __version__,
-        "usable": problem is None,
-        "problem": problem,
-        "qwen_home": catalogue.home,
+        "usable": usable,
+        "problem": None if usable else active.problem() if active else problem,
+        "qwen_home": providers.home,
         "settings": discovery.settings_files,
         "notes": discovery.notes,
     }
     if active:
         described = active.describe()
+        models = ", ".join(described["models"]) or "whatever the upstream lists"
         facts.update(
             provider=active.name,
             found_in=active.source,
             base_url=described["base_url"],
-            family=active.family,
-            models=[", ".join(described["models"]) or "whatever the upstream lists"],
+            family=active.family.name,
+            models=[models],
             model=discovery.model,
         )
         facts["also_usable"] = [
-            "{} ({})".format(other.name, other.problem() or "ready")
-            for other in discovery.providers[1:]
+            f"{other.name} ({other.problem() or 'ready'})" for other in discovery.providers[1:]
         ]
-        if active.credentials.kind == "oauth":
+        if isinstance(active.credentials, OAuthCredentials):
             facts.update(oauth_facts(active.credentials))
         if described["base_url"]:
-            facts["clock"] = clock_words(described["base_url"])
-    facts["forward_proxy"] = [
-        "{}: {}".format(*item) for item in sorted(forward_proxies().items())
-    ] or ["none"]
+            facts["clock"] = clock_difference(described["base_url"])
+    proxies = [f"{scheme}: {url}" for scheme, url in sorted(forward_proxies().items())]
+    facts["forward_proxy"] = proxies or ["none"]
     facts["client"] = [
-        "base URL http://localhost:%d/v1" % (port or 8080),
+        f"base URL http://localhost:{port or 8080}/v1",
         "API key  anything, unless --api-key is given",
         f"model    {discovery.model}",
     ]
     return {name: value for name, value in facts.items() if value not in (None, [])}
 
 
-def oauth_facts(credentials: OAuthCredentials) -> dict:
-    """File, expiry, permissions and lock of an OAuth login, in words."""
+def oauth_facts(credentials: OAuthCredentials) -> Json:
+    """Return file, expiry, permissions and lock of an OAuth login, for a person."""
+    path = credentials.path
     facts = {
-        "login": "OAuth, " + credentials.path,
+        "login": f"OAuth, {path}",
         "free_tier": f"ended on {FREE_TIER_END}: log-in works, chat answers 401",
     }
     with contextlib.suppress(CredentialError):
         left = credentials.login().expires_at - time.time()
-        facts["expires"] = in_words(left) + (
-            "" if left > REFRESH_MARGIN else ", refreshed at the next request"
-        )
+        refreshed = "" if left > REFRESH_MARGIN else ", refreshed at the next request"
+        facts["expires"] = span_of(left) + refreshed
     with contextlib.suppress(OSError):
-        mode = stat.S_IMODE(os.stat(credentials.path).st_mode)
-        facts["permissions"] = "{:03o}{}".format(
-            mode,
-            ""
-            if not mode & 0o077 or os.name == "nt"
-            else ", others can read it: chmod 600 " + credentials.path,
-        )
+        mode = stat.S_IMODE(os.stat(path).st_mode)
+        is_open = mode & 0o077 and os.name != "nt"
+        advice = f", others can read it: chmod 600 {path}" if is_open else ""
+        facts["permissions"] = f"{mode:03o}{advice}"
     try:
-        age = (
-            time.time()
-            - os.stat(os.path.join(os.path.dirname(credentials.path), "oauth_creds.lock")).st_mtime
-        )
-        facts["lock"] = "held for %d s%s" % (
-            age,
-            ", stale: the next refresh breaks it" if age > LOCK_STALE else "",
-        )
+        status = os.stat(os.path.join(os.path.dirname(path), "oauth_creds.lock"))
+        age = time.time() - status.st_mtime
+        stale = ", stale: the next refresh breaks it" if age > LockFile.STALE else ""
+        facts["lock"] = f"exists for {age:.0f} s{stale}"
     except OSError:
         facts["lock"] = "free"
     return facts
 
 
-def clock_words(base_url: str) -> str:
-    """How this clock differs from the upstream's, by the Date of an answer to a request without a key."""
-    host = host_of(base_url, with_port=True)
+# For what `status` asks an upstream.
+STATUS_TIMEOUT = 3.0
+
+
+def clock_difference(base_url: str) -> str:
+    """Return how this clock differs from the upstream's, by the Date of a keyless request."""
     try:
-        request = urllib.request.Request(
-            urllib.parse.urljoin(base_url, "/"),
-            method="HEAD",
-            headers={"User-Agent": "qwen_proxy/" + __version__},
-        )
+        request = urllib.request.Request(urllib.parse.urljoin(base_url, "/"), method="HEAD")
+        request.add_header("User-Agent", f"qwen_proxy/{__version__}")
         with open_before(request, STATUS_TIMEOUT) as response:
-            date = response.headers.get("Date")
-        skew = time.time() - parsedate_to_datetime(date).timestamp()
+            date = parsedate_to_datetime(response.headers.get("Date"))
+        skew = time.time() - date.timestamp()
     except (OSError, http.client.HTTPException, TypeError, ValueError) as error:
         reason = reason_of(error) if isinstance(error, OSError) else "no Date header"
-        return f"unknown: {host} gave no time ({reason})"
+        return f"unknown: {host_of(base_url, with_port=True)} gave no time ({reason})"
     if abs(skew) < 10:
         return "right"
-    return "%d s %s, so tokens expire at the wrong moment" % (
-        abs(skew),
-        "fast" if skew > 0 else "slow",
-    )
+    direction = "fast" if skew > 0 else "slow"
+    return f"{abs(skew):.0f} s {direction}, so tokens expire at the wrong moment"
 
 
 if __name__ == "__main__":

@@ -2,29 +2,36 @@
 
 Same sections, same order as the program. Nothing here leaves the machine; HOME and QWEN_HOME are temporary.
 """
+import argparse
 import ast
 import base64
 import collections
 import contextlib
 import copy
 import doctest
+import errno
+import functools
 import gzip
 import hashlib
 import http.client
 import http.server
 import io
+import itertools
 import json
 import logging
 import os
+import pathlib
 import random
 import re
 import select
+import shlex
 import signal
 import socket
 import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.parse
@@ -371,7 +378,6 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv("QWEN_CODE_SYSTEM_DEFAULTS_PATH", str(tmp_path / "none"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(qp.Listener, "poll_interval", 0.005)
-    monkeypatch.setattr(qp, "FILE_CHECK_INTERVAL", 0)
     return folder
 
 
@@ -468,9 +474,28 @@ def raw(server, request, family=socket.AF_INET):
 
 def translate(pieces, request=None, model="qwen3.7-plus", family="dashscope"):
     """The chunks of an answer, translated without any socket."""
-    provider = qp.Provider("test", "http://127.0.0.1/compatible-mode/v1", None, "test", family=family)
-    translator = qp.ChunkTranslator(request or {"stream_options": {"include_usage": True}}, qp.Route(provider, model))
-    return [chunk for translated in qp.iter_chunks(pieces, translator) for chunk, _ in translated]
+    provider = qp.Provider("test", "http://127.0.0.1/compatible-mode/v1", None, "test", family=qp.FAMILIES[family])
+    request = request or {"stream_options": {"include_usage": True}}
+    decoder, chunks = qp.AnswerDecoder(qp.ChunkTranslator(request, qp.Target(provider, model))), []
+    decoder.sink = lambda chunk: chunks.append(chunk.value)
+    push(decoder, pieces)
+    return chunks
+
+
+def push(decoder, pieces):
+    """Feed a decoder as relay() does, from an iterator that may raise as a connection does."""
+    pieces = iter(pieces)
+    while not decoder.is_done:
+        try:
+            piece = next(pieces, None)
+        except qp.UpstreamError:
+            if not decoder.is_finished():
+                raise
+            piece = None
+        if piece is None:
+            break
+        decoder.feed(piece)
+    decoder.close()
 
 
 def collect(chunks):
@@ -483,6 +508,97 @@ def collect(chunks):
 
 def text_in(chunks, name="content"):
     return "".join(choice["delta"].get(name) or "" for value in chunks for choice in value["choices"])
+
+
+IS_ROOT, NOBODY = hasattr(os, "geteuid") and os.geteuid() == 0, 65534
+posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX files and signals")
+as_root = pytest.mark.skipif(not IS_ROOT, reason="only root can give files away")
+
+
+@pytest.fixture()
+def no_secrets(monkeypatch):
+    """The program knows no secret of another test."""
+    monkeypatch.setattr(qp, "SECRETS", qp.Secrets())
+    monkeypatch.setattr(qp, "keep_secret", qp.SECRETS.add)
+
+
+@pytest.fixture()
+def outside(monkeypatch):
+    """The hosts beyond loopback that are looked up or connected to; nobody gets there."""
+    asked, look_up, connect = [], socket.getaddrinfo, socket.socket.connect
+
+    def checked(host):
+        if host not in ("127.0.0.1", "::1", "localhost"):
+            asked.append(host)
+            raise socket.gaierror(socket.EAI_NONAME, "unknown")
+        return host
+
+    def connect_there(self, address):
+        return connect(self, (checked(address[0]), *address[1:]))
+
+    monkeypatch.setattr(socket, "getaddrinfo", lambda to, *a, **b: look_up(checked(to), *a, **b))
+    monkeypatch.setattr(socket.socket, "connect", connect_there)
+    return asked
+
+
+@pytest.fixture()
+def main(monkeypatch, capsys):
+    """qp.main() with everything but the serving: its exit code and what it says."""
+
+    def run(*arguments):
+        with monkeypatch.context() as patch:
+            for name in ("tune_process", "stop_on_signals"):
+                patch.setattr(qp, name, lambda *arguments: None, raising=False)
+            patch.setattr(qp.ProxyServer, "serve_forever", lambda self: self.shutdown(grace=0))
+            try:
+                code = qp.main(list(arguments))
+            except SystemExit as end:
+                code = end.code
+        return code, "".join(capsys.readouterr())
+
+    return run
+
+
+def cost(work, clock):
+    """Processor seconds of the cheapest of three runs."""
+    costs = []
+    for _ in range(3):
+        started = clock()
+        work()
+        costs.append(clock() - started)
+    return min(costs)
+
+
+def check_linear(work, small, factor=8, clock=time.thread_time, least=0.001):
+    """Costs grow like the input, with a margin of three; the square of 8 would be 64."""
+    few = cost(lambda: work(small), clock)
+    assert cost(lambda: work(small * factor), clock) < 3 * factor * max(few, least)
+
+
+def lines_of(server, path, body):
+    """The lines of a streamed answer as they come."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=WAIT)
+    with contextlib.closing(connection):
+        connection.request("POST", path, json.dumps({**body, "stream": True}))
+        yield from connection.getresponse()
+
+
+@pytest.fixture()
+def quick(serve, upstream, monkeypatch):
+    """A server that gives a sign of life every 50 ms."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
+    monkeypatch.setattr(qp, "KEEP_ALIVE_INTERVAL", 0.05)
+    return serve(base_url=upstream.dashscope, model="m")
+
+
+def comments_until(server, gate, count):
+    """The lines of a stream; the gate opens at so many comments."""
+    lines = []
+    for line in lines_of(server, "/v1/chat/completions", {"messages": HI}):
+        lines.append(line)
+        if lines.count(qp.KEEP_ALIVE.strip() + b"\n") == count:
+            gate.set()
+    return lines
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -500,7 +616,7 @@ def test_imports_are_of_the_standard_library_only():
 
 def hosts_in_constants():
     start = SOURCE.index("# Constants\n")
-    return set(re.findall(r'(?:https://|")((?:[\w-]+\.)+(?:ai|cn|com))\b', SOURCE[start:SOURCE.index("# Errors\n", start)]))
+    return set(re.findall(r'(?:https://|")((?:[\w-]+\.)+(?:ai|cn|com))\b', SOURCE[start:SOURCE.index("# Errors and small tools\n", start)]))
 
 
 def test_every_host_in_the_file_is_a_constant():
@@ -542,7 +658,7 @@ def test_no_secret_reaches_log_answers_or_status(home, upstream, serve, caplog, 
     write_login(home, upstream, access_token=secrets[0], refresh_token=secrets[1])
     upstream.refresh_tokens = {secrets[1]}
     upstream.token_script.append(refusal("no such token MARK-refresh-1", 400))
-    server = serve(api_keys=[secrets[2]])
+    server = serve(api_key=[secrets[2]])
     said = [ask(server, {"messages": [{"role": "user", "content": "x"}]}, headers={"Authorization": "Bearer " + key})
             for key in (secrets[2], "wrong")]
     said += [ask(server, method="GET", path="/health"), ask(server, method="GET", path="/v1/models")]
@@ -558,6 +674,290 @@ def test_no_secret_reaches_log_answers_or_status(home, upstream, serve, caplog, 
     assert [secret for secret in secrets if secret in everything] == []
 
 
+# -- no secret leaves by the program's own words --------------------------------------------------
+
+KEY, PASSWORD = 'K3y/o+f  the="u"~77', 'Zq1/wx+"yz"=~v'
+SECRETS = [KEY, "pässwörd/Zürich?9", "p😀ss/w😀rd", "100%25+sure!", 'C:\\pass\\word"9']
+SECRETS += ["a.*b(c)[d]$^{2}|x", "two\nlines"]
+ESCAPES = "\x1b]0;x\x07\x1b[2J\r\x9b1m\u202e\x7f\nFORGED"
+ROUTES = {
+    "chat": ("/v1/chat/completions", {"messages": HI}),
+    "chat, streamed": ("/v1/chat/completions", {"messages": HI, "stream": True}),
+    "responses": ("/v1/responses", {"input": "Hi"}),
+    "responses, streamed": ("/v1/responses", {"input": "Hi", "stream": True}),
+    "completions": ("/v1/completions", {"prompt": "Hi"}),
+    "completions, streamed": ("/v1/completions", {"prompt": "Hi", "stream": True}),
+    "embeddings": ("/v1/embeddings", {"input": "Hi", "model": "text-embedding-v4"}),
+}
+
+
+def forms_of(secret):
+    """The forms in which a secret travels, by name."""
+    in_json, percent = json.dumps(secret)[1:-1], urllib.parse.quote(secret, safe="")
+    found = {"plain": secret, "percent": percent, "path": urllib.parse.quote(secret)}
+    found["lower percent"] = re.sub("%..", lambda match: match.group().lower(), percent)
+    found["JSON"], found["JSON, slashes"] = in_json, in_json.replace("/", "\\/")
+    found["JSON, UTF-8"] = json.dumps(secret, ensure_ascii=False)[1:-1]
+    for before in ("", "Bearer ", "user:"):
+        for encode in (base64.b64encode, base64.urlsafe_b64encode):
+            encoded = encode((before + secret).encode()).decode()
+            found["%s%s" % (before, encode.__name__)] = encoded
+            found["%s%s, no padding" % (before, encode.__name__)] = encoded.rstrip("=")
+    return found
+
+
+def everything(secret):
+    return "because " + " ".join(forms_of(secret).values())
+
+
+GRANT = '"access_token": "RAW-access", "refresh_token": "RAW-refresh", "expires_in": 3600'
+
+
+def fill(template, said):
+    """The template with a text: RAW, as JSON, or INNER, the JSON string of what is behind <<."""
+    outer, _, inner = template.partition(" << ")
+    outer = outer.replace("\\n", "\n").replace("GRANT", GRANT)
+    outer = outer.replace("JSON", json.dumps(said)).replace("RAW", said)
+    return outer.replace("INNER", json.dumps(fill(inner, said))) if inner else outer
+
+
+def answer_of(line, said=""):
+    """The answer for a line of a table: status, HEADER for a text in x-request-id, body."""
+    status, header, body = re.match("(...) (HEADER )?(.*)", line).groups()
+    body = fill(body.replace("HELLO", HELLO[1].decode()), said).encode()
+    return reply(int(status), body, headers=[("x-request-id", said)] if header else [])
+
+
+def fetch(server, route="chat", method="POST", **headers):
+    """The status and all that a client gets to see."""
+    path, body = ROUTES.get(route, (route, None))
+    status, headers, answer = ask(server, body, method, path, headers)
+    return status, str(headers) + answer.decode()
+
+
+def told(server, upstream, line, said="", route="chat", **headers):
+    """What a client is told where the upstream refuses with the answer for a line."""
+    upstream.refuse_key = lambda *_: answer_of(line, said)
+    return fetch(server, route, **headers)[1]
+
+
+@pytest.fixture()
+def traces(no_secrets, caplog, capsys):
+    """Every six characters in a row of any form of a secret in texts, log, terminal and status."""
+    caplog.set_level(logging.DEBUG, "qwen_proxy")
+
+    def find(secret, *texts):
+        if len(texts) > 1:
+            qp.main(["status"])
+            qp.main(["status", "--json"])
+        text = "\n".join([*texts, caplog.text, *capsys.readouterr()])
+        caplog.clear()
+        forms = forms_of(secret).values()
+        return {
+            form for form in forms if any(form[n : n + 6] in text for n in range(len(form) - 5))
+        }
+
+    return find
+
+
+@pytest.fixture()
+def odd_key_server(no_secrets, serve, upstream, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    upstream.access_tokens.add(KEY)
+    return serve(base_url=upstream.dashscope, model="qwen3-max")
+
+
+def test_a_secret_is_masked_whole_in_every_form_and_order(no_secrets):  # H5
+    for value, (end, order) in itertools.product(SECRETS, [("-", 1), ("x", -1)]):
+        value += end
+        for known in [value[:-1], value[1:], value, "user:" + value][::order]:
+            qp.keep_secret(known)
+        said = {name: qp.public("before %s after" % form) for name, form in forms_of(value).items()}
+        assert said == dict.fromkeys(said, "before *** after"), value
+
+
+def test_to_mask_a_text_takes_no_square_of_its_length(no_secrets):  # B6
+    for secret in ('"quoted-secret', "/slash-secret", "\\backslash-secret"):
+        qp.keep_secret(secret)
+    check_linear(lambda count: qp.public("\\" * count), 500)
+
+
+def test_control_characters_become_visible_and_all_else_is_unchanged(no_secrets):  # H13
+    for char in "\x00\x07\x08\t\r\n\x1b\x7f\x9b\u2028\u202e":
+        said = qp.public("a%sb" % char)
+        assert said[:2] == "a\\" and said[-1] == "b" and said.isprintable()
+        assert qp.public("a%sb\x1b\x00" % char, keep=char)[:3] == "a%sb" % char
+    qp.keep_secret("abcde")  # too short to be told from a word
+    for text in ("", "ü 你好 😀 \\n C:\\x", "abcde", "https://qwen.ai/v1?x=1"):
+        assert qp.public(text) == text
+
+
+ANSWERS = r"""
+400 {"error": JSON}
+403 {"error": {"message": JSON}}
+400 {"code": JSON, "message": JSON, "request_id": JSON}
+403 {"error": {"message": "because", "code": JSON}}
+401 {"error": {"message": "because", "type": JSON, "param": JSON}}
+400 HEADER {"message": "because"}
+200 HEADER HELLO
+400 {"error": {"message": INNER}} << {"message": INNER} << {"message": JSON}
+400 id:1\nevent:error\n:HTTP_STATUS/400\ndata:{"message": JSON}\n\n
+400 <html><title>RAW</title></html>
+400 RAW
+400 {"message": JSON
+200 data: {"error": {"message": JSON, "code": JSON, "type": JSON, "param": JSON}}\n\n
+200 HELLO event:error\n:HTTP_STATUS/400\ndata:{"message": INNER}\n\n << {"message": JSON}
+200 data: {"choices": [{"finish_reason": "error_finish", "delta": {"content": JSON}}]}\n\n
+200 HELLO data: {"error": {"message": JSON, "code": JSON}}\n\n
+200 HELLO event: error\ndata: RAW\n\n
+""".strip().split("\n")
+REFUSED = [*zip(ANSWERS, itertools.cycle(ROUTES))]  # each shape once, and each route
+
+
+@pytest.mark.parametrize("line, route", REFUSED, ids=str)
+def test_an_answer_of_an_upstream_shows_no_secret(odd_key_server, upstream, traces, line, route):
+    for said in (everything(KEY), *forms_of(KEY).values()):  # H5
+        shown = told(odd_key_server, upstream, line, said, route)
+        assert traces(KEY, shown) == set()
+        assert (
+            "because" in shown or "because" not in said or "error_finish" in line or "HELLO" in line
+        )
+
+
+def test_a_code_has_no_blank_and_at_most_60_characters(odd_key_server, upstream):  # H5
+    for code, kept in (
+        ("A.b/" + "x" * 56, True),
+        ("x" * 61, False),
+        ("a b", False),
+        ("a\t", False),
+    ):
+        for line in ('400 {"error": {"message": "m", "code": JSON}}', '403 {"code": JSON}'):
+            shown = json.loads(told(odd_key_server, upstream, line, code).partition("\n\n")[2])
+            assert shown["error"]["code"] == (code if kept else None)
+
+
+CUTS = """
+2000 400 RAW
+300 400 {"error": {"message": JSON}}
+200 /v1/chat/completions {"messages": [{"role": "user", "content": JSON}]}
+196 /v1/ PATH
+60 /v1/responses {"input": [{"type": JSON}]}
+""".strip().split("\n")
+
+
+@pytest.mark.parametrize("line", CUTS)
+def test_a_secret_where_a_text_is_cut_leaves_no_fragment(odd_key_server, upstream, traces, line):
+    (cut, place, template), forms = line.split(" ", 2), forms_of(KEY).values()  # H5
+    for form in [form for form in forms if template != "PATH" or '"' not in form]:
+        for shown in (7, len(form) - 1):
+            text = "-" * (int(cut) - shown) + form
+            if place == "400":
+                said = told(odd_key_server, upstream, "400 " + template, text)
+            elif template == "PATH":
+                said = fetch(odd_key_server, place + text, "GET")[1]
+            else:
+                said = ask(odd_key_server, fill(template, text).encode(), path=place)[2].decode()
+            assert traces(KEY, said) == set(), (form, shown)
+
+
+LOOKS = [KEY, forms_of(KEY)["Bearer b64encode"], "sk-abcdefghijklmnop", "Bearer abcdefgh1234"]
+LOOKS += ["eyJhbGciOiJIUzI1NiJ9.e30.abc", "https://user:password@example.org/", ESCAPES]
+
+
+@pytest.mark.parametrize("route", ["chat, streamed", "responses"])
+def test_what_a_model_answers_is_untouched(odd_key_server, upstream, route):  # H5
+    for text in LOOKS:
+        use = tool_call(0, "call_1", "f", json.dumps({"x": text}))
+        deltas = [{"reasoning_content": text}, {"content": text}, use]
+        upstream.script.append(stream(*map(chunk, deltas), *END))
+        said = fetch(odd_key_server, route)[1]
+        assert said.count(json.dumps(text, ensure_ascii=False)[1:-1]) >= 2
+        assert json.dumps(json.dumps({"x": text}))[1:-1] in said
+
+
+def write_settings(home, upstream, config=None, **settings):
+    entry = {"baseUrl": upstream.dashscope, "generationConfig": config or {}}
+    entries = [{"id": "m", "envKey": "K", **entry}, {"id": "n", "envKey": "OTHER", **entry}]
+    settings = {"env": {"K": "k-fine"}, "modelProviders": {"openai": entries}, **settings}
+    (home / "settings.json").write_text(json.dumps(settings))
+
+
+KEPT = """
+{"env": {"K": "k-fine", "UNUSED_API_KEY": JSON}}
+{"security": {"auth": {"apiKey": JSON, "baseUrl": "URL"}}}
+{"config": {"customHeaders": {"X-Team": JSON}}}
+{"config": {"customHeaders": {"X-Team": "${TEAM}"}}, "env": {"K": "k-fine", "TEAM": JSON}}
+{"config": {"extra_body": {"a": {"b": [{"c": JSON}]}}}}
+{"config": {"extra_body": {"dbPassword": "RAW"}}}
+""".strip().split("\n")
+
+
+@pytest.mark.parametrize("place", [*KEPT, ".env", "client", "refresh_token"])
+def test_a_secret_of_settings_and_logins_is_not_said(home, upstream, serve, traces, place):  # H5
+    secret = PASSWORD[: 7 if "RAW" in place else None]
+    if place in KEPT:
+        kept = fill(place.replace("URL", upstream.dashscope), secret)
+        write_settings(home, upstream, **json.loads(kept))
+    elif place == ".env":
+        (home / ".env").write_text("K='%s'" % secret)
+        write_settings(home, upstream, env={})
+    else:
+        write_login(home, upstream, **({place: secret} if "token" in place else {}))
+    server = serve(api_key=[secret] if place == "client" else [])
+    said = told(server, upstream, "400 RAW", everything(secret), Authorization="Bearer " + secret)
+    assert "because" in said and traces(secret, said, "with status") == set()
+
+
+def test_a_plain_value_of_extra_body_stays_readable(no_secrets, home, upstream, serve):  # H5
+    write_settings(home, upstream, {"extra_body": {"mode": "fast", "words": "with blanks between"}})
+    said = "because fast is odd, with blanks between"
+    assert said in told(serve(), upstream, "400 " + said)
+
+
+def userinfo_of(kind, secret=PASSWORD):
+    """What stands before the host, and the password in it, with a character that addresses use."""
+    user, colon, char = kind.partition(":")
+    if char == "%":
+        return user + colon + urllib.parse.quote(secret, safe=""), secret
+    return user + colon + secret.replace("/", char), secret.replace("/", char)
+
+
+ADDRESSES = """
+baseUrl http:// user:
+baseUrl  user:@/@
+resource_url http:// user:?
+resource_url  me@example.org:
+OPENAI_BASE_URL http:// :
+QWEN_OAUTH_BASE_URL http:// user:%
+HTTP_PROXY http:// user:@/@
+ALL_PROXY socks5h:// me@example.org:
+http_proxy  user:/
+""".strip().split("\n")
+
+
+@pytest.mark.parametrize("line", ADDRESSES)
+def test_userinfo_of_an_address_is_in_no_host_and_no_words(
+    home, upstream, serve, outside, traces, monkeypatch, line
+):
+    place, scheme, kind = line.split(" ")  # H5
+    userinfo, password = userinfo_of(kind)
+    url = "%s%s@127.0.0.1:%d/v1" % (scheme, userinfo, upstream.port)
+    entries = [{"id": "m", "baseUrl": url, "envKey": "K"}] if place == "baseUrl" else []
+    auth = {"selectedType": "openai" if place in ("baseUrl", "OPENAI_BASE_URL") else "qwen-oauth"}
+    write_settings(home, upstream, modelProviders={"openai": entries}, security={"auth": auth})
+    address = {"resource_url": url} if place == "resource_url" else {}
+    write_login(home, upstream, 0 if place == "QWEN_OAUTH_BASE_URL" else 3600, **address)
+    monkeypatch.setenv("OPENAI_API_KEY", "k-fine")
+    is_proxy = place.lower().endswith("_proxy")
+    if is_proxy or place.isupper():
+        monkeypatch.setenv(place, url[: -len("/v1")] if is_proxy else url)
+    server = serve(base_url="http://model.example/v1" if is_proxy else None, retries=0)
+    said = told(server, upstream, "407 RAW", everything(password))
+    more = [fetch(server, path, "GET")[1] for path in ("/v1/models", "/health", "/")]
+    assert traces(password, said, *more) == set() and set(outside) <= {"model.example"}
+    assert place != "baseUrl" or "baseUrl" in said and upstream.bodies() == []
+
+
 # ----------------------------------------------------------------------------------------------------
 # Credentials
 # ----------------------------------------------------------------------------------------------------
@@ -571,7 +971,7 @@ def test_no_secret_reaches_log_answers_or_status(home, upstream, serve, caplog, 
 ])
 def test_incomplete_login_is_named(text, words):
     with pytest.raises(qp.CredentialError, match=words):
-        qp.parse_login(text)
+        qp.Login.parse(text)
 
 
 @pytest.mark.parametrize("resource_url, base_url", [
@@ -586,16 +986,20 @@ def test_fresh_token_is_used_without_refresh(login, upstream):
     assert upstream.requests == []
 
 
-def test_refresh_30_seconds_before_expiry_keeps_unknown_fields_and_mode(home, upstream):
+def test_refresh_30_seconds_before_expiry_keeps_unknown_fields_and_mode(
+    home, upstream, monkeypatch
+):
+    monkeypatch.setattr(time, "time", lambda now=time.time(): now)
     path = write_login(home, upstream, expires_in=29, note={"of": "another program"})
     path.chmod(0o644)
     before = path.stat().st_mtime_ns
     assert qp.OAuthCredentials(str(path), upstream.origin).access_token() == "at_2"
     fields = json.loads(path.read_text())
-    assert (fields["refresh_token"], fields["note"], fields["resource_url"]) == ("rt_2", {"of": "another program"}, upstream.origin)
-    assert abs(fields["expiry_date"] / 1000 - time.time() - 21600) < 60
+    assert (fields["refresh_token"], fields["note"]) == ("rt_2", {"of": "another program"})
+    assert fields["resource_url"] == upstream.origin
+    assert fields["expiry_date"] == int((time.time() + 21600) * 1000)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600 and path.stat().st_mtime_ns > before
-    assert sorted(os.listdir(str(home))) == ["oauth_creds.json"]
+    assert os.listdir(str(home)) == ["oauth_creds.json"]
 
 
 def test_refresh_without_a_new_refresh_token_keeps_the_old_one(home, upstream):
@@ -639,24 +1043,20 @@ def test_login_refreshed_by_another_process_while_waiting_for_the_lock_is_adopte
     assert (result, upstream.refreshes) == (["at_other"], [])
 
 
-@pytest.mark.parametrize("age, is_broken", [(36, True), (11, False)])
-def test_lock_is_broken_only_when_stale(home, age, is_broken):
-    path = home / "oauth_creds.lock"
+@pytest.mark.parametrize("age, polls", [(36, 0), (11, 5)])
+def test_lock_is_broken_only_when_stale(home, age, polls):
+    path, pauses = home / "oauth_creds.lock", []
     path.write_text("somebody")
     os.utime(str(path), (time.time() - age, time.time() - age))
-    entered, left = threading.Event(), threading.Event()
 
-    def run():
-        with qp.LockFile(str(path)):
-            entered.set()
-        left.set()
+    def pause(seconds):
+        pauses.append(seconds)
+        if len(pauses) == polls:
+            path.unlink()
 
-    threading.Thread(target=run, daemon=True).start()
-    assert entered.wait(5 if is_broken else 0.5) is is_broken
-    if not is_broken:
-        path.unlink()
-    assert left.wait(WAIT)
-    assert os.listdir(str(home)) == []
+    with qp.LockFile(str(path), pause):
+        assert path.read_text() != "somebody"
+    assert len(pauses) == polls and pauses == sorted(pauses) and os.listdir(str(home)) == []
 
 
 def test_lock_that_is_not_ours_any_more_is_left_alone(home):
@@ -667,7 +1067,7 @@ def test_lock_that_is_not_ours_any_more_is_left_alone(home):
 
 
 def test_lock_that_cannot_be_read_is_broken_too(home, monkeypatch):
-    monkeypatch.setattr(qp, "LOCK_STALE", 0.2)
+    monkeypatch.setattr(qp.LockFile, "STALE", 0.2)
     (home / "oauth_creds.lock").symlink_to(home / "nowhere")
     with qp.LockFile(str(home / "oauth_creds.lock")):
         pass
@@ -678,7 +1078,7 @@ def test_lock_waits_no_longer_than_stale_when_the_clock_jumped(home, monkeypatch
     path = home / "oauth_creds.lock"
     path.write_text("from the future")
     os.utime(str(path), (time.time() + 1e6, time.time() + 1e6))
-    monkeypatch.setattr(qp, "LOCK_STALE", 0.3)
+    monkeypatch.setattr(qp.LockFile, "STALE", 0.3)
     with qp.LockFile(str(path)):
         assert path.read_text() != "from the future"
 
@@ -696,7 +1096,7 @@ def test_trouble_at_the_token_endpoint_is_no_verdict(home, upstream, answer, mon
     with pytest.raises(qp.UpstreamError) as caught:
         credentials.access_token()
     assert caught.value.status == 503 and path.read_text() == before
-    monkeypatch.setattr(qp, "REFRESH_PAUSE", 0)
+    monkeypatch.setattr(qp.OAuthCredentials, "PAUSE", 0)
     assert credentials.access_token() == "at_2"
 
 
@@ -752,7 +1152,7 @@ def test_unwritable_file_is_said_and_served_from_memory(home, upstream, monkeypa
     def refuse(*arguments):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(qp, "write_private", refuse)
+    monkeypatch.setattr(qp.LoginFile, "write", refuse)
     assert credentials.access_token() == "at_2" and "read-only" in credentials.problem
     assert credentials.access_token() == "at_2" and json.loads(path.read_text())["access_token"] == "at_1"
     assert os.listdir(str(home)) == ["oauth_creds.json"]
@@ -761,7 +1161,7 @@ def test_unwritable_file_is_said_and_served_from_memory(home, upstream, monkeypa
 def test_what_could_not_be_written_is_written_later(home, upstream, monkeypatch):
     path, real = write_login(home, upstream, expires_in=0), os.replace
     credentials = qp.OAuthCredentials(str(path), upstream.origin)
-    monkeypatch.setattr(qp, "SAVE_PAUSE", 0)
+    monkeypatch.setattr(qp.OAuthCredentials, "SAVE_PAUSE", 0)
     monkeypatch.setattr(qp.os, "replace", lambda *arguments: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     assert [credentials.access_token(), credentials.access_token()] == ["at_2", "at_2"] and "no space" in credentials.problem.lower()
     monkeypatch.setattr(qp.os, "replace", real)
@@ -776,7 +1176,7 @@ def test_what_could_not_be_written_gives_way_to_a_new_login(home, upstream, monk
     monkeypatch.setattr(qp.os, "replace", lambda *arguments: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     assert credentials.access_token() == "at_2"
     monkeypatch.setattr(qp.os, "replace", real)
-    monkeypatch.setattr(qp, "SAVE_PAUSE", 0)
+    monkeypatch.setattr(qp.OAuthCredentials, "SAVE_PAUSE", 0)
     write_login(home, upstream, access_token="at_new", refresh_token="rt_new")
     assert [credentials.access_token(), credentials.access_token()] == ["at_new"] * 2
     assert json.loads(path.read_text())["refresh_token"] == "rt_new"
@@ -785,7 +1185,7 @@ def test_what_could_not_be_written_gives_way_to_a_new_login(home, upstream, monk
 def test_a_client_that_leaves_does_not_lead_to_a_refresh_without_the_lock(home, upstream):
     path = write_login(home, upstream, expires_in=0)
     (home / "oauth_creds.lock").write_text("somebody else's")
-    watch = qp.Watch(None, 5, 0, lambda: (_ for _ in ()).throw(BrokenPipeError(32, "Broken pipe")))
+    watch = qp.Waiter(None, 5, 0, lambda: (_ for _ in ()).throw(BrokenPipeError(32, "Broken pipe")))
     with pytest.raises(qp.ClientGone):
         qp.OAuthCredentials(str(path), upstream.origin).access_token(pause=watch.sleep)
     assert upstream.refreshes == [] and (home / "oauth_creds.lock").read_text() == "somebody else's"
@@ -829,31 +1229,23 @@ def test_crash_between_write_and_rename_leaves_the_old_file_whole(home, upstream
 
     monkeypatch.setattr(qp.os, "replace", crash)
     with pytest.raises(KeyboardInterrupt):
-        qp.write_private(str(path), "{}")
+        qp.LoginFile(str(path)).write("{}")
     assert path.read_text() == before
     assert all(stat.S_IMODE(entry.stat().st_mode) == 0o600 for entry in home.iterdir())
 
 
-def test_a_link_stays_a_link(home, upstream, tmp_path):
-    target = write_login(home, upstream, name="real.json")
-    (home / "oauth_creds.json").symlink_to(target)
-    qp.write_private(str(home / "oauth_creds.json"), "{}")
-    assert (home / "oauth_creds.json").is_symlink() and target.read_text() == "{}"
-
-
+# Runs until the login has been refreshed so many times, by whomever.
 RACER = """
-import sys, threading, time, urllib.request
+import sys, threading, time
 sys.path.insert(0, sys.argv[1])
 import qwen_proxy
-credentials = qwen_proxy.OAuthCredentials(sys.argv[2], sys.argv[3])
-failures, end = [], time.monotonic() + float(sys.argv[4])
+credentials, failures = qwen_proxy.OAuthCredentials(sys.argv[2], sys.argv[3]), []
 def run():
-    while time.monotonic() < end:
-        try:
-            credentials.access_token()
-        except Exception as error:
-            failures.append(repr(error))
-        time.sleep(0.01)
+    try:
+        while int(credentials.access_token()[len("at_"):]) <= int(sys.argv[4]):
+            time.sleep(0.01)
+    except Exception as error:
+        failures.append(repr(error))
 threads = [threading.Thread(target=run) for _ in range(8)]
 [thread.start() for thread in threads]
 [thread.join() for thread in threads]
@@ -862,10 +1254,10 @@ print(len(failures), failures[:1])
 
 
 def test_processes_racing_on_single_use_refresh_tokens(home, upstream):
-    upstream.expires_in = 31                    # fresh for one second
+    upstream.expires_in = 31  # fresh for one second
     path = write_login(home, upstream, expires_in=0)
-    processes = [subprocess.Popen([sys.executable, "-c", RACER, HERE, str(path), upstream.origin, "4"], stdout=subprocess.PIPE)
-                 for _ in range(4)]
+    arguments = [sys.executable, "-c", RACER, HERE, str(path), upstream.origin, "3"]
+    processes = [subprocess.Popen(arguments, stdout=subprocess.PIPE) for _ in range(4)]
     said = [process.communicate(timeout=60)[0].strip() for process in processes]
     assert said == [b"0 []"] * 4
     assert upstream.reused == [] and len(upstream.refreshes) >= 3
@@ -892,6 +1284,318 @@ def test_kill_in_the_middle_of_a_refresh_harms_nobody(home, upstream):
     os.utime(str(lock), (time.time() - 36, time.time() - 36))
     assert qp.OAuthCredentials(str(path), upstream.origin).access_token() == "at_2"
     assert not lock.exists()
+
+
+TOKEN_BODIES = r"""
+200 {"access_token": "RAW-access", "refresh_token": "RAW-ref
+200 access_token=RAW-access&refresh_token=RAW-refresh&expires_in=3600
+200 <html><body>{GRANT}</body></html>
+200 INNER << {GRANT}
+400 {"error": {GRANT}}
+400 {"error": JSON, "error_description": JSON}
+500 {"error_description": {GRANT}}
+""".strip().split("\n")
+
+
+@pytest.mark.parametrize("line", TOKEN_BODIES)
+def test_a_body_of_the_identity_host_is_not_quoted(
+    home, upstream, serve, traces, monkeypatch, line
+):
+    token = "tokenZq1dwxv"  # H4
+    known = token if "JSON" in line else "rt_1"  # those two fields are told, without known secrets
+    write_login(home, upstream, expires_in=0, refresh_token=known)
+    answer = answer_of(line, token)
+    upstream.token_script.extend([answer] * 20)
+    server = serve(retries=0)
+    answers = [fetch(server, route) for route in [*ROUTES, "/v1/models"]]
+    assert {status for status, _ in answers[:-1]} <= {401, 503} and len(upstream.token_script) < 20
+    monkeypatch.setattr(qp, "LOGIN_POLL_FIRST", 0.001)
+    upstream.token_script.clear()
+    upstream.device_answers.extend([answer, reply(400, {"error": "access_denied"})])
+    assert qp.main(["login", "--no-browser"]) == 1
+    upstream.device_answer = lambda form: answer
+    assert qp.main(["login", "--no-browser"]) == 1
+    assert traces(token, *(said for _, said in answers)) == set()
+
+
+TOLD = {
+    "403 <html><title>aliyun_waf</title>": "web page.*aliyun_waf",
+    r"200 \n <!DOCTYPE html><body>x": "web page",
+    "500 " + "x" * 321: r"\b321\b",
+    '500 [{"error": "no_words"}]': r"(?!.*no_words).*\b23\b",
+    '500 {"error": "a_code", "error_description": "in words"}': "in words",
+}
+
+
+@pytest.mark.parametrize("line", TOLD)
+def test_trouble_at_the_token_endpoint_is_told_by_its_kind(home, upstream, serve, line):  # H4
+    write_login(home, upstream, expires_in=0)
+    upstream.token_script.append(answer_of(line))
+    message = json.loads(ask(serve(), {"messages": HI})[2])["error"]["message"]
+    assert re.match("(?s)(?=.*%s).*?%s" % (line[:3], TOLD[line]), message)
+
+
+def facts_of(*folders):
+    """All that a write could change of what is in some folders."""
+    facts = {}
+    for path in (path for folder in folders for path in folder.iterdir()):
+        status = path.lstat()
+        content = path.read_bytes() if stat.S_ISREG(status.st_mode) else None
+        facts[path] = content, status[:3], status.st_uid, status.st_gid, status.st_mtime_ns
+    return facts
+
+
+def break_(monkeypatch, name, number, seen):
+    """From now on os.replace fails, or os.open where it is for a temporary file; seen: of those."""
+    real = getattr(os, name)
+
+    def fail(path, *arguments, **more):
+        if name == "replace" or str(path).endswith(".tmp"):
+            seen.append(os.path.basename(path))
+            if number:
+                raise OSError(number, os.strerror(number), path)
+        return real(path, *arguments, **more)
+
+    monkeypatch.setattr(os, name, fail)
+
+
+WAYS = [("replace", 0, None), ("replace", errno.EBUSY, None), ("open", errno.EROFS, None)]
+WAYS += [pytest.param("replace", errno.EXDEV, NOBODY, marks=as_root)]
+WAYS += [pytest.param("open", errno.EACCES, NOBODY, marks=as_root)]
+
+
+@posix
+@pytest.mark.parametrize("name, number, owner", WAYS)
+def test_a_login_is_renamed_over_or_written_in_place_and_by_descriptor(
+    home, upstream, monkeypatch, name, number, owner
+):
+    path = write_login(home, upstream, expires_in=0, note={"of": "another program"})  # H6, H8
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=300))  # longer than what comes
+    path.chmod(0o644)
+    if owner:
+        os.chown(path, owner, owner)
+    os.utime(path, (time.time() + 3600, time.time() + 3600))
+    before, sync, synced, seen = path.stat(), os.fsync, [], []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.fstat(fd).st_ino) or sync(fd))
+    break_(monkeypatch, name, number, seen)
+    credentials = qp.OAuthCredentials(str(path), upstream.origin)
+    assert credentials.access_token() == "at_2" and not credentials.problem
+    fields, after = json.loads(path.read_text()), path.stat()
+    assert (fields["refresh_token"], fields["note"]) == ("rt_2", {"of": "another program"})
+    assert (after.st_uid, after.st_gid, stat.S_IMODE(after.st_mode)) == (*before[4:6], 0o600)
+    assert after.st_ino in synced and (after.st_ino == before.st_ino) is bool(number)
+    assert after.st_mtime_ns > before.st_mtime_ns and os.listdir(home) == [path.name]
+    assert re.match(r"oauth_creds\.json\.qwen_proxy-[0-9a-f]+\.tmp\Z", seen[0])
+
+
+@as_root
+@pytest.mark.parametrize(
+    "moment, link",
+    [("fsync", os.link), ("fchown", os.symlink), ("busy", os.symlink)],
+)
+def test_a_file_swapped_in_the_middle_of_a_refresh_changes_no_other(
+    home, upstream, tmp_path, monkeypatch, moment, link
+):
+    path, others = write_login(home, upstream, expires_in=0), tmp_path / "others"  # H6
+    os.chown(path, NOBODY, NOBODY)
+    others.mkdir()
+    (others / "file").write_text("root's")
+    before, name = facts_of(others), "replace" if moment == "busy" else moment
+    real = getattr(os, name)
+
+    def swap(*arguments, **more):
+        for temporary in home.glob("*.tmp"):
+            temporary.unlink()
+            link(others / "file", temporary)
+        if moment == "busy":  # now the login itself would be written, in place
+            path.unlink()
+            path.symlink_to(others / "file")
+            raise OSError(errno.EBUSY, "busy")
+        return real(*arguments, **more)
+
+    monkeypatch.setattr(os, name, swap)
+    with contextlib.suppress(qp.ProxyError):
+        qp.OAuthCredentials(str(path), upstream.origin).access_token()
+    assert facts_of(others) == before
+
+
+def make(path, kind):
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(os.path.relpath(path))  # as a whole, the path may be too long
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "link":
+        make(path.parent / "pipe", "pipe")
+        path.symlink_to(path.parent / "pipe")
+    else:
+        path.write_text(kind)
+
+
+LOGIN = '{"access_token": "at_1", "refresh_token": "rt_1", "token_type": "Bearer"}'
+LINKED = [("", 1, None), ('{"theme": "dark"}', 2, None), (LOGIN.replace('"rt_1"', "null"), 1, None)]
+LINKED += [(None, 2, None)]
+LINKED += [pytest.param(LOGIN, 1, (0, 0, NOBODY), marks=as_root)]
+LINKED += [pytest.param(LOGIN, 1, (NOBODY, NOBODY, 0), marks=as_root)]
+
+
+def make_link(path, there, steps, owners):
+    """A link to there/oauth_creds.json, directly or by a second one; owners: of all three."""
+    (there / "link").symlink_to("oauth_creds.json")
+    path.symlink_to(there / ["oauth_creds.json", "link"][steps - 1])
+    for file, owner in zip((path, there / "link", there / "oauth_creds.json"), owners or ()):
+        os.chown(file, owner, owner, follow_symlinks=False)
+
+
+@posix
+@pytest.mark.parametrize("content, steps, owners", LINKED)
+def test_no_file_but_a_login_of_the_owner_of_the_link_is_written_through_it(
+    home, upstream, tmp_path, caplog, content, steps, owners
+):
+    path, there = write_login(home, upstream, expires_in=0), tmp_path / "there"  # H7
+    credentials = qp.OAuthCredentials(str(path), upstream.origin)
+    credentials.login()
+    path.unlink()
+    there.mkdir()
+    if content is not None:
+        make(there / path.name, content)
+    make_link(path, there, steps, owners)
+    before = facts_of(home, there)
+    assert [credentials.access_token(), credentials.access_token()] == ["at_2", "at_2"]
+    said = [record.msg for record in caplog.records if record.levelname == "WARNING"]
+    assert "saved" in credentials.problem and any(str(path) in line for line in said)
+    with pytest.raises(OSError):
+        qp.LoginFile(str(path)).write(LOGIN)
+    assert facts_of(home, there) == before
+
+
+@posix
+@pytest.mark.parametrize("steps, owner", [(1, None), pytest.param(2, NOBODY, marks=as_root)])
+def test_a_link_to_a_login_of_its_owner_stays_a_link(home, upstream, tmp_path, steps, owner):  # H7
+    path, there = home / "oauth_creds.json", tmp_path / "there"
+    there.mkdir()
+    target = write_login(there, upstream, expires_in=0)
+    make_link(path, there, steps, owner and [owner] * 3)
+    assert qp.OAuthCredentials(str(path), upstream.origin).access_token() == "at_2"
+    assert path.is_symlink() and json.loads(target.read_text())["refresh_token"] == "rt_2"
+    assert owner in (None, target.stat().st_uid) and len([*home.iterdir(), *there.iterdir()]) == 3
+
+
+@posix
+def test_a_disk_that_takes_no_more_leaves_the_login_whole(home, upstream, monkeypatch):  # H8
+    import resource
+
+    path = write_login(home, upstream, expires_in=0)
+    before, (soft, hard) = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    credentials = qp.OAuthCredentials(str(path), upstream.origin)
+    break_(monkeypatch, "open", errno.EROFS, [])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before), hard))
+    try:
+        assert credentials.access_token() == "at_2"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert credentials.problem and path.read_bytes() == before
+
+
+WRITABLE = {
+    "neither": (0o500, 0o400, NOBODY, False),
+    "the file": (0o500, 0o600, NOBODY, True),
+    "the folder": (0o700, 0o400, NOBODY, True),
+    "neither, all is root's": (0o755, 0o644, 0, False),
+    "root's file in a sticky folder": (0o1777, 0o666, 0, True),
+}
+
+
+@pytest.mark.skipif(not (IS_ROOT and hasattr(os, "setresuid")), reason="needs root, on Linux")
+@pytest.mark.parametrize("name", WRITABLE)
+def test_what_cannot_be_saved_is_said_beforehand(upstream, monkeypatch, main, name):  # H8
+    folder_mode, file_mode, owner, is_saved = WRITABLE[name]
+    with tempfile.TemporaryDirectory() as top:  # pytest's own folders are closed to nobody
+        for variable in (
+            "HOME",
+            "QWEN_CODE_SYSTEM_SETTINGS_PATH",
+            "QWEN_CODE_SYSTEM_DEFAULTS_PATH",
+        ):
+            monkeypatch.setenv(variable, top if variable == "HOME" else top + "/none")
+        monkeypatch.chdir(top)
+        folder = pathlib.Path(top) / ".qwen"
+        folder.mkdir()
+        path = write_login(folder, upstream)
+        for file, mode in ((pathlib.Path(top), 0o755), (path, file_mode), (folder, folder_mode)):
+            os.chown(file, owner, owner)
+            file.chmod(mode)
+        os.setresuid(NOBODY, NOBODY, 0)
+        try:
+            said = [main("status")[1], main("--port=0")[1]]
+            credentials = qp.OAuthCredentials(str(path), upstream.origin)
+            assert credentials.access_token("at_1") == "at_2"
+        finally:
+            os.setresuid(0, 0, 0)
+        assert ["cannot be saved" in words for words in said] == [not is_saved] * 2
+        assert bool(credentials.problem) is not is_saved
+        assert json.loads(path.read_text())["refresh_token"] == ("rt_2" if is_saved else "rt_1")
+        assert os.listdir(folder) == [path.name]
+
+
+NO_FILES = """
+settings.json pipe
+settings.json link
+oauth_creds.json pipe
+trustedFolders.json pipe
+../../.env pipe
+../../none pipe
+""".strip().split("\n")
+
+
+@posix
+@pytest.mark.parametrize("line", NO_FILES)
+def test_what_is_no_file_holds_no_start_up(home, upstream, tmp_path, line):  # H18
+    place, kind = line.split()
+    write_login(home, upstream)
+    (home / "trustedFolders.json").write_text(json.dumps({str(tmp_path): "TRUST_FOLDER"}))
+    place = pathlib.Path(os.path.abspath(home / place))
+    if place.exists():
+        place.unlink()
+    make(place, kind)
+    pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+    done = subprocess.run([sys.executable, PROGRAM, "status"], timeout=WAIT / 2, **pipes)
+    assert done.returncode == 0 or str(place).encode() in done.stdout
+    assert b"Traceback" not in done.stderr
+
+
+@posix
+@pytest.mark.parametrize("name, kind", [("json", "pipe"), ("json", "link"), ("lock", "pipe")])
+def test_what_is_no_file_holds_no_refresh_up(home, upstream, monkeypatch, name, kind):  # H18
+    monkeypatch.setattr(qp.LockFile, "STALE", 0.3)
+    credentials, result = (
+        qp.OAuthCredentials(str(write_login(home, upstream, 0)), upstream.origin),
+        [],
+    )
+    credentials.login()
+    with contextlib.suppress(FileNotFoundError):
+        (home / ("oauth_creds." + name)).unlink()
+    make(home / ("oauth_creds." + name), kind)
+    thread = threading.Thread(target=lambda: result.append(credentials.access_token()), daemon=True)
+    thread.start()
+    thread.join(WAIT / 2)
+    assert result == ["at_2"]
+
+
+LEFT = "oauth_creds.json.qwen_proxy-0123456789ab.tmp"
+SWEPT = [(LEFT, "file", 40, False), (LEFT, "file", 10, True)]
+SWEPT += [("oauth_creds.json.0123456789ab.tmp", "file", 40, True), ("my." + LEFT, "file", 40, True)]
+
+
+@posix
+@pytest.mark.parametrize("name, kind, age, stays", SWEPT)
+def test_only_our_own_old_temporary_files_are_swept(home, upstream, name, kind, age, stays):  # H18
+    path, then = write_login(home, upstream, expires_in=0), time.time() - age
+    make(home / name, kind)
+    os.utime(home / name, (then, then), follow_symlinks=False)
+    assert qp.OAuthCredentials(str(path), upstream.origin).access_token() == "at_2"
+    assert sorted(os.listdir(home)) == sorted([path.name] + [name] * stays)
 
 
 def test_pkce_challenge_is_the_hash_of_the_verifier():
@@ -930,6 +1634,144 @@ def test_device_authorization_that_fails_says_why(upstream, answer, words):
         qp.poll_for_login(upstream.origin, qp.request_device_code(upstream.origin), lambda seconds: None)
 
 
+ODD_TOKENS = [("expires_in", value) for value in (float("inf"), 10**400, True, "3600")]
+ODD_TOKENS += [("access_token", value) for value in (5, ["at_9"], "at 9", "at_9\r\nX: y", "ä")]
+ODD_TOKENS += [("refresh_token", "x\r\nHost: y"), ("resource_url", "x\r\nHost: y")]
+
+
+def assert_good(path):
+    """The file holds the new token, and nothing that a later request could stumble over."""
+    fields = json.loads(path.read_text())
+    for name in ("access_token", "refresh_token", "token_type", "resource_url"):
+        assert re.match(r"[\x21-\x7e]+\Z", fields[name]), name
+    assert fields["access_token"] == "at_9"
+    assert time.time() + qp.REFRESH_MARGIN < fields["expiry_date"] / 1000 < time.time() + 1e9
+
+
+@pytest.mark.parametrize("name, value", ODD_TOKENS, ids=lambda value: ascii(value)[:24])
+def test_an_odd_answer_leaves_the_login_or_a_good_one(home, upstream, monkeypatch, name, value):
+    path = write_login(home, upstream, expires_in=0)  # H14
+    before, odd = path.read_text(), {name: value}
+    answer = reply(200, {**json.loads(SUCCESS.pieces[0]), **odd})
+    upstream.token_script.append(answer)
+    try:
+        assert qp.OAuthCredentials(str(path), upstream.origin).access_token() == "at_9"
+        assert_good(path)
+    except qp.ProxyError:
+        assert path.read_text() == before
+    path.unlink()
+    monkeypatch.setattr(qp, "LOGIN_POLL_FIRST", 0.01)
+    upstream.device_answers.extend([answer, reply(400, {"error": "access_denied"})])
+    real = upstream.device_answer
+    upstream.device_answer = lambda form: reply(200, {**json.loads(real(form).pieces[0]), **odd})
+    if qp.main(["login", "--no-browser"]) == 0:
+        assert_good(path)
+    else:
+        assert os.listdir(home) == []
+
+
+SITE = "https://chat.qwen.ai"
+ELSEWHERE = [None, 5, [SITE], "", " " + SITE, SITE + "/ --x", SITE + "/\r\nx", SITE + "/\x1b[2J"]
+ELSEWHERE += r"""
+file:///etc/passwd javascript:alert(1) data:text/html,x view-source:https://chat.qwen.ai/
+https://ai/ --gpu-launcher=x -x //chat.qwen.ai/x chat.qwen.ai/x /authorize https://
+https:chat.qwen.ai http://chat.qwen.ai/ https://evil.example/ https://chat.qwen.ai.evil.example
+https://evilqwen.ai/ https://evil.example/chat.qwen.ai https://evil.example#qwen.ai
+https://chat-qwen.ai/ https://[::1 https://chat.qwen.ai@evil.example/ https://u:p@chat.qwen.ai/
+https://evil.example\@chat.qwen.ai/ https://chat.qwen.ai\.evil.example/
+https://chat.qwen.ai%2eevil.example/ https://chat.qwen.ai:x/ https://chat.qwen.аi/ https://[::1]/
+http://10.9.0.1/
+""".split()
+
+
+def device_uri(monkeypatch, base, **fields):
+    answer = {"device_code": "dc_123456", "user_code": "AB", "expires_in": 900, **fields}
+    monkeypatch.setattr(qp, "post_form", lambda *arguments, **more: (200, answer, "a JSON object"))
+    return qp.request_device_code(base).verification_uri
+
+
+@pytest.mark.parametrize("base", [SITE, "http://127.0.0.1:80", "http://localhost"])
+def test_an_address_beyond_the_identity_host_is_never_opened(monkeypatch, base):  # H13
+    taken = []
+    for uri in ELSEWHERE:
+        for complete in ({}, {"verification_uri_complete": uri}):
+            with contextlib.suppress(qp.UpstreamError):
+                taken.append(device_uri(monkeypatch, base, verification_uri=uri, **complete))
+        plain = {"verification_uri": base + "/authorize", "verification_uri_complete": uri}
+        taken.append(device_uri(monkeypatch, base, **plain))
+    assert taken == [base + "/authorize"] * len(ELSEWHERE)
+    for uri in (base + "/a?user_code=AB&client=qwen-code", base.replace("chat", "www") + "/x"):
+        assert device_uri(monkeypatch, base + "/", verification_uri=uri) == uri
+        complete = {"verification_uri": uri[:-1], "verification_uri_complete": uri}
+        assert device_uri(monkeypatch, base, **complete) == uri
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
+DRIPS = {
+    "status line": (b"HTTP/1.1 2", b"0"),
+    "headers": (OK, b"X: a\r\n"),
+    "early answers": (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    "chunk size": (CHUNKED, b"0"),
+    "trailers": (CHUNKED + b"2\r\n{}\r\n0\r\n", b"X: a\r\n"),
+}
+ENOUGH = 250  # bytes: more than two seconds' worth, where 0.3 are allowed
+
+
+class Dripper:
+    """Answers requests with the beginning of an answer, then one byte at a time; counts those."""
+
+    def __init__(self, kind):
+        self.start, self.drip, self.sent = (*DRIPS[kind], 0)
+        self.listener, self.pace = socket.create_server(("127.0.0.1", 0)), threading.Event()
+        self.url = "http://127.0.0.1:%d" % self.listener.getsockname()[1]
+        threading.Thread(target=self.run, daemon=True).start()
+
+    def run(self):
+        with contextlib.suppress(OSError):
+            while True:
+                self.answer(self.listener.accept()[0])
+
+    def answer(self, connection):
+        with connection, contextlib.suppress(OSError):
+            connection.recv(65536)
+            connection.sendall(self.start)
+            for byte in itertools.cycle(self.drip):
+                if self.sent >= ENOUGH:
+                    return
+                connection.sendall(bytes([byte]))
+                self.sent += 1
+                self.pace.wait(0.01)
+
+
+DRIPPED = [("token", kind) for kind in DRIPS]
+DRIPPED += [("proxy", "headers"), ("status", "status line"), ("status", "early answers")]
+
+
+@pytest.mark.parametrize("place, kind", DRIPPED)
+def test_who_drips_is_left(home, upstream, serve, monkeypatch, capsys, place, kind):  # B3
+    for name in ("CONNECT_TIMEOUT", "STATUS_TIMEOUT"):
+        monkeypatch.setattr(qp, name, 0.3)
+    monkeypatch.setattr(qp.OAuthCredentials, "TIMEOUT", 0.3)
+    dripper = Dripper(kind)
+    with dripper.listener:
+        if place == "token":
+            path = write_login(home, upstream, expires_in=0)
+            with pytest.raises(qp.UpstreamError):
+                qp.OAuthCredentials(str(path), dripper.url).access_token()
+            assert os.listdir(home) == [path.name]  # the lock is gone
+        elif place == "proxy":
+            monkeypatch.setenv("HTTPS_PROXY", dripper.url)
+            monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
+            server = serve(base_url="https://example.invalid/v1", model="m", retries=0)
+            assert chat(server)[0] in (502, 504)
+        else:
+            write_login(home, upstream, resource_url=dripper.url)
+            assert qp.main(["status"]) in (0, 1)
+            assert "oauth_creds.json" in capsys.readouterr().out
+    assert dripper.sent < ENOUGH
+
+
 # ----------------------------------------------------------------------------------------------------
 # Providers
 # ----------------------------------------------------------------------------------------------------
@@ -948,7 +1790,7 @@ ENTRIES = json.dumps([
 
 def catalogue(home, options=None, **environ):
     environ = {"HOME": str(home.parent), "QWEN_CODE_SYSTEM_SETTINGS_PATH": "/none", "QWEN_CODE_SYSTEM_DEFAULTS_PATH": "/none", **environ}
-    return qp.Catalogue(options or qp.Options(), environ)
+    return qp.Providers(options or qp.Options(), environ)
 
 
 @pytest.mark.parametrize("version, form", [(3, "%s"), (4, "%s"), (5, '{"models": %s}')])
@@ -957,9 +1799,9 @@ def test_settings_give_providers_and_the_active_one(home, version, form):
     discovery = catalogue(home, HOST="http://gateway:1").current()
     assert [provider.name for provider in discovery.providers] == ["coding-intl", "gateway:1", "h"]
     active, other, mine = discovery.providers
-    assert (active.credentials.access_token(), active.family, discovery.model) == ("sk-sp-invented", "coding", "qwen3.7-plus")
+    assert (active.credentials.access_token(), active.family.name, discovery.model) == ("sk-sp-invented", "coding", "qwen3.7-plus")
     assert active.entries["qwen3.7-plus"]["extra_body"] == {"enable_thinking": True}
-    assert (other.base_url, other.family) == ("http://gateway:1/compatible-mode/v1", "dashscope")
+    assert (other.base_url, other.family.name) == ("http://gateway:1/compatible-mode/v1", "dashscope")
     assert "DASHSCOPE_API_KEY is not set" in other.problem() and "MY_KEY" in mine.problem()
 
 
@@ -1019,7 +1861,7 @@ def test_provider_of_the_command_line_is_never_overruled(home):
     (home / "settings.json").write_text(SETTINGS % (4, ENTRIES), encoding="utf-8")
     for options in (qp.Options(base_url="http://chosen:1/v1"), qp.Options(provider="openrouter")):
         names = catalogue(home, options, HOST="http://gateway:1", OPENAI_API_KEY="sk-1")
-        assert [route.provider for route in names.routes("qwen3.7-plus")] == names.current().providers[:1]
+        assert [target.provider for target in names.targets("qwen3.7-plus")] == names.current().providers[:1]
 
 
 @pytest.mark.parametrize("text", ['{"env":["a"]}', '{"modelProviders":[1]}', '{"security":{"auth":{"baseUrl":5,"selectedType":"openai"}}}',
@@ -1064,13 +1906,381 @@ def test_files_of_an_untrusted_directory_are_not_read(home, tmp_path):
 
 def test_aliases_and_explicit_providers(home):
     (home / "settings.json").write_text(SETTINGS % (4, ENTRIES), encoding="utf-8")
-    names = catalogue(home, qp.Options(aliases=(("gpt-*", "qwen3.6-plus"),)), HOST="http://gateway:1")
-    assert names.routes("gpt-4o")[0].provider.name == "gateway:1"
-    assert names.routes(None)[0].model == "qwen3.7-plus"
-    assert names.routes("h/anything")[0] [1] == "anything"
-    assert names.routes("unknown-model")[0].provider.name == "coding-intl"
+    names = catalogue(home, qp.Options(alias=("gpt-*=qwen3.6-plus",)), HOST="http://gateway:1")
+    assert names.targets("gpt-4o")[0].provider.name == "gateway:1"
+    assert names.targets(None)[0].model == "qwen3.7-plus"
+    assert names.targets("h/anything")[0] [1] == "anything"
+    assert names.targets("unknown-model")[0].provider.name == "coding-intl"
     with pytest.raises(qp.BadRequest):
-        names.routes(5)
+        names.targets(5)
+
+
+# -- where a request goes when files are spoilt, distrusted or wrong -------------------------------
+
+OPENAI, FIRST = {"auth": {"selectedType": "openai"}}, "A sk-good-first"
+
+
+class World:
+    """A home, the folder above it, three upstreams A, B, C (A is the identity host), a server."""
+
+    def __init__(self, home, serve, monkeypatch, caplog):
+        self.home, self.root, self.serve, self.caplog = home, home.parent.parent, serve, caplog
+        self.setenv = monkeypatch.setenv
+        self.fakes = {letter: FakeQwen() for letter in "ABC"}
+        self.host = {letter: "127.0.0.1:%d" % fake.port for letter, fake in self.fakes.items()}
+        self.url = {letter: fake.dashscope for letter, fake in self.fakes.items()}
+        self.setenv("QWEN_OAUTH_BASE_URL", self.fakes["A"].origin)
+        self.setenv("QWEN_CODE_SYSTEM_SETTINGS_PATH", str(self.root / "system.json"))
+
+    def start(self, **options):
+        self.server = self.serve(**options)
+
+    def goes(self, **request):
+        """Where a request goes now: the upstream and the key that it got; or the refusal."""
+        self.server.providers._checked = 0.0
+        for fake in self.fakes.values():
+            del fake.requests[:]
+        status, headers, body = chat(self.server, **request)
+        self.provider = headers.get("x-qwen-provider")
+        asked = [
+            (letter, headers["Authorization"].replace("Bearer", ""))
+            for letter, fake in self.fakes.items()
+            for path, headers, _ in fake.requests
+            if path.endswith("/chat/completions")
+        ]
+        assert len(asked) == (status == 200)
+        return "".join(asked[0]) if asked else "%d %s" % (status, body["error"]["message"])
+
+    def write(self, path, value):
+        """A file below the root, whatever is there now: JSON, variables (.env), or text."""
+        path = self.root / path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        spoil(path, "vanished")
+        if path.name == ".env":
+            value = "".join("%s=%s\n" % item for item in value.items())
+        path.write_text(value if isinstance(value, str) else json.dumps(value))
+        return path
+
+    def settings(self, letter, key, model="m"):
+        """settings.json of one entry at an upstream, with its key."""
+        entry = {"id": model, "baseUrl": self.url[letter], "envKey": "K"}
+        more = {"env": {"K": key}, "model": {"name": model}, "ui": {"theme": "x" * 99}}
+        return {"modelProviders": {"openai": [entry]}, "security": OPENAI, **more}
+
+    def variables(self, letter, key):
+        return {"OPENAI_API_KEY": key, "OPENAI_BASE_URL": self.url[letter], "OPENAI_MODEL": "m"}
+
+    def other_login(self, *kinds):
+        """A login at B that would be used if settings.json did not say otherwise."""
+        if "oauth" in kinds:
+            write_login(self.home, self.fakes["B"])
+        for name, value in self.variables("B", "sk-good-other").items():
+            if "environment" in kinds:
+                self.setenv(name, value)
+
+    def check_kept(self, path, damage):
+        """A file is spoilt: nothing changes but for one warning that names it."""
+        assert self.goes() == FIRST
+        self.caplog.clear()
+        spoil(path, damage)
+        assert [self.goes() for _ in range(3)] == [FIRST] * 3
+        said = [one.getMessage() for one in self.caplog.records if one.levelname == "WARNING"]
+        assert [path.name in words for words in said] == [True], said
+
+
+SPOILT = {
+    "cut": lambda text: text[: min(150, len(text) // 2)],
+    "comma": lambda text: text[:-1] + ",}",
+    "emptied": lambda text: "",
+    "list": lambda text: "[%s]" % text,
+    "null": lambda text: "null",
+    "zeros": lambda text: "\0" * len(text),
+}
+
+
+def spoil(path, damage):
+    text = path.read_text() if path.is_file() else ""
+    if path.is_dir():
+        path.rmdir()
+    elif os.path.lexists(str(path)):
+        path.unlink()
+    if damage == "directory":
+        path.mkdir()
+    elif damage == "dangling":
+        path.symlink_to(path.parent / "nowhere")
+    elif damage in SPOILT:
+        path.write_text(SPOILT[damage](text))
+
+
+@pytest.fixture()
+def world(home, serve, monkeypatch, caplog):
+    made = World(home, serve, monkeypatch, caplog)
+    yield made
+    for fake in made.fakes.values():
+        fake.close()
+
+
+USER, SYSTEM, PROJECT = "home/.qwen/settings.json", "system.json", ".qwen/settings.json"
+TRUSTED = "home/.qwen/trustedFolders.json"
+KEPT_FILES = """
+home/.qwen/settings.json oauth cut
+home/.qwen/settings.json environment comma
+home/.qwen/settings.json oauth vanished
+home/.qwen/settings.json environment directory
+system.json environment dangling
+.qwen/settings.json environment vanished
+home/.env oauth emptied
+.qwen/.env oauth dangling
+home/.qwen/trustedFolders.json environment cut
+""".strip().split("\n")
+
+
+@pytest.mark.parametrize("line", KEPT_FILES)
+def test_what_is_spoilt_while_running_keeps_the_account(world, line):  # H2
+    place, other, damage = line.split()
+    named, trust = PROJECT if place == TRUSTED else place, {str(world.root): "TRUST_FOLDER"}
+    content = world.variables if place.endswith(".env") else world.settings
+    world.other_login(other)
+    world.write(TRUSTED, trust)
+    world.write(named, content("A", "sk-good-first"))
+    world.start()
+    world.check_kept(world.root / place, damage)
+    world.write(TRUSTED, trust)
+    world.write(named, content("C", "sk-good-mended"))
+    assert world.goes() == "C sk-good-mended"
+    world.write(named, {"UNUSED": "x"})  # good, and it says less
+    assert world.goes()[:2] == "B "
+
+
+BROKEN = [(USER, "cut", {}), (USER, "directory", {"model": "m"}), (USER, "zeros", {})]
+BROKEN += [(SYSTEM, "comma", {"failover": True})]
+
+
+@pytest.mark.parametrize("place, damage, options", BROKEN, ids=str)
+def test_settings_broken_at_the_start_stop_every_request(world, main, place, damage, options):
+    world.other_login("oauth", "environment")  # H2
+    path = world.write(place, world.settings("A", "sk-good-first"))
+    spoil(path, damage)
+    for arguments, expected in (["--port=0"], 0), (["status"], 1):
+        code, said = main(*arguments)
+        assert code == expected and str(path) in said
+    world.start(provider="oauth")
+    assert world.goes() == "B at_1"
+    world.start(base_url=world.url["C"])
+    assert world.goes() == "C sk-good-other"
+    world.start(**options)
+    get(world.server, "/v1/models")
+    for fake in world.fakes.values():
+        del fake.requests[:]
+    for target, request in [
+        *ROUTES.values(),
+        (CHAT, {"messages": HI, "model": "oauth/coder-model"}),
+    ]:
+        status, _, body = ask(world.server, request, path=target)
+        error = json.loads(body)["error"]
+        assert (status, error["code"]) == (503, "settings_unreadable"), target
+        assert str(path) in error["message"]
+    assert not any(fake.requests for fake in world.fakes.values())
+    world.write(place, world.settings("A", "sk-good-first"))
+    assert world.goes() == FIRST
+
+
+# Rules on top/parent/repo, where the program runs (+ trusted, ^ its parent trusted, - not trusted),
+# and what that makes trusted: Repo's settings.json, Parent's .env.
+TRUST_RULES = """
+repo+: R | parent+ repo-: | repo- parent+: | repo+ parent-: R | top+ parent-: | repo^: RP
+parent/other^ repo-: | parent- repo/any^: R
+link+: R | link/..+: RP | repo-2+ parent/rep+ repo/any+:
+"""
+TRUST_RULES = [rule.strip() for rule in re.split(r"[|\n]", TRUST_RULES.strip())]
+LEVELS = {"+": "TRUST_FOLDER", "^": "TRUST_PARENT", "-": "DO_NOT_TRUST", "?": "trust_folder"}
+
+
+def repository(world, dotenv=".env"):
+    """The user's own settings, a repository with others, and a .env above it with another key."""
+    for name, path in (("own", USER), ("repo", "top/parent/repo/.qwen/settings.json")):
+        entry = {"id": name, "baseUrl": "http://%s/v1" % name, "envKey": "K"}
+        env = {"K": "sk-own-key"} if name == "own" else {}
+        settings = {"env": env, "modelProviders": {"openai": [entry]}, "model": {"name": name}}
+        world.write(path, {**settings, "security": OPENAI})
+    world.write("top/parent/" + dotenv, {"K": "sk-parent-key"})
+    repo = world.root / "top" / "parent" / "repo"
+    (world.root / "link").symlink_to(repo)
+    os.chdir(str(repo))
+    return dict(zip(("link", "repo", "parent", "top"), (world.root / "link", repo, *repo.parents)))
+
+
+def base_url_and_key():
+    """Of a request that names no model."""
+    provider = qp.Providers(qp.Options()).targets(None)[0].provider
+    return provider.base_url, provider.credentials.access_token()
+
+
+@pytest.mark.parametrize("rule", TRUST_RULES)
+def test_trust_is_asked_for_each_folder_whose_file_is_read(world, rule):  # H3
+    is_odd = (
+        TRUST_RULES.index(rule) % 2
+    )  # every other row has the file elsewhere, and .env in .qwen
+    folders = repository(world, [".env", ".qwen/.env"][is_odd])
+    rules, _, trusted = rule.rpartition(":")
+    found = {}
+    for path, sign in re.findall(r"(\S*)([-+^?])(?= |$)", rules):
+        name = re.match("[a-z]*", path).group()
+        found[path.replace(name, str(folders[name]), 1)] = LEVELS[sign]
+    if is_odd:  # then the file in the home does not count
+        contrary = {str(folders["repo"]): LEVELS["-" if "R" in trusted else "+"]}
+        contrary[str(folders["parent"])] = LEVELS["-" if "P" in trusted else "+"]
+        world.write(TRUSTED, contrary)
+        world.setenv("QWEN_CODE_TRUSTED_FOLDERS_PATH", str(world.root / "moved.json"))
+    world.write("moved.json" if is_odd else TRUSTED, found)
+    base_url = "http://repo/v1" if "R" in trusted else "http://own/v1"
+    assert base_url_and_key() == (base_url, "sk-parent-key" if "P" in trusted else "sk-own-key")
+
+
+@pytest.mark.parametrize("text", ['{"%s": "TRUST_FOLDER",}', None], ids=str)
+def test_trust_that_cannot_be_read_at_the_start_trusts_nothing(world, text):  # H3
+    repo = str(repository(world)["repo"])
+    world.write(TRUSTED, {repo: "TRUST_FOLDER"})
+    world.setenv("QWEN_CODE_TRUSTED_FOLDERS_PATH", str(world.root / "moved.json"))
+    if text is None:
+        (world.root / "moved.json").mkdir()
+    else:
+        world.write("moved.json", text.replace("%s", repo))
+    assert base_url_and_key() == ("http://own/v1", "sk-own-key")
+
+
+IDENTITY_HOSTS = {"environment": True, "home/.qwen/.env": True, "elsewhere/.env": True}
+OTHERS = (
+    "home/.env work/.env .qwen/.env home/.qwen/settings.json system.json work/.qwen/settings.json"
+)
+IDENTITY_HOSTS.update(dict.fromkeys(OTHERS.split(), False))
+
+
+@pytest.mark.parametrize("source", IDENTITY_HOSTS)
+def test_the_identity_host_comes_from_the_users_own_files_only(world, monkeypatch, source):  # H3
+    asked, variable, cli = [], {"QWEN_OAUTH_BASE_URL": "http://identity.example"}, world.home
+
+    def post_form(url, *arguments, **more):
+        asked.append(url)
+        raise qp.UpstreamError("recorded")
+
+    monkeypatch.setattr(qp, "post_form", post_form)
+    monkeypatch.delenv("QWEN_OAUTH_BASE_URL")
+    if source == "environment":
+        world.setenv("QWEN_OAUTH_BASE_URL", "http://identity.example")
+    else:
+        world.write(source, {"env": variable} if source.endswith(".json") else variable)
+    if source.startswith("elsewhere"):
+        cli = world.root / "elsewhere"
+        world.setenv("QWEN_HOME", str(cli))
+    world.write("work/file", "")
+    monkeypatch.chdir(world.root / "work")
+    world.write(cli / "trustedFolders.json", {str(world.root): "TRUST_FOLDER"})
+    write_login(cli, world.fakes["A"], expires_in=-60)
+    with pytest.raises(qp.UpstreamError, match="recorded"):
+        base_url_and_key()
+    host = "http://identity.example" if IDENTITY_HOSTS[source] else qp.OAUTH_BASE_URL
+    assert asked == [host + qp.TOKEN_PATH]
+
+
+# Entries as id@upstream:variable, the active one's first ("chosen": --base-url A); the variables
+# that are set; live lists; and what must come of it: id=variable is in the list and goes there with
+# that key, id~variable only goes there, id!variable is a 401 that names it.
+SHAPES = """
+live at the active | a@A:KA M@B:KB        | KA    | A:a,M   | a=KA M=KA B/M!KB
+another has a key  | a@A:KA M@B:KB        | KA KB | A:a,M   | a=KA M=KB A/M=KA
+two others, live   | a@A:KA M@B:KB M@C:KC | KA KC | A:M     | M=KC A/M=KA B/M!KB
+nobody has a key   | a@A:KA M@B:KB M@C:KC | KA    | A:a,M   | M=KA B/M!KB C/M!KC
+no key of its own  | M@A:KA M@B:KB        | KB    | B:M     | M!KA A/M!KA B/M=KB
+several            | a@A:KA b@B:KB c@C:KC a@C:KC | KA KB | A:x,c | a=KA b=KB x=KA c=KA C/c!KC C/a!KC
+as if at another   | a@A:KA M@B:KB        | KA KB | A:a,B/M | a=KA M=KB
+chosen, listed     | M@B:KB b@B:KB        | KB    | A:x,M   | x=KA M=KA b~KA B/b=KB B/M=KB
+chosen, not listed | M@B:KB               | KB    | A:x     | x=KA M~KA B/M=KB
+failover           | a@A:KA M@B:KB M@C:KC | KA KC | A:M     | M=KC A/M=KA B/M!KB
+"""
+
+
+@pytest.mark.parametrize("shape", SHAPES.strip().splitlines(), ids=lambda row: row[:18].strip())
+def test_the_list_of_models_says_where_a_request_goes(world, shape):  # H11
+    name, entries, keys, live, expected = (part.strip() for part in shape.split("|"))
+    options, providers, listed = {"failover": name == "failover"}, {"KA": world.host["A"]}, []
+    for model, letter, key in re.findall(r"(\w)@(\w):(\w+)", entries):
+        listed.append({"id": model, "baseUrl": world.url[letter], "envKey": key})
+        providers[key] = world.host[letter]
+    settings = {"modelProviders": {"openai": listed}, "security": OPENAI}
+    if name.startswith("chosen"):
+        world.setenv("OPENAI_API_KEY", "sk-good-KA")
+        options["base_url"] = world.url["A"]
+    else:
+        settings["model"] = {"name": listed[0]["id"]}
+    world.write(USER, {**settings, "env": {key: "sk-good-" + key for key in keys.split()}})
+
+    def spelt(model):
+        return re.sub("^[ABC](?=/)", lambda letter: world.host[letter.group()], model)
+
+    def outcome(model):
+        """The variable whose key was used, or that a 401 names."""
+        goes = world.goes(model=model)
+        assert goes.startswith("401 ") or world.provider == providers[goes[-2:]]
+        return ("!" if goes.startswith("401 ") else "") + re.search(r"\bK[A-Z]\b", goes).group()
+
+    for letter, models in re.findall(r"(\w):(\S+)", live):
+        world.fakes[letter].models = [spelt(model) for model in models.split(",")]
+    world.start(**options)
+    wanted = re.findall(r"(\S+)([=~!])(\S+)", expected)
+    for _ in range(2):  # before anybody has asked for the list, and after
+        for model, sign, key in wanted:
+            assert outcome(spelt(model)) == sign.strip("=~") + key, model
+        found = get(world.server, "/v1/models")[1]["data"]
+    owners = {model["id"]: model["owned_by"] for model in found}
+    for model, sign, key in wanted:
+        assert sign != "=" or owners.get(spelt(model)) == providers[key], model
+    assert {model: providers[outcome(model).strip("!")] for model in owners} == owners
+
+
+ABSENT = "(absent)"
+WRONG_FIELDS = [("baseUrl", 5, None), ("baseUrl", ["https://h.example/v1"], "OPENAI_BASE_URL")]
+WRONG_FIELDS += [("baseUrl", True, "security"), ("baseUrl", "h.example/v1", "OPENAI_BASE_URL")]
+WRONG_FIELDS += [("baseUrl", "$UNSET/v1", "security")]
+WRONG_FIELDS += [("baseUrl", "   ", None), ("baseUrl", ABSENT, None), ("envKey", 5, None)]
+
+
+@pytest.mark.parametrize("field, value, place", WRONG_FIELDS)
+def test_an_entry_with_a_wrong_field_is_refused_by_its_name(world, outside, field, value, place):
+    auth = {**OPENAI["auth"], **({"baseUrl": world.url["B"]} if place == "security" else {})}  # H12
+    world.setenv("OPENAI_API_KEY", "sk-good-openai")
+    if place == "OPENAI_BASE_URL":
+        world.setenv(place, world.url["B"])
+    good = {"id": "good", "baseUrl": world.url["A"], "envKey": "K"}
+    wrong = {**good, "id": "m", field: value}
+    wrong = {name: item for name, item in wrong.items() if item != ABSENT}
+    settings = {"env": {"K": "sk-good-own"}, "model": {"name": "m"}, "security": {"auth": auth}}
+    world.write(USER, {**settings, "modelProviders": {"openai": [wrong, good]}})
+    world.start()
+    get(world.server, "/v1/models")
+    assert world.fakes["B"].requests == []
+    for request in ({}, {"model": "m", "stream": True}):
+        goes = world.goes(**request)
+        assert goes.startswith("401 ") and field in goes
+    assert world.goes(model="good") == "A sk-good-own" and outside == []
+
+
+WRONG_ADDRESSES = [("baseUrl", 5), ("baseUrl", "file:///v1")]
+WRONG_ADDRESSES += [("resource_url", 5), ("resource_url", ["https://h.example"])]
+
+
+@pytest.mark.parametrize("field, value", WRONG_ADDRESSES)
+def test_a_base_url_for_all_of_a_wrong_kind_is_refused(world, outside, field, value):  # H12
+    if field == "baseUrl":
+        world.setenv("OPENAI_API_KEY", "sk-good-openai")
+        auth = {**OPENAI["auth"], "baseUrl": value, "apiKey": "sk-good-old"}
+        settings = {"modelProviders": {"openai": [{"id": "m"}]}, "model": {"name": "m"}}
+        world.write(USER, {**settings, "security": {"auth": auth}})
+    else:
+        write_login(world.home, world.fakes["A"], resource_url=value)
+    world.start()
+    goes = world.goes()
+    assert goes.startswith("401 ") and field in goes and outside == []
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -1093,7 +2303,7 @@ def test_kept_connection_that_died_is_replaced(key_server, upstream):
 
 @pytest.mark.parametrize("status", [429, 502, 503, 529])
 def test_retries_before_the_first_byte(key_server, upstream, status, monkeypatch):
-    monkeypatch.setattr(qp, "RETRY_DELAY_FIRST", 0.01)
+    monkeypatch.setattr(qp.Call, "RETRY_DELAY", 0.01)
     text = "Requests rate limit exceeded, please try again later."
     upstream.script.extend([refusal(text, status, "limit_requests")] * 2)
     assert chat(key_server)[0] == 200 and len(upstream.bodies()) == 3
@@ -1116,7 +2326,7 @@ def test_no_retry_for_hard_quota(key_server, upstream):
 
 def test_unreachable_upstream_is_502(serve, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-x-123456")
-    monkeypatch.setattr(qp, "RETRY_DELAY_FIRST", 0.01)
+    monkeypatch.setattr(qp.Call, "RETRY_DELAY", 0.01)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         server = serve(base_url="http://127.0.0.1:%d/v1" % free.getsockname()[1])
@@ -1216,7 +2426,7 @@ def test_a_model_that_nobody_knows_thinks_as_the_client_wants(key_server, upstre
     caplog.set_level(logging.INFO, "qwen_proxy")
     assert chat(key_server, model=model, **request_)[0] == 200
     assert {name: upstream.bodies()[-1].get(name) for name in repaired} == repaired
-    assert len(upstream.bodies()) == (2 if words else 1) and "repeated " + words in caplog.text + "repeated "
+    assert len(upstream.bodies()) == (2 if words else 1) and "retrying " + words in caplog.text + "retrying "
 
 
 @pytest.mark.parametrize("message, request_, repaired", [
@@ -1250,6 +2460,7 @@ class RawUpstream:
     def __init__(self):
         self.script, self.accepted, self.listener = collections.deque(), 0, socket.create_server(("127.0.0.1", 0))
         self.late, self.sent_late, self.reads = b"", threading.Event(), True
+        self.has_been_read = threading.Event()  # set by a test that waits for self.late
         self.ended = threading.Semaphore(0)     # released for each connection that has ended
         self.url = "http://127.0.0.1:%d/compatible-mode/v1" % self.listener.getsockname()[1]
         threading.Thread(target=self.run, daemon=True).start()
@@ -1282,7 +2493,7 @@ class RawUpstream:
                     connection.sendall(answer.replace(self.STALL, b""))
                     if self.late:
                         late, self.late = self.late, b""
-                        time.sleep(0.05)        # the answer itself must have been read by then
+                        assert self.has_been_read.wait(WAIT)
                         connection.sendall(late)
                         self.sent_late.set()
                     if self.STALL in answer:
@@ -1388,13 +2599,13 @@ def test_a_fault_ends_in_time_and_leaves_nothing_behind(serve, monkeypatch, name
 
 @pytest.mark.parametrize("delta", [{"content": "lo, "}, {"reasoning_content": "lo, "}, tool_call(0, "", None, "lo, ")])
 def test_an_answer_that_is_held_has_a_limit_and_a_stream_has_none(raw_upstream, monkeypatch, delta):
-    monkeypatch.setattr(qp, "MAX_ANSWER", 1000)
+    monkeypatch.setattr(qp.Budget, "LIMIT", 1000)
     is_call = "tool_calls" in delta
     answer = HEAD + b"\r\n" + b"".join([HELLO[0], *([CALLS[1]] if is_call else []), *[chunk(delta)] * 1000, *END])
     raw_upstream.script.extend([answer] * 4 + [HEAD + b"\r\n" + SSE])
     status, _, body = chat(raw_upstream.server)
-    assert status == 502 and "goes on after" in body["error"]["message"]
-    assert "goes on after" in respond(raw_upstream.server)[1]["error"]["message"]
+    assert status == 502 and "was aborted" in body["error"]["message"]
+    assert "was aborted" in respond(raw_upstream.server)[1]["error"]["message"]
     assert respond(raw_upstream.server, stream=True)[1][-1][0] == "response.failed"
     assert (chat(raw_upstream.server, stream=True)[2][-1] == "[DONE]") == (not is_call)     # the state of a call is held
     assert chat(raw_upstream.server)[0] == 200
@@ -1432,23 +2643,17 @@ def test_large_and_many_chunks_arrive_whole(raw_upstream, size, count):
     assert text_in([json.loads(value) for value in data[:-1]]) == "".join(texts)
 
 
-@pytest.mark.parametrize("text", ['a' * 60 + '","b":"' + 'a' * 60, "\\n" * 60 + '"', "a" * 100_000 + "\x01"])
-def test_a_text_that_breaks_its_frame_takes_no_time(text):
-    """Such as a chunk with one more field behind the text: the frame's pattern once took exponential time for it."""
-    frame = qp.Frame.around(*[b'{"id":"x","choices":[{"index":0,"delta":{"content":"Hi"}}]}'] * 2, 0)
-    started = time.monotonic()
-    assert frame.text(frame.before + text.encode() + frame.behind) is None and time.monotonic() - started < 1
-    assert frame.text(frame.before + b'Hi \\u00e4 \\"' + frame.behind) == b'Hi \\u00e4 \\"'
-    assert frame.text(frame.before + frame.behind) is None
+@pytest.mark.parametrize("start", ["", "```json\n{}\n", "Hi\n", "<think>"])
+def test_blank_characters_without_end_take_no_time_and_pass(start):
+    """Models in JSON mode fall into that: held back for a while, never for its square."""
 
+    def work(pieces):
+        content = qp.ContentFilter(is_json=True)
+        said = [content.feed(text) for text in [start] + ["\n\n  "] * pieces]
+        text = "".join(part for pair in said for part in pair) + content.close()[1]
+        assert len(text) > pieces * 3
 
-@pytest.mark.parametrize("start, pieces", [("", 50_000), ("```json\n{}\n", 50_000), ("", 1)])
-def test_blank_characters_without_end_take_no_time_and_pass(start, pieces):
-    """Models in JSON mode fall into that. They may be held back for a while, never the square of their length."""
-    content, started = qp.ContentFilter(is_json=True), time.monotonic()
-    said = [content.feed(text)[1] for text in [start] + ["\n\n  "] * pieces] + [content.close()[1]]
-    assert time.monotonic() - started < 2
-    assert "".join(said).strip() == start[8:].strip() and len("".join(said)) > pieces * 3
+    check_linear(work, 4_000)
 
 
 def test_closing_tags_by_the_thousand_are_taken_out():
@@ -1456,19 +2661,25 @@ def test_closing_tags_by_the_thousand_are_taken_out():
     assert content.feed("</think>" * 5000 + "Hello") == ("", "Hello")
 
 
-@pytest.mark.parametrize("text", ["model " * 40_000, "<title" * 40_000, "range of max_tokens " * 10_000, "<html>" + "<title>" * 30_000])
-def test_no_error_takes_the_square_of_its_length(text):
-    started = time.monotonic()
-    error = qp.to_upstream_error(qp.refusal_of(400, text), "dashscope")
-    qp.repair_request({"max_tokens": 5, "enable_thinking": False}, error)
-    assert time.monotonic() - started < 2
+UNITS = ["model ", "<title", "range of max_tokens ", "<html><title>", '"', "\\"]
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_no_error_takes_the_square_of_its_length(unit):
+    def work(count):
+        error = qp.to_upstream_error(qp.Refusal.read(400, unit * count), qp.FAMILIES["dashscope"])
+        qp.repair_request({"max_tokens": 5, "enable_thinking": False}, error)
+
+    check_linear(work, 5_000)
 
 
 def test_late_bytes_on_an_idle_connection_are_nobodys_answer(raw_upstream):
     whole_answer = HEAD + b"Content-Length: %d\r\n\r\n" % len(SSE) + SSE
     raw_upstream.script.extend([[whole_answer, b""], whole_answer])
     raw_upstream.late = whole_answer.replace("wörld".encode(), b"DEMON")
-    assert chat(raw_upstream.server)[0] == 200 and raw_upstream.sent_late.wait(WAIT)
+    assert chat(raw_upstream.server)[0] == 200
+    raw_upstream.has_been_read.set()
+    assert raw_upstream.sent_late.wait(WAIT)
     assert chat(raw_upstream.server)[2]["choices"][0]["message"]["content"] == "Hello, wörld"
 
 
@@ -1501,11 +2712,15 @@ def test_a_client_that_leaves_is_noticed_while_the_upstream_takes_nothing(serve,
             assert not server.handlers
 
 
-def test_blank_lines_before_the_first_event_are_not_kept_and_not_silent():
-    provider = qp.Provider("test", "http://127.0.0.1/v1", None, "test")
-    translator = qp.ChunkTranslator({}, qp.Route(provider, "m"))
-    chunks = list(qp.iter_chunks([b"\r\n", b"\n \n", b"\xef\xbb\xbf", SSE], translator))
-    assert chunks[:3] == [[], [], []] and text_in([chunk for each in chunks for chunk, _ in each]) == "Hello, wörld"
+def test_blank_lines_before_the_first_event_are_not_kept():
+    provider, chunks = qp.Provider("test", "http://127.0.0.1/v1", None, "test"), []
+    decoder = qp.AnswerDecoder(qp.ChunkTranslator({}, qp.Target(provider, "m")))
+    decoder.sink = lambda chunk: chunks.append(chunk.value)
+    for blank in (b"\r\n", b"\n \n", b"\xef\xbb\xbf"):
+        decoder.feed(blank)
+        assert chunks == []
+    decoder.feed(SSE)
+    assert text_in(chunks) == "Hello, wörld"
 
 
 @pytest.mark.parametrize("header, status", [
@@ -1520,9 +2735,9 @@ def test_odd_headers_of_an_upstream_are_read(raw_upstream, header, status):
 def test_a_failed_batch_of_embeddings_leaves_other_answers_alone():
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        watch = qp.Watch()
+        watch = qp.Waiter()
         theirs.sendall(b"x")
-        watch.wait(ours)
+        watch.for_reading(ours)
         watch.release()                 # its answer is whole, the connection may be somebody else's now
         watch.stop()
         theirs.sendall(b"y")
@@ -1535,8 +2750,8 @@ def test_the_password_of_a_forward_proxy_does_not_reach_the_upstream(upstream):
         request = urllib.request.Request("https://h/v1/chat/completions", b"{}")
         request.add_unredirected_header("Proxy-authorization", "Basic c2VjcmV0")
         request.set_proxy("proxy:3128", "https")
-        assert qp.headers_for_tunnel(request) == {"Proxy-Authorization": "Basic c2VjcmV0"}
-        assert b"c2VjcmV0" not in qp.request_head(request)
+        assert qp.KeepAliveHandler._tunnel_headers(request) == {"Proxy-Authorization": "Basic c2VjcmV0"}
+        assert b"c2VjcmV0" not in qp.KeepAliveHandler._head_of(request)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -1574,10 +2789,10 @@ def test_large_event_arrives_in_one_piece():
 # ----------------------------------------------------------------------------------------------------
 
 def to_upstream(request, model="qwen3-max", family="dashscope", config=None):
-    provider = qp.Provider("t", "http://h/v1", None, "t", {model: config or {}}, family)
+    provider = qp.Provider("t", "http://h/v1", None, "t", {model: config or {}}, qp.FAMILIES[family])
     request = {"messages": [{"role": "user", "content": "Hi"}], **request}
     before = json.dumps(request)
-    body, fired = qp.to_upstream_request(request, qp.Route(provider, model))
+    body, fired = qp.Rewrite(request, qp.Target(provider, model)).run("chat")
     assert json.dumps(request) == before        # the client's request is not changed: failover needs it again
     return body, fired
 
@@ -1849,7 +3064,7 @@ def test_the_marker_that_the_portal_wants_is_never_the_surplus_one():
 
 def test_nothing_but_orphans_is_refused_by_name(key_server, upstream):
     status, _, body = ask(key_server, {"messages": [result("c", "x")], "response_format": {"type": "json_object"}})
-    assert status == 400 and b"answers to tool calls" in body and upstream.requests == []
+    assert status == 400 and b"only tool results" in body and upstream.requests == []
 
 
 @pytest.mark.parametrize("model, sent", [("qwen3-235b-a22b-thinking-2507", None), ("qwen3-vl-32b-thinking", None), ("qwen3-32b", False)])
@@ -1881,9 +3096,9 @@ def test_small_print_of_the_requests():
     assert body["reasoning"] == {"effort": "high", "exclude": True}
     body, _ = to_upstream({"messages": [{"role": "user", "content": [{"type": "text", "text": "x", **marker}]}], "tools": TWO_TOOLS}, "glm-5")
     assert body["messages"][0]["content"][0]["cache_control"]
-    search = qp.to_chat_request({"input": "Hi", "tools": [{"type": "web_search"}]}, qp.ItemMemory()).chat
+    search = qp.ResponseRequest({"input": "Hi", "tools": [{"type": "web_search"}]}, qp.ItemMemory()).chat
     assert "web_search_options" not in to_upstream(search, "x/y", "openrouter")[0]
-    assert "web_search_options" not in qp.to_chat_request(
+    assert "web_search_options" not in qp.ResponseRequest(
         {"input": "Hi", "tools": [{"type": "web_search"}], "tool_choice": "none"}, qp.ItemMemory()).chat
     assert json.loads(qp.encode_json({"a": "\ud83d", "b": "ü"})) == {"a": "\ud83d", "b": "ü"}
 
@@ -1901,7 +3116,7 @@ def test_small_print_of_the_requests():
     ((502, "<html><title>busy</title></html>"), 503, "html"),
 ])
 def test_refusals_that_a_review_found_misread(refusal_, status, code):
-    error = qp.to_upstream_error(qp.refusal_of(*refusal_), "openrouter")
+    error = qp.to_upstream_error(qp.Refusal.read(*refusal_), qp.FAMILIES["openrouter"])
     assert (error.status, error.code) == (status, code)
 
 
@@ -1947,12 +3162,20 @@ def test_answers_that_a_review_found_lost(events, text):
     {"data": [{"embedding": [1.0]}], "usage": {"total_tokens": 3}}, {"data": [{"index": 0, "embedding": ["x"]}]},
 ])
 def test_odd_embeddings_are_no_500(key_server, upstream, answer):
-    vectors, usage = qp.vectors_of(json.dumps(answer).encode(), 1, "dashscope")
-    for encoding in ("float", "base64"):
+    answers = []
+    out = argparse.Namespace(send_json=lambda status, value: answers.append(value))
+    for is_base64 in (False, True):
+        decoder = qp.EmbeddingsDecoder(1, qp.FAMILIES["dashscope"], qp.Budget())
+        writer = qp.EmbeddingsWriter(out, "m", is_base64)
+        decoder.sink = writer.part(0)
         try:
-            assert qp.embeddings_answer("m", [(vectors, usage)], encoding)["usage"]["prompt_tokens"] == 0
+            decoder.feed(json.dumps(answer).encode())
+            decoder.close()
+            writer.close(None)
+            assert answers.pop()["usage"]["prompt_tokens"] == 0
         except qp.UpstreamError as error:
             assert "no list of numbers" in str(error)
+
 
 def test_clean_stream_has_the_canonical_shape():
     chunks = translate([b"".join(HELLO)])
@@ -2363,7 +3586,7 @@ def test_every_stream_cut_at_every_byte(name, pieces):
 
 def events_of_response(pieces, **request):
     """The events for an upstream's stream, without any socket."""
-    asked = qp.to_chat_request({"input": "Hi", **request}, qp.ItemMemory())
+    asked = qp.ResponseRequest({"input": "Hi", **request}, qp.ItemMemory())
     events = qp.ResponseEvents(asked, "qwen3.7-plus", 1790000000)
     found = events.start()
     for value in translate(pieces, asked.chat):
@@ -2466,17 +3689,22 @@ def test_response_errors_before_the_first_event_are_http_statuses(key_server, up
     assert (status, body["error"]["code"]) == (429, "insufficient_quota")
 
 
-def test_silence_before_and_in_a_response_is_filled_with_in_progress(serve, upstream, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
-    server, first, second = serve(base_url=upstream.dashscope, model="m", keep_alive=0.05), threading.Event(), threading.Event()
+def test_silence_before_and_in_a_response_is_filled_with_in_progress(quick, upstream):
+    first, second, names, numbers = threading.Event(), threading.Event(), [], []
     upstream.script.append(stream(first, *DELTAS, second, *END))
-    threading.Timer(0.3, first.set).start()
-    threading.Timer(0.6, second.set).start()
-    _, events = respond(server, stream=True)
-    names = [name for name, _ in events]
-    assert names[0] == "response.created" and names.count("response.created") == 1 and names.count("response.in_progress") >= 5
-    assert "response.in_progress" in names[names.index("response.output_text.delta"):] and names[-1] == "response.completed"
-    assert [event["sequence_number"] for _, event in events] == list(range(len(events)))
+    for line in lines_of(quick, "/v1/responses", {"input": "Hi"}):
+        if line.startswith(b"event: "):
+            names.append(line[len("event: ") :].strip().decode())
+        elif line.startswith(b"data: "):
+            numbers.append(json.loads(line[len("data: ") :])["sequence_number"])
+        if names.count("response.in_progress") == 3:
+            first.set()
+        if "response.output_text.delta" in names and names[-1] == "response.in_progress":
+            second.set()
+    assert names[0] == "response.created" and names.count("response.created") == 1
+    assert names.index("response.output_text.delta") > 3 and names[-1] == "response.completed"
+    assert "response.in_progress" in names[names.index("response.output_text.delta") :]
+    assert numbers == list(range(len(names)))
 
 
 REPLAYED = [
@@ -2523,7 +3751,7 @@ def test_namespaces_and_custom_tools_are_flattened_and_restored(key_server, upst
 
 def test_search_is_left_out_with_a_word_where_there_is_none(caplog):
     caplog.set_level(logging.INFO, "qwen_proxy")
-    chat_request = qp.to_chat_request({"input": "Hi", "tools": [{"type": "web_search"}]}, qp.ItemMemory()).chat
+    chat_request = qp.ResponseRequest({"input": "Hi", "tools": [{"type": "web_search"}]}, qp.ItemMemory()).chat
     body, fired = to_upstream(chat_request, "qwen3.7-plus", "coding")
     assert "no web search" in fired["web-search"] and not {"enable_search", "web_search_options", "tools"} & set(body)
 
@@ -2533,7 +3761,7 @@ def test_search_is_left_out_with_a_word_where_there_is_none(caplog):
                                           ({"type": "web_search"}, "auto"), (None, None)])
 def test_tool_choice_of_responses(choice, sent):
     tools = [*CALL_TOOLS, {"type": "function", "name": "other"}]
-    asked = qp.to_chat_request({"input": "Hi", "tools": tools, "tool_choice": choice}, qp.ItemMemory()).chat
+    asked = qp.ResponseRequest({"input": "Hi", "tools": tools, "tool_choice": choice}, qp.ItemMemory()).chat
     got = asked.get("tool_choice")
     assert (got["function"]["name"] if isinstance(got, dict) else got) == sent
     assert len(asked["tools"]) == (1 if isinstance(choice, dict) and choice["type"] == "allowed_tools" else 2)
@@ -2735,27 +3963,25 @@ def test_client_that_leaves_stops_the_upstream_at_once(key_server, upstream, pie
     assert upstream.gone.wait(WAIT)
 
 
-def test_silence_is_filled_with_comments(serve, upstream, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
-    server, go = serve(base_url=upstream.dashscope, model="m", keep_alive=0.05), threading.Event()
-    upstream.script.append(Reply(200, [("Content-Type", "text/event-stream"), ("Transfer-Encoding", "chunked")], [go, *HELLO]))
-    threading.Timer(0.5, go.set).start()
-    _, _, body = ask(server, {"messages": [{"role": "user", "content": "x"}], "stream": True})
-    assert body.startswith(qp.KEEP_ALIVE * 3) and body.endswith(DONE)
+@pytest.mark.parametrize("before", [[], [HELLO[0]]], ids=["before the answer", "in it"])
+def test_silence_is_filled_with_comments(quick, upstream, before):
+    go = threading.Event()
+    upstream.script.append(stream(*before, go, *HELLO[len(before) :]))
+    body = b"".join(comments_until(quick, go, 3))
+    assert body.count(qp.KEEP_ALIVE) >= 3 and body.endswith(DONE)
+    assert before or body.startswith(qp.KEEP_ALIVE * 3)
 
 
-def test_error_after_a_comment_is_an_error_event(serve, upstream, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
-    server, go = serve(base_url=upstream.dashscope, model="m", keep_alive=0.05), threading.Event()
-    late = json.dumps({"error": {"message": "late refusal", "code": "x"}}).encode()
-    upstream.script.append(Reply(400, [("Transfer-Encoding", "chunked")], [go, late]))
-    threading.Timer(0.3, go.set).start()
-    status, _, data = chat(server, stream=True)
-    assert status == 200 and json.loads(data[-1])["error"]["message"] == "late refusal" and "[DONE]" not in data
+def test_error_after_a_comment_is_an_error_event(quick, upstream):
+    late, go = json.dumps({"error": {"message": "late refusal", "code": "x"}}), threading.Event()
+    upstream.script.append(Reply(400, [("Transfer-Encoding", "chunked")], [go, late.encode()]))
+    *_, last, empty = comments_until(quick, go, 1)
+    assert json.loads(last[len("data: ") :])["error"]["message"] == "late refusal"
+    assert last + empty != DONE
 
 
 def test_models_health_root(login, upstream, serve):
-    server = serve(api_keys=["k-123456"])
+    server = serve(api_key=["k-123456"])
     key = {"Authorization": "Bearer k-123456"}
     models = json.loads(ask(server, method="GET", path="/v1/models", headers=key)[2])
     assert [(model["id"], model["object"], model["owned_by"]) for model in models["data"]] == [("coder-model", "model", "oauth")]
@@ -2787,14 +4013,30 @@ def test_no_login_says_what_to_do(serve):
 
 @pytest.mark.parametrize("header", [{"Authorization": "Bearer k-1"}, {"X-API-Key": "k-2"}, {"api-key": "k-1"}, {"Authorization": "bearer k-2"}])
 def test_keys_open_the_door(serve, login, header):
-    server = serve(api_keys=["k-1", "k-2"])
+    server = serve(api_key=["k-1", "k-2"])
     assert ask(server, method="GET", path="/v1/models", headers=header)[0] == 200
 
 
 @pytest.mark.parametrize("header", [{}, {"Authorization": "Bearer "}, {"Authorization": "k-1"}, {"X-API-Key": "k-11"}, {"Authorization": "Bearer ü"}])
 def test_wrong_keys_do_not(serve, login, header):
-    status, _, body = ask(serve(api_keys=["k-1"]), {"messages": []}, headers={name: value.encode("latin-1") for name, value in header.items()})
+    status, _, body = ask(serve(api_key=["k-1"]), {"messages": []}, headers={name: value.encode("latin-1") for name, value in header.items()})
     assert (status, json.loads(body)["error"]["code"]) == (401, "invalid_api_key")
+
+
+NO_KEYS = [[""], ["\u00a0"], ["good-key", "\t"], ["s"], "", "s", ["good\nkey"], [None]]
+
+
+@pytest.mark.parametrize("keys", NO_KEYS, ids=ascii)
+def test_a_key_that_protects_nothing_is_refused(keys):  # H1
+    with pytest.raises((ValueError, TypeError)):
+        qp.make_server(port=0, api_key=keys)
+
+
+@pytest.mark.parametrize("keys", ["secret-key", ["\u00a0secret-key "]], ids=ascii)
+def test_keys_in_any_shape_let_in_that_key_only(serve, login, keys):  # H1
+    server = serve(api_key=keys)
+    for key, status in (("secret-key", 200), ("s", 401), ("secret", 401), ("", 401)):
+        assert get(server, "/v1/models", Authorization="Bearer " + key)[0] == status, key
 
 
 def test_empty_bearer_is_fine_without_keys(key_server):
@@ -2805,7 +4047,7 @@ def test_empty_bearer_is_fine_without_keys(key_server):
                                           ("host.docker.internal:8080", 200), ("evil.example", 403), ("127.0.0.1.evil.example", 403),
                                           ("friend.example", 200), ("1.2.3.4", 403), ("a b", 403), ("", 403)])
 def test_host_must_name_this_machine(serve, login, host, status):
-    server = serve(allow_hosts=["friend.example"])
+    server = serve(allow_host=["friend.example"])
     assert ask(server, method="GET", path="/health", headers={"Host": host})[0] == status
 
 
@@ -2831,7 +4073,7 @@ def test_the_connection_lives_on_after_an_error_in_mid_stream(key_server, upstre
 ])
 def test_pages_of_other_sites_cannot_spend_the_quota(serve, upstream, monkeypatch, headers, status):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
-    server = serve(base_url=upstream.dashscope, model="m", allow_origins=["https://good.example/", "file://"])
+    server = serve(base_url=upstream.dashscope, model="m", allow_origin=["https://good.example/", "file://"])
     got, answered, _ = ask(server, {"messages": [{"role": "user", "content": "x"}]}, headers=headers)
     assert got == status and len(upstream.bodies()) == (status == 200)
     assert answered["Access-Control-Allow-Origin"] == (headers.get("Origin") if status in (200, 415) else None)
@@ -2917,26 +4159,45 @@ def test_many_clients_at_once_share_connections(key_server, upstream):
     assert results == [200] * 80 and upstream.connections <= 16
 
 
-@pytest.mark.parametrize("line", [b"X: a" + b" " * 60_000 + b"a", b"X:" + b" \t" * 30_000 + b"\0", b"X" * 60_000])
-def test_no_header_takes_the_square_of_its_length(key_server, line):
-    started = time.monotonic()
-    raw(key_server, POST + (line + b"\r\n") * 20 + b"Connection: close\r\nContent-Length: 2\r\n\r\n{}")
-    assert time.monotonic() - started < 2       # one such line once took 2.6 s
+LINES = {
+    "blanks": b"X: a%sa",
+    "blanks and an end": b"X:%s\0",
+    "a name": b"X%s",
+    "tabs": b"X:\t%s\0",
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_no_header_takes_the_square_of_its_length(key_server, name):
+    def work(size):  # four lines, since all of them together have a limit
+        line = LINES[name] % ((b"X" if name == "a name" else b" \t") * size)[:size] + b"\r\n"
+        end = b"Connection: close\r\nContent-Length: 2\r\n\r\n{}"
+        assert raw(key_server, POST + line * 4 + end).startswith(b"HTTP/1.1 4")
+
+    check_linear(work, 7_500, 8, time.process_time, 0.002)
 
 
 def test_connections_above_the_limit_do_not_hold_the_others_up(serve, upstream, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
     server = serve(base_url=upstream.dashscope, model="m", max_connections=2)
+    gate, real = threading.Event(), qp.Listener._reject
+    monkeypatch.setattr(
+        qp.Listener, "_reject", lambda it, request: gate.wait(WAIT) and real(it, request)
+    )
     with contextlib.ExitStack() as stack:
-        for _ in range(2):
-            taken = stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+
+        def connect():
+            client = socket.create_connection(("127.0.0.1", server.port), timeout=WAIT / 2)
+            return stack.enter_context(client)
+
+        for taken in [connect(), connect()]:
             taken.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert taken.recv(9) == b"HTTP/1.1 "
-        silent = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(20)]
-        started = time.monotonic()
-        silent[-1].settimeout(WAIT)
-        silent[-1].recv(100)                                # told, or closed at once
-        assert time.monotonic() - started < 2
+        silent = [connect() for _ in range(20)]
+        with contextlib.suppress(ConnectionResetError):
+            assert silent[-1].recv(100) == b""  # closed, while the first ones wait to be told
+        gate.set()
+        assert silent[0].recv(100).startswith(b"HTTP/1.1 503 ")
 
 
 def test_a_model_of_megabytes_is_refused(key_server, upstream):
@@ -2959,8 +4220,8 @@ def test_no_line_of_the_log_is_forged_and_none_is_cut_inside_a_key(key_server, u
 
 
 def test_a_slow_sender_is_cut_off(key_server, monkeypatch):
-    monkeypatch.setattr(qp, "HEADER_TIMEOUT", 0.3)
-    monkeypatch.setattr(qp, "BODY_TIMEOUT", 0.3)
+    monkeypatch.setattr(qp.Exchange, "HEADER_TIMEOUT", 0.3)
+    monkeypatch.setattr(qp.Exchange, "BODY_TIMEOUT", 0.3)
     assert raw(key_server, b"POST /v1/chat").startswith(b"HTTP/1.1 408 ")
     assert raw(key_server, b"POST /v1/chat/completions HTTP/1.1\r\nHost:").startswith(b"HTTP/1.1 408 ")
     assert raw(key_server, POST + b"Content-Length: 10\r\n\r\n{").startswith(b"HTTP/1.1 408 ")
@@ -2980,7 +4241,7 @@ def test_bodies_chunked_gzipped_expected_and_one_after_the_other(key_server):
 
 def test_gzip_bomb_is_413(serve, upstream, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
-    server = serve(base_url=upstream.dashscope, max_body_mib=1)
+    server = serve(base_url=upstream.dashscope, max_body=1)
     status, _, body = ask(server, gzip.compress(b" " * 50_000_000), headers={"Content-Encoding": "gzip"})
     assert (status, json.loads(body)["error"]["code"]) == (413, "request_too_large")
 
@@ -3047,8 +4308,9 @@ def test_vendored_server_runs_in_a_thread_and_stops(login, upstream):
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads cannot be bound here")
 def test_connections_share_a_processor_and_the_rest_of_the_program_is_free(key_server, monkeypatch):
     before, seen = os.sched_getaffinity(0), []
-    respond_ = qp.Handler._respond
-    monkeypatch.setattr(qp.Handler, "_respond", lambda handler: (seen.append(os.sched_getaffinity(0)), respond_(handler)))
+    serve_ = qp.Handler.serve
+    monkeypatch.setattr(qp.Listener, "shares_processor", True)
+    monkeypatch.setattr(qp.Handler, "serve", lambda *both: (seen.append(os.sched_getaffinity(0)), serve_(*both)))
     assert chat(key_server)[0] == chat(key_server)[0] == 200
     assert len(set().union(*seen)) == 1 and len(seen) == 2 and os.sched_getaffinity(0) == before
 
@@ -3068,6 +4330,129 @@ def test_running_streams_end_in_an_error_event_at_shutdown(upstream, monkeypatch
     status, headers, data = result[0]
     final = json.loads(data[-1]) if status == 200 else data
     assert final["error"]["code"] == "shutting_down"
+
+
+FILES = "a\r\nX-Injected: 1|a\r\n\r\n<script>|a\x01\x7f\x1b[2J|名前\udcff: b"
+
+
+@posix
+@pytest.mark.parametrize("name", FILES.split("|"), ids=ascii)
+def test_the_name_of_a_login_file_ends_no_header_line(home, upstream, serve, name):  # H15
+    write_login(home, upstream, refresh_token="dead", expires_in=0)
+    write_login(home, upstream, name="oauth_creds-%s.json" % name)
+    server = serve()
+    for is_stream in (True, False):
+        body = json.dumps({"messages": HI, "stream": is_stream}).encode()
+        head = POST + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
+        head, _, answer = raw(server, head + body).partition(b"\r\n\r\n")
+        status, *lines = head.split(b"\r\n")
+        assert status == b"HTTP/1.1 200 OK" and "wörld".encode() in answer
+        odd = [line for line in lines if not re.match(rb"[A-Za-z-]+: [ -~\xa0-\xff]*\Z", line)]
+        names = [line.partition(b":")[0].lower() for line in lines]
+        assert odd == [] and names.count(b"x-qwen-provider") == 1 and b"x-injected" not in names
+
+
+ITEMS = [(HELLO, False, "/v1/responses"), (CALLS, True, "/v1/responses")]
+ITEMS += [(CALLS, False, "/v1/chat/completions")]
+
+
+@pytest.mark.parametrize("pieces, is_stream, path", ITEMS)
+def test_an_item_of_a_response_is_known_to_its_key_only(
+    serve, upstream, monkeypatch, path, pieces, is_stream
+):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-key")  # H16
+    server = serve(base_url=upstream.dashscope, model="m", api_key=["key-a", "key-b"])
+    upstream.script.append(stream(*pieces))
+    request, key = {"input": "Hi", "stream": is_stream}, {"Authorization": "Bearer key-a"}
+    body = ask(server, request, path="/v1/responses", headers=key)[2].decode()
+    whole_ = json.loads(body.split("data: ")[-1])["response"] if is_stream else json.loads(body)
+    items = [item for item in whole_["output"] if item["type"] != "reasoning"]
+    turn = HI + [{"type": "item_reference", "id": item["id"]} for item in items]
+    calls = [item["call_id"] for item in items if "call_id" in item]
+    turn += [{"type": "function_call_output", "call_id": call, "output": "x"} for call in calls]
+    for key, status in (("key-b", 400), ("key-a", 200), ("key-b", 400)):
+        for name, value in (("Authorization", "bearer %s"), ("api-key", "%s")):
+            del upstream.requests[:]
+            headers = {"x-api-key": "wrong", name: value % key}
+            answer = ask(server, {"input": turn}, path=path, headers=headers)
+            assert (answer[0], len(upstream.bodies())) == (status, status == 200), (key, name)
+
+
+@pytest.mark.parametrize("origins", ["null", "NULL", "http://a.example *", ""])
+def test_an_origin_of_every_page_is_let_in_with_a_warning(
+    key_server, upstream, serve, caplog, origins
+):
+    server = serve(base_url=upstream.dashscope, allow_origin=origins.split())  # H17
+    status, headers, body = ask(server, {"messages": HI}, headers={"Origin": "null"})
+    is_warned = any("every web page" in record.getMessage() for record in caplog.records)
+    assert is_warned is bool(origins) and status == (200 if origins else 403)
+    assert headers["Access-Control-Allow-Origin"] == ("null" if origins else None)
+    assert b"--allow-origin null" not in body
+
+
+def test_the_origin_null_is_not_advised():  # H17
+    assert "--allow-origin null" not in readme()
+
+
+LOCAL = b"Host: localhost\r\n"
+PAGE = LOCAL + b"Origin: http://localhost:3000\r\n"
+HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+LENGTH, CHUNKS = b"Content-Length: %d\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n"
+CHAT = "/v1/chat/completions"
+REFUSED_BODIES = {
+    "unknown path": (404, b"POST /v1/nothing", LOCAL, LENGTH),
+    "stored response": (404, b"POST /v1/responses/resp_1/cancel", LOCAL, CHUNKS),
+    "method": (405, b"PUT /v1/chat/completions", LOCAL, LENGTH),
+    "no key": (401, b"POST /v1/chat/completions", LOCAL, CHUNKS),
+    "host": (403, b"POST /v1/chat/completions", b"Host: evil.example\r\n", LENGTH),
+    "text of a page": (415, b"POST /v1/responses", PAGE + b"Content-Type: text/plain\r\n", CHUNKS),
+}
+NOWHERE = b"POST /v1/nothing HTTP/1.1\r\nHost: localhost\r\n"
+
+
+def body_of(size, framing):
+    """The end of a head, and a body that would be requests, were it not dropped."""
+    data = (HEALTH * (size // len(HEALTH) + 1))[:size]
+    return (framing % size, data) if framing is LENGTH else (framing, chunked(data, 5000))
+
+
+def statuses(received):
+    return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+) ", received)]
+
+
+@pytest.mark.parametrize("name", REFUSED_BODIES)
+def test_a_refusal_of_a_small_body_keeps_the_connection(serve, login, name):  # B10
+    status, line, headers, framing = REFUSED_BODIES[name]
+    bodies = [b"".join(body_of(size, framing)) for size in (0, 1, 1000, 65_536)]
+    requests = b"".join(line + b" HTTP/1.1\r\n" + headers + body for body in bodies)
+    received = raw(serve(api_key=["key-123456"]), requests + HEALTH)
+    assert statuses(received) == [status] * len(bodies) + [200]
+
+
+def test_a_body_that_comes_after_its_head_was_read_is_dropped(serve, login, monkeypatch):
+    server, parsed, real = serve(), threading.Event(), qp.Exchange.read_head  # B10
+    monkeypatch.setattr(qp.Exchange, "read_head", lambda it: [real(it), parsed.set()][0])
+    with socket.create_connection(("127.0.0.1", server.port), timeout=WAIT) as client:
+        end_of_head, body = body_of(1000, CHUNKS)
+        client.sendall(NOWHERE + end_of_head)
+        assert parsed.wait(WAIT)
+        client.sendall(body + HEALTH)
+        with client.makefile("rb") as reader:
+            assert statuses(reader.read()) == [404, 200]
+
+
+OTHER_BODIES = {
+    "large, in chunks": b"".join(body_of(1 << 20, CHUNKS)),
+    "half of it comes": LENGTH % 10 + b"half",
+    "no size of a chunk": CHUNKS + b"zz\r\n" + HEALTH,
+    "waits": b"Expect: 100-continue\r\n" + LENGTH % 10,
+}
+
+
+@pytest.mark.parametrize("name", OTHER_BODIES)
+def test_a_refusal_of_any_other_body_closes_the_connection(serve, login, name):  # B10
+    received = raw(serve(), NOWHERE + OTHER_BODIES[name])
+    assert statuses(received) == [404] and b"connection: close" in received.lower()
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -3090,16 +4475,21 @@ def settings(home, upstream, *entries, **more):
                                                     "security": {"auth": {"selectedType": "openai"}}, **more}))
 
 
-def test_client_01_models_come_at_once_with_their_four_fields_with_and_without_a_key(key_server, upstream):
+def test_client_01_models_come_at_once_with_their_four_fields_with_and_without_a_key(
+    key_server, upstream, monkeypatch
+):
+    monkeypatch.setattr(qp.ModelLists, "TIMEOUT", 1000)  # who waited for the list would wait for ever
     never = threading.Event()
-    upstream.models = lambda: Reply(200, [("Transfer-Encoding", "chunked")], [never])     # it hangs: nobody waits for it
-    for headers in ({}, {"Authorization": "Bearer x"}):
-        began = time.monotonic()
-        status, models = get(key_server, "/v1/models", **headers)
-        assert status == 200 and models["object"] == "list" and time.monotonic() - began < 3
-        assert [(model["id"], model["object"], type(model["created"]), type(model["owned_by"])) for model in models["data"]] == [
-            ("qwen3-max", "model", int, str)]
-    never.set()
+    upstream.models = lambda: Reply(200, [("Transfer-Encoding", "chunked")], [never])
+    try:
+        for headers in ({}, {"Authorization": "Bearer x"}):
+            status, models = get(key_server, "/v1/models", **headers)
+            assert status == 200 and models["object"] == "list"
+            (model,) = models["data"]
+            assert (model["id"], model["object"]) == ("qwen3-max", "model")
+            assert (type(model["created"]), type(model["owned_by"])) == (int, str)
+    finally:
+        never.set()
 
 
 def test_client_02_a_model_is_found_by_its_encoded_id(home, upstream, serve):
@@ -3190,29 +4580,44 @@ def test_client_14_framed_errors_become_json(key_server, upstream):
     assert chat(key_server, stream=True)[2]["error"]["message"] == "m"
 
 
-def test_client_15_silence_is_filled_with_plain_comments(serve, upstream, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
-    server, go = serve(base_url=upstream.dashscope, model="m", keep_alive=0.05), threading.Event()
+def test_client_15_silence_is_filled_with_plain_comments(quick, upstream):
+    go = threading.Event()
     upstream.script.append(stream(HELLO[0], go, *HELLO[1:]))
-    threading.Timer(0.4, go.set).start()
-    lines = [line for line in stream_lines(server) if line]
-    assert lines.count(": keep-alive") >= 3 and all(line == ": keep-alive" or line[:7] in ("data: {", "data: [") for line in lines)
+    lines = [line for line in comments_until(quick, go, 3) if line.strip()]
+    assert lines.count(b": keep-alive\n") >= 3
+    assert all(re.match(rb": keep-alive\n|data: [{[]", line) for line in lines)
 
 
-def test_client_15_comments_of_the_upstream_do_not_put_it_off(serve, upstream, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
-    server, gates = serve(base_url=upstream.dashscope, model="m", keep_alive=0.5), [threading.Event() for _ in range(3)]
-    upstream.script.append(stream(HELLO[0], *[piece for gate in gates for piece in (gate, b": still here\n\n")], *HELLO[1:]))
-    for number, gate in enumerate(gates):
-        threading.Timer(0.4 * (number + 1), gate.set).start()
-    started, times = time.monotonic(), []
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=WAIT)
-    connection.request("POST", "/v1/chat/completions", json.dumps({"messages": HI, "stream": True}))
-    for line in connection.getresponse():
-        if line == b": keep-alive\n":
-            times.append(time.monotonic() - started)
-    connection.close()
-    assert len(times) >= 2          # after 0.5 and 1 s; put off by the comments it would be one, after 0.8 s
+class Pause(threading.Event):
+    """What the fake waits for during one look at its connection."""
+
+    looks = 0
+
+    def is_set(self):
+        self.looks += 1
+        return self.looks > 1
+
+
+class Talk(list):
+    """The pieces of HELLO, with comments in between until the event comes, at most 300."""
+
+    def __init__(self, end):
+        super().__init__(HELLO)
+        self.end = end
+
+    def __iter__(self):
+        yield HELLO[0]
+        for _ in range(300):
+            if not self.end.is_set():
+                yield from (Pause(), b": still here\n\n")
+        yield from HELLO[1:]
+
+
+def test_client_15_comments_of_the_upstream_do_not_put_it_off(quick, upstream):
+    end = threading.Event()
+    upstream.script.append(stream()._replace(pieces=Talk(end)))
+    lines = comments_until(quick, end, 2)
+    assert lines.count(b": keep-alive\n") >= 2 and lines[-2] == b"data: [DONE]\n"
 
 
 def test_client_16_no_character_is_ever_split_between_writes(key_server, upstream):
@@ -3330,7 +4735,7 @@ def test_client_26_parameters_of_openai_alone_do_not_reach_the_upstream(key_serv
 
 def test_client_26_controls_for_other_servers_do_not_reach_the_upstream_or_get_qwens_names(key_server, upstream):
     ours = {"repeat_penalty": 1.1, "think": False, "max_output_tokens": 9, "unheard_of": 1}
-    assert chat(key_server, model="qwen3.7-plus", **dict.fromkeys(qp.FOREIGN_FIELDS, 1), **ours)[0] == 200
+    assert chat(key_server, model="qwen3.7-plus", **dict.fromkeys(qp.Rewrite.FOREIGN, 1), **ours)[0] == 200
     body = upstream.bodies()[0]
     assert set(body) == {"model", "messages", "stream", "stream_options", "repetition_penalty", "enable_thinking", "max_tokens", "unheard_of"}
     assert (body["repetition_penalty"], body["enable_thinking"], body["max_tokens"]) == (1.1, False, 9)
@@ -3361,7 +4766,7 @@ def test_client_28_a_forced_tool_is_no_400_while_thinking(key_server, upstream, 
     upstream.script.append(stream(*CALLS))
     status, _, completion = chat(key_server, model=model, tools=[TOOL], tool_choice=choice)
     assert status == 200 and completion["choices"][0]["message"]["tool_calls"]
-    assert "no thinking" in caplog.text or "in words only" in caplog.text      # what was given up is said
+    assert "no thinking" in caplog.text or "an instruction in the prompt" in caplog.text      # what was given up is said
 
 
 @pytest.mark.parametrize("function", [{"strict": True}, {"description": None}, {}, {"parameters": {"$schema": "s", "type": "object", "properties": {
@@ -3408,7 +4813,7 @@ def test_client_33_embeddings_come_as_asked(key_server, encoding):
 
 @pytest.mark.parametrize("model, size", [("text-embedding-v4", 10), ("text-embedding-v2", 25), ("nomic-embed-text", 2048)])
 def test_client_34_a_batch_is_as_large_as_the_model_takes_behind_any_gateway(model, size):
-    assert qp.embedding_batch_size(qp.Route(qp.Provider("t", "http://h/v1", None, "t", {}, "other"), model)) == size
+    assert qp.EmbeddingsApi.batch_size(qp.Target(qp.Provider("t", "http://h/v1", None, "t", {}, qp.FAMILIES["other"]), model)) == size
 
 
 def test_client_34_a_thousand_texts_come_back_in_order(key_server, upstream):
@@ -3486,8 +4891,8 @@ def test_embedding_requests_that_cannot_be_served_say_why(key_server, upstream, 
 def test_dimensions_pass_and_old_models_take_25_texts(key_server, upstream):
     ask(key_server, {"model": "text-embedding-v4", "input": ["a"], "dimensions": 64}, path="/v1/embeddings")
     assert json.loads(upstream.requests[0][2]) == {"model": "text-embedding-v4", "input": ["a"], "dimensions": 64, "encoding_format": "float"}
-    route = qp.Route(qp.Provider("t", "http://h/v1", None, "t", family="dashscope"), "text-embedding-v2")
-    assert qp.embedding_batch_size(route) == 25
+    route = qp.Target(qp.Provider("t", "http://h/v1", None, "t", family=qp.FAMILIES["dashscope"]), "text-embedding-v2")
+    assert qp.EmbeddingsApi.batch_size(route) == 25
 
 
 def test_a_batch_that_fails_fails_the_request(key_server, upstream, monkeypatch):
@@ -3539,7 +4944,7 @@ def test_live_models_are_merged_cached_and_outlive_an_error(home, upstream, serv
         assert names == ["qwen3-max", "qwen-max", "text-embedding-v4", other + "/qwen3-max", other + "/qwen-max"]
         get(server, "/v1/models")
         assert len(upstream.requests) == 1      # cached
-        monkeypatch.setattr(qp, "MODELS_AGE", 0)
+        monkeypatch.setattr(qp.ModelLists, "AGE", 0)
         upstream.models = lambda: reply(500, b"")
         assert [model["id"] for model in get(server, "/v1/models")[1]["data"]] == names
         assert chat(server, model=other + "/qwen-max")[0] == 200 and second.bodies()[0]["model"] == "qwen-max"
@@ -3562,7 +4967,7 @@ EXHAUSTED = refusal("hour allocated quota exceeded", 429, "insufficient_quota")
 
 @pytest.mark.parametrize("answer", [EXHAUSTED, refusal("Incorrect API key provided.", 401, "invalid_api_key"), reply(503, b"")])
 def test_failover_goes_to_the_next_provider_that_lists_the_model(home, upstream, second, serve, answer, caplog, monkeypatch):
-    monkeypatch.setattr(qp, "RETRY_DELAY_FIRST", 0.01)
+    monkeypatch.setattr(qp.Call, "RETRY_DELAY", 0.01)
     caplog.set_level(logging.INFO, "qwen_proxy")
     settings(home, upstream, {"id": "qwen3-max"}, {"id": "qwen3-max", "baseUrl": second.dashscope}, {"id": "other"})
     server = serve(failover=True)
@@ -3579,7 +4984,7 @@ def test_failover_goes_to_the_next_provider_that_lists_the_model(home, upstream,
 
 
 def test_failover_from_an_unreachable_host(home, upstream, second, serve, monkeypatch):
-    monkeypatch.setattr(qp, "RETRY_DELAY_FIRST", 0.01)
+    monkeypatch.setattr(qp.Call, "RETRY_DELAY", 0.01)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         settings(home, upstream, {"id": "qwen3-max", "baseUrl": "http://127.0.0.1:%d/compatible-mode/v1" % free.getsockname()[1]},
@@ -3589,8 +4994,8 @@ def test_failover_from_an_unreachable_host(home, upstream, second, serve, monkey
 
 def test_failover_from_hosts_that_take_no_connection_or_close_it_at_once(home, upstream, second, serve, monkeypatch):
     monkeypatch.setattr(qp, "CONNECT_TIMEOUT", 0.2)
-    monkeypatch.setattr(qp, "RETRY_DELAY_FIRST", 0.01)
-    monkeypatch.setattr(qp, "PATIENCE", 0.5)                # three attempts to connect are too many
+    monkeypatch.setattr(qp.Call, "RETRY_DELAY", 0.01)
+    monkeypatch.setattr(qp.Call, "DEADLINE", 0.5)                # three attempts to connect are too many
     with socket.create_server(("127.0.0.1", 0), backlog=0) as full, contextlib.ExitStack() as waiting:
         for _ in range(3):                                  # its queue is full, so the next SYN is not answered
             one = waiting.enter_context(socket.socket())
@@ -3630,7 +5035,7 @@ def test_never_repeated_after_the_first_byte(home, upstream, second, serve):
 
 def test_retries_and_failover_end_with_the_clients_patience(home, upstream, second, serve, monkeypatch):
     settings(home, upstream, {"id": "qwen3-max"}, {"id": "qwen3-max", "baseUrl": second.dashscope})
-    monkeypatch.setattr(qp, "PATIENCE", -1)
+    monkeypatch.setattr(qp.Call, "DEADLINE", -1)
     server = serve(failover=True)
     upstream.script.extend([reply(503, b""), EXHAUSTED])
     assert [chat(server, model="qwen3-max")[0] for _ in range(2)] == [503, 429]
@@ -3687,11 +5092,11 @@ def mutated(value, random_, times):
 REFUSED_BY_NAME = ["Range of max_tokens should be [1, 5] json_schema logprobs", "thinking_budget must be not greater than 5", "tool_choice",
                    "Json mode response is not supported when enable_thinking is true", 'tool_choice should be ["none", "auto"]']
 FUZZED_REQUESTS = {
-    "chat": (EVERYTHING, qp.check_chat_request, qp.to_upstream_request),
+    "chat": (EVERYTHING, qp.ChatApi().check, qp.ChatApi().to_upstream),
     "history": ({**EVERYTHING, "messages": EVERYTHING["messages"] * 2, "functions": [{"name": "f"}], "function_call": {"name": "f"},
                  "reasoning": {"effort": "low", "max_tokens": 5}, "thinking": {"type": "enabled", "budget_tokens": 5}, "tool_choice": "required",
                  "chat_template_kwargs": {"enable_thinking": True}, "response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
-                qp.check_chat_request, qp.to_upstream_request),
+                qp.ChatApi().check, qp.ChatApi().to_upstream),
     "anthropic": ({"messages": [*HI, {"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "tool_use", "id": "t", "name": "f", "input": {}}]},
                                 {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t", "content": [{"type": "text", "text": "x"}]}]},
                                 {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]},
@@ -3699,9 +5104,9 @@ FUZZED_REQUESTS = {
                    "tools": [{"name": "f", "input_schema": {"type": "object", "properties": {"a": {"description": None}}}}], "think": "high",
                    "tool_choice": {"type": "any"}, "max_output_tokens": -1, "repeat_penalty": 1, "thinking_budget": 5, "min_p": 1,
                    "extra_body": {"top_k": 5, "enable_thinking": True, "functions": [{"name": "f"}], "response_format": {"type": "json_object"}}},
-                  qp.check_chat_request, qp.to_upstream_request),
+                  qp.ChatApi().check, qp.ChatApi().to_upstream),
     "text": ({"prompt": "a", "suffix": "b", "max_tokens": 5, "stream": True, "stream_options": {}, "temperature": 1, "user": "u"},
-             qp.check_text_request, qp.to_upstream_text_request),
+             qp.TextApi().check, qp.TextApi().to_upstream),
 }
 
 
@@ -3715,10 +5120,10 @@ def test_odd_requests_are_served_or_refused_by_name(name):
         odd = qp.with_extra_body(mutated(request, random_, random_.randrange(1, 4)))
         family, model = random_.choice([("dashscope", "qwen3.7-plus"), ("portal", "coder-model"), ("coding", "glm-4.7"), ("token", "qwen3.8-max"),
                                         ("openrouter", "qwen/qwen3-max"), ("deepseek", "deepseek-v4"), ("other", "m")])
-        provider = qp.Provider("t", "http://h/v1", None, "t", {model: mutated(config, random_, 1) if number % 3 == 0 else {}}, family)
+        provider = qp.Provider("t", "http://h/v1", None, "t", {model: mutated(config, random_, 1) if number % 3 == 0 else {}}, qp.FAMILIES[family])
         try:
             check(odd)
-            body, _ = to_upstream_(odd, qp.Route(provider, model))
+            body, _ = to_upstream_(odd, qp.Target(provider, model))
             qp.repair_request(body, qp.UpstreamError(random_.choice(REFUSED_BY_NAME), 400))
             qp.encode_json(body)
         except qp.BadRequest as error:
@@ -3736,8 +5141,8 @@ def test_odd_response_and_embedding_requests_are_served_or_refused_by_name():
     random_, refused = random.Random(5), 0
     for _ in range(1500):
         try:
-            asked = qp.to_chat_request(mutated(request, random_, random_.randrange(1, 4)), qp.ItemMemory())
-            qp.check_chat_request(asked.chat)
+            asked = qp.ResponseRequest(mutated(request, random_, random_.randrange(1, 4)), qp.ItemMemory())
+            qp.ChatApi().check(asked.chat)
             body, _ = to_upstream(asked.chat, "qwen3.7-plus")
             events = qp.ResponseEvents(asked, "m", 1)
             found = events.start() + events.finish(None)
@@ -3748,7 +5153,7 @@ def test_odd_response_and_embedding_requests_are_served_or_refused_by_name():
     assert 0 < refused < 1500
     for _ in range(500):
         try:
-            qp.embedding_texts(mutated({"model": "m", "input": ["a", "b"], "encoding_format": "float"}, random_, 2))
+            qp.EmbeddingsApi().check(mutated({"model": "m", "input": ["a", "b"], "encoding_format": "float"}, random_, 2))
         except qp.BadRequest as error:
             assert error.message
 
@@ -3783,7 +5188,7 @@ def test_odd_answers_come_out_whole_or_as_an_error(name):
     outcomes = collections.Counter()
     for _ in range(600):
         pieces = odd_answer(FUZZED_STREAMS[name], random_)
-        asked = qp.to_chat_request({"input": "x"}, qp.ItemMemory())
+        asked = qp.ResponseRequest({"input": "x"}, qp.ItemMemory())
         events = qp.ResponseEvents(asked, "m", 1)
         found = events.start()
         try:
@@ -3864,7 +5269,6 @@ def test_start_says_what_a_newcomer_needs(login, upstream):
     assert "Traceback" not in "".join(process.lines)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 @pytest.mark.skipif(os.name == "nt", reason="there is no SIGTERM")
 def test_a_log_that_nobody_reads_does_not_keep_the_program_from_ending(home):
     process = subprocess.Popen([sys.executable, os.path.join(HERE, "qwen_proxy.py"), "--demo", "--port", "0"],
@@ -3876,20 +5280,6 @@ def test_a_log_that_nobody_reads_does_not_keep_the_program_from_ending(home):
             ask(target, method="GET", path="/" + "x" * 90)
         process.terminate()
         assert process.wait(WAIT) == 0
-
-
-def test_second_signal_ends_at_once(home, upstream, login):
-    upstream.script.append(stream(*HELLO[:2], threading.Event()))
-    process = Process("--port", "0")
-    client = threading.Thread(target=lambda: pytest.raises(Exception, chat, process, stream=True), daemon=True)
-    assert process.port
-    client.start()
-    upstream.wait_for_request()
-    process.popen.send_signal(signal.SIGTERM)
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.popen.wait(0.5)
-    process.popen.send_signal(signal.SIGTERM)
-    assert process.popen.wait(WAIT) == 1
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -3908,6 +5298,203 @@ def test_taken_port_is_a_sentence_and_exit_code_2():
         done = subprocess.run([sys.executable, PROGRAM, "--port", str(taken.getsockname()[1])], stdout=subprocess.PIPE,
                               stderr=subprocess.PIPE, timeout=WAIT)
     assert done.returncode == 2 and b"choose another --port" in done.stderr and b"Traceback" not in done.stderr
+
+
+ENDLESS = [*HELLO[:2], threading.Event()]
+
+
+def send(server, **more):
+    """A connection with a chat request on its way."""
+    body = json.dumps({"messages": HI, **more}).encode()
+    client = socket.create_connection(("127.0.0.1", server.port), timeout=WAIT)
+    client.sendall(POST + b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
+    return client
+
+
+def send_signals(process, names):
+    """Each when the program has noticed the one before; its exit code."""
+    for index, name in enumerate(names.split()):
+        end = time.monotonic() + WAIT
+        while index and "stopping" not in "".join(process.lines) and time.monotonic() < end:
+            time.sleep(0.01)
+        process.popen.send_signal(getattr(signal, name))
+    return process.popen.wait(WAIT)
+
+
+@contextlib.contextmanager
+def busy(home, upstream, *options):
+    """The program, and a client: its stream never ends, and no more does a refresh."""
+    write_login(home, upstream)
+    asked, never = threading.Event(), [threading.Event()]
+    upstream.script.extend([stream(*ENDLESS), refusal("no", 401, "invalid_api_key")])
+    upstream.token_script.append(lambda form: asked.set() or Reply(200, [], never))
+    process = Process("--port", "0", *options)
+    try:
+        with send(process, stream=True) as client, client.makefile("rb") as reader:
+            assert any(b"Hel" in line for line in reader)
+            with send(process):
+                assert asked.wait(WAIT) and (home / "oauth_creds.lock").exists()
+                yield process, reader
+    finally:
+        process.popen.kill()
+        process.popen.wait(WAIT)
+
+
+@posix
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_a_signal_ends_a_stream_with_a_word_and_leaves_no_lock(home, upstream, name):  # H9
+    with busy(home, upstream, "--grace", "0.1") as (process, reader):
+        assert send_signals(process, name) == 0
+        received = reader.read()
+    assert b"shutting_down" in received and received.endswith(b"\n\n\r\n0\r\n\r\n")
+    assert b"[DONE]" not in received and os.listdir(home) == ["oauth_creds.json"]
+
+
+@posix
+@pytest.mark.parametrize("names", ["SIGTERM SIGTERM", "SIGINT SIGHUP", "SIGHUP SIGTERM"])
+def test_second_signal_ends_at_once(home, upstream, names):  # H9
+    with busy(home, upstream) as (process, _):
+        assert send_signals(process, names) == 1  # after all the grace it would be 0
+    assert os.listdir(home) == ["oauth_creds.json"]
+
+
+@posix
+def test_a_closed_terminal_is_nothing_to_what_nohup_started(login, upstream, monkeypatch):  # H9
+    ignore = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)
+    monkeypatch.setattr(subprocess, "Popen", functools.partial(subprocess.Popen, preexec_fn=ignore))
+    process = Process("--port", "0")
+    try:
+        assert process.port
+        process.popen.send_signal(signal.SIGHUP)
+        assert chat(process)[0] == 200
+        assert send_signals(process, "SIGTERM") == 0  # as a second one it would end in 1
+    finally:
+        process.popen.kill()
+
+
+@pytest.mark.parametrize("value", [None, "0.5", "-1", "nan"])
+def test_grace_is_8_seconds_unless_told_otherwise(capsys, value):  # H10
+    arguments = ["--grace=" + value] if value else []
+    if value in (None, "0.5"):
+        parsed = qp.build_parser().parse_args(arguments)
+        assert qp.checked_options(qp.stated_options(parsed, {})).grace == float(value or 8)
+        return
+    with pytest.raises(SystemExit):
+        qp.main(arguments)
+    assert re.search(r"error: .*--grace(?!=)", capsys.readouterr().err)
+
+
+# The program with a log that is held for long, and with two more ways to end.
+SLOW_LOG = """
+import signal, sys
+sys.path.insert(0, %r)
+import qwen_proxy as qp
+qp.LOG_PAUSE = 2
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit(3))
+signal.signal(signal.SIGUSR2, lambda *_: 1 // 0)
+sys.exit(qp.main(sys.argv[1:]))
+"""
+ENDINGS = {"SIGTERM": 0, "SIGUSR1": 3, "SIGUSR2": 1, "SIGHUP SIGINT": 1}
+
+
+@posix
+@pytest.mark.parametrize("names", ENDINGS)
+def test_no_line_of_the_log_is_lost(login, upstream, tmp_path, monkeypatch, names):  # O14
+    (tmp_path / "program.py").write_text(SLOW_LOG % HERE)
+    monkeypatch.setattr(sys.modules[__name__], "PROGRAM", str(tmp_path / "program.py"))
+    process, requests = Process("--port", "0"), ["/v1/chat/completions"] * 5 + ["/health"]
+    connection = http.client.HTTPConnection("127.0.0.1", process.port, timeout=WAIT)
+    try:
+        for path in requests:  # by one thread, so the last answer tells that the rest is logged
+            body = None if path == "/health" else json.dumps({"messages": HI})
+            connection.request("POST" if body else "GET", path, body)
+            assert connection.getresponse().read()
+        upstream.script.append(stream(*ENDLESS))
+        with send(process, stream=True) if " " in names else contextlib.nullcontext():
+            upstream.wait_for_request(6 if " " in names else 5)
+            assert send_signals(process, names) == ENDINGS[names]
+    finally:
+        connection.close()
+        process.popen.kill()
+    process.reader.join(WAIT)
+    assert "".join(process.lines).count(" POST /v1/chat/completions 200 ") == 5
+
+
+NO_ACCESS = [(["--api-key="], None), (["--api-key=\u00a0", "--host=0.0.0.0"], None)]
+NO_ACCESS += [(["--api-key=good-key", "--api-key=\t", "--no-auth"], None)]
+NO_ACCESS += [([], ""), (["--host=0.0.0.0"], "good-key, ,k-2"), (["--api-key=good-key"], ",")]
+
+
+@pytest.mark.parametrize("arguments, variable", NO_ACCESS, ids=ascii)
+def test_a_key_that_protects_nothing_ends_the_start(main, monkeypatch, arguments, variable):  # H1
+    if variable is not None:
+        monkeypatch.setenv("QWEN_PROXY_API_KEYS", variable)
+    code, said = main("--port=0", *arguments)
+    assert code == 2 and ("--api-key" if variable is None else "QWEN_PROXY_API_KEYS") in said
+    assert variable is not None or "--no-auth" not in said
+
+
+@pytest.mark.parametrize("host, begin", [("", ""), ("x.localhost", "-"), ("::", "sk-")])
+def test_a_host_without_a_key_is_refused_with_a_command(main, monkeypatch, host, begin):  # H1
+    numbers, fresh = itertools.count(10**30), set()
+    monkeypatch.setattr(qp.secrets, "token_urlsafe", lambda *size: begin + str(next(numbers)))
+    for _ in range(2):
+        code, said = main("--port=0", "--host", host)
+        command = re.search(r"--host .*?--api-key\S* ?\S+", said).group()  # ready to be pasted
+        options = qp.build_parser().parse_args(shlex.split(command))
+        assert code == 2 and options.host in (host, host or "0.0.0.0")
+        assert re.match(r"[\w-]{20,}\Z", options.api_key[0]), command
+        fresh.update(options.api_key)
+    assert len(fresh) == 2 and main("--port=0", "--host=0.0.0.0", "--api-key=good-key")[0] == 0
+
+
+def assert_plain(said):
+    assert [char for char in said if not char.isprintable() and char != "\n"] == []
+    assert not re.search("^ *FORGED", said, re.M)
+
+
+LOGINS = r"""
+device 200 {"device_code": "dc_123456", "verification_uri": "ORIGIN/authorize", "user_code": JSON}
+device 200 {"device_code": "dc_123456", "verification_uri": JSON}
+device 200 {"device_code": "dc_123456", "verification_uri": "--gpu-launcher=x"}
+token 400 {"error": JSON}
+token 200 {"access_token": "at_123456", "refresh_token": "rt_123456"}
+""".strip().split("\n")
+
+
+@posix
+@pytest.mark.parametrize("line", LOGINS)
+def test_a_login_says_and_opens_nothing_harmful(upstream, home, monkeypatch, capsys, caplog, line):
+    opened = []  # H13
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    monkeypatch.setattr(qp, "LOGIN_POLL_FIRST", 0.001)
+    monkeypatch.setenv("QWEN_HOME", str(home / ESCAPES))
+    endpoint, line = line.replace("ORIGIN", upstream.origin).split(" ", 1)
+    answer = answer_of(line, ESCAPES)
+    upstream.device_answers.extend([answer] * (endpoint == "token"))
+    upstream.device_answers.append(reply(400, {"error": "access_denied"}))
+    if endpoint == "device":
+        upstream.device_answer = lambda form: answer
+    assert qp.main(["login"]) == (0 if "at_123456" in line else 1)
+    assert_plain("".join(capsys.readouterr()) + caplog.text)
+    assert {uri.partition("?")[0] for uri in opened} <= {upstream.origin + "/authorize"}
+
+
+@posix
+@pytest.mark.parametrize("broken", [False, True], ids=["settings", "broken settings"])
+def test_status_says_no_escapes(home, upstream, monkeypatch, capsys, broken):  # H13
+    folder = home / ESCAPES
+    folder.mkdir()
+    monkeypatch.setenv("QWEN_HOME", str(folder))
+    monkeypatch.setenv("HTTP_PROXY", "http://x" + ESCAPES)
+    write_login(folder, upstream, name="oauth_creds-%s.json" % ESCAPES)
+    entries = [{"id": "m" + ESCAPES, "envKey": "K", "baseUrl": "http://x" + ESCAPES}]
+    write_settings(folder, upstream, modelProviders={"openai": entries}, model={"name": ESCAPES})
+    if broken:
+        (folder / "settings.json").write_text("{")
+    qp.main(["status"])
+    qp.main(["status", "--json"])
+    assert_plain("".join(capsys.readouterr()))
 
 
 def test_login_writes_the_file(home, upstream, monkeypatch, capsys):
@@ -3933,13 +5520,15 @@ def test_login_ended_by_ctrl_c_or_refusal_leaves_nothing(home, upstream, monkeyp
     assert os.listdir(str(home)) == [] and "Traceback" not in capsys.readouterr().err
 
 
-def test_status_tells_a_usable_login(login, upstream, capsys):
+def test_status_tells_a_usable_login(login, upstream, capsys, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda now=time.time(): now)
     (login.parent / "oauth_creds.lock").write_text("x")
     assert qp.main(["status"]) == 0
     said = capsys.readouterr().out
-    for words in ("oauth_creds.json", "in 59 min", "600", "held for", "coder-model", "http://localhost:8080/v1", "right", "none"):
+    for words in ("oauth_creds.json", "in 59 min", "600", "exists for", "coder-model", "right"):
         assert words in said, words
-    assert "at_1" not in said and upstream.bodies() == [] and upstream.refreshes == []
+    assert "none" in said and "http://localhost:8080/v1" in said and "at_1" not in said
+    assert upstream.bodies() == [] and upstream.refreshes == []
 
 
 def test_status_of_nothing_is_exit_code_1(capsys):
