@@ -644,7 +644,7 @@ class Secrets:
 
         Each level of JSON has more backslashes, each level of URLs more %25.
         """
-        parts = []
+        parts: list[str] = []
         for char in value:
             escape = json.dumps(char)[1:-1]
             ways = [re.escape(char)] if char != "\\" else []
@@ -2605,8 +2605,9 @@ class Waiter:
             remaining = end - time.monotonic()
             if remaining <= 0:
                 return
-            if self._selector.get_map():
-                self._look_at_client(self._selector.select(min(self.LOOK, remaining)))
+            if self._client is not None:
+                if self._selector.select(min(self.LOOK, remaining)):
+                    self._look_at_client()
             else:
                 # Windows refuses to wait for nothing.
                 time.sleep(min(self.LOOK, remaining))
@@ -2660,8 +2661,6 @@ class Waiter:
         while True:
             if now >= self._next_look or self._is_stopping:
                 self.look()
-                if self._client is not None:
-                    self._look_at_client(self._selector.select(0))
             if now >= deadline:
                 raise UpstreamError(
                     f"the upstream has {verb} nothing for {self.timeout:g} s; try again, or allow "
@@ -2669,10 +2668,13 @@ class Waiter:
                     504,
                     "upstream_timeout",
                 )
-            ready = self._selector.select(max(0, min(deadline, self._next_look) - now))
-            if self._client is not None:
-                self._look_at_client(ready)
-            if any(key.fileobj is upstream for key, _ in ready) and not self._is_stopping:
+            is_ready = False
+            for key, _ in self._selector.select(max(0, min(deadline, self._next_look) - now)):
+                if key.fileobj is upstream:
+                    is_ready = True
+                else:
+                    self._look_at_client()
+            if is_ready and not self._is_stopping:
                 return
             now = time.monotonic()
 
@@ -2685,9 +2687,9 @@ class Waiter:
         if upstream is not None:
             self._selector.register(upstream, event)
 
-    def _look_at_client(self, ready: list[tuple[selectors.SelectorKey, int]]) -> None:
+    def _look_at_client(self) -> None:
         client = self._client
-        if client is None or not any(key.fileobj is client for key, _ in ready):
+        if client is None:
             return
         try:
             if not client.recv(1, socket.MSG_PEEK):
@@ -2732,7 +2734,14 @@ class Connection:
 
     def is_quiet(self) -> bool:
         """Return whether nothing can be read: on an idle connection that would be its end."""
-        return not wait_for(self.socket, selectors.EVENT_READ, 0)
+        try:
+            # Not SSLSocket's recv, which takes no flags.
+            socket.socket.recv(self.socket, 1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+        return False
 
     def close(self) -> None:
         """Close it; may be called more than once."""
@@ -2831,8 +2840,11 @@ class UpstreamResponse:
         self._pool, self._key, self._received = pool, key, b""
         parsed = self._read_head(connection)
         self.status, self._stays_open = parsed.status, not parsed.will_close
-        names = {name.lower() for name in parsed.headers}
-        self.headers = {name: ", ".join(parsed.headers.get_all(name, [])) for name in names}
+        self.headers: dict[str, str] = {}
+        for name, value in parsed.headers.items():
+            lower = name.lower()
+            before = self.headers.get(lower)
+            self.headers[lower] = value if before is None else f"{before}, {value}"
         self._body = BodyDecoder(self.status, self.headers)
         if self._body.is_done:
             self._body.surplus = self._received
@@ -3067,12 +3079,12 @@ class Answer:
         self._emit: Callable[[Any], None] = self._pending.append
         # An error behind chunks that have not been delivered yet.
         self._failure: UpstreamError | None = None
-        self.is_over = False
+        self.is_over = self._has_news = False
         decoder.sink = self.emit
 
     def emit(self, chunk: Any) -> None:
         """Take a chunk from the decoder."""
-        self._waiter.progressed()
+        self._has_news = True
         self._emit(chunk)
 
     def begin(self) -> None:
@@ -3103,6 +3115,9 @@ class Answer:
             else:
                 self.is_over = True
                 self.decoder.close()
+            if self._has_news:
+                self._has_news = False
+                self._waiter.progressed()
         except UpstreamError as error:
             if not self._pending:
                 raise
@@ -5246,8 +5261,10 @@ class Budget:
 
     def take(self, value: Any) -> None:
         """Count a value that is kept."""
-        is_text = isinstance(value, (str, bytes))
-        self._left -= len(value) if is_text else self.OBJECTS * len(encode_json(value))
+        if isinstance(value, (str, bytes)):
+            self._left -= len(value)
+        elif isinstance(value, (list, dict)):
+            self._left -= self.OBJECTS * len(encode_json(value))
         if self._left < 0:
             raise UpstreamError(
                 f"the answer is longer than {self.LIMIT} characters and was aborted"
@@ -5324,15 +5341,13 @@ class ToolCall:
 
     MAX_NAME = 256
 
-    def __init__(self, number: Callable[[], int], upstream_id: str, has_index: bool):
-        self.index, self.upstream_id, self.has_index, self._number = (
-            -1,
-            upstream_id,
-            has_index,
-            number,
-        )
+    def __init__(
+        self, number: Callable[[], int], upstream_id: str, has_index: bool, budget: Budget
+    ):
+        self.index, self._number = -1, number
+        self.upstream_id, self.has_index = upstream_id, has_index
         self.id = upstream_id or "call_" + secrets.token_hex(12)
-        self.name, self.arguments, self._kept = "", JsonText(), ""
+        self.name, self.arguments, self._kept = "", JsonText(budget), ""
         self._increments, self._repeats_name = Increments(), False
 
     def add(self, name: str, arguments: str) -> Json | None:
@@ -5409,8 +5424,9 @@ class ToolCalls:
     shape: index from 0 without holes, ids unique, one entry a delta.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, budget: Budget) -> None:
         self.calls: list[ToolCall] = []
+        self._budget = budget
         self._by_index: dict[int, ToolCall] = {}
         self._by_id: dict[tuple[str, int | None], ToolCall] = {}
         self._ids: set[str] = set()
@@ -5466,7 +5482,7 @@ class ToolCalls:
         return latest
 
     def _new(self, index: int | None, call_id: str) -> ToolCall:
-        call = ToolCall(self._number, call_id, index is not None)
+        call = ToolCall(self._number, call_id, index is not None, self._budget)
         if call.id in self._ids:
             call.id = "call_" + secrets.token_hex(12)
         self._ids.add(call.id)
@@ -5483,9 +5499,9 @@ class ToolCalls:
 class ChoiceState:
     """What the translator remembers of one choice."""
 
-    def __init__(self, is_json: bool):
+    def __init__(self, is_json: bool, budget: Budget):
         self.content, self.reasoning = Increments(), Increments()
-        self.filter, self.tools = ContentFilter(is_json), ToolCalls()
+        self.filter, self.tools = ContentFilter(is_json), ToolCalls(budget)
         self.has_role = self.has_ended = False
         # The upstream's; ours goes out at the end, as more may follow it.
         self.finish_reason: str | None = None
@@ -5530,6 +5546,7 @@ class ChunkTranslator:
         self._is_legacy = bool(request.get("functions")) and not request.get("tools")
         self._is_json = wants_json(request)
         self._states: dict[int, ChoiceState] = {}
+        self._budget = Budget()
         self._id, self._created = "", 0
         self._their_model: Any = None
         self._model_bytes: list[tuple[bytes, bytes]] = []
@@ -5626,11 +5643,13 @@ class ChunkTranslator:
             is_time = isinstance(created, (int, float)) and 0 < created < 1e12
             self._created = int(created) if is_time else 1
         usage = chunk.pop("usage", None)
-        self.usage = clean_usage(usage) or self.usage
         is_changed = usage is not None
-        for name, value in (("id", self._id), ("object", self.OBJECT), ("created", self._created)):
-            if chunk.get(name) != value:
-                chunk[name], is_changed = value, True
+        if is_changed:
+            self.usage = clean_usage(usage) or self.usage
+        is_same = chunk.get("id") == self._id and chunk.get("object") == self.OBJECT
+        if not is_same or chunk.get("created") != self._created:
+            chunk["id"], chunk["object"], chunk["created"] = self._id, self.OBJECT, self._created
+            is_changed = True
         chunk["model"] = self.model
         return is_changed
 
@@ -5703,7 +5722,7 @@ class ChunkTranslator:
         index = index if type(index) is int and 0 <= index < self.MAX_INDEX else 0
         state = self._states.get(index)
         if state is None:
-            state = self._states[index] = ChoiceState(self._is_json)
+            state = self._states[index] = ChoiceState(self._is_json, self._budget)
         return index, state
 
     def _deltas(self, index: int, state: ChoiceState, delta: Json, extra: Json) -> list[Json]:
@@ -5938,17 +5957,22 @@ class CompletionCollector:
 
     def __init__(self) -> None:
         self._head: Json = {}
+        self._head_size = 0
         self._budget = Budget()
         self._choices: dict[int, CompletionCollector.Choice] = {}
 
     def feed(self, chunk: Json) -> None:
         """Add one chunk."""
         # Later chunks may name more than the first, seldom something else.
-        for name in chunk.keys() - self._head.keys() - {"choices", "usage"}:
-            self._budget.take(chunk[name])
-            self._head[name] = chunk[name]
+        if len(chunk) > self._head_size:
+            self._head_size = len(chunk)
+            for name in chunk.keys() - self._head.keys() - {"choices", "usage"}:
+                self._budget.take(chunk[name])
+                self._head[name] = chunk[name]
         for part in chunk["choices"]:
-            choice = self._choices.setdefault(part["index"], self.Choice())
+            choice = self._choices.get(part["index"])
+            if choice is None:
+                choice = self._choices[part["index"]] = self.Choice()
             self._add(choice, part)
 
     def completion(self, usage: Json | None) -> Json:
@@ -8561,6 +8585,10 @@ class LogQueue(logging.handlers.QueueHandler):
         self.lines: queue.Queue[Any] = queue.Queue(self.MOST)
         super().__init__(self.lines)
 
+    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+        """Return the record as it is: it holds nothing but text, and stays in this process."""
+        return record
+
     def enqueue(self, record: logging.LogRecord) -> None:
         """Queue a record, if there is room."""
         with contextlib.suppress(queue.Full):
@@ -8573,13 +8601,33 @@ class LogQueue(logging.handlers.QueueHandler):
             time.sleep(0.005)
 
 
+class LogListener(logging.handlers.QueueListener):
+    """Writes the lines of one moment together, on the processor that all threads share.
+
+    Each time the writing thread wakes, the threads contend for the interpreter.
+    """
+
+    PAUSE = 0.05
+
+    def __init__(self, lines: queue.Queue[Any], handler: logging.Handler):
+        super().__init__(lines, handler)
+        self._lines = lines
+
+    def dequeue(self, block: bool) -> logging.LogRecord:
+        """Return the next record."""
+        if self._lines.empty():
+            share_one_processor()
+            time.sleep(self.PAUSE)
+        return super().dequeue(block)
+
+
 @contextlib.contextmanager
 def logged_to(stream: Any, level: str) -> Iterator[None]:
     """Write the log to a stream from a thread of its own; whatever ends the program, all of it."""
     writer = logging.StreamHandler(stream)
     writer.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
     handler = LogQueue()
-    listener = logging.handlers.QueueListener(handler.lines, writer)
+    listener = LogListener(handler.lines, writer)
     root = logging.getLogger()
     before = root.level
     root.addHandler(handler)
