@@ -204,7 +204,7 @@ class FakeQwen:
 
         self.server = Server(("127.0.0.1", 0), Handler)
         self.port = self.server.server_port
-        self.origin = "http://127.0.0.1:%d" % self.port
+        self.origin = f"http://127.0.0.1:{self.port}"
         self.dashscope = self.origin + "/compatible-mode/v1"
         threading.Thread(target=self.server.serve_forever, args=(0.005,), daemon=True).start()
 
@@ -337,8 +337,7 @@ class FakeQwen:
             "reasoning_effort",
         } <= set(request):
             return refusal(
-                "The thinking_budget parameter must be a positive integer and not greater than %d"
-                % most
+                f"The thinking_budget parameter must be a positive integer and not greater than {most}"
             )
         messages, thinking = (
             request["messages"],
@@ -348,11 +347,10 @@ class FakeQwen:
         for index, message in enumerate(messages):
             if message["role"] not in ("system", "assistant", "user", "tool", "function"):
                 return refusal(
-                    "%s is not one of ['system', 'assistant', 'user', 'tool', 'function'] - 'messages.['%d].role'"
-                    % (message["role"], index)
+                    f"{message['role']} is not one of ['system', 'assistant', 'user', 'tool', 'function'] - 'messages.['{index}].role'"
                 )
             if "content" not in message:
-                return refusal("Field required: input.messages.%d.content" % index)
+                return refusal(f"Field required: input.messages.{index}.content")
             if message["role"] == "tool":
                 if message.get("tool_call_id") not in pending:
                     return refusal(
@@ -427,13 +425,13 @@ class FakeQwen:
             number = len(self.refreshes) + 2
             self.refreshes.append(used)
             answer = {
-                "access_token": "at_%d" % number,
+                "access_token": f"at_{number}",
                 "token_type": "Bearer",
                 "expires_in": self.expires_in,
             }
             if self.rotates:
-                self.refresh_tokens = {"rt_%d" % number}
-                answer["refresh_token"] = "rt_%d" % number
+                self.refresh_tokens = {f"rt_{number}"}
+                answer["refresh_token"] = f"rt_{number}"
             self.access_tokens.add(answer["access_token"])
             return reply(200, answer)
 
@@ -468,11 +466,10 @@ class FakeQwen:
             handler.send_header(name, value)
         if not framed and not any(name == "Content-Length" for name, _ in answer.headers):
             handler.send_header("Content-Length", str(len(body)))
-        if answer.pieces and isinstance(
-            answer.pieces[0], threading.Event
-        ):  # silence before the first byte
-            if not self.pause(handler, answer.pieces.pop(0)):
-                return
+        # An event before the first byte is silence before the answer's head.
+        silence = answer.pieces and isinstance(answer.pieces[0], threading.Event)
+        if silence and not self.pause(handler, answer.pieces.pop(0)):
+            return
         handler.end_headers()
         if not framed:
             handler.wfile.write(body)
@@ -852,8 +849,7 @@ def test_import_starts_nothing_and_needs_no_home():
         [sys.executable, "-c", code],
         cwd=HERE,
         env={"PATH": ""},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         timeout=WAIT,
     )
     assert (done.stdout.strip(), done.stderr) == (b"1", b"")
@@ -924,8 +920,8 @@ def forms_of(secret):
     for before in ("", "Bearer ", "user:"):
         for encode in (base64.b64encode, base64.urlsafe_b64encode):
             encoded = encode((before + secret).encode()).decode()
-            found["%s%s" % (before, encode.__name__)] = encoded
-            found["%s%s, no padding" % (before, encode.__name__)] = encoded.rstrip("=")
+            found[f"{before}{encode.__name__}"] = encoded
+            found[f"{before}{encode.__name__}, no padding"] = encoded.rstrip("=")
     return found
 
 
@@ -995,7 +991,7 @@ def test_a_secret_is_masked_whole_in_every_form_and_order(no_secrets):  # H5
         value += end
         for known in [value[:-1], value[1:], value, "user:" + value][::order]:
             qp.keep_secret(known)
-        said = {name: qp.public("before %s after" % form) for name, form in forms_of(value).items()}
+        said = {name: qp.public(f"before {form} after") for name, form in forms_of(value).items()}
         assert said == dict.fromkeys(said, "before *** after"), value
 
 
@@ -1007,9 +1003,9 @@ def test_to_mask_a_text_takes_no_square_of_its_length(no_secrets):  # B6
 
 def test_control_characters_become_visible_and_all_else_is_unchanged(no_secrets):  # H13
     for char in "\x00\x07\x08\t\r\n\x1b\x7f\x9b\u2028\u202e":
-        said = qp.public("a%sb" % char)
+        said = qp.public(f"a{char}b")
         assert said[:2] == "a\\" and said[-1] == "b" and said.isprintable()
-        assert qp.public("a%sb\x1b\x00" % char, keep=char)[:3] == "a%sb" % char
+        assert qp.public(f"a{char}b\x1b\x00", keep=char)[:3] == f"a{char}b"
     qp.keep_secret("abcde")  # too short to be told from a word
     for text in ("", "ü 你好 😀 \\n C:\\x", "abcde", "https://qwen.ai/v1?x=1"):
         assert qp.public(text) == text
@@ -1122,7 +1118,7 @@ def test_a_secret_of_settings_and_logins_is_not_said(home, upstream, serve, trac
         kept = fill(place.replace("URL", upstream.dashscope), secret)
         write_settings(home, upstream, **json.loads(kept))
     elif place == ".env":
-        (home / ".env").write_text("K='%s'" % secret)
+        (home / ".env").write_text(f"K='{secret}'")
         write_settings(home, upstream, env={})
     else:
         write_login(home, upstream, **({place: secret} if "token" in place else {}))
@@ -1164,7 +1160,7 @@ def test_userinfo_of_an_address_is_in_no_host_and_no_words(
 ):
     place, scheme, kind = line.split(" ")  # H5
     userinfo, password = userinfo_of(kind)
-    url = "%s%s@127.0.0.1:%d/v1" % (scheme, userinfo, upstream.port)
+    url = f"{scheme}{userinfo}@127.0.0.1:{upstream.port}/v1"
     entries = [{"id": "m", "baseUrl": url, "envKey": "K"}] if place == "baseUrl" else []
     auth = {"selectedType": "openai" if place in ("baseUrl", "OPENAI_BASE_URL") else "qwen-oauth"}
     write_settings(home, upstream, modelProviders={"openai": entries}, security={"auth": auth})
@@ -1232,7 +1228,8 @@ def test_fresh_token_is_used_without_refresh(login, upstream):
 def test_refresh_30_seconds_before_expiry_keeps_unknown_fields_and_mode(
     home, upstream, monkeypatch
 ):
-    monkeypatch.setattr(time, "time", lambda now=time.time(): now)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
     path = write_login(home, upstream, expires_in=29, note={"of": "another program"})
     path.chmod(0o644)
     before = path.stat().st_mtime_ns
@@ -1616,7 +1613,7 @@ def test_trouble_at_the_token_endpoint_is_told_by_its_kind(home, upstream, serve
     write_login(home, upstream, expires_in=0)
     upstream.token_script.append(answer_of(line))
     message = json.loads(ask(serve(), {"messages": HI})[2])["error"]["message"]
-    assert re.match("(?s)(?=.*%s).*?%s" % (line[:3], TOLD[line]), message)
+    assert re.match(f"(?s)(?=.*{line[:3]}).*?{TOLD[line]}", message)
 
 
 def facts_of(*folders):
@@ -2030,7 +2027,7 @@ class Dripper:
     def __init__(self, kind):
         self.start, self.drip, self.sent = (*DRIPS[kind], 0)
         self.listener, self.pace = socket.create_server(("127.0.0.1", 0)), threading.Event()
-        self.url = "http://127.0.0.1:%d" % self.listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
         threading.Thread(target=self.run, daemon=True).start()
 
     def run(self):
@@ -2303,7 +2300,7 @@ class World:
         self.home, self.root, self.serve, self.caplog = home, home.parent.parent, serve, caplog
         self.setenv = monkeypatch.setenv
         self.fakes = {letter: FakeQwen() for letter in "ABC"}
-        self.host = {letter: "127.0.0.1:%d" % fake.port for letter, fake in self.fakes.items()}
+        self.host = {letter: f"127.0.0.1:{fake.port}" for letter, fake in self.fakes.items()}
         self.url = {letter: fake.dashscope for letter, fake in self.fakes.items()}
         self.setenv("QWEN_OAUTH_BASE_URL", self.fakes["A"].origin)
         self.setenv("QWEN_CODE_SYSTEM_SETTINGS_PATH", str(self.root / "system.json"))
@@ -2325,7 +2322,7 @@ class World:
             if path.endswith("/chat/completions")
         ]
         assert len(asked) == (status == 200)
-        return "".join(asked[0]) if asked else "%d %s" % (status, body["error"]["message"])
+        return "".join(asked[0]) if asked else f"{status} {body['error']['message']}"
 
     def write(self, path, value):
         """A file below the root, whatever is there now: JSON, variables (.env), or text."""
@@ -2333,7 +2330,7 @@ class World:
         path.parent.mkdir(parents=True, exist_ok=True)
         spoil(path, "vanished")
         if path.name == ".env":
-            value = "".join("%s=%s\n" % item for item in value.items())
+            value = "".join("{}={}\n".format(*item) for item in value.items())
         path.write_text(value if isinstance(value, str) else json.dumps(value))
         return path
 
@@ -2368,7 +2365,7 @@ SPOILT = {
     "cut": lambda text: text[: min(150, len(text) // 2)],
     "comma": lambda text: text[:-1] + ",}",
     "emptied": lambda text: "",
-    "list": lambda text: "[%s]" % text,
+    "list": lambda text: f"[{text}]",
     "null": lambda text: "null",
     "zeros": lambda text: "\0" * len(text),
 }
@@ -2475,7 +2472,7 @@ LEVELS = {"+": "TRUST_FOLDER", "^": "TRUST_PARENT", "-": "DO_NOT_TRUST", "?": "t
 def repository(world, dotenv=".env"):
     """The user's own settings, a repository with others, and a .env above it with another key."""
     for name, path in (("own", USER), ("repo", "top/parent/repo/.qwen/settings.json")):
-        entry = {"id": name, "baseUrl": "http://%s/v1" % name, "envKey": "K"}
+        entry = {"id": name, "baseUrl": f"http://{name}/v1", "envKey": "K"}
         env = {"K": "sk-own-key"} if name == "own" else {}
         settings = {"env": env, "modelProviders": {"openai": [entry]}, "model": {"name": name}}
         world.write(path, {**settings, "security": OPENAI})
@@ -2716,7 +2713,7 @@ def test_unreachable_upstream_is_502(serve, monkeypatch):
     monkeypatch.setattr(qp.Call, "RETRY_DELAY", 0.01)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        server = serve(base_url="http://127.0.0.1:%d/v1" % free.getsockname()[1])
+        server = serve(base_url=f"http://127.0.0.1:{free.getsockname()[1]}/v1")
         status, _, body = chat(server)
     assert (status, body["error"]["code"]) == (502, "upstream_unreachable")
 
@@ -3048,7 +3045,7 @@ class RawUpstream:
         self.late, self.sent_late, self.reads = b"", threading.Event(), True
         self.has_been_read = threading.Event()  # set by a test that waits for self.late
         self.ended = threading.Semaphore(0)  # released for each connection that has ended
-        self.url = "http://127.0.0.1:%d/compatible-mode/v1" % self.listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}/compatible-mode/v1"
         threading.Thread(target=self.run, daemon=True).start()
 
     def run(self):
@@ -3382,7 +3379,7 @@ def test_a_client_that_leaves_is_noticed_while_the_upstream_takes_nothing(serve,
     monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = serve(
-            base_url="http://127.0.0.1:%d/v1" % listener.getsockname()[1], model="m", retries=0
+            base_url=f"http://127.0.0.1:{listener.getsockname()[1]}/v1", model="m", retries=0
         )
         body = json.dumps({"messages": [{"role": "user", "content": "x" * 20_000_000}]}).encode()
         with socket.create_connection(("127.0.0.1", server.port)) as client:
@@ -5015,7 +5012,7 @@ def same_ids(monkeypatch):
 
     def restart():
         numbers = iter(range(1000))
-        monkeypatch.setattr(qp.secrets, "token_hex", lambda size: "%024d" % next(numbers))
+        monkeypatch.setattr(qp.secrets, "token_hex", lambda size: f"{next(numbers):024d}")
 
     return restart
 
@@ -5242,7 +5239,7 @@ def test_usage_comes_once_and_last_if_asked_for(pieces, usage):
     ],
 )
 def test_dirt_in_a_stream_does_not_reach_the_client(dirty):
-    clean = [value for value in translate([b"".join(HELLO)])]
+    clean = list(translate([b"".join(HELLO)]))
     assert translate([HELLO[0], dirty, *HELLO[1:]]) == clean
 
 
@@ -6553,7 +6550,7 @@ def test_vendored_server_runs_in_a_thread_and_stops(login, upstream):
     server = qp.make_server(port=0)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    assert chat(server)[0] == 200 and server.url == "http://localhost:%d/v1" % server.port
+    assert chat(server)[0] == 200 and server.url == f"http://localhost:{server.port}/v1"
     server.shutdown()
     thread.join(WAIT)
     assert not thread.is_alive()
@@ -6601,7 +6598,7 @@ FILES = "a\r\nX-Injected: 1|a\r\n\r\n<script>|a\x01\x7f\x1b[2J|名前\udcff: b"
 @pytest.mark.parametrize("name", FILES.split("|"), ids=ascii)
 def test_the_name_of_a_login_file_ends_no_header_line(home, upstream, serve, name):  # H15
     write_login(home, upstream, refresh_token="dead", expires_in=0)
-    write_login(home, upstream, name="oauth_creds-%s.json" % name)
+    write_login(home, upstream, name=f"oauth_creds-{name}.json")
     server = serve()
     for is_stream in (True, False):
         body = json.dumps({"messages": HI, "stream": is_stream}).encode()
@@ -7606,7 +7603,7 @@ def test_live_models_are_merged_cached_and_outlive_an_error(home, upstream, serv
         settings(
             home, upstream, {"id": "qwen3-max"}, {"id": "qwen3-max", "baseUrl": second.dashscope}
         )
-        server, other = serve(), "127.0.0.1:%d" % second.port
+        server, other = serve(), f"127.0.0.1:{second.port}"
         names = [model["id"] for model in get(server, "/v1/models")[1]["data"]]
         assert names == [
             "qwen3-max",
@@ -7664,8 +7661,8 @@ def test_failover_goes_to_the_next_provider_that_lists_the_model(
     server = serve(failover=True)
     upstream.script.extend([answer] * 3)
     status, headers, _ = chat(server, model="qwen3-max")
-    assert (status, headers["x-qwen-provider"]) == (200, "127.0.0.1:%d" % second.port)
-    assert len(second.bodies()) == 1 and "trying 127.0.0.1:%d" % second.port in caplog.text
+    assert (status, headers["x-qwen-provider"]) == (200, f"127.0.0.1:{second.port}")
+    assert len(second.bodies()) == 1 and f"trying 127.0.0.1:{second.port}" in caplog.text
     asked = len(upstream.bodies())
     assert chat(server, model="qwen3-max")[0] == 200
     assert (
@@ -7685,7 +7682,7 @@ def test_failover_from_an_unreachable_host(home, upstream, second, serve, monkey
             upstream,
             {
                 "id": "qwen3-max",
-                "baseUrl": "http://127.0.0.1:%d/compatible-mode/v1" % free.getsockname()[1],
+                "baseUrl": f"http://127.0.0.1:{free.getsockname()[1]}/compatible-mode/v1",
             },
             {"id": "qwen3-max", "baseUrl": second.dashscope},
         )
@@ -7710,7 +7707,7 @@ def test_failover_from_hosts_that_take_no_connection_or_close_it_at_once(
             upstream,
             {
                 "id": "m",
-                "baseUrl": "http://127.0.0.1:%d/compatible-mode/v1" % full.getsockname()[1],
+                "baseUrl": f"http://127.0.0.1:{full.getsockname()[1]}/compatible-mode/v1",
             },
             {"id": "m", "baseUrl": second.dashscope},
         )
@@ -7720,7 +7717,7 @@ def test_failover_from_hosts_that_take_no_connection_or_close_it_at_once(
         settings(
             home,
             upstream,
-            {"id": "m", "baseUrl": "http://127.0.0.1:%d/compatible-mode/v1" % shy.getsockname()[1]},
+            {"id": "m", "baseUrl": f"http://127.0.0.1:{shy.getsockname()[1]}/compatible-mode/v1"},
             {"id": "m", "baseUrl": second.dashscope},
         )
         assert chat(serve(failover=True), model="m")[0] == 200
@@ -8026,7 +8023,7 @@ def test_odd_response_and_embedding_requests_are_served_or_refused_by_name():
 
 
 FUZZED_STREAMS = {
-    name: [data for data in DIRTY[name][0]]
+    name: list(DIRTY[name][0])
     for name in (
         "plain",
         "usage on every chunk",
@@ -8043,7 +8040,7 @@ FUZZED_STREAMS = {
 
 def odd_answer(pieces, random_):
     """The answer with some of its JSON, or some of its bytes, changed."""
-    events = [piece for piece in pieces]
+    events = list(pieces)
     for _ in range(random_.randrange(1, 4)):
         at = random_.randrange(len(events))
         if events[at].startswith(b"data: {") and random_.random() < 0.7:
@@ -8112,7 +8109,7 @@ class Process:
     """The program as a person runs it."""
 
     def __init__(self, *arguments, **environ):
-        env = {name: value for name, value in os.environ.items()}
+        env = dict(os.environ.items())
         env.update(environ)
         self.popen = subprocess.Popen(
             [sys.executable, PROGRAM, *arguments],
@@ -8231,8 +8228,7 @@ def test_a_log_that_nobody_reads_does_not_keep_the_program_from_ending(home):
 def test_bad_options_are_a_sentence_and_exit_code_2(arguments, words):
     done = subprocess.run(
         [sys.executable, PROGRAM, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         timeout=WAIT,
     )
     assert (
@@ -8246,8 +8242,7 @@ def test_taken_port_is_a_sentence_and_exit_code_2():
         taken.listen()
         done = subprocess.run(
             [sys.executable, PROGRAM, "--port", str(taken.getsockname()[1])],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            capture_output=True,
             timeout=WAIT,
         )
     assert (
@@ -8444,7 +8439,7 @@ def test_status_says_no_escapes(home, upstream, monkeypatch, capsys, broken):  #
     folder.mkdir()
     monkeypatch.setenv("QWEN_HOME", str(folder))
     monkeypatch.setenv("HTTP_PROXY", "http://x" + ESCAPES)
-    write_login(folder, upstream, name="oauth_creds-%s.json" % ESCAPES)
+    write_login(folder, upstream, name=f"oauth_creds-{ESCAPES}.json")
     entries = [{"id": "m" + ESCAPES, "envKey": "K", "baseUrl": "http://x" + ESCAPES}]
     write_settings(folder, upstream, modelProviders={"openai": entries}, model={"name": ESCAPES})
     if broken:
@@ -8486,7 +8481,8 @@ def test_login_ended_by_ctrl_c_or_refusal_leaves_nothing(home, upstream, monkeyp
 
 
 def test_status_tells_a_usable_login(login, upstream, capsys, monkeypatch):
-    monkeypatch.setattr(time, "time", lambda now=time.time(): now)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
     (login.parent / "oauth_creds.lock").write_text("x")
     assert qp.main(["status"]) == 0
     said = capsys.readouterr().out
