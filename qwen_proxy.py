@@ -27,7 +27,7 @@ Start reading at Handler.serve, which is the life of a request:
     find_api            the class for the route: ChatApi, TextApi, EmbeddingsApi, ResponsesApi
     api.check           the body, as far as no upstream could make sense of it
     targets             provider and model, from the CLI's files: 'Providers'
-    upstream.open       access token ('Credentials'), the request in Qwen's dialect ('Requests'),
+    exchange.open_all   access token ('Credentials'), the request in Qwen's dialect ('Requests'),
                         repair, retry and failover, all before the first byte: 'Upstream'
     relay               bytes to events ('Event streams') to clean chunks ('Answers') to the client
     exchange.finish     usage and the log line
@@ -739,25 +739,39 @@ def loads(text: str | bytes, default: Any = None) -> Any:
         return default
 
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _JSON_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
-def encode_json(value: Any) -> bytes:
+def encode_json(value: Any, is_request: bool = False) -> bytes:
     """Return JSON in UTF-8, unescaped.
 
-    Escapes would double Chinese text, and DashScope counts bytes as sent. Raises BadRequest for a
-    number that JSON cannot hold, or nesting beyond what Python can write.
+    Escapes would double Chinese text, and DashScope counts bytes as sent. For a number that JSON
+    cannot hold, or nesting beyond what Python can write, raises BadRequest if the value is a
+    client's request, else UpstreamError.
     """
     try:
         text = _JSON_ENCODER.encode(value)
     except (ValueError, RecursionError):
-        raise BadRequest("a number is out of range, or the nesting is too deep") from None
+        cause = "a number that is out of range, or is nested too deeply"
+        if is_request:
+            raise BadRequest(f"the body holds {cause}") from None
+        raise UpstreamError(f"the upstream's answer holds {cause}") from None
     try:
         return text.encode()
     except UnicodeEncodeError:
         # Half of a surrogate pair: a string was cut in an emoji.
-        return _SURROGATE.sub(lambda match: f"\\u{ord(match.group()):04x}", text).encode()
+        lone = "[\ud800-\udfff]"
+        return re.sub(lone, lambda match: f"\\u{ord(match.group()):04x}", text).encode()
+
+
+def size_of_json(data: bytes) -> int:
+    """Return about how many bytes JSON takes as Python's objects, without decoding it.
+
+    >>> size_of_json(b'{"a": [1, 2]}')
+    317
+    """
+    objects = 192 * data.count(b"{") + 64 * data.count(b"[") + 48 * data.count(b",")
+    return len(data) + objects
 
 
 def as_object(value: Any) -> Json:
@@ -1654,8 +1668,8 @@ def is_page_of(base_url: str, address: Any) -> bool:
     return (other == site or other.endswith("." + site)) and theirs.scheme == ours.scheme
 
 
-# RFC 8628 3.5; Qwen Code's first interval and its ceiling.
-LOGIN_POLL_FIRST, LOGIN_POLL_MOST = 2.0, 10.0
+# RFC 8628 3.5; Qwen Code's first interval.
+LOGIN_POLL_FIRST = 2.0
 
 
 def poll_for_login(
@@ -1688,7 +1702,7 @@ def poll_for_login(
         elif reason == "authorization_pending":
             interval = LOGIN_POLL_FIRST
         elif reason == "slow_down":
-            interval = min(interval * 1.5, LOGIN_POLL_MOST)
+            interval = min(interval * 1.5, 10.0)
         elif reason == "access_denied":
             message = "the log-in was refused in the browser; run login again to start over"
             raise CredentialError(message)
@@ -1833,9 +1847,6 @@ def parse_dotenv(text: str) -> dict[str, str]:
     return values
 
 
-_COMMENT_OR_STRING = re.compile(r'("(?:\\.|[^"\\])*")|//[^\r\n]*|/\*.*?\*/', re.S)
-
-
 def parse_settings(text: str) -> Json:
     """Return the object in a settings.json, comments allowed; raises ValueError.
 
@@ -1843,7 +1854,8 @@ def parse_settings(text: str) -> Json:
     {'url': 'http://x'}
     """
     try:
-        plain = _COMMENT_OR_STRING.sub(lambda match: match.group(1) or " ", text)
+        string_or_comment = r'(?s)("(?:\\.|[^"\\])*")|//[^\r\n]*|/\*.*?\*/'
+        plain = re.sub(string_or_comment, lambda match: match.group(1) or " ", text)
         settings = json.loads(plain)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
@@ -2057,9 +2069,9 @@ class CliSettings:
                 continue
             root = os.path.dirname(rule.rstrip(os.sep)) if level == "TRUST_PARENT" else rule
             for spelled in spellings(root):
-                if any(is_within(place, spelled) for place in spellings(folder)):
-                    depth = spelled.rstrip(os.sep).count(os.sep)
-                    found = (depth, level != "DO_NOT_TRUST")
+                prefix = spelled.rstrip(os.sep) + os.sep
+                if any((place + os.sep).startswith(prefix) for place in spellings(folder)):
+                    found = (prefix.count(os.sep), level != "DO_NOT_TRUST")
                     deciding = max(deciding, found, key=lambda match: (match[0], not match[1]))
         return deciding[1]
 
@@ -2068,11 +2080,6 @@ def spellings(path: str) -> set[str]:
     """Return a path without `..`, with its links and without."""
     paths = (os.path.abspath(path), os.path.realpath(path))
     return {os.path.normcase(path) for path in paths}
-
-
-def is_within(folder: str, root: str) -> bool:
-    """Return whether a folder is another one, or inside it."""
-    return folder == root or folder.startswith(root.rstrip(os.sep) + os.sep)
 
 
 def preset_of(base_url: str) -> str | None:
@@ -2535,13 +2542,6 @@ class Providers:
 
 # select() fails from descriptor 1024 on; poll() is not there on Windows.
 Selector: Any = getattr(selectors, "PollSelector", selectors.SelectSelector)
-
-
-def wait_for(connection: socket.socket, event: int, seconds: float) -> bool:
-    """Return whether a socket is ready for an event of `selectors`, after at most so long."""
-    with Selector() as selector:
-        selector.register(connection, event)
-        return bool(selector.select(max(0, seconds)))
 
 
 def send_all(connection: socket.socket, data: bytes, wait: Callable[[socket.socket], None]) -> None:
@@ -3294,7 +3294,7 @@ class Call:
     def _attempt(self, target: Target, access_token: str) -> Answer:
         if self._prepared_for is not target:
             self._prepare(target)
-        body, path = encode_json(self._body), self._api.path
+        body, path = encode_json(self._body, is_request=True), self._api.path
         response = self._upstream.send(
             target, path, body, access_token, self._waiter, self._headers
         )
@@ -3374,6 +3374,8 @@ class ModelLists:
         self._upstream, self._lock = upstream, threading.Lock()
         self._executor = concurrent.futures.ThreadPoolExecutor(4)
         self._lists: dict[tuple[str, str], list[str]] = {}
+        # One object: what is made from lists is made again when one of them is another object.
+        self._empty: list[str] = []
         self._due: dict[tuple[str, str], float] = {}
         self._running: dict[tuple[str, str], concurrent.futures.Future[None]] = {}
         self._waiters: set[Waiter] = set()
@@ -3389,7 +3391,7 @@ class ModelLists:
             future for key, future in zip(keys, futures) if future and key not in self._lists
         ]
         concurrent.futures.wait(waited_for, seconds)
-        return [self._lists.get(key, []) for key in keys]
+        return [self._lists.get(key, self._empty) for key in keys]
 
     def close(self) -> None:
         """End what is running."""
@@ -4029,23 +4031,28 @@ class Rewrite:
         reply.
         """
         messages = self.body["messages"]
+        is_changed = self._system_last_as_user(messages)
+        system = [message for message in messages if message["role"] == "system"]
+        if not system or (len(system) == 1 and system[0] is messages[0]):
+            return is_changed
+        rest = [message for message in messages if message["role"] != "system"]
+        contents = [message.get("content") for message in system]
+        messages[:] = [{**system[0], "content": self._joined(contents)}, *rest]
+        return True
+
+    @staticmethod
+    def _joined(contents: list[Any]) -> Any:
+        if any(isinstance(content, list) for content in contents):
+            return [part for content in contents for part in parts_of(content)]
+        return "\n\n".join(text for text in contents if isinstance(text, str) and text)
+
+    def _system_last_as_user(self, messages: list[Json]) -> bool:
         place = len(messages)
         while place and messages[place - 1]["role"] == "system":
             place -= 1
-        is_last = 0 < place < len(messages) and messages[place - 1]["role"] == "assistant"
-        if is_last:
-            messages[place:] = [{**message, "role": "user"} for message in messages[place:]]
-        system = [message for message in messages if message["role"] == "system"]
-        if len(system) == (1 if messages[0]["role"] == "system" else 0):
-            return is_last
-        contents = [message.get("content") for message in system]
-        content: Any = "\n\n".join(
-            content for content in contents if isinstance(content, str) and content
-        )
-        if any(isinstance(each, list) for each in contents):
-            content = [part for each in contents for part in parts_of(each)]
-        rest = [message for message in messages if message["role"] != "system"]
-        messages[:] = [{**system[0], "content": content}, *rest]
+        if not 0 < place < len(messages) or messages[place - 1]["role"] != "assistant":
+            return False
+        messages[place:] = [{**message, "role": "user"} for message in messages[place:]]
         return True
 
     def portal_system(self) -> bool:
@@ -4309,19 +4316,22 @@ class Rewrite:
         asked = Thinking.read(self.body)
         if own and asked.enabled is None:
             return False
-        names = (*THINKING_FIELDS, *(() if own else ("chat_template_kwargs",)))
+        names = THINKING_FIELDS if own else (*THINKING_FIELDS, "chat_template_kwargs")
         before = {name: self.body.pop(name) for name in names if name in self.body}
         if not before and not own:
             return False
-        template = as_object(before.get("chat_template_kwargs"))
-        template = {name: value for name, value in template.items() if name != "enable_thinking"}
+        template = {**as_object(before.get("chat_template_kwargs"))}
+        template.pop("enable_thinking", None)
         if template:
             self.body["chat_template_kwargs"] = template
+        self._say_thinking(asked, before, own)
+        return {name: self.body[name] for name in names if name in self.body} != before
+
+    def _say_thinking(self, asked: Thinking, before: Json, own: bool) -> None:
         if self.family.name == "openrouter":
             self._ask_openrouter(asked, as_object(before.get("reasoning")))
         elif asked.enabled is not None and self.mode != "none" or own:
             self._ask(asked)
-        return {name: self.body[name] for name in names if name in self.body} != before
 
     def _dialect(self) -> Dialect:
         own = DIALECTS.get(self.family.name)
@@ -4733,9 +4743,10 @@ def repair_request(body: Json, error: UpstreamError) -> str:
     """
     for repair in REPAIRS if error.status == 400 else ():
         match = re.search(repair.pattern, error.message[:MAX_ERROR_TEXT_SCANNED], re.S)
-        if match is None or not is_repairable(body, repair):
+        number = match.group(1) if match and match.groups() else ""
+        if match is None or len(number) > 18 or not is_repairable(body, repair):
             continue
-        before, number = dict(body), match.group(1) if match.groups() else ""
+        before = dict(body)
         for name, value in repair.sets.items():
             body[name] = int(number) if value == "$1" else value
         for name in repair.drops:
@@ -4860,17 +4871,12 @@ class Refusal(NamedTuple):
     @classmethod
     def of(cls, status: int, value: Json) -> Refusal:
         """Read a JSON object: OpenAI's shape, the native one, a string, or one within another."""
-        error = value.get("error", value)
-        if isinstance(error, str):
-            code = value.get("code") or error
-            shape = {**value, "code": code} if "message" in value else {"message": error}
-            error = {"code": code, **shape}
-        error = as_object(error)
         choices = as_list(value.get("choices"))
         content = dig(choices[0] if choices else None, "delta", "content")
         if as_text(content):
             # error_finish: the text of the error is the content.
             return cls.read(status, content)
+        error = cls._error_object(value)
         messages = (error.get("message"), error.get("detail"), value.get("detail"))
         message = first_of(str, *messages, value.get("message")) or ""
         codes = [
@@ -4890,6 +4896,14 @@ class Refusal(NamedTuple):
         param = error.get("param")
         param = shorten(param, 200) if isinstance(param, str) else None
         return cls(status, message, code, request_id, param)
+
+    @staticmethod
+    def _error_object(value: Json) -> Json:
+        error = value.get("error", value)
+        if not isinstance(error, str):
+            return as_object(error)
+        code = value.get("code") or error
+        return {**value, "code": code} if "message" in value else {"code": code, "message": error}
 
 
 class ErrorRule(NamedTuple):
@@ -5005,8 +5019,6 @@ ERROR_RULES = (
 )
 # The way out for an error code, where the family has no other.
 ADVICE = {"invalid_api_key": "Check the key and that it belongs to this base URL"}
-# openai-node sleeps any Retry-After, openai-python none above 60.
-LONGEST_RETRY_AFTER = 60
 
 
 def to_upstream_error(
@@ -5020,7 +5032,8 @@ def to_upstream_error(
     headers = []
     if rule.status == 429 and rule.retry or rule.status == 503 and retry_after is not None:
         seconds = max(5 if retry_after is None else retry_after, 1)
-        headers.append(("Retry-After", str(int(min(seconds, LONGEST_RETRY_AFTER)))))
+        # openai-node sleeps any Retry-After, openai-python none above 60.
+        headers.append(("Retry-After", str(int(min(seconds, 60)))))
     if rule.code == _QUOTA:
         # openai-python and -node would retry a 429 otherwise.
         headers.append(("x-should-retry", "false"))
@@ -5247,27 +5260,30 @@ class ContentFilter:
 
 
 class Budget:
-    """What one answer may keep to its end, in characters, whatever it is made of.
+    """What one answer may keep to its end, in bytes, whatever it is made of.
 
-    take() raises UpstreamError beyond LIMIT. Streamed chunks are not kept.
+    Both methods raise UpstreamError beyond the limit. Streamed chunks are not kept.
     """
 
     LIMIT = 128 * 1024 * 1024
-    # What a character of JSON that is no string costs as Python objects.
-    OBJECTS = 16
 
-    def __init__(self) -> None:
-        self._left = self.LIMIT
+    def __init__(self, limit: int | None = None) -> None:
+        self._limit = self._left = self.LIMIT if limit is None else limit
 
     def take(self, value: Any) -> None:
         """Count a value that is kept."""
-        if isinstance(value, (str, bytes)):
-            self._left -= len(value)
+        if isinstance(value, str):
+            self.count(len(value))
         elif isinstance(value, (list, dict)):
-            self._left -= self.OBJECTS * len(encode_json(value))
+            self.count(size_of_json(encode_json(value)))
+
+    def count(self, size: int) -> None:
+        """Count so many bytes."""
+        self._left -= size
         if self._left < 0:
             raise UpstreamError(
-                f"the answer is longer than {self.LIMIT} characters and was aborted"
+                f"the answer takes more than {self._limit >> 20} MiB of memory and was aborted; "
+                "ask for less at once"
             )
 
 
@@ -5340,6 +5356,8 @@ class ToolCall:
     """One tool call of an answer as it was passed on so far."""
 
     MAX_NAME = 256
+    # Bytes of memory besides its arguments, about.
+    COST = 2048
 
     def __init__(
         self, number: Callable[[], int], upstream_id: str, has_index: bool, budget: Budget
@@ -5349,6 +5367,7 @@ class ToolCall:
         self.id = upstream_id or "call_" + secrets.token_hex(12)
         self.name, self.arguments, self._kept = "", JsonText(budget), ""
         self._increments, self._repeats_name = Increments(), False
+        budget.count(self.COST)
 
     def add(self, name: str, arguments: str) -> Json | None:
         """Return the delta to pass on now.
@@ -5473,13 +5492,16 @@ class ToolCalls:
                 # Its id comes late: ours has not gone out yet.
                 return same_index
             return self._new(index, call_id)
-        latest = same_index
-        last = self.calls[-1] if self.calls else None
-        if latest is None and last and (index is None or not name and not last.has_index):
-            latest = last
+        latest = same_index or self._latest_without_index(index, name)
         if latest is None or latest.is_followed_without_id_by(name, arguments):
             return self._new(index, "")
         return latest
+
+    def _latest_without_index(self, index: int | None, name: str) -> ToolCall | None:
+        last = self.calls[-1] if self.calls else None
+        if last and (index is None or not name and not last.has_index):
+            return last
+        return None
 
     def _new(self, index: int | None, call_id: str) -> ToolCall:
         call = ToolCall(self._number, call_id, index is not None, self._budget)
@@ -5589,22 +5611,26 @@ class ChunkTranslator:
 
     def _feed_chunk(self, event: Event, data: bytes) -> None:
         chunk = self._decoded(data)
-        choices = chunk.get("choices")
-        is_native_error = not choices and "message" in chunk and "code" in chunk
-        if event.name == "error" or chunk.get("error") or is_native_error:
+        if event.name == "error" or self._is_error(chunk):
             raise to_upstream_error(Refusal.of(event.status, chunk), self.family)
         came_from = chunk.get("model")
         is_changed = self._envelope(chunk)
         if self._is_stream and not is_changed and came_from != self.model:
             data = self._with_model(data, came_from)
-        if not isinstance(choices, list):
-            return
-        envelope = chunk
+        is_same = bool(data) and not is_changed and b"\n" not in event.data
+        self._send_choices(chunk, data if is_same else None)
+
+    @staticmethod
+    def _is_error(chunk: Json) -> bool:
+        is_native = not chunk.get("choices") and "message" in chunk and "code" in chunk
+        return is_native or bool(chunk.get("error"))
+
+    def _send_choices(self, chunk: Json, data: bytes | None) -> None:
+        envelope, choices = chunk, as_list(chunk.get("choices"))
         for choice in choices:
             outputs = self._choice(choice) if isinstance(choice, dict) else []
             if outputs is None and len(choices) == 1:
-                is_same = bool(data) and not is_changed and b"\n" not in event.data
-                self.sink(Chunk(chunk, data if is_same else None))
+                self.sink(Chunk(chunk, data))
                 return
             for output in [choice] if outputs is None else outputs:
                 self.sink(Chunk({**envelope, "choices": [output]}))
@@ -5730,9 +5756,7 @@ class ChunkTranslator:
         reasoning = state.reasoning.feed(reasoning) if isinstance(reasoning, str) else ""
         text = state.content.feed(text_of(delta.get("content")))
         thoughts, content = state.filter.feed(text)
-        entries = delta.get("tool_calls")
-        if not entries and isinstance(delta.get("function_call"), dict):
-            entries = [{"index": 0, "function": delta["function_call"]}]
+        entries = self._call_entries(delta)
         if entries:
             # What is kept back of the text comes before the call, not behind it.
             kept = [state.filter.feed(state.content.close()), state.filter.close()]
@@ -5750,6 +5774,13 @@ class ChunkTranslator:
         if entries:
             deltas += self._tool_deltas(state.tools.feed(entries))
         return self._outputs(index, state, deltas, extra, isinstance(delta.get("role"), str))
+
+    @staticmethod
+    def _call_entries(delta: Json) -> Any:
+        entries = delta.get("tool_calls")
+        if not entries and isinstance(delta.get("function_call"), dict):
+            return [{"index": 0, "function": delta["function_call"]}]
+        return entries
 
     def _tool_deltas(self, calls: list[Json]) -> list[Json]:
         if not self._is_legacy:
@@ -6018,6 +6049,7 @@ class CompletionCollector:
 
     def _add_call(self, calls: list[Json], delta: Json) -> None:
         if delta["index"] == len(calls):
+            self._budget.count(ToolCall.COST)
             function = {"name": "", "arguments": LongText(self._budget)}
             calls.append({"id": delta.get("id"), "type": "function", "function": function})
         function = calls[delta["index"]]["function"]
@@ -6226,7 +6258,8 @@ class EmbeddingsDecoder:
     def feed(self, piece: bytes) -> None:
         """Take the next piece of the body."""
         self._body += piece
-        self._budget.take(bytes(len(piece) * 2))
+        # Counted as it comes: the body must not grow, nor be read as JSON, beyond the budget.
+        self._budget.count(size_of_json(piece))
 
     def close(self) -> None:
         """Take the end of the body; the vectors go out in the order of the texts."""
@@ -6301,7 +6334,8 @@ class EmbeddingsApi(ChatApi):
 
     def __init__(self, items: Any = None, owner: str = ""):
         super().__init__(items, owner)
-        self._budget = Budget()
+        # 2048 vectors of 2048 numbers are 280 MiB.
+        self._budget = Budget(3 * Budget.LIMIT)
 
     def check(self, body: Any) -> Json:
         """Return the request in a client's body; raises BadRequest that names what is wrong."""
@@ -7148,13 +7182,10 @@ class StrictDecoder(json.JSONDecoder):
         return value
 
 
-_STRICT = StrictDecoder()
-
-
 def parse_json(body: bytes) -> Any:
     """Return the JSON in a client's body; raises BadRequest that says what is wrong with it."""
     try:
-        return _STRICT.decode(body.decode("utf-8-sig"))
+        return json.loads(body.decode("utf-8-sig"), cls=StrictDecoder)
     except UnicodeDecodeError:
         message = "the body is not UTF-8"
     except RecursionError:
@@ -7522,7 +7553,11 @@ class Exchange:
 
     def read_json(self) -> Any:
         """Return the JSON of the body; raises BadRequest."""
-        return parse_json(self._decoded(self._read_body(self._max_body)))
+        body = self._decoded(self._read_body(self._max_body))
+        # 64 MiB of empty lists would become 1.3 GiB.
+        if size_of_json(body) > max(8 * self._max_body, 64 << 20):
+            raise BadRequest("the body holds too many values", 413, "request_too_large")
+        return parse_json(body)
 
     def _read_body(self, limit: int) -> bytes:
         if self._length > limit:
@@ -7683,6 +7718,22 @@ class Exchange:
         for answer in answers:
             answer.response.drain()
 
+    def open_all(self, calls: list[Call], targets: list[Target]) -> list[Answer]:
+        """Open all calls, a few of them at a time; when one fails, the others end."""
+        if len(calls) == 1:
+            return [calls[0].open(targets)]
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            futures = [pool.submit(call.open, targets) for call in calls]
+            first = concurrent.futures.FIRST_EXCEPTION
+            done, _ = concurrent.futures.wait(futures, return_when=first)
+            failures = [future.exception() for future in done if future.exception()]
+            if failures and failures[0]:
+                for future in futures:
+                    future.cancel()
+                self.stop_waiting()
+                raise failures[0]
+            return [future.result() for future in futures]
+
     def stop_waiting(self) -> None:
         """End what its calls wait for."""
         for waiter in self.waiters:
@@ -7762,8 +7813,10 @@ class Exchange:
         send_all(self.connection, data, self._wait_to_write)
 
     def _wait_to_write(self, connection: socket.socket) -> None:
-        if not wait_for(connection, selectors.EVENT_WRITE, self.WRITE_TIMEOUT):
-            raise socket.timeout("timed out")
+        with Selector() as selector:
+            selector.register(connection, selectors.EVENT_WRITE)
+            if not selector.select(self.WRITE_TIMEOUT):
+                raise socket.timeout("timed out")
 
 
 def fault_of_ours(error: BaseException) -> ProxyError:
@@ -7787,23 +7840,6 @@ def relay(answer: Answer, writer: Any, place: int = 0) -> None:
     while not answer.is_over:
         answer.pump()
         writer.flush()
-
-
-def open_all(calls: list[Call], targets: list[Target], stop: Callable[[], None]) -> list[Answer]:
-    """Open all calls, a few of them at a time; stop() is called when one fails."""
-    if len(calls) == 1:
-        return [calls[0].open(targets)]
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        futures = [pool.submit(call.open, targets) for call in calls]
-        first = concurrent.futures.FIRST_EXCEPTION
-        done, _ = concurrent.futures.wait(futures, return_when=first)
-        failures = [future.exception() for future in done if future.exception()]
-        if failures and failures[0]:
-            for future in futures:
-                future.cancel()
-            stop()
-            raise failures[0]
-        return [future.result() for future in futures]
 
 
 # Path (without /v1), method: the class of an API, or the method of Handler.
@@ -7878,7 +7914,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         targets = proxy.targets(request.get("model"))
         exchange.writer = api.writer(request, exchange, targets[0])
         with proxy.calls(api, request, targets, exchange) as calls:
-            answers = open_all(calls, targets, exchange.stop_waiting)
+            answers = exchange.open_all(calls, targets)
             exchange.begin(answers[0])
             for place, answer in enumerate(answers):
                 relay(answer, exchange.writer, place)
@@ -8458,12 +8494,12 @@ class DemoServer(http.server.ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.debug("demo: %s", sys.exc_info()[1])
 
-
-def start_demo() -> str:
-    """Start the stand-in on a free port of loopback; returns its base URL."""
-    server = DemoServer(("127.0.0.1", 0), DemoUpstream)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    return f"http://127.0.0.1:{server.server_port}/compatible-mode/v1"
+    @classmethod
+    def start(cls) -> str:
+        """Start the stand-in on a free port of loopback; returns its base URL."""
+        server = cls(("127.0.0.1", 0), DemoUpstream)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{server.server_port}/compatible-mode/v1"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -8563,7 +8599,9 @@ def main(argv: list[str] | None = None) -> int:
         options = checked_options(stated_options(parsed, os.environ))
     except ValueError as error:
         parser.error(public(str(error)))
-    with logged_to(sys.stderr, options.log_level.upper()), signal_handlers(interrupt):
+    # SIGTERM ends a command as Ctrl-C does, so that the CLI's lock does not stay behind.
+    interrupted = signal_handlers(signal.default_int_handler)
+    with logged_to(sys.stderr, options.log_level.upper()), interrupted:
         try:
             if command == "login":
                 return cmd_login(options, not parsed.no_browser)
@@ -8643,11 +8681,6 @@ def logged_to(stream: Any, level: str) -> Iterator[None]:
             listener.stop()
 
 
-def interrupt(number: int, frame: Any) -> None:
-    """End a command as Ctrl-C does, so that the CLI's lock does not stay behind."""
-    raise KeyboardInterrupt
-
-
 @contextlib.contextmanager
 def signal_handlers(stop: Callable[[int, Any], None]) -> Iterator[None]:
     """Call stop() for every signal that asks a program to end.
@@ -8683,7 +8716,8 @@ def server_for(options: Options) -> ProxyServer:
     folder = f"qwen_proxy-demo-{secrets.token_hex(8)}"
     nowhere = os.path.join(tempfile.gettempdir(), folder)
     model = options.model or DEMO_MODEL
-    options = options._replace(base_url=start_demo(), provider=None, model=model, qwen_home=nowhere)
+    url = DemoServer.start()
+    options = options._replace(base_url=url, provider=None, model=model, qwen_home=nowhere)
     return ProxyServer(options, {"OPENAI_API_KEY": "demo", "HOME": nowhere})
 
 
@@ -8729,16 +8763,19 @@ def last_words(text: str) -> bool:
 
     Returns False where stderr is not read, and waiting would never end.
     """
+    log_queues = [each for each in logging.getLogger().handlers if isinstance(each, LogQueue)]
 
     def speak() -> None:
-        for handler in logging.getLogger().handlers:
-            handler.flush()
+        for log_queue in log_queues:
+            log_queue.flush()
         say(text)
 
     thread = threading.Thread(target=speak, daemon=True)
     thread.start()
     thread.join(1)
-    return not thread.is_alive()
+    # A short text may still fit into a pipe that is too full for a line of the log.
+    is_written = all(not log_queue.lines.unfinished_tasks for log_queue in log_queues)
+    return is_written and not thread.is_alive()
 
 
 def tune_process() -> None:
@@ -8877,23 +8914,7 @@ def status_facts(providers: Providers, port: int) -> Json:
         "notes": discovery.notes,
     }
     if active:
-        described = active.describe()
-        models = ", ".join(described["models"]) or "whatever the upstream lists"
-        facts.update(
-            provider=active.name,
-            found_in=active.source,
-            base_url=described["base_url"],
-            family=active.family.name,
-            models=[models],
-            model=discovery.model,
-        )
-        facts["also_usable"] = [
-            f"{other.name} ({other.problem() or 'ready'})" for other in discovery.providers[1:]
-        ]
-        if isinstance(active.credentials, OAuthCredentials):
-            facts.update(oauth_facts(active.credentials))
-        if described["base_url"]:
-            facts["clock"] = clock_difference(described["base_url"])
+        facts.update(provider_facts(active, discovery))
     proxies = [f"{scheme}: {url}" for scheme, url in sorted(forward_proxies().items())]
     facts["forward_proxy"] = proxies or ["none"]
     facts["client"] = [
@@ -8902,6 +8923,27 @@ def status_facts(providers: Providers, port: int) -> Json:
         f"model    {discovery.model}",
     ]
     return {name: value for name, value in facts.items() if value not in (None, [])}
+
+
+def provider_facts(active: Provider, discovery: Discovery) -> Json:
+    """Return what `status` prints of the provider in use."""
+    described = active.describe()
+    facts: Json = {
+        "provider": active.name,
+        "found_in": active.source,
+        "base_url": described["base_url"],
+        "family": active.family.name,
+        "models": [", ".join(described["models"]) or "whatever the upstream lists"],
+        "model": discovery.model,
+        "also_usable": [
+            f"{other.name} ({other.problem() or 'ready'})" for other in discovery.providers[1:]
+        ],
+    }
+    if isinstance(active.credentials, OAuthCredentials):
+        facts.update(oauth_facts(active.credentials))
+    if described["base_url"]:
+        facts["clock"] = clock_difference(described["base_url"])
+    return facts
 
 
 def oauth_facts(credentials: OAuthCredentials) -> Json:
