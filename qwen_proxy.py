@@ -4651,8 +4651,8 @@ class Repair(NamedTuple):
     """What to do about a refusal by name: in the text of a 400, if the body has what it names.
 
     has: fields of the body, one of which must be there; lacks: one that must not; value: what the
-    first of `has` must be; sets: what to set ('$1' is the number that the refusal names); drops:
-    fields to leave out; then: a change that needs messages; how: for the log.
+    first of `has` must be; then: a change that needs messages, made first; sets: what to set ('$1'
+    is the number that the refusal names); drops: fields to leave out; how: for the log.
     """
 
     pattern: str
@@ -4663,12 +4663,6 @@ class Repair(NamedTuple):
     lacks: str = ""
     value: Any = None
     then: Callable[[Json], None] | None = None
-
-
-def schema_to_prompt(body: Json) -> None:
-    """Put a JSON schema that was refused into the prompt."""
-    ask_for_json(body)
-    body["response_format"] = {"type": "json_object"}
 
 
 _JSON_FORMATS = ("json_object", "json_schema")
@@ -4705,7 +4699,8 @@ REPAIRS = (
         ("response_format",),
         "with the JSON schema in the prompt",
         value=("json_schema",),
-        then=schema_to_prompt,
+        then=ask_for_json,
+        sets={"response_format": {"type": "json_object"}},
     ),
     Repair(
         r"logprobs",
@@ -4747,12 +4742,12 @@ def repair_request(body: Json, error: UpstreamError) -> str:
         if match is None or len(number) > 18 or not is_repairable(body, repair):
             continue
         before = dict(body)
+        if repair.then:
+            repair.then(body)
         for name, value in repair.sets.items():
             body[name] = int(number) if value == "$1" else value
         for name in repair.drops:
             body.pop(name, None)
-        if repair.then:
-            repair.then(body)
         # The same body would be refused again.
         return repair.how.replace("$1", number) if body != before else ""
     return ""
@@ -5910,7 +5905,7 @@ class AnswerDecoder:
 
     @property
     def is_done(self) -> bool:
-        """Whether the stream has said that it is over."""
+        """True if the stream has said that it is over."""
         return self.translator.is_done
 
     @property
@@ -6503,9 +6498,9 @@ class ResponseRequest:
     """
 
     COMPACTION = (
-        "Summarise the conversation so far for somebody who goes on with it and sees nothing but "
-        "your summary: the task, what was decided and found out, which files and commands matter, "
-        "what is left to do."
+        "Summarise the conversation so far for another assistant, who continues it and sees "
+        "nothing but your summary: the task, what was decided and found out, which files and "
+        "commands matter, what is left to do."
     )
     # Fields that chat completions do not have, or have in another shape.
     ONLY_HERE = frozenset(
@@ -7536,7 +7531,7 @@ class Exchange:
 
     @property
     def needs_host(self) -> bool:
-        """Whether the Host header must be there (RFC 9112 3.2)."""
+        """True if the Host header must be there (RFC 9112 3.2)."""
         return not self._is_http_1_0
 
     def route(self) -> str:
