@@ -4764,7 +4764,9 @@ def is_repairable(body: Json, repair: Repair) -> bool:
         return bool(body.get("tools")) and found not in (None, "auto", "none")
     if repair.has[0] == "response_format":
         found = dig(found, "type")
-        if repair.then is ask_for_json and body.get("enable_thinking") is not True:
+        # Without thinking, JSON mode is possible: what was refused is something else.
+        is_dropped = repair.then is ask_for_json and not repair.sets
+        if is_dropped and body.get("enable_thinking") is not True:
             return False
     return repair.value is None or found in repair.value
 
@@ -5970,6 +5972,8 @@ class CompletionCollector:
     """Clean chunks in, the whole chat.completion out."""
 
     OBJECT = "chat.completion"
+    # Bytes of memory of a field besides its name and value, about.
+    FIELD_COST = 256
 
     class Choice:
         """What was collected of one choice."""
@@ -5993,8 +5997,7 @@ class CompletionCollector:
         if len(chunk) > self._head_size:
             self._head_size = len(chunk)
             for name in chunk.keys() - self._head.keys() - {"choices", "usage"}:
-                self._budget.take(chunk[name])
-                self._head[name] = chunk[name]
+                self._keep(self._head, name, chunk[name])
         for part in chunk["choices"]:
             choice = self._choices.get(part["index"])
             if choice is None:
@@ -6023,13 +6026,19 @@ class CompletionCollector:
                 self._budget.take(value)
                 choice.message.setdefault(name, []).extend(value)
             elif value is not None:
-                choice.message[name] = value
+                self._keep(choice.message, name, value)
         if len(part) > 3 or part.get("finish_reason"):
             self._add_fields(choice, part)
 
+    def _keep(self, fields: dict[str, Any], name: str, value: Any) -> None:
+        if name not in fields:
+            self._budget.count(len(name) + self.FIELD_COST)
+        self._budget.take(value)
+        fields[name] = value
+
     def _add_text(self, choice: Choice, name: str, text: str) -> None:
         if name not in choice.texts:
-            choice.texts[name] = LongText(self._budget)
+            self._keep(choice.texts, name, LongText(self._budget))
         choice.texts[name].add(text)
 
     def _add_fields(self, choice: Choice, part: Json) -> None:
@@ -6040,7 +6049,7 @@ class CompletionCollector:
                 for kind, values in value.items():
                     logprobs.setdefault(kind, []).extend(as_list(values))
             elif name not in ("index", "delta", "text", "message") and value is not None:
-                choice.fields[name] = value
+                self._keep(choice.fields, name, value)
 
     def _add_call(self, calls: list[Json], delta: Json) -> None:
         if delta["index"] == len(calls):

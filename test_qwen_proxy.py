@@ -7913,6 +7913,10 @@ HELD = {
         "delta": {"content": "x"},
         "logprobs": {"content": [{"token": "a"}] * 100},
     },
+    "ever new texts": {"delta": {f"text{n}@": "x" for n in range(20)}},
+    "ever new values": {"delta": {"content": "x", **{f"value{n}@": 1 for n in range(20)}}},
+    "ever new fields": {"delta": {"content": "x"}, **{f"field{n}@": 1 for n in range(20)}},
+    "long names": {"delta": {"content": "x", "n" * 5000 + "@": 1}},
     "arguments": {"delta": tool_call(0, "c", "f", "x" * 1000)},
     "reasoning": {"delta": {"reasoning_content": "x" * 1000}},
     "many calls": {
