@@ -3253,7 +3253,7 @@ def test_a_fault_ends_in_time_and_leaves_nothing_behind(serve, monkeypatch, name
     "delta", [{"content": "lo, "}, {"reasoning_content": "lo, "}, tool_call(0, "", None, "lo, ")]
 )
 def test_an_answer_that_is_held_has_a_limit_and_a_stream_has_none(raw_upstream, monkeypatch, delta):
-    monkeypatch.setattr(qp.Budget, "LIMIT", 1000)
+    monkeypatch.setattr(qp.Budget, "LIMIT", 3000)
     is_call = "tool_calls" in delta
     answer = (
         HEAD
