@@ -287,49 +287,66 @@ FAMILIES = {
 class ModelFacts(NamedTuple):
     """What is known of a model: tokens of context and of output, and how it thinks.
 
-    thinking is 'none', 'off' or 'on' (it can be switched, and is so by default), 'effort' (on, with
-    levels), 'always', or 'unknown'.
+    thinking is 'none', 'off' or 'on' (it can be switched, and is so by default), 'always', or
+    'unknown'; sees: what it takes besides text, None where that is not known; dialect: how it is
+    told about thinking, one of DIALECTS.
     """
 
     pattern: str
     context: int | None = None
     output: int | None = None
     thinking: str = "unknown"
+    sees: str | None = None
+    dialect: str = "qwen"
 
 
 # First match of the id without its vendor prefix, in lower case. State of 2026-11: Qwen Code 0.24.4
-# (tokenLimits.ts), Model Studio 'Deep thinking' and model pages, models.dev.
+# (tokenLimits.ts and its table of modalities), Model Studio 'Deep thinking' and model pages,
+# models.dev.
 MODELS = (
-    ModelFacts("qwen3.8-*", 1_000_000, 131_072, "effort"),
-    ModelFacts("coder-model", 1_000_000, 65_536, "on"),
+    ModelFacts("qwen3.8-flash*", 1_000_000, 131_072, "on", "image video", "qwen3.8"),
+    ModelFacts("qwen3.8-*", 1_000_000, 131_072, "on", "image", "qwen3.8"),
+    ModelFacts("coder-model", 1_000_000, 65_536, "on", "image video"),
+    ModelFacts("qwen3.7-max*", 1_000_000, 65_536, "on", ""),
+    ModelFacts("qwen3.[567]-omni*", None, None, "on", "image video audio"),
+    ModelFacts("qwen3.[567]-*plus*", 1_000_000, 65_536, "on", "image video"),
+    ModelFacts("qwen3.[567]-*flash*", 1_000_000, 65_536, "on", "image video"),
     ModelFacts("qwen3.[567]*", 1_000_000, 65_536, "on"),
-    ModelFacts("qwen3-coder-next*", 262_144, 65_536, "none"),
-    ModelFacts("qwen3-coder*", 1_000_000, 65_536, "none"),
-    ModelFacts("qwen3-vl-*-thinking*", 262_144, 32_768, "always"),
-    ModelFacts("qwen3-vl-*", 262_144, 32_768, "off"),
-    ModelFacts("qwen3-omni*", 65_536, 16_384, "off"),
-    ModelFacts("qwen3-max*", 262_144, 65_536, "off"),
+    ModelFacts("qwen3-coder-next*", 262_144, 65_536, "none", ""),
+    ModelFacts("qwen3-coder*", 1_000_000, 65_536, "none", ""),
+    ModelFacts("qwen3-vl-*-thinking*", 262_144, 32_768, "always", "image video"),
+    ModelFacts("qwen3-vl-*", 262_144, 32_768, "off", "image video"),
+    ModelFacts("qwen3-omni*", 65_536, 16_384, "off", "image video audio"),
+    ModelFacts("qwen3-max*", 262_144, 65_536, "off", ""),
     ModelFacts("qwen3-*-thinking*", 131_072, None, "always"),
     ModelFacts("qwen3-*", 131_072, None, "on"),
-    ModelFacts("qwen-vl-max*", 131_072, 8_192, "none"),
-    ModelFacts("qwen-vl*", 131_072, None, "none"),
-    ModelFacts("qwen-turbo*", 1_000_000, 16_384, "off"),
-    ModelFacts("qwen-plus*", 1_000_000, 32_768, "off"),
-    ModelFacts("qwen-flash*", 1_000_000, 32_768, "off"),
-    ModelFacts("qwq*", 131_072, None, "always"),
-    ModelFacts("qvq*", 131_072, None, "always"),
-    ModelFacts("kimi-k3*", 1_000_000, 131_072, "always"),
-    ModelFacts("kimi-k2.7-code*", 262_144, None, "always"),
-    ModelFacts("kimi-k2.5*", 262_144, 32_768, "on"),
+    ModelFacts("qwen-vl-max*", 131_072, 8_192, "none", "image video"),
+    ModelFacts("qwen-vl*", 131_072, None, "none", "image video"),
+    ModelFacts("qwen-turbo*", 1_000_000, 16_384, "off", ""),
+    ModelFacts("qwen-plus*", 1_000_000, 32_768, "off", ""),
+    ModelFacts("qwen-flash*", 1_000_000, 32_768, "off", ""),
+    ModelFacts("qwq*", 131_072, None, "always", ""),
+    ModelFacts("qvq*", 131_072, None, "always", "image video"),
+    ModelFacts("kimi-k3*", 1_000_000, 131_072, "always", "image video", "low-high-max"),
+    ModelFacts("kimi-k2.7-code*", 262_144, None, "always", "image video"),
+    ModelFacts("kimi-k2.5*", 262_144, 32_768, "on", "image video"),
+    ModelFacts("kimi-k2.6*", 262_144, None, "on", "image video"),
     ModelFacts("kimi-*", 262_144, None, "on"),
-    ModelFacts("glm-5.[2-9]*", 1_000_000, 131_072, "on"),
-    ModelFacts("glm-5*", 202_752, 131_072, "on"),
-    ModelFacts("glm-4.7*", 202_752, 16_384, "on"),
-    ModelFacts("deepseek-v4*", 1_000_000, 384_000, "on"),
-    ModelFacts("deepseek-v3*", 131_072, None, "off"),
-    ModelFacts("deepseek-r*", 131_072, 65_536, "always"),
-    ModelFacts("minimax-m2.5*", 196_608, 65_536, "always"),
-    ModelFacts("minimax-m3*", 1_000_000, None, "always"),
+    ModelFacts("glm-*v*", None, None, "on"),
+    ModelFacts("glm-5.3-flash*", 1_000_000, 131_072, "always", "image", "low-high-max"),
+    ModelFacts("glm-5.3*", 1_000_000, 131_072, "always", "", "low-high-max"),
+    ModelFacts("glm-5.[2-9]*", 1_000_000, 131_072, "on", ""),
+    ModelFacts("glm-5*", 202_752, 131_072, "on", ""),
+    ModelFacts("glm-4.7*", 202_752, 16_384, "on", ""),
+    ModelFacts("deepseek-v4.1*", 1_000_000, 384_000, "on", "", "deepseek-v4.1"),
+    ModelFacts("deepseek-v4-*-0813*", 1_000_000, 384_000, "on", "", "deepseek-v4.1"),
+    ModelFacts("deepseek-v4*", 1_000_000, 384_000, "on", "", "deepseek-v4"),
+    ModelFacts("deepseek-flash*", 1_000_000, 384_000, "on", "image", "deepseek-v4"),
+    ModelFacts("deepseek-v3*", 131_072, None, "off", ""),
+    ModelFacts("deepseek-r*", 131_072, 65_536, "always", ""),
+    ModelFacts("minimax-m2.7*", 204_800, None, "always", ""),
+    ModelFacts("minimax-m2.5*", 196_608, 65_536, "always", ""),
+    ModelFacts("minimax-m3*", 1_000_000, None, "always", "image video"),
     ModelFacts("*"),
 )
 
@@ -759,9 +776,8 @@ def encode_json(value: Any, is_request: bool = False) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError:
-        # Half of a surrogate pair: a string was cut in an emoji.
-        lone = "[\ud800-\udfff]"
-        return re.sub(lone, lambda match: f"\\u{ord(match.group()):04x}", text).encode()
+        # Half of a surrogate pair: a string was cut in an emoji. Strict parsers refuse it.
+        return re.sub("[\ud800-\udfff]", "\ufffd", text).encode()
 
 
 def size_of_json(data: bytes) -> int:
@@ -787,6 +803,34 @@ def as_list(value: Any) -> list[Any]:
 def as_text(value: Any) -> str:
     """Return the value if it is a string, else an empty one."""
     return value if isinstance(value, str) else ""
+
+
+_SWITCHES = {
+    **dict.fromkeys(("true", "on", "yes", "1", "enabled", "adaptive"), True),
+    **dict.fromkeys(("false", "off", "no", "0", "disabled"), False),
+}
+
+
+def as_switch(value: Any) -> bool | None:
+    """Return true or false in whichever spelling clients have for it; None for anything else.
+
+    >>> as_switch("False"), as_switch(1), as_switch("perhaps")
+    (False, True, None)
+    """
+    return _SWITCHES.get(str(value).strip().lower())
+
+
+def as_count(value: Any) -> int | None:
+    """Return a whole number, also one as text or with a decimal point; None for anything else.
+
+    >>> as_count("1024"), as_count(100.0), as_count("many"), as_count(True)
+    (1024, 100, None, None)
+    """
+    if isinstance(value, str) and re.match(r"\s*[+-]?\d{1,15}(\.0*)?\s*\Z", value):
+        value = float(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return value if type(value) is int else None
 
 
 def is_number(value: Any) -> bool:
@@ -3558,110 +3602,140 @@ THINKING_FIELDS = (
     "reasoning",
     "thinking",
     "think",
+    "chat_template_kwargs",
 )
 
 
 class Thinking(NamedTuple):
-    """What a request says about thinking, in whichever of the spellings; None where it does not."""
+    """What a request says about thinking, in whichever of the spellings; None where it does not.
+
+    fields: those of THINKING_FIELDS that were understood.
+    """
 
     enabled: bool | None = None
     effort: str | None = None
     budget: int | None = None
+    fields: frozenset[str] = frozenset()
 
     @classmethod
     def read(cls, body: Json) -> Thinking:
-        """Read all of THINKING_FIELDS, and chat_template_kwargs.
+        """Read all of THINKING_FIELDS.
 
         >>> Thinking.read({"reasoning": {"effort": "minimal"}}).enabled
         False
         """
-        if "chat_template_kwargs" not in body and not any(name in body for name in THINKING_FIELDS):
+        if not any(name in body for name in THINKING_FIELDS):
             return cls()
-        reasoning, thinking = as_object(body.get("reasoning")), as_object(body.get("thinking"))
-        effort = body.get("reasoning_effort", reasoning.get("effort", body.get("think")))
-        effort = effort.lower() if isinstance(effort, str) else None
-        budgets = (
-            body.get("thinking_budget"),
-            thinking.get("budget_tokens"),
-            reasoning.get("max_tokens"),
-        )
-        budget = next((value for value in budgets if type(value) is int), None)
-        enabled = cls._switch(body, reasoning, thinking)
+        found = [
+            [
+                (path[0], value)
+                for path in (field.split(".") for field in paths.split())
+                for value in [reader(dig(body, *path))]
+                if value is not None
+            ]
+            for paths, reader in _SPELLINGS
+        ]
+        enabled, effort, budget = (values[0][1] if values else None for values in found)
         is_off = effort in ("none", "minimal")
         if enabled is None and effort is not None:
             enabled = not is_off
         if enabled is None and budget is not None:
-            enabled = budget > 0
-        effort = None if is_off else effort
-        return cls(enabled, effort, budget if (budget or 0) > 0 else None)
+            # -1 is as much as the model likes.
+            enabled = budget != 0
+        fields = frozenset(name for values in found for name, _ in values)
+        budget = budget if (budget or 0) > 0 else None
+        return cls(enabled, None if is_off else effort, budget, fields)
 
-    @staticmethod
-    def _switch(body: Json, reasoning: Json, thinking: Json) -> bool | None:
-        switches = (
-            body.get("enable_thinking"),
-            reasoning.get("enabled"),
-            body.get("think"),
-            dig(body, "chat_template_kwargs", "enable_thinking"),
-        )
-        switch = next((value for value in switches if isinstance(value, bool)), None)
-        if switch is None and isinstance(thinking.get("type"), str):
-            return bool(thinking["type"] != "disabled")
-        return switch
+
+def as_effort(value: Any) -> str | None:
+    """Return a level of thinking in lower case; None for anything else."""
+    effort = as_text(value).strip().lower()
+    return effort if effort in _EFFORTS else None
+
+
+_EFFORTS = frozenset({"none", "minimal", "low", "medium", "high", "xhigh", "max"})
+# Where a request says whether to think, how hard, and with how many tokens, and how each is read.
+_SPELLINGS: tuple[tuple[str, Callable[[Any], Any]], ...] = (
+    (
+        "enable_thinking reasoning.enabled think thinking chat_template_kwargs.enable_thinking "
+        "thinking.type",
+        as_switch,
+    ),
+    ("reasoning_effort reasoning.effort think chat_template_kwargs.reasoning_effort", as_effort),
+    (
+        "thinking_budget thinking.budget_tokens reasoning.max_tokens "
+        "chat_template_kwargs.thinking_budget",
+        as_count,
+    ),
+)
 
 
 class Dialect(NamedTuple):
     """How a kind of endpoint or model is told about thinking.
 
-    off, on: what to set; efforts: the levels that it has, by the client's names ('' for any other);
-    budget: the field for a number of tokens, which wins over the effort; budgets: tokens for a
-    level, where it has no levels of its own.
+    off, on: what to set; efforts: its levels by the client's names, other names as they are, '' for
+    none at all, or None where it has no levels; budget: the field for a number of tokens, which
+    wins over the effort; budgets: tokens for a level, where it has none of its own.
     """
 
     off: Json
     on: Json = {}
-    efforts: Mapping[str, str] = {}
+    efforts: Mapping[str, str] | None = None
     budget: str = ""
     budgets: Mapping[str, int] = {}
 
 
-# By the family of the endpoint, else by how the model thinks (see ModelFacts), else 'qwen'. Model
-# Studio, 'Deep thinking': tokens per level; above, the model's maximum. DeepSeek's and Z.AI's
-# reference: reasoning_effort.
+# By the family of the endpoint where that has words of its own, else by the model (see ModelFacts);
+# 'own ...' at hosts that are not Alibaba's. Model Studio, 'Deep thinking': tokens per level; above,
+# the model's maximum. DeepSeek's and Z.AI's reference: reasoning_effort. Levels of models: Qwen
+# Code 0.24.4, models.dev, QwenLM/Qwen3.8 #217.
+_SWITCHED = Dialect(
+    off={"enable_thinking": False}, on={"enable_thinking": True}, budget="thinking_budget"
+)
+_QWEN38_LEVELS = {"": "xhigh", "high": "xhigh", "max": "xhigh"}
 DIALECTS = {
     "deepseek": Dialect(
         off={"thinking": {"type": "disabled"}},
         on={"thinking": {"type": "enabled"}},
         efforts={"low": "high", "medium": "high", "xhigh": "max"},
     ),
-    "zai": Dialect(off={"thinking": {"type": "disabled"}}, on={"thinking": {"type": "enabled"}}),
-    "effort": Dialect(
-        off={"reasoning_effort": "none"},
-        on={"enable_thinking": True},
-        efforts={"low": "low", "medium": "medium", "high": "high", "": "xhigh"},
-        budget="thinking_budget",
+    "zai": Dialect(
+        off={"thinking": {"type": "disabled"}}, on={"thinking": {"type": "enabled"}}, efforts={}
     ),
-    "always": Dialect(off={}, budget="thinking_budget", budgets={"low": 4096, "medium": 16_384}),
-    "unknown": Dialect(
-        off={"enable_thinking": False}, on={"enable_thinking": True}, budget="thinking_budget"
+    "qwen": _SWITCHED._replace(budgets={"low": 4096, "medium": 16_384}),
+    "unknown": _SWITCHED._replace(efforts={}),
+    "qwen3.8": Dialect(
+        off={"reasoning_effort": "none"}, efforts=_QWEN38_LEVELS, budget="thinking_budget"
     ),
-    "qwen": Dialect(
-        off={"enable_thinking": False},
-        on={"enable_thinking": True},
-        budget="thinking_budget",
-        budgets={"low": 4096, "medium": 16_384},
+    "own qwen3.8": _SWITCHED._replace(efforts={**_QWEN38_LEVELS, "": ""}),
+    "deepseek-v4": _SWITCHED._replace(
+        efforts={"low": "high", "medium": "high", "xhigh": "max"}, budget=""
     ),
+    "deepseek-v4.1": _SWITCHED._replace(efforts={"medium": "high", "xhigh": "max"}, budget=""),
+    "low-high-max": Dialect(off={}, efforts={"medium": "high", "xhigh": "max"}),
 }
+# Stands for thoughts that a client did not keep; Kimi takes an empty text for none.
+NO_THOUGHTS = "(not kept)"
 # Families whose words for thinking are their own, whatever model they serve.
 OWN_DIALECTS = frozenset({"openrouter", "deepseek", "zai"})
+
+
+# What a model brings along, by a word in its id. 'thoughts': a message with tool calls needs its
+# thoughts back (Kimi and DeepSeek, thinking mode); 'strings': content is never a list.
+MODEL_TRAITS = {
+    "qwen": frozenset({"qwen", "limits"}),
+    "kimi": frozenset({"thoughts"}),
+    "deepseek": frozenset({"thoughts"}),
+    "qwen-long": frozenset({"strings"}),
+}
 
 
 @functools.lru_cache(maxsize=256)
 def traits_of(family: str, model: str) -> frozenset[str]:
     """Return what the rules look at: the family's name and traits, and what the model brings."""
-    traits = FAMILIES[family].traits | {family}
-    if family in OWN_DIALECTS or "qwen" not in model.lower():
-        return traits
-    return traits | {"qwen", "limits"}
+    brought = [traits for word, traits in MODEL_TRAITS.items() if word in model.lower()]
+    without = MODEL_TRAITS["qwen"] if family in OWN_DIALECTS else frozenset()
+    return FAMILIES[family].traits | {family} | (frozenset().union(*brought) - without)
 
 
 class History:
@@ -3696,10 +3770,12 @@ class History:
         self._legacy_calls = self._count = 0
         # The names of the rules that changed something.
         self.fired: set[str] = set()
+        # Results without a call.
+        self.lost = 0
 
     @classmethod
-    def repaired(cls, messages: list[Json], splits_media: bool) -> tuple[list[Json], set[str]]:
-        """Return the messages, and the names of the rules that changed them."""
+    def repaired(cls, messages: list[Json], splits_media: bool) -> tuple[list[Json], set[str], int]:
+        """Return the messages, the names of the rules that changed them, and how many were lost."""
         history = cls(splits_media)
         for message in messages:
             history._add(message)
@@ -3710,7 +3786,7 @@ class History:
                 "tool_calls is missing",
                 param="messages",
             )
-        return repaired, history.fired
+        return repaired, history.fired, history.lost
 
     @classmethod
     def unpacked(cls, messages: list[Json]) -> list[Json]:
@@ -3822,20 +3898,21 @@ class History:
 
     @staticmethod
     def _valid_call(call: Any) -> Any:
-        """Return a call whose arguments are the text of a JSON value."""
+        """Return a call whose arguments are the text of a JSON object."""
         function = dig(call, "function")
-        arguments = dig(function, "arguments")
         if not isinstance(function, dict):
             return call
-        if isinstance(arguments, str) and arguments:
-            broken = object()
-            if loads(arguments, broken) is not broken:
-                return call
-            arguments = json.dumps({"malformed_arguments": arguments}, ensure_ascii=False)
-        elif isinstance(arguments, (dict, list)):
-            arguments = json.dumps(arguments, ensure_ascii=False)
-        else:
-            arguments = "{}"
+        arguments = function.get("arguments")
+        value: Any = loads(arguments, arguments) if isinstance(arguments, str) else arguments
+        if isinstance(arguments, str) and isinstance(value, dict):
+            return call
+        # Encoded twice: the text of a text.
+        value = loads(value, value) if isinstance(value, str) else value
+        if value in (None, ""):
+            value = {}
+        if not isinstance(value, dict):
+            value = {"malformed_arguments": arguments}
+        arguments = json.dumps(value, ensure_ascii=False)
         return {**call, "function": {**function, "arguments": arguments}}
 
     def _add_result(self, message: Json) -> None:
@@ -3845,7 +3922,7 @@ class History:
         call_id = message.get("tool_call_id")
         if not isinstance(call_id, str):
             self.fired.add("tool-pairs")
-            self._said = []
+            self._said, self.lost = [], self.lost + 1
         elif not self._match(call_id, message, -1, self._said):
             self._early.append((message, self._said))
             self._said = []
@@ -3873,7 +3950,7 @@ class History:
 
     def _messages(self) -> list[Json]:
         for message, said in self._early:
-            self._match(as_text(message["tool_call_id"]), message, 0, said)
+            self.lost += not self._match(as_text(message["tool_call_id"]), message, 0, said)
             self.fired.add("tool-pairs")
         messages: list[Json] = []
         # Where the calls are that results belong to.
@@ -3913,6 +3990,79 @@ class History:
         return results
 
 
+# A refusal of what a model cannot take: what it is, and the way out.
+UNSEEN = {
+    "image": "an image, which {model} cannot see; choose a model that does, such as qwen3.7-plus",
+    "video": "a video, which {model} cannot see; choose a model that does, such as qwen3.7-plus",
+    "audio": "sound, which {model} cannot hear; choose a model that does, such as qwen3-omni-flash",
+    "file": "a file, which {model} cannot read; send its text instead, or its pages as images to a "
+    "model that sees them, such as qwen3.7-plus",
+}
+# Names that a tool must not have there. Model Studio, 'Function calling'.
+RESERVED_TOOLS = frozenset({"search"})
+
+
+class ToolShapes:
+    """How the tools of a request go to the upstream, and how calls of them come back.
+
+    Custom tools, with free text for an argument, are functions with one string upstream; reserved
+    names are changed.
+    """
+
+    def __init__(self, request: Json, traits: frozenset[str]):
+        # By name: the envelope of a custom tool, 'custom' (OpenAI) or '' (flat, as Cursor has it).
+        self.custom: dict[str, str] = {}
+        names = set()
+        for tool in [*as_list(request.get("tools")), *as_list(request.get("functions"))]:
+            envelope = "custom" if dig(tool, "custom") else ""
+            name = dig(tool, "function", "name") or dig(tool, "custom", "name") or dig(tool, "name")
+            names.add(as_text(name))
+            if dig(tool, "type") == "custom":
+                self.custom[as_text(name)] = envelope
+        reserved = names & RESERVED_TOOLS if "alibaba" in traits else frozenset()
+        self.sent = {name: self._free_name(name, names) for name in reserved}
+        self._original = {sent: name for name, sent in self.sent.items()}
+
+    @staticmethod
+    def _free_name(name: str, names: set[str]) -> str:
+        others = (f"{name}_tool{number}" for number in ("", *range(2, len(names) + 3)))
+        return next(other for other in others if other not in names)
+
+    def original(self, sent: str) -> str:
+        """Return the client's name for a tool."""
+        return self._original.get(sent, sent)
+
+    @staticmethod
+    def function_of(tool: Json) -> Json:
+        """Return the function for a custom tool; a grammar cannot be enforced, only asked for."""
+        custom = as_object(tool.get("custom", tool))
+        grammar = dig(custom, "format", "grammar") or custom.get("format")
+        definition, words = dig(grammar, "definition"), "The input as it is."
+        if isinstance(definition, str):
+            words = f"It must match this grammar:\n{definition}"
+        properties = {"input": {"type": "string", "description": words}}
+        function = {
+            "name": custom.get("name"),
+            "description": custom.get("description") or "",
+            "parameters": {"type": "object", "required": ["input"], "properties": properties},
+        }
+        return {"type": "function", "function": function}
+
+    @staticmethod
+    def function_call(call: Json) -> Json:
+        """Return the function call for a call of a custom tool in the history."""
+        custom = as_object(call.get("custom", call))
+        arguments = json.dumps({"input": as_text(custom.get("input"))}, ensure_ascii=False)
+        function = {"name": custom.get("name"), "arguments": arguments}
+        return {"id": call.get("id"), "type": "function", "function": function}
+
+
+def custom_input(arguments: str) -> str:
+    """Return the one string that a custom tool is called with."""
+    found = dig(loads(arguments), "input")
+    return found if isinstance(found, str) else arguments
+
+
 class Rewrite:
     """One request on its way into the upstream's dialect; each method is a rule of RULES.
 
@@ -3927,6 +4077,17 @@ class Rewrite:
         "logit_bias metadata prediction prompt_cache_key prompt_cache_retention safety_identifier "
         "service_tier store verbosity web_search_options"
     ).split()
+    # What these mean to OpenAI is what happens here anyway.
+    DEFAULTS: Json = {"n": 1, "modalities": ["text"], "store": False, "service_tier": "auto"}
+    # By the type of a part: what the model must take.
+    MEDIA: Mapping[str, str] = {
+        "image_url": "image",
+        "video_url": "video",
+        "video": "video",
+        "input_audio": "audio",
+        "audio_url": "audio",
+        "file": "file",
+    }
     # Controls for other servers that clients offer for every server. Unknown ones pass, as a
     # parameter that Qwen will have tomorrow does.
     FOREIGN = (
@@ -3950,6 +4111,7 @@ class Rewrite:
             ]
         self.family, self.model = target.provider.family, target.model
         self.config, self.traits = target.config, traits_of(self.family.name, target.model)
+        self.shapes = ToolShapes(request, self.traits)
         always = self.family.always_thinks
         is_mandatory = self.config.get("thinkingMandatory") is True
         is_always = is_mandatory or bool(always) and always in target.model
@@ -3979,11 +4141,11 @@ class Rewrite:
             body.update(as_object(self.config.get(name)))
         if self.config.get("reasoning") is False:
             body["enable_thinking"] = False
-        in_template = dig(given, "chat_template_kwargs", "enable_thinking")
-        if in_template is not None or any(name in given for name in THINKING_FIELDS):
+        if Thinking.read(given).fields:
             # What the client says of thinking replaces all that the entry says.
-            for name in THINKING_FIELDS:
+            for name in Thinking.read(body).fields - {"chat_template_kwargs"}:
                 body.pop(name, None)
+            self._open_template()
         if any(name in given for name in self.LIMITS):
             body.pop("max_tokens", None)
         body.update(given)
@@ -4011,6 +4173,59 @@ class Rewrite:
 
     # -- messages --------------------------------------------------------------------------------
 
+    def unseen_media(self) -> bool:
+        """Media that the model cannot take: refused in the user's latest message.
+
+        A word stands for them in earlier ones, as in Qwen Code, so that a conversation can go on.
+        """
+        messages, sees = self.body["messages"], model_facts(self.model).sees
+        latest = max((n for n, each in enumerate(messages) if each["role"] == "user"), default=-1)
+        count = 0
+        for place, message in enumerate(messages if sees is not None else ()):
+            parts = as_list(message.get("content"))
+            kinds = [self.MEDIA.get(as_text(part.get("type"))) for part in parts]
+            unseen = [kind for kind in kinds if kind and kind not in as_text(sees).split()]
+            if not unseen:
+                continue
+            if place == latest:
+                raise BadRequest(
+                    f"messages[{place}] holds {UNSEEN[unseen[0]].format(model=self.model)}",
+                    param=f"messages.{place}.content",
+                )
+            message["content"] = [
+                {"type": "text", "text": f"[{kind} left out: {self.model} cannot take it]"}
+                if kind in unseen
+                else part
+                for kind, part in zip(kinds, parts)
+            ]
+            count += len(unseen)
+        if count:
+            self.notes.append(f"left out: {count} media parts of earlier messages")
+        return count > 0
+
+    def audio_data(self) -> bool:
+        """Sound is input_audio with a URL; OpenAI has bare base64."""
+        changed = False
+        for message in self.body["messages"]:
+            content = as_list(message.get("content"))
+            repaired = [self._audio_part(part) for part in content]
+            if repaired != content:
+                message["content"], changed = repaired, True
+        return changed
+
+    @staticmethod
+    def _audio_part(part: Json) -> Json:
+        audio = as_object(part.get("input_audio"))
+        if part.get("type") == "audio_url":
+            found = part.get("audio_url")
+            audio = {"data": dig(found, "url") if isinstance(found, dict) else found}
+        data = audio.get("data")
+        if not isinstance(data, str):
+            return part
+        data = data if re.match(r"(data|https?|oss|file):", data) else f"data:;base64,{data}"
+        rest = {name: item for name, item in part.items() if name != "audio_url"}
+        return {**rest, "type": "input_audio", "input_audio": {**audio, "data": data}}
+
     def parts_to_calls(self) -> bool:
         """Calls and results that are parts of messages."""
         before, after = self.body["messages"], History.unpacked(self.body["messages"])
@@ -4028,7 +4243,7 @@ class Rewrite:
         """One system message, first, with the text of all of them.
 
         System messages behind the last answer become the user's: SillyTavern asks so for the next
-        reply.
+        reply. So does the last one where nothing else is there.
         """
         messages = self.body["messages"]
         is_changed = self._system_last_as_user(messages)
@@ -4050,9 +4265,24 @@ class Rewrite:
         place = len(messages)
         while place and messages[place - 1]["role"] == "system":
             place -= 1
-        if not 0 < place < len(messages) or messages[place - 1]["role"] != "assistant":
+        if not place:
+            # Nothing else is there: the last one is what is asked.
+            place = len(messages) - 1
+        elif messages[place - 1]["role"] != "assistant":
             return False
         messages[place:] = [{**message, "role": "user"} for message in messages[place:]]
+        return place < len(messages)
+
+    def user_present(self) -> bool:
+        """A conversation that the assistant opens begins with a short message of the user."""
+        messages = self.body["messages"]
+        if any(message["role"] == "user" for message in messages):
+            return False
+        others = [n for n, message in enumerate(messages) if message["role"] != "system"]
+        if others:
+            messages.insert(others[0], {"role": "user", "content": "Please begin."})
+        else:
+            messages[-1] = {**messages[-1], "role": "user"}
         return True
 
     def portal_system(self) -> bool:
@@ -4079,7 +4309,9 @@ class Rewrite:
         if not is_needed:
             return False
         splits_media = "alibaba" in self.traits
-        self.body["messages"], fired = History.repaired(messages, splits_media)
+        self.body["messages"], fired, lost = History.repaired(messages, splits_media)
+        if lost:
+            self.notes.append(f"left out: {lost} tool results without a call")
         return bool(fired)
 
     def legacy_functions(self) -> bool:
@@ -4093,45 +4325,96 @@ class Rewrite:
             self.body.setdefault("tool_choice", named if isinstance(choice, dict) else choice)
         return functions is not None or choice is not None
 
+    def custom_tools(self) -> bool:
+        """Custom tools, their calls and their choice, as functions with one string."""
+        tools, choice, changed = self.body.get("tools"), self.body.get("tool_choice"), False
+        if self.shapes.custom:
+            self.body["tools"], changed = (
+                [
+                    self.shapes.function_of(tool) if dig(tool, "type") == "custom" else tool
+                    for tool in as_list(tools)
+                ],
+                True,
+            )
+        if dig(choice, "type") == "custom":
+            name = dig(choice, "custom", "name") or dig(choice, "name")
+            self.body["tool_choice"] = {"type": "function", "function": {"name": name}}
+        for message in self.body["messages"]:
+            calls = as_list(message.get("tool_calls"))
+            if any(dig(call, "type") == "custom" for call in calls):
+                message["tool_calls"], changed = (
+                    [
+                        self.shapes.function_call(call) if dig(call, "type") == "custom" else call
+                        for call in calls
+                    ],
+                    True,
+                )
+        return changed
+
+    def tool_names(self) -> bool:
+        """Tools with a reserved name get another one, wherever they are named."""
+        if not self.shapes.sent:
+            return False
+        self.body["tools"] = [*map(self._renamed, self.body["tools"])]
+        if "tool_choice" in self.body:
+            self.body["tool_choice"] = self._renamed(self.body["tool_choice"])
+        for message in self.body["messages"]:
+            if "tool_calls" in message:
+                message["tool_calls"] = [*map(self._renamed, message["tool_calls"])]
+        return True
+
+    def _renamed(self, named: Any) -> Any:
+        function = dig(named, "function")
+        name = as_text(dig(function, "name"))
+        sent = self.shapes.sent.get(name, name)
+        return named if sent == name else {**named, "function": {**function, "name": sent}}
+
     def content_present(self) -> bool:
         """Every message has content, if only an empty one."""
-        missing = [message for message in self.body["messages"] if message.get("content") is None]
+        missing = [
+            message for message in self.body["messages"] if message.get("content") in (None, [])
+        ]
         for message in missing:
             message["content"] = ""
         return bool(missing)
 
     def reasoning_name(self) -> bool:
         """Thoughts that come back are called reasoning_content; none where a model has none."""
-        changed = False
+        changed, dropped = False, 0
         for message in self.body["messages"]:
             if message["role"] == "assistant" and isinstance(message.get("reasoning"), str):
                 message.setdefault("reasoning_content", message["reasoning"])
                 del message["reasoning"]
                 changed = True
-            if self.mode == "none" and message.pop("reasoning_content", None) is not None:
-                changed = True
-        return changed
+            if self.mode == "none" and message.pop("reasoning_content", None):
+                dropped += 1
+        if dropped:
+            self.notes.append(f"without the thoughts of {dropped} earlier answers")
+        return changed or dropped > 0
 
     def reasoning_required(self) -> bool:
-        """Every assistant message has reasoning_content, if only an empty one."""
+        """Thoughts that the client did not keep are replaced by a word for them, where needed.
+
+        That is with tool calls; at DeepSeek's own host in every message of the assistant.
+        """
         missing = [
             message
             for message in self.body["messages"]
-            if message["role"] == "assistant" and "reasoning_content" not in message
+            if message["role"] == "assistant"
+            and "reasoning_content" not in message
+            and ("deepseek" in self.traits or message.get("tool_calls"))
         ]
         for message in missing:
-            message["reasoning_content"] = ""
+            message["reasoning_content"] = "" if "deepseek" in self.traits else NO_THOUGHTS
         return bool(missing)
 
     def flat_content(self) -> bool:
         """Text parts as one string: of the assistant, and wherever parts are lost or refused."""
         is_lossy = "glm" in self.model.lower() and not self.body.get("tools")
-        everywhere, changed = "deepseek" in self.traits or is_lossy, False
+        everywhere, changed = bool(self.traits & {"deepseek", "strings"}) or is_lossy, False
         for message in self.body["messages"]:
             content = message.get("content")
-            if not isinstance(content, list):
-                continue
-            if not all(dig(part, "type") == "text" for part in content):
+            if not is_text_parts(content):
                 continue
             # A mark needs a part to sit on.
             is_marked = any("cache_control" in part for part in content)
@@ -4179,13 +4462,12 @@ class Rewrite:
     def max_tokens(self) -> bool:
         """One limit under its old name, the smallest of them, and no more than the model has."""
         before = {name: self.body[name] for name in self.LIMITS if name in self.body}
-        asked = [value for value in before.values() if type(value) is int]
-        if not asked:
-            return False
-        for name in before:
+        asked = {name: as_count(value) for name, value in before.items()}
+        read = [name for name, value in asked.items() if value is not None]
+        for name in read:
             del self.body[name]
         # Roo Code sends -1 for no limit.
-        limits = [value for value in asked if value > 0]
+        limits = [value for value in asked.values() if value and value > 0]
         if limits:
             self.body["max_tokens"] = min(
                 limits + list(filter(None, [model_facts(self.model).output]))
@@ -4199,27 +4481,55 @@ class Rewrite:
         if isinstance(temperature, (int, float)) and temperature >= 2:
             self.body["temperature"], changed = 1.99, True
         if isinstance(top_p, (int, float)) and top_p <= 0:
-            del self.body["top_p"]
+            self._leave_out("top_p")
             changed = True
         return changed
+
+    def _leave_out(self, *names: str) -> list[str]:
+        """Drop fields that mean something to the client but nothing here; the notes say so."""
+        dropped = [name for name in names if name in self.body]
+        for name in dropped:
+            del self.body[name]
+        if dropped:
+            self.notes.append(f"left out: {', '.join(dropped)}")
+        return dropped
 
     def tools(self) -> bool:
         """No empty list of tools, tools with parameters, tool_choice in OpenAI's shape."""
         if not self.body.get("tools"):
             names = ("tools", "tool_choice", "parallel_tool_calls")
-            return bool([self.body.pop(name) for name in names if name in self.body])
+            dropped = [self.body.pop(name) for name in names if name in self.body]
+            if "required" in dropped:
+                self.notes.append("no forced tool call, since there are no tools")
+            return bool(dropped)
         repaired = [self._tool(tool) for tool in self.body["tools"]]
         changed = bool(repaired != self.body["tools"])
+        is_strict = any(dig(tool, "function", "strict") for tool in self.body["tools"])
+        if is_strict and "alibaba" in self.traits:
+            self.notes.append("left out: strict of tools")
         self.body["tools"] = repaired
         choice = self.body.get("tool_choice")
         if not isinstance(choice, dict) or "function" in choice:
             return changed
+        if choice.get("type") == "allowed_tools":
+            self._allow_tools(as_object(choice.get("allowed_tools", choice)))
+            return True
         # Anthropic's shapes, sent by some editors.
         name, kind = choice.get("name"), str(choice.get("type"))
         named = {"type": "function", "function": {"name": name}}
         other = {"any": "required", "none": "none"}.get(kind, "auto")
         self.body["tool_choice"] = named if name else other
         return True
+
+    def _allow_tools(self, allowed: Json) -> None:
+        """Offer no tools but the ones that a tool_choice allows."""
+        names = {
+            dig(tool, "function", "name") or dig(tool, "name")
+            for tool in as_list(allowed.get("tools"))
+        }
+        offered = self.body["tools"]
+        kept = [tool for tool in offered if dig(tool, "function", "name") in names]
+        self.body["tools"], self.body["tool_choice"] = kept or offered, allowed.get("mode", "auto")
 
     def _tool(self, tool: Any) -> Any:
         """Return a tool with parameters and without nulls; without `strict` where it is unknown."""
@@ -4245,40 +4555,48 @@ class Rewrite:
             for name, value in function.items()
             if value is not None and (name != "strict" or "alibaba" not in self.traits)
         }
-        kept.setdefault("parameters", {"type": "object", "properties": {}})
-        properties = dig(kept, "parameters", "properties")
+        kept["parameters"] = self._schema(kept.get("parameters"))
+        return {**without_nulls(tool), "function": kept}
+
+    @staticmethod
+    def _schema(parameters: Any) -> Json:
+        """Return the schema of a function's parameters: that of an object, with properties."""
+        schema = as_object(without_nulls(parameters))
+        properties = schema.get("properties")
         if isinstance(properties, dict):
             properties = {name: without_nulls(value) for name, value in properties.items()}
-            kept["parameters"] = {**without_nulls(kept["parameters"]), "properties": properties}
-        return {**without_nulls(tool), "function": kept}
+            return {"type": "object", **schema, "properties": properties}
+        if schema.get("type", "object") != "object":
+            schema = {}
+        # A reference or a choice of schemas has no properties of its own.
+        if not schema.keys() - {"type", "title", "description", "properties", "required"}:
+            schema = {**schema, "type": "object", "properties": {}}
+        return schema
 
     def web_search(self) -> bool:
         """web_search_options asks for the search of the endpoint, where there is one."""
         if "web_search_options" not in self.body:
             return False
-        if "alibaba" not in self.traits:
-            if self.body["web_search_options"]:
-                return False
-            del self.body["web_search_options"]
-        elif "search" in self.traits:
+        if "alibaba" not in self.traits and self.body["web_search_options"]:
+            return False
+        del self.body["web_search_options"]
+        if "search" in self.traits:
             self.body.setdefault("enable_search", True)
-        else:
+        elif "alibaba" in self.traits:
             self.notes.append("no web search, since this endpoint has none")
         return True
 
     def openai_only(self) -> bool:
         """Fields that only OpenAI itself knows are left out."""
-        dropped = [self.body.pop(name) for name in self.OPENAI_ONLY if name in self.body]
-        if not isinstance(self.body.get("user", ""), str):
-            dropped.append(self.body.pop("user"))
-        for name, default in (("n", 1), ("modalities", ["text"])):
-            if self.body.get(name) == default:
-                dropped.append(self.body.pop(name))
-        return bool(dropped)
+        defaults = [name for name in self.DEFAULTS if self.body.get(name) == self.DEFAULTS[name]]
+        for name in defaults:
+            del self.body[name]
+        user = () if isinstance(self.body.get("user", ""), str) else ("user",)
+        return bool(self._leave_out(*self.OPENAI_ONLY, *user) or defaults)
 
     def foreign_fields(self) -> bool:
         """Fields of other servers are left out; the one that Qwen has too gets Qwen's name."""
-        dropped = [self.body.pop(name) for name in self.FOREIGN if name in self.body]
+        dropped = self._leave_out(*self.FOREIGN)
         if "repeat_penalty" not in self.body:
             return bool(dropped)
         self.body.setdefault("repetition_penalty", self.body.pop("repeat_penalty"))
@@ -4313,43 +4631,69 @@ class Rewrite:
         own = self.family.name in OWN_DIALECTS
         if not own and "alibaba" not in self.traits and self.mode == "unknown":
             return False
-        asked = Thinking.read(self.body)
+        asked, before = Thinking.read(self.body), dict(self.body)
         if own and asked.enabled is None:
             return False
-        names = THINKING_FIELDS if own else (*THINKING_FIELDS, "chat_template_kwargs")
-        before = {name: self.body.pop(name) for name in names if name in self.body}
-        if not before and not own:
-            return False
-        template = {**as_object(before.get("chat_template_kwargs"))}
-        template.pop("enable_thinking", None)
-        if template:
-            self.body["chat_template_kwargs"] = template
-        self._say_thinking(asked, before, own)
-        return {name: self.body[name] for name in names if name in self.body} != before
-
-    def _say_thinking(self, asked: Thinking, before: Json, own: bool) -> None:
+        if "alibaba" in self.traits:
+            self._open_template()
+        for name in asked.fields - {"chat_template_kwargs"}:
+            self.body.pop(name, None)
         if self.family.name == "openrouter":
             self._ask_openrouter(asked, as_object(before.get("reasoning")))
-        elif asked.enabled is not None and self.mode != "none" or own:
+        elif asked.enabled is not None:
             self._ask(asked)
+        return self.body != before
+
+    def _open_template(self) -> None:
+        """Take what is said in chat_template_kwargs out of it: DashScope looks at the top."""
+        template = dict(as_object(self.body.get("chat_template_kwargs")))
+        if "preserve_thinking" in template:
+            self.body.setdefault("preserve_thinking", template.pop("preserve_thinking"))
+        for name in THINKING_FIELDS:
+            template.pop(name, None)
+        if template:
+            self.body["chat_template_kwargs"] = template
+        else:
+            self.body.pop("chat_template_kwargs", None)
 
     def _dialect(self) -> Dialect:
-        own = DIALECTS.get(self.family.name)
-        return own or DIALECTS.get(self.mode) or DIALECTS["qwen"]
+        own, words = DIALECTS.get(self.family.name), model_facts(self.model).dialect
+        if own is None and "alibaba" not in self.traits:
+            own = DIALECTS.get(f"own {words}")
+        return own or DIALECTS["unknown" if self.mode == "unknown" else words]
 
     def _ask(self, asked: Thinking) -> None:
-        dialect, body = self._dialect(), self.body
-        effort = dialect.efforts.get(asked.effort or "", dialect.efforts.get("", asked.effort))
-        if not asked.enabled:
-            body.update(dialect.off)
+        dialect, effort = self._dialect(), asked.effort or ""
+        levels = {} if dialect.efforts is None else dialect.efforts
+        level = levels.get(effort, levels.get("") or effort)
+        if self.mode == "none":
+            if asked.enabled:
+                self.notes.append(f"no thinking, since {self.model} does not")
+        elif not asked.enabled:
+            if self.mode == "always":
+                self.notes.append(f"thinking stays on, since {self.model} always thinks")
+            else:
+                self._set(dialect.off)
         elif asked.budget and dialect.budget:
-            body.update({**dialect.on, dialect.budget: asked.budget})
-        elif not dialect.budget and asked.effort or dialect.efforts and dialect.budget:
-            body["reasoning_effort"] = effort
+            self._set({**dialect.on, dialect.budget: asked.budget})
+        elif level and dialect.efforts is not None:
+            self._set({**dialect.on, "reasoning_effort": level})
+        elif effort in dialect.budgets:
+            self._set({**dialect.on, dialect.budget: dialect.budgets[effort]})
         else:
-            body.update(dialect.on)
-            if (asked.effort or "") in dialect.budgets:
-                body[dialect.budget] = dialect.budgets[asked.effort or ""]
+            self._set(dialect.on)
+            if asked.budget:
+                self.notes.append(f"no limit on thinking, since {self.model} knows none")
+
+    def _set(self, fields: Json) -> None:
+        """Set fields about thinking; the switch also where servers of one's own look for it."""
+        if self.mode == "always":
+            fields = {name: value for name, value in fields.items() if name != "enable_thinking"}
+        self.body.update(fields)
+        if "enable_thinking" in fields and "alibaba" not in self.traits:
+            template = as_object(self.body.get("chat_template_kwargs"))
+            switch = {"enable_thinking": fields["enable_thinking"]}
+            self.body["chat_template_kwargs"] = {**template, **switch}
 
     def _ask_openrouter(self, asked: Thinking, reasoning: Json) -> None:
         """Ask in OpenRouter's words, which are nested."""
@@ -4367,12 +4711,10 @@ class Rewrite:
 
     def _thinks(self) -> bool:
         """Return whether the model will think about this body."""
-        body = self.body
-        is_off = body.get("enable_thinking") is False or body.get("reasoning_effort") == "none"
-        if is_off or self.mode == "none":
-            return False
-        is_on = bool(body.get("enable_thinking")) or "thinking_budget" in body
-        return is_on or self.mode in ("on", "always", "effort")
+        if self.mode in ("none", "always"):
+            return self.mode == "always"
+        asked = Thinking.read(self.body).enabled
+        return self.mode == "on" if asked is None else asked
 
     def _stop_thinking(self) -> bool:
         """Switch thinking off, if it is only a default, not the model's nature or asked for."""
@@ -4380,7 +4722,7 @@ class Rewrite:
             return False
         for name in ("thinking_budget", "reasoning_effort", "enable_thinking"):
             self.body.pop(name, None)
-        self.body.update(DIALECTS["effort" if self.mode == "effort" else "qwen"].off)
+        self._set(self._dialect().off)
         return True
 
     def forced_tool(self) -> bool:
@@ -4431,11 +4773,21 @@ def without_nulls(value: Any) -> Any:
     }
 
 
+def without_keys(value: Json, names: Iterable[str]) -> Json:
+    """Return an object without some of its fields."""
+    return {name: item for name, item in value.items() if name not in names}
+
+
 def parts_of(content: Any) -> list[Json]:
     """Return a message's content as parts."""
     if isinstance(content, list):
         return list(content)
     return [{"type": "text", "text": content}] if content else []
+
+
+def is_text_parts(content: Any) -> bool:
+    """Return whether a message's content is a list of nothing but text."""
+    return isinstance(content, list) and all(dig(part, "type") == "text" for part in content)
 
 
 def wants_json(body: Json) -> bool:
@@ -4511,6 +4863,23 @@ RULES = (
         apis=_BOTH,
     ),
     Rule(
+        "unseen-media",
+        Rewrite.unseen_media,
+        "Model Studio, model pages; Qwen Code 0.24.4, its table of modalities",
+        where=_ALIBABA,
+    ),
+    Rule(
+        "audio-data",
+        Rewrite.audio_data,
+        "Model Studio, 'Omni': input_audio.data is a URL or a data URL",
+        where=_ALIBABA,
+    ),
+    Rule(
+        "custom-tools",
+        Rewrite.custom_tools,
+        "OpenAI reference, custom tools; Cursor sends them to chat completions",
+    ),
+    Rule(
         "parts-to-calls",
         Rewrite.parts_to_calls,
         "Anthropic's messages, which Cursor sends to chat completions",
@@ -4528,15 +4897,21 @@ RULES = (
         where=_QWEN,
     ),
     Rule(
+        "history",
+        Rewrite.history,
+        "DashScope 400: qwen-code #656, #2360, arguments must be JSON; Qwen Code, converter.ts",
+    ),
+    Rule(
+        "user-present",
+        Rewrite.user_present,
+        "DashScope 400: The input messages do not contain elements with the role of user.",
+        where=_QWEN,
+    ),
+    Rule(
         "portal-system",
         Rewrite.portal_system,
         "CLIProxyAPI 29dba0399, PR #2520, #2537",
         where=frozenset({"portal"}),
-    ),
-    Rule(
-        "history",
-        Rewrite.history,
-        "DashScope 400: qwen-code #656, #2360, arguments must be JSON; Qwen Code, converter.ts",
     ),
     Rule(
         "content-present",
@@ -4552,15 +4927,16 @@ RULES = (
     Rule(
         "reasoning-required",
         Rewrite.reasoning_required,
-        "DeepSeek API, thinking mode",
-        where=frozenset({"deepseek"}),
+        "DeepSeek API, thinking mode; Kimi 400: reasoning_content is missing in assistant tool "
+        "call message",
+        where=frozenset({"deepseek", "thoughts"}),
     ),
     Rule(
         "flat-content",
         Rewrite.flat_content,
         "Model Studio, chat reference: an assistant's content is a string; Qwen Code, "
         "dashscope.ts: glm loses parts",
-        where=frozenset({"alibaba", "deepseek"}),
+        where=frozenset({"alibaba", "deepseek", "strings"}),
     ),
     Rule(
         "cache-markers",
@@ -4586,6 +4962,12 @@ RULES = (
         "tools",
         Rewrite.tools,
         "MiniMax 400: function parameters is empty; vLLM: null tool_choice",
+    ),
+    Rule(
+        "tool-names",
+        Rewrite.tool_names,
+        "DashScope 400: Tool names are not allowed to be [search]",
+        where=_ALIBABA,
     ),
     Rule("web-search", Rewrite.web_search, "Model Studio, chat reference: enable_search"),
     Rule(
@@ -4650,9 +5032,10 @@ def rules_for(api: str, traits: frozenset[str]) -> tuple[Rule, ...]:
 class Repair(NamedTuple):
     """What to do about a refusal by name: in the text of a 400, if the body has what it names.
 
-    has: fields of the body, one of which must be there; lacks: one that must not; value: what the
-    first of `has` must be; then: a change that needs messages, made first; sets: what to set ('$1'
-    is the number that the refusal names); drops: fields to leave out; how: for the log.
+    has: fields of the body, one of which must be there; value: what the first of `has` must be;
+    unasked: not if the body asks for thinking, or the model always thinks; then: a change that
+    needs messages, made first; sets: what to set ('$1' is the number that the refusal names);
+    drops: fields to leave out; how: for the log.
     """
 
     pattern: str
@@ -4660,9 +5043,31 @@ class Repair(NamedTuple):
     how: str
     sets: Json = {}
     drops: tuple[str, ...] = ()
-    lacks: str = ""
+    unasked: bool = False
     value: Any = None
     then: Callable[[Json], None] | None = None
+
+
+def stop_thinking(body: Json) -> None:
+    """Switch thinking off, for Qwen's hosts and for servers of one's own."""
+    template = as_object(body.get("chat_template_kwargs"))
+    body["chat_template_kwargs"] = {**template, "enable_thinking": False}
+    body["enable_thinking"] = False
+
+
+def add_thoughts(body: Json) -> None:
+    """Put a word for thoughts that were not kept into messages with tool calls."""
+    for message in body["messages"]:
+        if message.get("tool_calls") and not message.get("reasoning_content"):
+            message["reasoning_content"] = NO_THOUGHTS
+
+
+def join_text_parts(body: Json) -> None:
+    """Make one string of text parts that no cache_control marks."""
+    for message in body["messages"]:
+        content = message.get("content")
+        if is_text_parts(content) and not any("cache_control" in part for part in content):
+            message["content"] = text_of(content)
 
 
 _JSON_FORMATS = ("json_object", "json_schema")
@@ -4684,7 +5089,7 @@ REPAIRS = (
         ("response_format",),
         "without thinking",
         sets={"enable_thinking": False},
-        lacks="enable_thinking",
+        unasked=True,
         value=_JSON_FORMATS,
     ),
     Repair(
@@ -4709,6 +5114,32 @@ REPAIRS = (
         drops=("logprobs", "top_logprobs"),
     ),
     Repair(
+        r"[Pp]refill is incompatible with enable_thinking",
+        ("messages",),
+        "without thinking",
+        unasked=True,
+        then=stop_thinking,
+    ),
+    Repair(
+        r"reasoning_content.{0,40}(is missing|must be)|missing.{0,40}reasoning_content",
+        ("messages",),
+        "without thinking",
+        unasked=True,
+        then=stop_thinking,
+    ),
+    Repair(
+        r"reasoning_content.{0,40}(is missing|must be)|missing.{0,40}reasoning_content",
+        ("messages",),
+        "with a word for thoughts that were not kept",
+        then=add_thoughts,
+    ),
+    Repair(
+        r"(valid|be a) string.{0,40}content|content.{0,40} (must|should) be a string",
+        ("messages",),
+        "with text parts joined",
+        then=join_text_parts,
+    ),
+    Repair(
         r"enable_thinking.*(restricted to True|must be True)",
         ("enable_thinking",),
         "with thinking",
@@ -4720,7 +5151,7 @@ REPAIRS = (
         ("tool_choice",),
         "without thinking",
         sets={"enable_thinking": False},
-        lacks="enable_thinking",
+        unasked=True,
     ),
     Repair(
         r"tool_choice",
@@ -4741,7 +5172,7 @@ def repair_request(body: Json, error: UpstreamError) -> str:
         number = match.group(1) if match and match.groups() else ""
         if match is None or len(number) > 18 or not is_repairable(body, repair):
             continue
-        before = dict(body)
+        before = {**body, "messages": [*map(dict, as_list(body.get("messages")))]}
         if repair.then:
             repair.then(body)
         for name, value in repair.sets.items():
@@ -4749,13 +5180,21 @@ def repair_request(body: Json, error: UpstreamError) -> str:
         for name in repair.drops:
             body.pop(name, None)
         # The same body would be refused again.
-        return repair.how.replace("$1", number) if body != before else ""
+        is_changed = body != {**before, "messages": before["messages"] or body.get("messages")}
+        return repair.how.replace("$1", number) if is_changed else ""
     return ""
+
+
+def always_thinks(body: Json) -> bool:
+    """Return whether the model of a request cannot be told not to think."""
+    return model_facts(as_text(body.get("model"))).thinking == "always"
 
 
 def is_repairable(body: Json, repair: Repair) -> bool:
     """Return whether the body has what a refusal names, so that it can be taken out."""
-    if repair.then and "messages" not in body or repair.lacks in body:
+    if repair.then and "messages" not in body:
+        return False
+    if repair.unasked and (Thinking.read(body).enabled is not None or always_thinks(body)):
         return False
     if not any(name in body for name in repair.has):
         return False
@@ -4930,7 +5369,10 @@ ERROR_RULES = (
     ),
     ErrorRule(
         (),
-        r"range of input length|maximum context length|context_length_exceeded",
+        r"range of input length|context_length_exceeded|exceed_context_size"
+        r"|(maximum|model's) context length|maximum context window"
+        r"|exceeds? the (available |model's )?(maximum )?(context|input length)"
+        r"|longer than the (model's )?(maximum )?context|context (length|size|window) exceeded",
         400,
         _BAD_REQUEST,
         "context_length_exceeded",
@@ -5357,13 +5799,19 @@ class ToolCall:
     COST = 2048
 
     def __init__(
-        self, number: Callable[[], int], upstream_id: str, has_index: bool, budget: Budget
+        self,
+        number: Callable[[], int],
+        shapes: ToolShapes,
+        upstream_id: str,
+        has_index: bool,
+        budget: Budget,
     ):
-        self.index, self._number = -1, number
+        self.index, self._number, self._shapes = -1, number, shapes
         self.upstream_id, self.has_index = upstream_id, has_index
         self.id = upstream_id or "call_" + secrets.token_hex(12)
         self.name, self.arguments, self._kept = "", JsonText(budget), ""
-        self._increments, self._repeats_name = Increments(), False
+        self._increments = Increments()
+        self._repeats_name = self._is_closed = False
         budget.count(self.COST)
 
     def add(self, name: str, arguments: str) -> Json | None:
@@ -5375,27 +5823,47 @@ class ToolCall:
             # The whole call once more.
             arguments = ""
         self._repeats_name = self._repeats_name or bool(name and self.name)
-        fresh = self._kept + self._increments.feed(arguments)
+        fresh = self._increments.feed(arguments)
+        # Some send {} first and then the arguments.
+        is_replaced = self._kept.strip() == "{}" and fresh.lstrip()[:1] == "{"
+        fresh = fresh if is_replaced else self._kept + fresh
         is_first = not self.name and bool(name)
         self.name = self.name or name
+        # Arguments before the name are of no use to the client yet.
+        is_kept = not self.name or not self.arguments.size and "{}".startswith(fresh.strip())
+        self._kept, fresh = (fresh, "") if is_kept else ("", fresh)
         if not self.name:
-            # Arguments before the name are of no use to the client yet.
-            self._kept = fresh
             return None
-        self._kept = ""
         self.arguments.add(fresh)
         if is_first:
             self.index = self._number()
-            function = {"name": self.name, "arguments": fresh}
-            return {"index": self.index, "id": self.id, "type": "function", "function": function}
-        return {"index": self.index, "function": {"arguments": fresh}} if fresh else None
+            return self._head(fresh)
+        is_custom = self.name in self._shapes.custom
+        has_news = fresh and not is_custom
+        return {"index": self.index, "function": {"arguments": fresh}} if has_news else None
+
+    def is_whole(self) -> bool:
+        """Return whether its arguments are whole as they came."""
+        return self._kept.strip() == "{}" or self.arguments.is_whole()
+
+    def _head(self, fresh: str) -> Json:
+        head = {"index": self.index, "id": self.id, "type": "function"}
+        if self.name in self._shapes.custom:
+            return {**head, "type": "custom", **self._custom(name=self.name, input="")}
+        name = self._shapes.original(self.name)
+        return {**head, "function": {"name": name, "arguments": fresh}}
+
+    def _custom(self, **fields: str) -> Json:
+        """Return fields of a custom call in the envelope that its tool came in."""
+        envelope = self._shapes.custom[self.name]
+        return {envelope: fields} if envelope else fields
 
     def is_followed_by(self, name: str, arguments: str) -> bool:
         """Return whether a delta with this call's id starts a new one; some repeat one id."""
         if not (name and self.name):
             return False
         is_new = bool(arguments.strip()) and not self._is_all(name, arguments)
-        return name != self.name or is_new and self.arguments.is_whole()
+        return name != self.name or is_new and self.is_whole()
 
     def is_followed_without_id_by(self, name: str, arguments: str) -> bool:
         """Return whether a delta without id starts a new call.
@@ -5405,14 +5873,20 @@ class ToolCall:
         if not (name and self.name) or self.upstream_id:
             return False
         is_new = bool(arguments.strip()) or not self._repeats_name
-        return name != self.name or is_new and self.arguments.is_whole()
+        return name != self.name or is_new and self.is_whole()
 
     def close(self) -> Json | None:
         """Return the delta that completes it: what was kept back, {} for no arguments."""
-        fresh = self._increments.close()
-        if not (self.arguments.size or fresh):
+        if self._is_closed:
+            return None
+        self._is_closed = True
+        fresh, self._kept = self._kept + self._increments.close(), ""
+        if not (self.arguments.size or fresh.strip()):
             fresh = "{}"
         self.arguments.add(fresh)
+        if self.name in self._shapes.custom:
+            text = custom_input(str(self.arguments))
+            return {"index": self.index, **self._custom(input=text)}
         has_news = bool(fresh and self.name)
         return {"index": self.index, "function": {"arguments": fresh}} if has_news else None
 
@@ -5437,12 +5911,16 @@ class ToolCalls:
 
     Seen from upstreams: no index, index from 1, one index for two calls, id "" or null or repeated
     or missing, name repeated, arguments null or an object or before the name. Out comes OpenAI's
-    shape: index from 0 without holes, ids unique, one entry a delta.
+    shape: index from 0 without holes, ids unique, one entry a delta, one call after the other:
+    LlamaIndex loses calls whose deltas alternate.
     """
 
-    def __init__(self, budget: Budget) -> None:
+    def __init__(self, shapes: ToolShapes, budget: Budget) -> None:
         self.calls: list[ToolCall] = []
-        self._budget = budget
+        self._shapes, self._budget = shapes, budget
+        # By index: the named calls, each with the deltas that wait for the call before it to end.
+        self._named: list[tuple[ToolCall, list[Json]]] = []
+        self._current = 0
         self._by_index: dict[int, ToolCall] = {}
         self._by_id: dict[tuple[str, int | None], ToolCall] = {}
         self._ids: set[str] = set()
@@ -5464,20 +5942,48 @@ class ToolCalls:
             call_id = call_id if len(call_id) <= ToolCall.MAX_NAME else ""
             index = entry.get("index")
             index = index if type(index) is int and 0 <= index < 100_000 else None
-            deltas.append(self._call_for(index, call_id, name, arguments).add(name, arguments))
-        return [delta for delta in deltas if delta]
+            call = self._call_for(index, call_id, name, arguments)
+            deltas += self._in_order(call, call.add(name, arguments))
+        return deltas
+
+    def _in_order(self, call: ToolCall, delta: Json | None) -> list[Json]:
+        """Return the deltas to pass on now that this one came."""
+        if delta is None:
+            return []
+        if call.index == len(self._named):
+            self._named.append((call, []))
+        if call.index <= self._current:
+            return [delta]
+        self._named[call.index][1].append(delta)
+        deltas: list[Json] = []
+        while self._current < call.index and self._named[self._current][0].is_whole():
+            deltas += self._ended(self._current)
+            self._current += 1
+        if self._current == call.index:
+            deltas += self._waiting(call.index)
+        return deltas
+
+    def _waiting(self, index: int) -> list[Json]:
+        deltas = self._named[index][1][:]
+        self._named[index][1].clear()
+        return deltas
+
+    def _ended(self, index: int) -> list[Json]:
+        """Return the deltas of a call that waited, and the one that completes it."""
+        last = self._named[index][0].close()
+        return [*self._waiting(index), *([last] if last else [])]
 
     def named(self) -> list[ToolCall]:
         """Return the calls that the client was told of."""
-        return [call for call in self.calls if call.name]
+        return [call for call, _ in self._named]
 
     def is_whole(self) -> bool:
         """Return whether the last call's arguments are whole as they came."""
-        return bool(self.calls) and self.calls[-1].arguments.is_whole()
+        return bool(self.calls) and self.calls[-1].is_whole()
 
     def close(self) -> list[Json]:
         """Return the deltas that complete all calls."""
-        return [delta for delta in (call.close() for call in self.calls) if delta]
+        return [delta for index in range(len(self._named)) for delta in self._ended(index)]
 
     def _call_for(self, index: int | None, call_id: str, name: str, arguments: str) -> ToolCall:
         same_index = self._by_index.get(index) if index is not None else None
@@ -5501,7 +6007,7 @@ class ToolCalls:
         return None
 
     def _new(self, index: int | None, call_id: str) -> ToolCall:
-        call = ToolCall(self._number, call_id, index is not None, self._budget)
+        call = ToolCall(self._number, self._shapes, call_id, index is not None, self._budget)
         if call.id in self._ids:
             call.id = "call_" + secrets.token_hex(12)
         self._ids.add(call.id)
@@ -5518,9 +6024,9 @@ class ToolCalls:
 class ChoiceState:
     """What the translator remembers of one choice."""
 
-    def __init__(self, is_json: bool, budget: Budget):
+    def __init__(self, is_json: bool, shapes: ToolShapes, budget: Budget):
         self.content, self.reasoning = Increments(), Increments()
-        self.filter, self.tools = ContentFilter(is_json), ToolCalls(budget)
+        self.filter, self.tools = ContentFilter(is_json), ToolCalls(shapes, budget)
         self.has_role = self.has_ended = False
         # The upstream's; ours goes out at the end, as more may follow it.
         self.finish_reason: str | None = None
@@ -5564,7 +6070,12 @@ class ChunkTranslator:
         self.wants_usage = bool(dig(request, "stream_options", "include_usage"))
         self._is_legacy = bool(request.get("functions")) and not request.get("tools")
         self._is_json = wants_json(request)
+        self._shapes = ToolShapes(request, traits_of(self.family.name, self.model))
         self._states: dict[int, ChoiceState] = {}
+        # Fields of events that brought nothing else, for the next chunk.
+        self._extra: Json = {}
+        # The last event was nothing but the usage, which comes after everything.
+        self._is_counted = False
         self._budget = Budget()
         self._id, self._created = "", 0
         self._their_model: Any = None
@@ -5588,7 +6099,8 @@ class ChunkTranslator:
     def is_finished(self) -> bool:
         """Return whether every choice has its finish reason."""
         states = self._states.values()
-        return bool(states) and all(state.finish_reason is not None for state in states)
+        is_ended = all(state.finish_reason is not None for state in states)
+        return bool(states) and (is_ended or self._is_counted)
 
     def close(self) -> None:
         """End the stream; raises UpstreamError when the upstream broke off."""
@@ -5601,16 +6113,19 @@ class ChunkTranslator:
             # [DONE] without a reason: it is whole, and opencode loops without one.
             if not state.has_ended:
                 reason = state.finish_reason or "stop"
-                for output in self._finish(index, state, reason, state.finish_extra):
+                outputs = self._finish(index, state, reason, state.finish_extra)
+                for output in outputs[:-1]:
                     self.sink(Chunk(self._chunk([output])))
+                self._send(self._chunk(outputs[-1:]))
         if self.wants_usage and self.usage:
-            self.sink(Chunk({**self._chunk([]), "usage": self.usage}))
+            self._send({**self._chunk([]), "usage": self.usage})
 
     def _feed_chunk(self, event: Event, data: bytes) -> None:
         chunk = self._decoded(data)
         if event.name == "error" or self._is_error(chunk):
             raise to_upstream_error(Refusal.of(event.status, chunk), self.family)
         came_from = chunk.get("model")
+        self._is_counted = not chunk.get("choices") and bool(chunk.get("usage"))
         is_changed = self._envelope(chunk)
         if self._is_stream and not is_changed and came_from != self.model:
             data = self._with_model(data, came_from)
@@ -5622,17 +6137,26 @@ class ChunkTranslator:
         is_native = not chunk.get("choices") and "message" in chunk and "code" in chunk
         return is_native or bool(chunk.get("error"))
 
+    def _send(self, chunk: Json, data: bytes | None = None) -> None:
+        """Pass a chunk on, with what is left of events before it."""
+        if self._extra:
+            chunk, data, self._extra = {**self._extra, **chunk}, None, {}
+        self.sink(Chunk(chunk, data))
+
     def _send_choices(self, chunk: Json, data: bytes | None) -> None:
         envelope, choices = chunk, as_list(chunk.get("choices"))
         for choice in choices:
             outputs = self._choice(choice) if isinstance(choice, dict) else []
             if outputs is None and len(choices) == 1:
-                self.sink(Chunk(chunk, data))
+                self._send(chunk, data)
                 return
             for output in [choice] if outputs is None else outputs:
-                self.sink(Chunk({**envelope, "choices": [output]}))
+                self._send({**envelope, "choices": [output]})
                 # What else is in the event goes out once, not with each of its choices.
                 envelope = self._chunk([])
+        if envelope is chunk and len(chunk) > 5:
+            others = {name: item for name, item in chunk.items() if item is not None}
+            self._extra.update(without_keys(others, self._chunk([])))
 
     def _decoded(self, data: bytes) -> Json:
         text = data.decode("utf-8", "replace")
@@ -5745,7 +6269,8 @@ class ChunkTranslator:
         index = index if type(index) is int and 0 <= index < self.MAX_INDEX else 0
         state = self._states.get(index)
         if state is None:
-            state = self._states[index] = ChoiceState(self._is_json, self._budget)
+            state = ChoiceState(self._is_json, self._shapes, self._budget)
+            self._states[index] = state
         return index, state
 
     def _deltas(self, index: int, state: ChoiceState, delta: Json, extra: Json) -> list[Json]:
@@ -5974,6 +6499,10 @@ class CompletionCollector:
     OBJECT = "chat.completion"
     # Bytes of memory of a field besides its name and value, about.
     FIELD_COST = 256
+    # Of a chunk, what is not its envelope.
+    OWN = frozenset({"choices", "usage"})
+    # Strings within objects of deltas that come in pieces: sound, arguments.
+    GROWING = frozenset({"data", "transcript", "arguments", "input"})
 
     class Choice:
         """What was collected of one choice."""
@@ -5987,16 +6516,13 @@ class CompletionCollector:
 
     def __init__(self) -> None:
         self._head: Json = {}
-        self._head_size = 0
         self._budget = Budget()
         self._choices: dict[int, CompletionCollector.Choice] = {}
 
     def feed(self, chunk: Json) -> None:
         """Add one chunk."""
-        # Later chunks may name more than the first, seldom something else.
-        if len(chunk) > self._head_size:
-            self._head_size = len(chunk)
-            for name in chunk.keys() - self._head.keys() - {"choices", "usage"}:
+        for name in chunk.keys() - self.OWN if len(chunk) > 5 or not self._head else ():
+            if self._head.get(name, self) != chunk[name]:
                 self._keep(self._head, name, chunk[name])
         for part in chunk["choices"]:
             choice = self._choices.get(part["index"])
@@ -6025,6 +6551,8 @@ class CompletionCollector:
             elif isinstance(value, list) and isinstance(choice.message.get(name, []), list):
                 self._budget.take(value)
                 choice.message.setdefault(name, []).extend(value)
+            elif isinstance(value, dict) and isinstance(choice.message.get(name, {}), dict):
+                self._merge(choice.message.setdefault(name, {}), value)
             elif value is not None:
                 self._keep(choice.message, name, value)
         if len(part) > 3 or part.get("finish_reason"):
@@ -6054,17 +6582,25 @@ class CompletionCollector:
     def _add_call(self, calls: list[Json], delta: Json) -> None:
         if delta["index"] == len(calls):
             self._budget.count(ToolCall.COST)
-            function = {"name": "", "arguments": LongText(self._budget)}
-            calls.append({"id": delta.get("id"), "type": "function", "function": function})
-        function = calls[delta["index"]]["function"]
-        function["name"] = function["name"] or delta["function"].get("name", "")
-        function["arguments"].add(delta["function"].get("arguments", ""))
+            calls.append({"id": None, "type": "function"})
+        self._merge(calls[delta["index"]], without_keys(delta, ("index",)))
+
+    def _merge(self, kept: Json, more: Json) -> None:
+        """Add the fields of an object to those that came before."""
+        for name, value in more.items():
+            if name in ("function", "custom") and isinstance(value, dict):
+                self._merge(kept.setdefault(name, {}), value)
+            elif name in self.GROWING and isinstance(value, str):
+                if not isinstance(kept.get(name), LongText):
+                    self._keep(kept, name, LongText(self._budget))
+                kept[name].add(value)
+            elif value is not None:
+                self._keep(kept, name, value)
 
     def _finished(self, choice: Choice) -> Json:
         texts = {name: str(text) for name, text in choice.texts.items()}
-        message = {"role": "assistant", "content": None, **texts, **choice.message}
-        for call in choice.calls:
-            call["function"]["arguments"] = str(call["function"]["arguments"])
+        message = {"role": "assistant", "content": None, **texts, **joined_texts(choice.message)}
+        choice.calls = [joined_texts(call) for call in choice.calls]
         if not choice.calls:
             message["content"] = "" if message["content"] is None else message["content"]
         else:
@@ -6074,6 +6610,15 @@ class CompletionCollector:
             else:
                 message["tool_calls"] = choice.calls
         return {"message": message, "logprobs": None, **choice.fields}
+
+
+def joined_texts(value: Any, depth: int = 2) -> Any:
+    """Return an object with each LongText in it, or in an object of it, as a string."""
+    if isinstance(value, LongText):
+        return str(value)
+    if not isinstance(value, dict) or not depth:
+        return value
+    return {name: joined_texts(item, depth - 1) for name, item in value.items()}
 
 
 class TextCollector(CompletionCollector):
@@ -7061,12 +7606,6 @@ class ResponseEvents:
 def output_text(text: str) -> Json:
     """Return a text part of a message; the AI SDK and LangChain JS need its annotations."""
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
-
-
-def custom_input(arguments: str) -> str:
-    """Return the one string that a custom tool is called with."""
-    found = dig(loads(arguments), "input")
-    return found if isinstance(found, str) else arguments
 
 
 class ResponsesWriter(Writer):

@@ -3507,7 +3507,7 @@ def to_upstream(request, model="qwen3-max", family="dashscope", config=None):
 
 
 EVERYTHING = {
-    "model": "qwen3-max",
+    "model": "qwen3-vl-plus",
     "messages": [
         {"role": "system", "content": "Be brief. Grüße 你好 \u2028"},
         {
@@ -3633,7 +3633,15 @@ def test_everything_passes_unknown_endpoints_untouched():
         (
             {"functions": [{"name": "f", "parameters": {}}], "function_call": {"name": "f"}},
             {
-                "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
+                "tools": [
+                    {
+                        "type": "function",
+                        "function": {
+                            "name": "f",
+                            "parameters": {"type": "object", "properties": {}},
+                        },
+                    }
+                ],
                 "tool_choice": {"type": "function", "function": {"name": "f"}},
             },
             "legacy-functions",
@@ -3679,7 +3687,12 @@ def test_rules_on_fields(request_, changed, rule):
             "openrouter",
             {"reasoning": {"effort": "high"}},
         ),
-        ({"reasoning_effort": "low"}, "deepseek-v4-pro", "deepseek", {"reasoning_effort": "high"}),
+        (
+            {"reasoning_effort": "low"},
+            "deepseek-v4-pro",
+            "deepseek",
+            {"thinking": {"type": "enabled"}, "reasoning_effort": "high"},
+        ),
         ({"enable_thinking": True}, "unknown", "dashscope", {"enable_thinking": True}),
     ],
 )
@@ -4271,7 +4284,7 @@ def test_small_print_of_the_requests():
             qp.ItemMemory(),
         ).chat
     )
-    assert json.loads(qp.encode_json({"a": "\ud83d", "b": "ü"})) == {"a": "\ud83d", "b": "ü"}
+    assert json.loads(qp.encode_json({"a": "\ud83d", "b": "ü"})) == {"a": "\ufffd", "b": "ü"}
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -5601,7 +5614,7 @@ REPLAYED = [
 
 
 def test_a_replayed_conversation_becomes_paired_messages(key_server, upstream):
-    assert respond(key_server, input=REPLAYED)[0] == 200
+    assert respond(key_server, input=REPLAYED, model="qwen3-vl-plus")[0] == 200
     messages = upstream.bodies()[0]["messages"]
     assert [message["role"] for message in messages] == [
         "system",
