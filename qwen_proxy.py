@@ -151,6 +151,11 @@ PRESETS = {
 }
 
 
+# The hosts of Model Studio's workspaces, beside the shared ones above, which are the older way.
+# Alibaba, 'Base URL overview', 2026-10-11.
+WORKSPACE_HOST = re.compile(r"[\w-]+\.[\w-]+\.maas\.aliyuncs\.com\Z")
+
+
 class Family(NamedTuple):
     """A kind of endpoint: how it is recognised, and all that is known of it.
 
@@ -223,15 +228,17 @@ FAMILIES = {
                 "qwen3.6-plus",
                 "qwen3.7-max",
                 "qwen3.8-max",
-                "qwen3.8-max-preview",
                 "qwen3.6-flash",
                 "qwen3.8-flash",
                 "deepseek-v4-pro",
+                "deepseek-v4-pro-0813",
                 "deepseek-v4-flash-0731",
+                "deepseek-v4.1-flash",
                 "deepseek-v3.2",
                 "kimi-k2.7-code",
                 "kimi-k2.6",
                 "kimi-k2.5",
+                "glm-5.3",
                 "glm-5.2",
                 "glm-5.1",
                 "glm-5",
@@ -253,7 +260,7 @@ FAMILIES = {
             advice={
                 "invalid_api_key": "A key works only in its own region, and plan keys "
                 "(sk-sp-...) not at all here; compare --provider dashscope, dashscope-intl, "
-                "dashscope-us and dashscope-hk",
+                "dashscope-us, dashscope-hk and WORKSPACE.REGION.maas.aliyuncs.com",
                 "request_too_large": "Send less text or fewer images; the endpoint takes about "
                 "6 MiB of text",
             },
@@ -435,8 +442,8 @@ OPTIONS = {
     ),
     "allow_host": Option("another name that the Host header may carry", "NAME"),
     "provider": Option(
-        f"instead of the CLI's active one: {', '.join(PRESETS)}, oauth, or a host from "
-        "settings.json",
+        f"instead of the CLI's active one: {', '.join(PRESETS)}, oauth, a host from "
+        "settings.json, or WORKSPACE.REGION.maas.aliyuncs.com",
         "NAME",
     ),
     "base_url": Option("any OpenAI-compatible upstream, with the key in OPENAI_API_KEY", "URL"),
@@ -780,6 +787,10 @@ def encode_json(value: Any, is_request: bool = False) -> bytes:
         return re.sub("[\ud800-\udfff]", "\ufffd", text).encode()
 
 
+# Half of an emoji, or a whole one that is escaped.
+HALF_OF_PAIR = re.compile(r"\\ud[89a-f]", re.I)
+
+
 def size_of_json(data: bytes) -> int:
     """Return about how many bytes JSON takes as Python's objects, without decoding it.
 
@@ -806,8 +817,8 @@ def as_text(value: Any) -> str:
 
 
 _SWITCHES = {
-    **dict.fromkeys(("true", "on", "yes", "1", "enabled", "adaptive"), True),
-    **dict.fromkeys(("false", "off", "no", "0", "disabled"), False),
+    **dict.fromkeys(("true", "on", "yes", "1", "1.0", "enabled", "adaptive"), True),
+    **dict.fromkeys(("false", "off", "no", "0", "0.0", "disabled"), False),
 }
 
 
@@ -1797,9 +1808,12 @@ class Provider:
         """Return the host of the base URL that settings or options name."""
         return host_of(self.stated_url)
 
-    def model_ids(self) -> list[str]:
-        """Return the models that it is known to serve; none where only the upstream knows."""
-        return list(self.entries) or list(self.family.models)
+    def model_ids(self, listed: Iterable[str] = ()) -> list[str]:
+        """Return the models that it is known to serve; none where only the upstream knows.
+
+        Those of the settings come first; listed: its live list, which is better than any table.
+        """
+        return list(dict.fromkeys([*self.entries, *listed])) or list(self.family.models)
 
     def problem(self) -> str | None:
         """Return why it cannot be used; None when it can."""
@@ -2134,7 +2148,11 @@ def preset_of(base_url: str) -> str | None:
 
 def preset_provider(name: str, settings: CliSettings) -> Provider:
     """Return a provider from PRESETS, with the key of its own variable."""
-    base_url, variable = PRESETS[name]
+    return named_provider(name, *PRESETS[name], settings)
+
+
+def named_provider(name: str, base_url: str, variable: str, settings: CliSettings) -> Provider:
+    """Return the provider that --provider names, with the key of a variable."""
     credentials, source = key_from(settings, variable), f"--provider {name}, {variable}"
     return Provider(name, base_url, credentials, source, family=family_of(base_url, variable))
 
@@ -2319,6 +2337,9 @@ class Discovery:
                 return provider, ""
         if name in PRESETS:
             return preset_provider(name, self._settings), ""
+        if WORKSPACE_HOST.match(name):
+            base_url = f"https://{name}/compatible-mode/v1"
+            return named_provider(name, base_url, family_of(base_url).variable, self._settings), ""
         known = sorted({*PRESETS, "oauth", *(provider.name for provider in found)})
         return None, f"there is no provider {name!r}; known are {', '.join(known)}"
 
@@ -2449,7 +2470,7 @@ class Serving:
     def __init__(self, discovery: Discovery, lists: list[list[str]], is_chosen: bool):
         self._providers, self._is_chosen = discovery.providers, is_chosen
         self._known = [
-            list(dict.fromkeys([*provider.model_ids(), *listed]))
+            provider.model_ids(listed)
             for provider, listed in itertools.zip_longest(discovery.providers, lists, fillvalue=())
             if isinstance(provider, Provider)
         ]
@@ -2459,6 +2480,9 @@ class Serving:
 
     def targets(self, model: str) -> list[Target]:
         """Return where a model is asked for, best first; never empty if there is a provider."""
+        return self._targets(self._spelled(model))
+
+    def _targets(self, model: str) -> list[Target]:
         ranks = [self._rank(place, model) for place in range(len(self._providers))]
         places = [place for place, rank in enumerate(ranks) if rank < 9]
         places.sort(key=lambda place: (ranks[place], place))
@@ -2468,6 +2492,14 @@ class Serving:
                     return [Target(provider, model[len(provider.name) + 1 :])]
         return [Target(self._providers[place], model) for place in places or [0]]
 
+    def _spelled(self, model: str) -> str:
+        """Return the id as it is listed: without regard to case, if it is not listed as it is."""
+        if model in self._of_active or any(model in each.entries for each in self._providers):
+            return model
+        listed = [*itertools.chain.from_iterable(self._known)]
+        alike = (known for known in listed if known.lower() == model.lower())
+        return model if model in listed else next(alike, model)
+
     def listing(self) -> list[tuple[str, Target]]:
         """Return each model under the id that leads to it.
 
@@ -2476,7 +2508,7 @@ class Serving:
         listed = []
         for provider, models in zip(self._providers, self._known):
             for model in models:
-                is_first = self.targets(model)[0].provider is provider
+                is_first = self._targets(model)[0].provider is provider
                 name = model if is_first else f"{provider.name}/{model}"
                 listed.append((name, Target(provider, model)))
         return listed
@@ -3716,6 +3748,8 @@ DIALECTS = {
 }
 # Stands for thoughts that a client did not keep; Kimi takes an empty text for none.
 NO_THOUGHTS = "(not kept)"
+# Stands for an image or another part that a model refuses in its history.
+NO_MEDIA = "(left out: the model cannot take it)"
 # Families whose words for thinking are their own, whatever model they serve.
 OWN_DIALECTS = frozenset({"openrouter", "deepseek", "zai"})
 
@@ -3904,16 +3938,17 @@ class History:
             return call
         arguments = function.get("arguments")
         value: Any = loads(arguments, arguments) if isinstance(arguments, str) else arguments
-        if isinstance(arguments, str) and isinstance(value, dict):
+        is_half = isinstance(arguments, str) and HALF_OF_PAIR.search(arguments)
+        if isinstance(arguments, str) and isinstance(value, dict) and not is_half:
             return call
         # Encoded twice: the text of a text.
-        value = loads(value, value) if isinstance(value, str) else value
+        while isinstance(value, str) and loads(value, value) != value:
+            value = loads(value)
         if value in (None, ""):
             value = {}
         if not isinstance(value, dict):
             value = {"malformed_arguments": arguments}
-        arguments = json.dumps(value, ensure_ascii=False)
-        return {**call, "function": {**function, "arguments": arguments}}
+        return {**call, "function": {**function, "arguments": encode_json(value).decode()}}
 
     def _add_result(self, message: Json) -> None:
         if not message.get("tool_call_id") and self._unnamed:
@@ -4010,14 +4045,14 @@ class ToolShapes:
     """
 
     def __init__(self, request: Json, traits: frozenset[str]):
-        # By name: the envelope of a custom tool, 'custom' (OpenAI) or '' (flat, as Cursor has it).
+        # By name: the envelope of a custom tool, 'custom' (OpenAI) or 'function' (Cursor, flat).
         self.custom: dict[str, str] = {}
         names = set()
         for tool in [*as_list(request.get("tools")), *as_list(request.get("functions"))]:
-            envelope = "custom" if dig(tool, "custom") else ""
+            envelope = "custom" if dig(tool, "custom") else "function"
             name = dig(tool, "function", "name") or dig(tool, "custom", "name") or dig(tool, "name")
             names.add(as_text(name))
-            if dig(tool, "type") == "custom":
+            if is_custom(tool):
                 self.custom[as_text(name)] = envelope
         reserved = names & RESERVED_TOOLS if "alibaba" in traits else frozenset()
         self.sent = {name: self._free_name(name, names) for name in reserved}
@@ -4048,13 +4083,24 @@ class ToolShapes:
         }
         return {"type": "function", "function": function}
 
-    @staticmethod
-    def function_call(call: Json) -> Json:
+    def function_call(self, call: Any) -> Any:
         """Return the function call for a call of a custom tool in the history."""
-        custom = as_object(call.get("custom", call))
-        arguments = json.dumps({"input": as_text(custom.get("input"))}, ensure_ascii=False)
-        function = {"name": custom.get("name"), "arguments": arguments}
+        function = dig(call, "function")
+        if dig(call, "type") == "custom":
+            custom = as_object(call.get("custom", call))
+            name, text = custom.get("name"), as_text(custom.get("input"))
+        elif as_text(dig(function, "name")) in self.custom:
+            name, text = function["name"], custom_input(as_text(function.get("arguments")))
+        else:
+            return call
+        arguments = json.dumps({"input": text}, ensure_ascii=False)
+        function = {"name": name, "arguments": arguments}
         return {"id": call.get("id"), "type": "function", "function": function}
+
+
+def is_custom(tool: Any) -> bool:
+    """Return whether a tool takes free text; Anthropic calls tools with a schema custom, too."""
+    return dig(tool, "type") == "custom" and "input_schema" not in tool
 
 
 def custom_input(arguments: str) -> str:
@@ -4076,6 +4122,11 @@ class Rewrite:
     OPENAI_ONLY = (
         "logit_bias metadata prediction prompt_cache_key prompt_cache_retention safety_identifier "
         "service_tier store verbosity web_search_options"
+    ).split()
+    # Open WebUI sends custom parameters as text.
+    NUMBERS = (
+        "temperature top_p top_k presence_penalty frequency_penalty repetition_penalty seed n "
+        "top_logprobs"
     ).split()
     # What these mean to OpenAI is what happens here anyway.
     DEFAULTS: Json = {"n": 1, "modalities": ["text"], "store": False, "service_tier": "auto"}
@@ -4193,9 +4244,7 @@ class Rewrite:
                     param=f"messages.{place}.content",
                 )
             message["content"] = [
-                {"type": "text", "text": f"[{kind} left out: {self.model} cannot take it]"}
-                if kind in unseen
-                else part
+                {"type": "text", "text": NO_MEDIA} if kind in unseen else part
                 for kind, part in zip(kinds, parts)
             ]
             count += len(unseen)
@@ -4327,28 +4376,20 @@ class Rewrite:
 
     def custom_tools(self) -> bool:
         """Custom tools, their calls and their choice, as functions with one string."""
-        tools, choice, changed = self.body.get("tools"), self.body.get("tool_choice"), False
+        tools, choice = as_list(self.body.get("tools")), self.body.get("tool_choice")
         if self.shapes.custom:
-            self.body["tools"], changed = (
-                [
-                    self.shapes.function_of(tool) if dig(tool, "type") == "custom" else tool
-                    for tool in as_list(tools)
-                ],
-                True,
-            )
+            self.body["tools"] = [
+                self.shapes.function_of(tool) if is_custom(tool) else tool for tool in tools
+            ]
         if dig(choice, "type") == "custom":
             name = dig(choice, "custom", "name") or dig(choice, "name")
             self.body["tool_choice"] = {"type": "function", "function": {"name": name}}
+        changed = bool(self.shapes.custom)
         for message in self.body["messages"]:
             calls = as_list(message.get("tool_calls"))
-            if any(dig(call, "type") == "custom" for call in calls):
-                message["tool_calls"], changed = (
-                    [
-                        self.shapes.function_call(call) if dig(call, "type") == "custom" else call
-                        for call in calls
-                    ],
-                    True,
-                )
+            functions = [self.shapes.function_call(call) for call in calls]
+            if functions != calls:
+                message["tool_calls"], changed = functions, True
         return changed
 
     def tool_names(self) -> bool:
@@ -4474,6 +4515,14 @@ class Rewrite:
             )
         return before != {name: self.body[name] for name in self.LIMITS if name in self.body}
 
+    def numbers(self) -> bool:
+        """Numbers that came as text are numbers, where the text is one."""
+        texts = {name: self.body.get(name) for name in self.NUMBERS}
+        found = {name: loads(text) for name, text in texts.items() if isinstance(text, str)}
+        read = {name: value for name, value in found.items() if is_number(value)}
+        self.body.update(read)
+        return bool(read)
+
     def sampling_range(self) -> bool:
         """temperature below 2, top_p above 0."""
         changed = False
@@ -4534,16 +4583,11 @@ class Rewrite:
     def _tool(self, tool: Any) -> Any:
         """Return a tool with parameters and without nulls; without `strict` where it is unknown."""
         # Anthropic's shape, or that of /v1/responses.
-        schema = dig(tool, "input_schema") or dig(tool, "parameters")
-        if (
-            isinstance(schema, dict)
-            and "function" not in tool
-            and isinstance(tool.get("name"), str)
-        ):
+        if isinstance(dig(tool, "name"), str) and "function" not in tool:
             function = {
                 "name": tool["name"],
                 "description": tool.get("description"),
-                "parameters": schema,
+                "parameters": tool.get("input_schema") or tool.get("parameters"),
             }
             marker = tool.get("cache_control")
             tool = {"type": "function", "cache_control": marker, "function": function}
@@ -4649,8 +4693,8 @@ class Rewrite:
         template = dict(as_object(self.body.get("chat_template_kwargs")))
         if "preserve_thinking" in template:
             self.body.setdefault("preserve_thinking", template.pop("preserve_thinking"))
-        for name in THINKING_FIELDS:
-            template.pop(name, None)
+        for name in Thinking.read(template).fields:
+            del template[name]
         if template:
             self.body["chat_template_kwargs"] = template
         else:
@@ -4665,7 +4709,7 @@ class Rewrite:
     def _ask(self, asked: Thinking) -> None:
         dialect, effort = self._dialect(), asked.effort or ""
         levels = {} if dialect.efforts is None else dialect.efforts
-        level = levels.get(effort, levels.get("") or effort)
+        level = levels.get(effort, effort)
         if self.mode == "none":
             if asked.enabled:
                 self.notes.append(f"no thinking, since {self.model} does not")
@@ -4951,6 +4995,7 @@ RULES = (
         where=frozenset({"limits"}),
         apis=_BOTH,
     ),
+    Rule("numbers", Rewrite.numbers, "open-webui #16682: custom parameters as text", apis=_BOTH),
     Rule(
         "sampling-range",
         Rewrite.sampling_range,
@@ -5063,14 +5108,26 @@ def add_thoughts(body: Json) -> None:
 
 
 def join_text_parts(body: Json) -> None:
-    """Make one string of text parts that no cache_control marks."""
+    """Make one string of text parts."""
     for message in body["messages"]:
-        content = message.get("content")
-        if is_text_parts(content) and not any("cache_control" in part for part in content):
-            message["content"] = text_of(content)
+        if is_text_parts(message.get("content")):
+            message["content"] = text_of(message["content"])
+
+
+def leave_out_media(body: Json) -> None:
+    """Put a word in the place of media in messages before the user's latest."""
+    messages = body["messages"]
+    latest = max((n for n, each in enumerate(messages) if each["role"] == "user"), default=0)
+    for message in messages[:latest]:
+        if isinstance(message.get("content"), list):
+            message["content"] = [
+                part if part.get("type") == "text" else {"type": "text", "text": NO_MEDIA}
+                for part in message["content"]
+            ]
 
 
 _JSON_FORMATS = ("json_object", "json_schema")
+_THOUGHTS_WANTED = r"reasoning_content.{0,60}(is missing|must be)|missing.{0,40}reasoning_content"
 REPAIRS = (
     Repair(
         r"[Rr]ange of max_tokens should be \[\d+, ?(\d+)\]",
@@ -5121,23 +5178,31 @@ REPAIRS = (
         then=stop_thinking,
     ),
     Repair(
-        r"reasoning_content.{0,40}(is missing|must be)|missing.{0,40}reasoning_content",
+        _THOUGHTS_WANTED,
         ("messages",),
         "without thinking",
         unasked=True,
         then=stop_thinking,
     ),
     Repair(
-        r"reasoning_content.{0,40}(is missing|must be)|missing.{0,40}reasoning_content",
+        _THOUGHTS_WANTED,
         ("messages",),
         "with a word for thoughts that were not kept",
         then=add_thoughts,
     ),
     Repair(
-        r"(valid|be a) string.{0,40}content|content.{0,40} (must|should) be a string",
+        r"(valid|be a) string.{0,40}content|content.{0,40} (must|should) be a string"
+        r"|item type in content",
         ("messages",),
         "with text parts joined",
         then=join_text_parts,
+    ),
+    Repair(
+        r"item type in content|(image|audio|video)\w*( input)?( is| are)? not supported"
+        r"|Supported values are: 'text'",
+        ("messages",),
+        "without media of earlier messages",
+        then=leave_out_media,
     ),
     Repair(
         r"enable_thinking.*(restricted to True|must be True)",
@@ -5169,19 +5234,19 @@ def repair_request(body: Json, error: UpstreamError) -> str:
     """
     for repair in REPAIRS if error.status == 400 else ():
         match = re.search(repair.pattern, error.message[:MAX_ERROR_TEXT_SCANNED], re.S)
-        number = match.group(1) if match and match.groups() else ""
-        if match is None or len(number) > 18 or not is_repairable(body, repair):
+        number = (match.group(match.lastindex or 0) or "") if match else ""
+        if match is None or not is_repairable(body, repair):
             continue
         before = {**body, "messages": [*map(dict, as_list(body.get("messages")))]}
         if repair.then:
             repair.then(body)
         for name, value in repair.sets.items():
-            body[name] = int(number) if value == "$1" else value
+            body[name] = as_count(number) if value == "$1" else value
         for name in repair.drops:
             body.pop(name, None)
-        # The same body would be refused again.
-        is_changed = body != {**before, "messages": before["messages"] or body.get("messages")}
-        return repair.how.replace("$1", number) if is_changed else ""
+        # Otherwise the same body would be refused again.
+        if body != {**before, "messages": before["messages"] or body.get("messages")}:
+            return repair.how.replace("$1", number)
     return ""
 
 
@@ -5370,9 +5435,10 @@ ERROR_RULES = (
     ErrorRule(
         (),
         r"range of input length|context_length_exceeded|exceed_context_size"
-        r"|(maximum|model's) context length|maximum context window"
-        r"|exceeds? the (available |model's )?(maximum )?(context|input length)"
-        r"|longer than the (model's )?(maximum )?context|context (length|size|window) exceeded",
+        r"|(input|prompt) (length|is)[^.]{0,40} (exceeds|too long)"
+        r"|(maximum|model's|available|greater than the) (context|model) (length|size|window)"
+        r"|longer than the (model's |maximum )*(context|model) length|max context length"
+        r"|context (length|size|window) (has been )?exceeded",
         400,
         _BAD_REQUEST,
         "context_length_exceeded",
@@ -5402,6 +5468,7 @@ ERROR_RULES = (
         _QUOTA,
         moves_on=True,
     ),
+    ErrorRule((), r"(image|audio|video) input is not supported", 400, _BAD_REQUEST, None),
     ErrorRule((402,), r"", 429, _QUOTA, _QUOTA, moves_on=True),
     ErrorRule((403,), r"insufficient_quota", 429, _QUOTA, _QUOTA, moves_on=True),
     ErrorRule(
@@ -5795,6 +5862,8 @@ class ToolCall:
     """One tool call of an answer as it was passed on so far."""
 
     MAX_NAME = 256
+    # Arguments that say nothing.
+    EMPTY = ("{}", "null")
     # Bytes of memory besides its arguments, about.
     COST = 2048
 
@@ -5825,12 +5894,14 @@ class ToolCall:
         self._repeats_name = self._repeats_name or bool(name and self.name)
         fresh = self._increments.feed(arguments)
         # Some send {} first and then the arguments.
-        is_replaced = self._kept.strip() == "{}" and fresh.lstrip()[:1] == "{"
+        is_replaced = self._has_none() and fresh.lstrip()[:1] == "{"
         fresh = fresh if is_replaced else self._kept + fresh
         is_first = not self.name and bool(name)
         self.name = self.name or name
         # Arguments before the name are of no use to the client yet.
-        is_kept = not self.name or not self.arguments.size and "{}".startswith(fresh.strip())
+        start = "".join(fresh[:20].split())
+        is_empty = any(empty.startswith(start) for empty in self.EMPTY)
+        is_kept = not self.name or not self.arguments.size and is_empty
         self._kept, fresh = (fresh, "") if is_kept else ("", fresh)
         if not self.name:
             return None
@@ -5844,26 +5915,30 @@ class ToolCall:
 
     def is_whole(self) -> bool:
         """Return whether its arguments are whole as they came."""
-        return self._kept.strip() == "{}" or self.arguments.is_whole()
+        return self._has_none() or self.arguments.is_whole()
+
+    def _has_none(self) -> bool:
+        return "".join(self._kept[:20].split()) in self.EMPTY
 
     def _head(self, fresh: str) -> Json:
         head = {"index": self.index, "id": self.id, "type": "function"}
         if self.name in self._shapes.custom:
-            return {**head, "type": "custom", **self._custom(name=self.name, input="")}
+            envelope = self._shapes.custom[self.name]
+            return {**head, "type": envelope, **self._custom("", name=self.name)}
         name = self._shapes.original(self.name)
         return {**head, "function": {"name": name, "arguments": fresh}}
 
-    def _custom(self, **fields: str) -> Json:
-        """Return fields of a custom call in the envelope that its tool came in."""
+    def _custom(self, text: str, **fields: str) -> Json:
+        """Return the free text of a custom call in the envelope that its tool came in."""
         envelope = self._shapes.custom[self.name]
-        return {envelope: fields} if envelope else fields
+        return {envelope: {**fields, "input" if envelope == "custom" else "arguments": text}}
 
     def is_followed_by(self, name: str, arguments: str) -> bool:
         """Return whether a delta with this call's id starts a new one; some repeat one id."""
         if not (name and self.name):
             return False
         is_new = bool(arguments.strip()) and not self._is_all(name, arguments)
-        return name != self.name or is_new and self.is_whole()
+        return name != self.name or is_new and self.arguments.is_whole()
 
     def is_followed_without_id_by(self, name: str, arguments: str) -> bool:
         """Return whether a delta without id starts a new call.
@@ -5880,13 +5955,15 @@ class ToolCall:
         if self._is_closed:
             return None
         self._is_closed = True
+        if self._has_none():
+            self._kept = ""
         fresh, self._kept = self._kept + self._increments.close(), ""
         if not (self.arguments.size or fresh.strip()):
             fresh = "{}"
         self.arguments.add(fresh)
         if self.name in self._shapes.custom:
             text = custom_input(str(self.arguments))
-            return {"index": self.index, **self._custom(input=text)}
+            return {"index": self.index, **self._custom(text)}
         has_news = bool(fresh and self.name)
         return {"index": self.index, "function": {"arguments": fresh}} if has_news else None
 
@@ -6119,6 +6196,8 @@ class ChunkTranslator:
                 self._send(self._chunk(outputs[-1:]))
         if self.wants_usage and self.usage:
             self._send({**self._chunk([]), "usage": self.usage})
+        elif self._extra and not self._is_stream:
+            self._send(self._chunk([]))
 
     def _feed_chunk(self, event: Event, data: bytes) -> None:
         chunk = self._decoded(data)
@@ -6129,7 +6208,8 @@ class ChunkTranslator:
         is_changed = self._envelope(chunk)
         if self._is_stream and not is_changed and came_from != self.model:
             data = self._with_model(data, came_from)
-        is_same = bool(data) and not is_changed and b"\n" not in event.data
+        # Half of an emoji cannot go out as it came.
+        is_same = bool(data) and not is_changed and b"\n" not in event.data and b"\\ud" not in data
         self._send_choices(chunk, data if is_same else None)
 
     @staticmethod
@@ -6585,11 +6665,11 @@ class CompletionCollector:
             calls.append({"id": None, "type": "function"})
         self._merge(calls[delta["index"]], without_keys(delta, ("index",)))
 
-    def _merge(self, kept: Json, more: Json) -> None:
+    def _merge(self, kept: Json, more: Json, depth: int = 3) -> None:
         """Add the fields of an object to those that came before."""
         for name, value in more.items():
-            if name in ("function", "custom") and isinstance(value, dict):
-                self._merge(kept.setdefault(name, {}), value)
+            if depth and isinstance(value, dict) and isinstance(kept.get(name, {}), dict):
+                self._merge(kept.setdefault(name, {}), value, depth - 1)
             elif name in self.GROWING and isinstance(value, str):
                 if not isinstance(kept.get(name), LongText):
                     self._keep(kept, name, LongText(self._budget))
@@ -6612,8 +6692,8 @@ class CompletionCollector:
         return {"message": message, "logprobs": None, **choice.fields}
 
 
-def joined_texts(value: Any, depth: int = 2) -> Any:
-    """Return an object with each LongText in it, or in an object of it, as a string."""
+def joined_texts(value: Any, depth: int = 5) -> Any:
+    """Return an object with each LongText in it, or in objects in it, as a string."""
     if isinstance(value, LongText):
         return str(value)
     if not isinstance(value, dict) or not depth:
@@ -6696,8 +6776,7 @@ class CollectingWriter(Writer):
 
     def feed(self, chunk: Chunk) -> None:
         """Collect one chunk."""
-        if chunk.value["choices"]:
-            self._collector.feed(chunk.value)
+        self._collector.feed(chunk.value)
 
     def close(self, usage: Json | None) -> None:
         """Write the whole answer."""
@@ -6879,7 +6958,7 @@ class EmbeddingsApi(ChatApi):
     # OpenAI reference, embeddings.
     MAX_INPUTS = 2048
     # Texts in one request. Model Studio, 'Text embedding'; langchain4j #1140 for v1 and v2.
-    BATCHES = (("text-embedding-v[12]*", 25), ("*", 10))
+    BATCHES = (("text-embedding-v[12]*", 25), ("qwen3.7-text-embedding*", 20), ("*", 10))
 
     def __init__(self, items: Any = None, owner: str = ""):
         super().__init__(items, owner)
@@ -6928,7 +7007,7 @@ class EmbeddingsApi(ChatApi):
         model = target.model.lower()
         is_alibaba = "alibaba" in target.provider.family.traits
         # No other maker has models of Model Studio's names.
-        if not is_alibaba and not model.startswith("text-embedding-v"):
+        if not is_alibaba and not model.startswith(("text-embedding-v", "qwen3.7-text-embedding")):
             return cls.MAX_INPUTS
         return next(size for pattern, size in cls.BATCHES if fnmatch.fnmatchcase(model, pattern))
 
@@ -8560,7 +8639,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def get_model(self, exchange: Exchange, model_id: str) -> None:
         """Answer GET /v1/models/{id}."""
-        found = next((model for model in self.proxy.models() if model["id"] == model_id), None)
+        models = {model["id"]: model for model in self.proxy.models()}
+        alike = (name for name in models if name.lower() == model_id.lower())
+        found = models.get(model_id) or models.get(next(alike, ""))
         if found is None:
             message = f"the model {shorten(model_id, 100)!r} is not among those of /v1/models"
             raise BadRequest(message, 404, "model_not_found", param="model")
