@@ -7053,7 +7053,7 @@ def encode_opaque(text: str) -> str:
 
 def decode_opaque(value: Any) -> str:
     """Return the text that encode_opaque() was given; empty for what another server made."""
-    if not isinstance(value, str) or not value.startswith(OPAQUE):
+    if not as_text(value).startswith(OPAQUE):
         return ""
     try:
         return base64.b64decode(value[len(OPAQUE) :], validate=True).decode("utf-8", "replace")
@@ -7061,36 +7061,9 @@ def decode_opaque(value: Any) -> str:
         return ""
 
 
-class ToolNames:
-    """The names of a request's tools as Qwen is told them, and back.
-
-    Namespaces are flattened, custom tools noted.
-    """
-
-    # Model Studio, 'Function calling'.
-    LONGEST = 64
-
-    def __init__(self) -> None:
-        self.custom: set[str] = set()
-        self._nested: dict[str, tuple[str, str]] = {}
-
-    def flat(self, name: str, namespace: Any) -> str:
-        """Return namespace__name, cut to the length that is allowed."""
-        if not isinstance(namespace, str) or not namespace:
-            return name
-        joined = f"{namespace}__{name}"
-        if len(joined) > self.LONGEST:
-            digest = hashlib.sha256(joined.encode("utf-8", "replace")).hexdigest()
-            joined = f"{joined[: self.LONGEST - 9]}_{digest[:8]}"
-        self._nested[joined] = (namespace, name)
-        return joined
-
-    def restored(self, flat: str) -> Json:
-        """Return name, and namespace where it had one: Codex takes a flattened name for unknown."""
-        if flat not in self._nested:
-            return {"name": flat}
-        namespace, name = self._nested[flat]
-        return {"name": name, "namespace": namespace}
+def stated(fields: Json) -> Json:
+    """Return the fields that are not null."""
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 class ItemMemory:
@@ -7122,12 +7095,97 @@ class ItemMemory:
         return as_object(json.loads(encoded)) if encoded else None
 
 
+class ResponseTools:
+    """The tools of a request to /v1/responses as Qwen is told them.
+
+    Namespaces are flattened, custom tools become functions of one string. offered: tools of the
+    chat request; told: what a call tells of its tool, by the name that Qwen calls; others: types of
+    tools that are no functions.
+    """
+
+    # Model Studio, 'Function calling'.
+    LONGEST = 64
+
+    def __init__(self) -> None:
+        self.offered: list[Json] = []
+        self.told: dict[str, Json] = {}
+        self.others: list[str] = []
+
+    def add(self, tools: Any, namespace: str | None = None) -> None:
+        """Offer the tools of a list, which may be those of a namespace."""
+        for tool in as_list(tools):
+            kind, name = str(dig(tool, "type")), dig(tool, "name")
+            if kind == "namespace" and namespace is None:
+                self.add(tool.get("tools"), as_text(name))
+            elif kind in ("function", "custom") and isinstance(name, str):
+                function = self._function(tool, self.flat(name, namespace))
+                self.offered.append({"type": "function", "function": function})
+            else:
+                self.others.append(kind)
+
+    def flat(self, name: str, namespace: Any) -> str:
+        """Return namespace__name, cut to the length that is allowed."""
+        space = as_text(namespace)
+        flat = f"{space}__{name}" if space else name
+        if space and len(flat) > self.LONGEST:
+            digest = hashlib.sha256(flat.encode("utf-8", "replace")).hexdigest()
+            flat = f"{flat[: self.LONGEST - 9]}_{digest[:8]}"
+        # Codex takes a flattened name for unknown.
+        told = {"type": "function_call", "name": name, "namespace": space or None}
+        self.told.setdefault(flat, stated(told))
+        return flat
+
+    def fields(self, choice: Any) -> Json:
+        """Return tools, tool_choice and web_search_options of the chat request, some null."""
+        chosen = self._chosen(choice)
+        searches = choice != "none" and any(kind.startswith("web_search") for kind in self.others)
+        return {
+            "tools": self.offered or None,
+            "tool_choice": chosen or None if self.offered else None,
+            "web_search_options": {} if searches else None,
+        }
+
+    def _function(self, tool: Json, flat: str) -> Json:
+        if tool["type"] == "function":
+            names = ("description", "parameters", "strict")
+            return {"name": flat, **stated({name: tool.get(name) for name in names})}
+        self.told[flat]["type"] = "custom_tool_call"
+        # The grammar itself cannot be enforced.
+        grammar = dig(tool, "format", "definition")
+        is_free = not isinstance(grammar, str)
+        words = "The input as it is." if is_free else f"It must match this grammar:\n{grammar}"
+        return {
+            "name": flat,
+            "description": tool.get("description") or "",
+            "parameters": {
+                "type": "object",
+                "required": ["input"],
+                "properties": {"input": {"type": "string", "description": words}},
+            },
+        }
+
+    def _chosen(self, choice: Any) -> Any:
+        """Return tool_choice as chat completions have it; allowed_tools keeps those tools only."""
+        if not isinstance(choice, dict):
+            return choice
+        kind, name, tools = choice.get("type"), choice.get("name"), choice.get("tools")
+        if kind in ("function", "custom") and isinstance(name, str):
+            flat = self.flat(name, choice.get("namespace"))
+            return {"type": "function", "function": {"name": flat}}
+        if kind != "allowed_tools" or not isinstance(tools, list):
+            return "auto"
+        allowed = {self.flat(as_text(dig(tool, "name")), dig(tool, "namespace")) for tool in tools}
+        kept = [tool for tool in self.offered if tool["function"]["name"] in allowed]
+        self.offered = kept or self.offered
+        return choice.get("mode") or "auto"
+
+
 class ResponseRequest:
     """A request to /v1/responses, and the chat request for it.
 
-    asked: the request as it came; chat: the chat request; names: of its tools; is_compaction: the
-    client wants the conversation summarised; skipped: types of tools that have no counterpart.
-    Raises BadRequest for what is forgotten or cannot be meant.
+    asked: the request as it came; chat: the chat request; tools: those that it offers;
+    is_compaction: the client wants the conversation summarised. Raises BadRequest for what is
+    forgotten or cannot be meant.
     """
 
     COMPACTION = (
@@ -7142,34 +7200,31 @@ class ResponseRequest:
         "background conversation prompt max_tool_calls top_logprobs service_tier "
         "safety_identifier prompt_cache_retention stream_options context_management".split()
     )
-    IGNORED_ITEMS = frozenset(
-        {"web_search_call", "mcp_list_tools", "additional_tools", "compaction_trigger"}
-    )
+    # Parts that are nothing but text, and the field that holds it.
+    TEXT_PARTS = {
+        "input_text": "text",
+        "output_text": "text",
+        "text": "text",
+        "summary_text": "text",
+        "reasoning_text": "text",
+        "refusal": "refusal",
+    }
 
     def __init__(self, request: Any, memory: ItemMemory, owner: str = ""):
         self.asked: Json = check_object(request)
-        self._check_unsupported()
-        self.names = ToolNames()
-        self.skipped: list[str] = []
-        self._memory, self._owner = memory, owner
-        self._referred: set[str] = set()
-        items = self._items(self.asked.get("input"))
+        self.tools = ResponseTools()
+        items = self._items(functools.partial(memory.get, owner=owner))
         self.is_compaction = bool(items) and dig(items[-1], "type") == "compaction_trigger"
-        self.chat = {
-            name: value
-            for name, value in self.asked.items()
-            if name not in self.ONLY_HERE and value is not None
-        }
-        self._messages: list[Json] = []
-        self._thoughts: dict[int, list[str]] = {}
-        self.chat["messages"] = self._read_messages(self.asked.get("instructions"), items)
+        messages = self._read_messages(items)
         if self.is_compaction:
-            self.chat["messages"].append({"role": "user", "content": self.COMPACTION})
+            messages.append({"role": "user", "content": self.COMPACTION})
         else:
-            self.chat.update(self._tools())
-        self.chat.update(self._options())
+            self.tools.add(self.asked.get("tools"))
+        same = {name: self.asked[name] for name in self.asked if name not in self.ONLY_HERE}
+        self.chat = {**stated(same), "messages": messages, **self._options()}
 
-    def _check_unsupported(self) -> None:
+    def _items(self, remembered: Callable[[str], Json | None]) -> list[Any]:
+        """Return the items of the input, what their item_references stand for included."""
         if self.asked.get("previous_response_id"):
             raise BadRequest(
                 "nothing is stored here, so there is no previous response: send the whole "
@@ -7179,127 +7234,132 @@ class ResponseRequest:
             )
         for name in ("background", "prompt", "conversation"):
             if self.asked.get(name):
-                message = f"{name} is not supported: nothing is stored here"
-                raise BadRequest(message, param=name)
-
-    # -- the conversation ------------------------------------------------------------------------
-
-    def _items(self, items: Any) -> list[Any]:
+                raise BadRequest(f"{name} is not supported: nothing is stored here", param=name)
+        items = self.asked.get("input")
         items = [{"role": "user", "content": items}] if isinstance(items, str) else items
         if not isinstance(items, list) or not items:
             raise BadRequest("input must be a string or a list of items", param="input")
-        found = (self._resolve(item, index) for index, item in enumerate(items))
-        return list(itertools.chain.from_iterable(found))
+        return self._resolved(items, remembered)
 
-    def _resolve(self, item: Any, index: int) -> list[Any]:
-        """Return the item that an item_reference stands for.
+    @staticmethod
+    def _resolved(items: list[Any], remembered: Callable[[str], Json | None]) -> list[Any]:
+        """Return the items with those that item_references stand for.
 
         Thoughts that are forgotten are no loss, anything else is refused.
         """
-        if dig(item, "type") != "item_reference":
-            return [item]
-        item_id, where = as_text(item.get("id")), f"input.{index}"
-        if item_id in self._referred:
-            # Otherwise a small request could grow without limit.
-            message = f"input[{index}] refers to an item a second time"
-            raise BadRequest(message, param=where)
-        self._referred.add(item_id)
-        found = self._memory.get(item_id, self._owner)
-        if found is None and not item_id.startswith("rs_"):
-            raise BadRequest(
-                f"input[{index}] is of type 'item_reference', and {shorten(item_id, 60)!r} is not "
-                "in memory here: send the item itself (AI SDK: providerOptions.openai.store = "
-                "false)",
-                param=where,
-            )
-        return [found] if found else []
+        resolved, seen = [], set()
+        for index, item in enumerate(items):
+            if dig(item, "type") != "item_reference":
+                resolved.append(item)
+                continue
+            item_id, where = as_text(item.get("id")), f"input.{index}"
+            if item_id in seen:
+                # Otherwise a small request could grow without limit.
+                raise BadRequest(f"input[{index}] refers to an item a second time", param=where)
+            seen.add(item_id)
+            found = remembered(item_id)
+            if not found and not item_id.startswith("rs_"):
+                raise BadRequest(
+                    f"input[{index}] is of type 'item_reference', and {shorten(item_id, 60)!r} is "
+                    "not in memory here: send the item itself (AI SDK: providerOptions.openai."
+                    "store = false)",
+                    param=where,
+                )
+            resolved += [found] if found else []
+        return resolved
 
-    def _read_messages(self, instructions: Any, items: list[Any]) -> list[Json]:
-        if isinstance(instructions, str) and instructions:
-            self._messages.append({"role": "system", "content": instructions})
-        for index, item in enumerate([*as_list(instructions), *items]):
-            self._add(item, index)
-        for place, thoughts in self._thoughts.items():
-            self._messages[place]["reasoning_content"] = "".join(thoughts)
+    def _read_messages(self, items: list[Any]) -> list[Json]:
+        """Return the messages that the instructions and the items make together."""
+        rules = self.asked.get("instructions")
+        messages = [{"role": "system", "content": rules}] if as_text(rules) else []
+        for index, item in enumerate([*as_list(rules), *items]):
+            where = f"input.{index}"
+            if not isinstance(item, dict):
+                raise BadRequest(f"input[{index}] must be an object", param=where)
+            kind = as_text(item.get("type", "message"))
+            if kind not in self.ITEMS:
+                problem = f"is of type {shorten(kind, 60)!r}; it is not supported here"
+                raise BadRequest(f"input[{index}] {problem}", param=where)
+            message = self.ITEMS[kind](self, item)
+            if message:
+                self._join(messages, message)
+        for message in messages:
+            if "reasoning_content" in message:
+                message["reasoning_content"] = "".join(message["reasoning_content"])
         return [
             message
-            for message in self._messages
-            if message.get("content") or message.get("tool_calls") or message["role"] != "assistant"
+            for message in messages
+            if message["content"] or message.get("tool_calls") or message["role"] != "assistant"
         ]
 
-    def _add(self, item: Any, index: int) -> None:
-        where = f"input.{index}"
-        if not isinstance(item, dict):
-            raise BadRequest(f"input[{index}] must be an object", param=where)
-        kind = as_text(item.get("type", "message"))
-        add = self.ITEMS.get(kind)
-        if add is not None:
-            add(self, item)
-        elif kind not in self.IGNORED_ITEMS:
-            name = shorten(kind, 60)
-            message = f"input[{index}] is of type {name!r}; it is not supported here"
-            raise BadRequest(message, param=where)
-
-    def _assistant(self, is_text: bool = False) -> Json:
-        """Return the assistant message that the next item of the same turn joins.
+    @staticmethod
+    def _join(messages: list[Json], message: Json) -> None:
+        """Add a message; the items of one turn of the assistant become one message.
 
         A second text begins another one.
         """
-        last = self._messages[-1] if self._messages else {}
-        is_taken = is_text and (last.get("content") or last.get("tool_calls"))
-        if last.get("role") != "assistant" or is_taken:
-            last = {"role": "assistant", "content": ""}
-            self._messages.append(last)
-        return last
+        last = messages[-1] if messages else {}
+        is_taken = "tool_calls" not in message and (last.get("content") or last.get("tool_calls"))
+        if not message["role"] == last.get("role") == "assistant" or is_taken:
+            messages.append(message)
+            return
+        last["content"] = message["content"] or last["content"]
+        for name in {"tool_calls", "reasoning_content"} & message.keys():
+            last.setdefault(name, []).extend(message[name])
 
-    def _add_message(self, item: Json) -> None:
+    # -- the message for an item -----------------------------------------------------------------
+
+    def _message(self, item: Json) -> Json:
         role, content = item.get("role"), self._content(item.get("content"))
         if role not in ("user", "assistant", "system", "developer"):
             name = shorten(str(role), 60)
             raise BadRequest(f"a message of the input has the role {name!r}", param="input")
-        if role == "assistant":
-            self._assistant(is_text=True)["content"] = content
-        else:
-            self._messages.append({"role": role, "content": content})
+        return {"role": role, "content": content}
 
-    def _add_call(self, item: Json) -> None:
-        name = self.names.flat(as_text(item.get("name")), item.get("namespace"))
+    def _call(self, item: Json) -> Json:
+        name = self.tools.flat(as_text(item.get("name")), item.get("namespace"))
         arguments = item.get("arguments")
         if item["type"] == "custom_tool_call":
             arguments = json.dumps({"input": as_text(item.get("input"))}, ensure_ascii=False)
-        call_id, function = item.get("call_id"), {"name": name, "arguments": arguments}
-        call = {"id": call_id or item.get("id"), "type": "function", "function": function}
-        self._assistant().setdefault("tool_calls", []).append(call)
+        function = {"name": name, "arguments": arguments}
+        call_id = item.get("call_id") or item.get("id")
+        call = {"id": call_id, "type": "function", "function": function}
+        return {"role": "assistant", "content": "", "tool_calls": [call]}
 
-    def _add_output(self, item: Json) -> None:
+    def _output(self, item: Json) -> Json:
         content = self._content(item.get("output"))
-        if not isinstance(content, (str, list)):
-            content = json.dumps(content, ensure_ascii=False)
-        result = {"role": "tool", "tool_call_id": item.get("call_id"), "content": content}
-        self._messages.append(result)
+        is_plain = isinstance(content, (str, list))
+        content = content if is_plain else json.dumps(content, ensure_ascii=False)
+        return {"role": "tool", "tool_call_id": item.get("call_id"), "content": content}
 
-    def _add_reasoning(self, item: Json) -> None:
+    def _reasoning(self, item: Json) -> Json | None:
         parts = as_list(item.get("content")) or as_list(item.get("summary"))
         thoughts = decode_opaque(item.get("encrypted_content")) or text_of(parts)
-        if thoughts:
-            self._assistant(is_text=True)
-            self._thoughts.setdefault(len(self._messages) - 1, []).append(thoughts)
+        # A list, since any number of items may belong to one message.
+        message = {"role": "assistant", "content": "", "reasoning_content": [thoughts]}
+        return message if thoughts else None
 
-    def _add_compaction(self, item: Json) -> None:
+    def _compaction(self, item: Json) -> Json | None:
         summary = decode_opaque(item.get("encrypted_content"))
-        if summary:
-            content = f"The conversation so far, in summary:\n\n{summary}"
-            self._messages.append({"role": "user", "content": content})
+        content = f"The conversation so far, in summary:\n\n{summary}"
+        return {"role": "user", "content": content} if summary else None
 
-    ITEMS: Mapping[str, Callable[[ResponseRequest, Json], None]] = {
-        "message": _add_message,
-        "function_call": _add_call,
-        "custom_tool_call": _add_call,
-        "function_call_output": _add_output,
-        "custom_tool_call_output": _add_output,
-        "reasoning": _add_reasoning,
-        "compaction": _add_compaction,
-        "compaction_summary": _add_compaction,
+    def _nothing(self, item: Json) -> None:
+        """Leave out an item that the model cannot use."""
+
+    ITEMS: Mapping[Any, Callable[[ResponseRequest, Json], Json | None]] = {
+        "message": _message,
+        "function_call": _call,
+        "custom_tool_call": _call,
+        "function_call_output": _output,
+        "custom_tool_call_output": _output,
+        "reasoning": _reasoning,
+        "compaction": _compaction,
+        "compaction_summary": _compaction,
+        "web_search_call": _nothing,
+        "mcp_list_tools": _nothing,
+        "additional_tools": _nothing,
+        "compaction_trigger": _nothing,
     }
 
     @classmethod
@@ -7308,22 +7368,18 @@ class ResponseRequest:
         if not isinstance(content, list):
             return "" if content is None else content
         parts = [cls._part(part) for part in content]
-        if all(part["type"] == "text" for part in parts):
-            return "\n".join(part["text"] for part in parts)
-        return parts
+        is_text = all(part["type"] == "text" for part in parts)
+        return "\n".join(part["text"] for part in parts) if is_text else parts
 
-    @staticmethod
-    def _part(part: Any) -> Json:
-        kind = dig(part, "type")
-        if kind in ("input_text", "output_text", "text", "summary_text", "reasoning_text"):
-            return {"type": "text", "text": as_text(part.get("text"))}
-        if kind == "refusal":
-            return {"type": "text", "text": as_text(part.get("refusal"))}
-        if kind == "input_image" and part.get("image_url"):
-            url = part["image_url"]
-            url = url if isinstance(url, dict) else {"url": url}
+    @classmethod
+    def _part(cls, part: Any) -> Json:
+        kind, image = dig(part, "type"), dig(part, "image_url")
+        if as_text(kind) in cls.TEXT_PARTS:
+            return {"type": "text", "text": as_text(part.get(cls.TEXT_PARTS[kind]))}
+        if kind == "input_image" and image:
             detail = {"detail": part["detail"]} if part.get("detail") else {}
-            return {"type": "image_url", "image_url": {**detail, **url}}
+            image = image if isinstance(image, dict) else {"url": image}
+            return {"type": "image_url", "image_url": {**detail, **image}}
         if kind == "input_file" and (part.get("file_data") or part.get("file_url")):
             names = ("filename", "file_data", "file_url")
             file = {name: part[name] for name in names if part.get(name)}
@@ -7336,180 +7392,223 @@ class ResponseRequest:
             param="input",
         )
 
-    # -- tools and options -----------------------------------------------------------------------
-
-    def _tools(self) -> Json:
-        """Return tools and tool_choice of the chat request."""
-        tools, searches = [], False
-        for tool in as_list(self.asked.get("tools")):
-            is_namespace = dig(tool, "type") == "namespace"
-            namespace = tool.get("name") if is_namespace else None
-            searches = searches or str(dig(tool, "type")).startswith("web_search")
-            for inner in as_list(tool.get("tools")) if is_namespace else [tool]:
-                function = self._function(inner, namespace)
-                if function:
-                    tools.append({"type": "function", "function": function})
-                elif not str(dig(inner, "type")).startswith("web_search"):
-                    self.skipped.append(str(dig(inner, "type")))
-        options: Json = {"tools": tools} if tools else {}
-        if searches and self.asked.get("tool_choice") != "none":
-            options["web_search_options"] = {}
-        choice = self._tool_choice(options)
-        if tools and choice:
-            options["tool_choice"] = choice
-        return options
-
-    def _function(self, tool: Any, namespace: Any) -> Json | None:
-        """Return the function of a chat tool; None for a tool that only OpenAI runs."""
-        name = dig(tool, "name")
-        if not isinstance(name, str) or tool.get("type") not in ("function", "custom"):
-            return None
-        flat = self.names.flat(name, namespace)
-        if tool["type"] == "function":
-            keys = ("description", "parameters", "strict")
-            return {"name": flat, **{key: tool[key] for key in keys if tool.get(key) is not None}}
-        self.names.custom.add(flat)
-        # The grammar itself cannot be enforced.
-        grammar = dig(tool, "format", "definition")
-        words = "The input as it is."
-        if isinstance(grammar, str):
-            words = f"It must match this grammar:\n{grammar}"
-        properties = {"input": {"type": "string", "description": words}}
-        schema = {"type": "object", "required": ["input"], "properties": properties}
-        return {"name": flat, "description": tool.get("description") or "", "parameters": schema}
-
-    def _tool_choice(self, options: Json) -> Any:
-        """Return tool_choice as chat completions have it; allowed_tools keeps those tools only."""
-        choice = self.asked.get("tool_choice")
-        if not isinstance(choice, dict):
-            return choice
-        kind, name = choice.get("type"), choice.get("name")
-        if kind in ("function", "custom") and isinstance(name, str):
-            flat = self.names.flat(name, choice.get("namespace"))
-            return {"type": "function", "function": {"name": flat}}
-        if kind == "allowed_tools" and isinstance(choice.get("tools"), list):
-            allowed = {
-                self.names.flat(as_text(dig(tool, "name")), dig(tool, "namespace"))
-                for tool in choice["tools"]
-            }
-            offered = options.get("tools", [])
-            kept = [tool for tool in offered if tool["function"]["name"] in allowed]
-            options["tools"] = kept or offered
-            return choice.get("mode") or "auto"
-        return "auto"
-
     def _options(self) -> Json:
-        """Return max_output_tokens, reasoning and text.format as chat completions have them."""
-        options: Json = {}
-        if self.asked.get("max_output_tokens") is not None:
-            options["max_tokens"] = self.asked["max_output_tokens"]
-        effort = dig(self.asked, "reasoning", "effort")
-        if isinstance(effort, str):
-            options["reasoning_effort"] = effort
-        wanted = dig(self.asked, "text", "format")
-        kind = dig(wanted, "type")
-        if kind == "json_schema":
-            names = ("name", "description", "schema", "strict")
-            schema = {name: wanted[name] for name in names if wanted.get(name) is not None}
-            options["response_format"] = {"type": kind, "json_schema": schema}
-        elif kind == "json_object":
-            options["response_format"] = {"type": kind}
-        return options
+        """Return tools, length, effort and format as chat completions have them."""
+        effort, wanted = dig(self.asked, "reasoning", "effort"), dig(self.asked, "text", "format")
+        kind = as_text(dig(wanted, "type"))
+        schema = {name: dig(wanted, name) for name in ("name", "description", "schema", "strict")}
+        formats = {
+            "json_schema": {"type": kind, "json_schema": stated(schema)},
+            "json_object": {"type": kind},
+        }
+        return stated(
+            {
+                "max_tokens": self.asked.get("max_output_tokens"),
+                "reasoning_effort": effort if isinstance(effort, str) else None,
+                "response_format": formats.get(kind),
+                **({} if self.is_compaction else self.tools.fields(self.asked.get("tool_choice"))),
+            }
+        )
+
+
+# How the output items of one type are told: the prefix of their ids, their fields at first, the
+# fields that are different when they are whole, and by their names the events around their text:
+# when the item is added, for each piece, and when all is there. See fill() for $text and the like.
+_SUMMARY = {"type": "summary_text", "text": "$text"}
+# The AI SDK and LangChain JS need its annotations.
+_OUTPUT_TEXT = {"type": "output_text", "text": "$text", "annotations": [], "logprobs": []}
+_CALL = {"status": "in_progress", "call_id": "", "name": ""}
+# Thoughts go out as a reasoning summary, since openai-node fails on reasoning_text and Codex and
+# the AI SDK do not show it. The input of a custom tool is known at its end, since it comes in JSON.
+OUTPUT_ITEMS: Mapping[str, Json] = {
+    "reasoning": {
+        "prefix": "rs_",
+        "first": {"summary": []},
+        "whole": {"summary": [_SUMMARY]},
+        "added": {"reasoning_summary_part.added": {"summary_index": 0, "part": _SUMMARY}},
+        "piece": {"reasoning_summary_text.delta": {"summary_index": 0, "delta": "$text"}},
+        "done": {
+            "reasoning_summary_text.done": {"summary_index": 0, "text": "$text"},
+            "reasoning_summary_part.done": {"summary_index": 0, "part": _SUMMARY},
+        },
+    },
+    "message": {
+        "prefix": "msg_",
+        "first": {"status": "in_progress", "role": "assistant", "content": []},
+        "whole": {"status": "$status", "content": [_OUTPUT_TEXT]},
+        "added": {"content_part.added": {"content_index": 0, "part": _OUTPUT_TEXT}},
+        "piece": {"output_text.delta": {"content_index": 0, "delta": "$text", "logprobs": []}},
+        "done": {
+            "output_text.done": {"content_index": 0, "text": "$text", "logprobs": []},
+            "content_part.done": {"content_index": 0, "part": _OUTPUT_TEXT},
+        },
+    },
+    "function_call": {
+        "prefix": "fc_",
+        "first": {**_CALL, "arguments": ""},
+        "whole": {"status": "$status", "arguments": "$text"},
+        "piece": {"function_call_arguments.delta": {"delta": "$text"}},
+        "done": {"function_call_arguments.done": {"name": "$name", "arguments": "$text"}},
+    },
+    "custom_tool_call": {
+        "prefix": "ctc_",
+        "first": {**_CALL, "input": ""},
+        "whole": {"status": "$status", "input": "$text"},
+        "done": {
+            "custom_tool_call_input.delta": {"delta": "$text"},
+            "custom_tool_call_input.done": {"input": "$text"},
+        },
+    },
+    "compaction": {"prefix": "cmp_", "first": {}, "whole": {}},
+}
+
+
+def fill(template: Any, values: Json) -> Any:
+    """Return a copy of a JSON value in which each string that is a name of the values is replaced.
+
+    >>> fill({"part": ["$text", 0]}, {"$text": "Hi"})
+    {'part': ['Hi', 0]}
+    """
+    if isinstance(template, dict):
+        return {name: fill(value, values) for name, value in template.items()}
+    if isinstance(template, list):
+        return [fill(value, values) for value in template]
+    return values.get(template, template)
 
 
 class OutputItem:
     """One item of a response's output while it grows; item is what the client was told of it."""
 
-    def __init__(self, kind: str, prefix: str, index: int, budget: Budget, **fields: Any):
-        self.index, self.text, self.is_open = index, LongText(budget), True
-        self.item = {"id": prefix + secrets.token_hex(12), "type": kind, **fields}
-        self.place = {"item_id": self.item["id"], "output_index": index}
+    def __init__(self, index: int, budget: Budget, fields: Json):
+        self.index, self.pieces, self.is_open = index, LongText(budget), True
+        self.kind = OUTPUT_ITEMS[fields["type"]]
+        item_id = self.kind["prefix"] + secrets.token_hex(12)
+        self.item = {"id": item_id, "type": fields["type"], **self.kind["first"], **fields}
+
+    def text(self) -> str:
+        """Return the text; for a custom tool the model wrote it into an object."""
+        text = str(self.pieces)
+        found = dig(loads(text), "input") if self.item["type"] == "custom_tool_call" else None
+        return found if isinstance(found, str) else text
 
 
-class ResponseEvents:
-    """Chat chunks in, the events of one response out, in the order that all clients take.
+class ResponsesWriter(Writer):
+    """Writes an answer to a client of /v1/responses: as events, or as one object at its end.
 
-    Thoughts go out as a reasoning summary, since openai-node fails on reasoning_text and Codex and
-    the AI SDK do not show it. Calls are done at the end, as deltas for several of them may
-    alternate.
+    The events come in the order that all clients take. Calls are done at the end, as deltas for
+    several of them may alternate.
     """
 
+    # Types of items by the field of a delta that they come in.
+    TEXTS = {"reasoning": "reasoning_content", "message": "content"}
     # Error codes that Codex knows.
     CODES = ("context_length_exceeded", "insufficient_quota", "rate_limit_exceeded")
+    # What a response repeats of its request, and what it says where that has none.
+    REPEATED: Mapping[str, Any] = {
+        "instructions": None,
+        "max_output_tokens": None,
+        "metadata": {},
+        "parallel_tool_calls": True,
+        "prompt_cache_key": None,
+        "temperature": None,
+        "tool_choice": "auto",
+        "tools": [],
+        "top_p": None,
+        "truncation": "disabled",
+        "user": None,
+    }
 
-    def __init__(self, request: ResponseRequest, model: str, created: int):
-        self._request, self._names = request, request.names
-        self._id, self._model = "resp_" + secrets.token_hex(16), model
-        self._created, self._number, self._budget = created, itertools.count(), Budget()
+    def __init__(self, out: Any, request: ResponseRequest, model: str, keep: Any):
+        super().__init__(out)
+        self.is_stream = request.asked.get("stream") is True
+        self._request, self._model, self._keep = request, model, keep
+        self._id, self._created = "resp_" + secrets.token_hex(16), int(time.time())
+        self._budget, self._number = Budget(), 0
         self._items: list[OutputItem] = []
-        # The text or the thoughts that go on.
-        self._open: OutputItem | None = None
-        self._calls: dict[int, OutputItem] = {}
+        # Those that are not done: the text or the thoughts by their type, calls by their index.
+        self._open: dict[Any, OutputItem] = {}
         self._finish_reason: str | None = None
         self._summary = LongText(self._budget)
-        included = as_list(request.asked.get("include"))
-        self._keeps_thoughts = "reasoning.encrypted_content" in included
 
-    def start(self) -> list[Json]:
-        """Return the first events."""
-        return [self._event("response.created", response=self.response()), self.heartbeat()]
+    def start(self) -> None:
+        """Write the first events, once."""
+        if not self._number:
+            self._emit("response.created", response=self._response())
+            self._emit("response.in_progress", response=self._response())
 
-    def heartbeat(self) -> Json:
-        """Return a sign of life: Codex takes no comment for one."""
-        return self._event("response.in_progress", response=self.response())
+    def heartbeat(self) -> None:
+        """Write a sign of life while the upstream is silent; Codex takes no comment for one."""
+        if self._number:
+            self._emit("response.in_progress", response=self._response())
+        self.start()
+        self.flush()
 
-    def feed(self, chunk: Json) -> list[Json]:
-        """Return the events for a chunk."""
-        events: list[Json] = []
-        for choice in chunk["choices"][:1]:
+    def feed(self, chunk: Chunk) -> None:
+        """Write the events for one chunk."""
+        for choice in chunk.value["choices"][:1]:
             delta = choice["delta"]
             self._finish_reason = choice["finish_reason"] or self._finish_reason
             if self._request.is_compaction:
                 self._summary.add(delta.get("content") or "")
                 continue
-            if delta.get("reasoning_content"):
-                events += self._thoughts(delta["reasoning_content"])
-            if delta.get("content"):
-                events += self._text(delta["content"])
+            for kind, field in self.TEXTS.items():
+                if delta.get(field):
+                    self._add(kind, {"type": kind}, delta[field])
             for call in delta.get("tool_calls") or []:
-                events += self._call(call)
-        return events
+                name, arguments = map(call["function"].get, ("name", "arguments"))
+                told = self._request.tools.told.get(name, {"type": "function_call", "name": name})
+                self._add(call["index"], {"call_id": call.get("id"), **told}, arguments or "")
 
-    def finish(self, usage: Json | None) -> list[Json]:
-        """Return the events that end the response: whole, or cut by its length or a filter."""
-        events = self._close()
-        for call in self._calls.values():
-            events += self._close_call(call)
+    def close(self, usage: Json | None) -> None:
+        """Write the end, whole or cut by its length or a filter, and remember the output."""
         if self._request.is_compaction:
-            events += self._compaction()
+            self._add_compaction(str(self._summary))
+        self._end_texts()
+        for call in list(self._open):
+            self._end(call)
         is_cut = self._finish_reason in ("length", "content_filter")
-        status = "incomplete" if is_cut else "completed"
-        return [*events, self._event(f"response.{status}", response=self.response(status, usage))]
+        response = self._response("incomplete" if is_cut else "completed", usage)
+        if self._request.asked.get("store") is not False:
+            self._keep(response["output"])
+        if self.is_stream:
+            self._end_stream(response)
+        else:
+            self._out.send_json(200, response)
 
-    def fail(self, error: ProxyError) -> list[Json]:
-        """Return the two events that end a response that broke off, as at OpenAI.
+    def error(self, error: ProxyError) -> None:
+        """Write the two events that end a response that broke off, as at OpenAI.
 
         Codex waits for response.failed; LangChain JS and with it n8n would take what came for whole
         without error, down to a tool call cut in its arguments.
         """
+        self.start()
         code = error.code if error.code in self.CODES else "server_error"
-        failure = {"code": code, "message": error.error_object()["message"]}
+        message = error.error_object()["message"]
         if code == "rate_limit_exceeded":
-            seconds = max(1, int(error.retry_after or 5))
-            failure["message"] += f". Please try again in {seconds}s."
+            message += f". Please try again in {max(1, int(error.retry_after or 5))}s."
+        failure = {"code": code, "message": message}
         inner = {**failure, "type": error.type, "param": None}
-        response = {**self.response("failed"), "error": failure}
-        return [
-            self._event("error", **failure, param=None, error=inner),
-            self._event("response.failed", response=response),
-        ]
+        self._emit("error", **failure, param=None, error=inner)
+        self._end_stream({**self._response("failed"), "error": failure})
 
-    def response(self, status: str = "in_progress", usage: Json | None = None) -> Json:
+    def _end_stream(self, response: Json) -> None:
+        self._emit(f"response.{response['status']}", response=response)
+        self.flush()
+        self._out.end_stream()
+
+    def _response(self, status: str = "in_progress", usage: Json | None = None) -> Json:
         """Return the response object as it is now."""
         asked = self._request.asked
-        reason = self._finish_reason
-        reason = "max_output_tokens" if reason == "length" else reason
-        is_over = status != "in_progress"
+        cached = dig(usage, "prompt_tokens_details", "cached_tokens")
+        reasoning = dig(usage, "completion_tokens_details", "reasoning_tokens")
+        counts = usage and {
+            "input_tokens": usage["prompt_tokens"],
+            "input_tokens_details": {"cached_tokens": cached or 0},
+            "output_tokens": usage["completion_tokens"],
+            "output_tokens_details": {"reasoning_tokens": reasoning or 0},
+            "total_tokens": usage["total_tokens"],
+        }
+        reason = "max_output_tokens" if self._finish_reason == "length" else self._finish_reason
         return {
             "id": self._id,
             "object": "response",
@@ -7518,222 +7617,76 @@ class ResponseEvents:
             "background": False,
             "error": None,
             "incomplete_details": {"reason": reason} if status == "incomplete" else None,
-            "instructions": asked.get("instructions"),
-            "max_output_tokens": asked.get("max_output_tokens"),
             "max_tool_calls": None,
             "model": self._model,
-            "output": [self._whole(item) for item in self._items] if is_over else [],
-            "parallel_tool_calls": asked.get("parallel_tool_calls", True) is not False,
+            "output": [] if status == "in_progress" else list(map(self._whole, self._items)),
             "previous_response_id": None,
-            "prompt_cache_key": asked.get("prompt_cache_key"),
-            "reasoning": {
-                "effort": dig(asked, "reasoning", "effort"),
-                "summary": dig(asked, "reasoning", "summary"),
-            },
+            "reasoning": {name: dig(asked, "reasoning", name) for name in ("effort", "summary")},
             "service_tier": "default",
             "store": False,
-            "temperature": asked.get("temperature"),
             "text": {
                 "format": dig(asked, "text", "format") or {"type": "text"},
                 "verbosity": dig(asked, "text", "verbosity") or "medium",
             },
-            "tool_choice": asked.get("tool_choice") or "auto",
-            "tools": asked.get("tools") or [],
             "top_logprobs": 0,
-            "top_p": asked.get("top_p"),
-            "truncation": asked.get("truncation") or "disabled",
-            "usage": self._usage(usage),
-            "user": asked.get("user"),
-            "metadata": asked.get("metadata") or {},
+            "usage": counts,
+            **self.REPEATED,
+            **stated({name: asked.get(name) for name in self.REPEATED}),
         }
 
-    @staticmethod
-    def _usage(usage: Json | None) -> Json | None:
-        if not usage:
-            return None
-        cached = dig(usage, "prompt_tokens_details", "cached_tokens")
-        reasoning = dig(usage, "completion_tokens_details", "reasoning_tokens")
-        return {
-            "input_tokens": usage["prompt_tokens"],
-            "input_tokens_details": {"cached_tokens": cached or 0},
-            "output_tokens": usage["completion_tokens"],
-            "output_tokens_details": {"reasoning_tokens": reasoning or 0},
-            "total_tokens": usage["total_tokens"],
-        }
+    def _whole(self, item: OutputItem) -> Json:
+        """Return an item with all that came so far; one that was cut says so."""
+        text, status = item.text(), "incomplete" if self._finish_reason == "length" else "completed"
+        values = {"$text": text, "$status": "in_progress" if item.is_open else status}
+        whole = {**item.item, **fill(item.kind["whole"], values)}
+        included = as_list(self._request.asked.get("include"))
+        if whole["type"] == "reasoning" and "reasoning.encrypted_content" in included:
+            whole["encrypted_content"] = encode_opaque(text)
+        return whole
 
-    def _event(self, kind: str, **fields: Any) -> Json:
-        return {"type": kind, "sequence_number": next(self._number), **fields}
+    # -- the items of the output -----------------------------------------------------------------
 
-    def _begin(self, kind: str, prefix: str, **fields: Any) -> tuple[OutputItem, Json]:
-        item = OutputItem(kind, prefix, len(self._items), self._budget, **fields)
-        self._items.append(item)
-        place = {"output_index": item.index, "item": dict(item.item)}
-        return item, self._event("response.output_item.added", **place)
+    def _add(self, key: Any, fields: Json, text: str = "") -> None:
+        """Add a piece of text to the open item of that key, or begin one; it ends other text."""
+        if key not in self._open:
+            self._end_texts()
+            self._open[key] = item = OutputItem(len(self._items), self._budget, fields)
+            self._items.append(item)
+            self._emit("response.output_item.added", output_index=item.index, item=item.item)
+            self._tell(item, "added", "")
+        self._open[key].pieces.add(text)
+        if text:
+            self._tell(self._open[key], "piece", text)
 
-    def _done(self, item: OutputItem) -> Json:
-        item.is_open = False
-        place = {"output_index": item.index, "item": self._whole(item)}
-        return self._event("response.output_item.done", **place)
-
-    def _thoughts(self, text: str) -> list[Json]:
-        events: list[Json] = []
-        if self._open is None or self._open.item["type"] != "reasoning":
-            events = self._close()
-            self._open, added = self._begin("reasoning", "rs_", summary=[])
-            part = {"summary_index": 0, "part": {"type": "summary_text", "text": ""}}
-            kind = "response.reasoning_summary_part.added"
-            events += [added, self._event(kind, **self._open.place, **part)]
-        self._open.text.add(text)
-        delta = {"summary_index": 0, "delta": text}
-        kind = "response.reasoning_summary_text.delta"
-        return [*events, self._event(kind, **self._open.place, **delta)]
-
-    def _text(self, text: str) -> list[Json]:
-        events: list[Json] = []
-        if self._open is None or self._open.item["type"] != "message":
-            events = self._close()
-            fields = {"status": "in_progress", "role": "assistant", "content": []}
-            self._open, added = self._begin("message", "msg_", **fields)
-            part = {"content_index": 0, "part": output_text("")}
-            events += [
-                added,
-                self._event("response.content_part.added", **self._open.place, **part),
-            ]
-        self._open.text.add(text)
-        delta = {"content_index": 0, "delta": text, "logprobs": []}
-        return [*events, self._event("response.output_text.delta", **self._open.place, **delta)]
-
-    def _call(self, call: Json) -> list[Json]:
-        events: list[Json] = []
-        item = self._calls.get(call["index"])
-        if item is None:
-            events, flat = self._close(), call["function"]["name"]
-            kind, prefix, field = "function_call", "fc_", "arguments"
-            if flat in self._names.custom:
-                kind, prefix, field = "custom_tool_call", "ctc_", "input"
-            fields = {"status": "in_progress", "call_id": call["id"]}
-            fields = {**fields, **self._names.restored(flat), field: ""}
-            item, added = self._begin(kind, prefix, **fields)
-            self._calls[call["index"]] = item
-            events.append(added)
-        arguments = call["function"].get("arguments") or ""
-        item.text.add(arguments)
-        if arguments and item.item["type"] == "function_call":
-            kind = "response.function_call_arguments.delta"
-            events.append(self._event(kind, **item.place, delta=arguments))
-        return events
-
-    def _close(self) -> list[Json]:
-        """Return the events that end the text or the thoughts that go on."""
-        item, self._open = self._open, None
-        if item is None:
-            return []
-        text = str(item.text)
-        if item.item["type"] == "reasoning":
-            kind, part = "response.reasoning_summary", {"type": "summary_text", "text": text}
-            where: Json = {**item.place, "summary_index": 0}
-            return [
-                self._event(f"{kind}_text.done", **where, text=text),
-                self._event(f"{kind}_part.done", **where, part=part),
-                self._done(item),
-            ]
-        where = {**item.place, "content_index": 0}
-        return [
-            self._event("response.output_text.done", **where, text=text, logprobs=[]),
-            self._event("response.content_part.done", **where, part=output_text(text)),
-            self._done(item),
-        ]
-
-    def _close_call(self, item: OutputItem) -> list[Json]:
-        text = str(item.text)
-        if item.item["type"] == "function_call":
-            fields = {**item.place, "name": item.item["name"], "arguments": text}
-            done = self._event("response.function_call_arguments.done", **fields)
-            return [done, self._done(item)]
-        text, kind = custom_input(text), "response.custom_tool_call_input"
-        return [
-            self._event(f"{kind}.delta", **item.place, delta=text),
-            self._event(f"{kind}.done", **item.place, input=text),
-            self._done(item),
-        ]
-
-    def _compaction(self) -> list[Json]:
-        summary = str(self._summary)
+    def _add_compaction(self, summary: str) -> None:
         if not summary.strip():
             raise UpstreamError("the model gave no summary of the conversation; try again")
-        fields = {"encrypted_content": encode_opaque(summary)}
-        item, added = self._begin("compaction", "cmp_", **fields)
-        return [added, self._done(item)]
+        fields = {"type": "compaction", "encrypted_content": encode_opaque(summary)}
+        self._add("compaction", fields)
 
-    def _whole(self, output: OutputItem) -> Json:
-        """Return an item with all that came so far; one that was cut says so."""
-        kind, item, text = output.item["type"], output.item, str(output.text)
-        status = "incomplete" if self._finish_reason == "length" else "completed"
-        status = "in_progress" if output.is_open else status
-        if kind == "reasoning":
-            kept = {"encrypted_content": encode_opaque(text)} if self._keeps_thoughts else {}
-            return {**item, "summary": [{"type": "summary_text", "text": text}], **kept}
-        if kind == "message":
-            return {**item, "status": status, "content": [output_text(text)]}
-        if kind == "function_call":
-            return {**item, "status": status, "arguments": text}
-        if kind == "custom_tool_call":
-            return {**item, "status": status, "input": custom_input(text)}
-        return dict(item)
+    def _end(self, key: Any) -> None:
+        item = self._open.pop(key)
+        item.is_open = False
+        self._tell(item, "done", item.text())
+        whole = self._whole(item)
+        self._emit("response.output_item.done", output_index=item.index, item=whole)
 
+    def _end_texts(self) -> None:
+        for kind in self.TEXTS.keys() & self._open.keys():
+            self._end(kind)
 
-def output_text(text: str) -> Json:
-    """Return a text part of a message; the AI SDK and LangChain JS need its annotations."""
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+    def _tell(self, item: OutputItem, moment: str, text: str) -> None:
+        """Write the events about the text of an item at a moment of OUTPUT_ITEMS."""
+        values = {"$text": text, "$name": item.item.get("name")}
+        for kind, fields in item.kind.get(moment, {}).items():
+            told = {"item_id": item.item["id"], "output_index": item.index, **fill(fields, values)}
+            self._emit(f"response.{kind}", **told)
 
-
-class ResponsesWriter(Writer):
-    """Writes an answer to a client of /v1/responses: events with a name each, or one object."""
-
-    def __init__(self, out: Any, events: ResponseEvents, is_stream: bool, keep: Any):
-        super().__init__(out)
-        self._events, self.is_stream, self._keep = events, is_stream, keep
-        self._has_started = False
-
-    def start(self) -> None:
-        """Write response.created, once."""
-        if not self._has_started:
-            self._has_started = True
-            self._write(self._events.start())
-
-    def feed(self, chunk: Chunk) -> None:
-        """Write one chunk."""
-        self._write(self._events.feed(chunk.value))
-
-    def heartbeat(self) -> None:
-        """Write a sign of life while the upstream is silent."""
-        if self._has_started:
-            self._write([self._events.heartbeat()])
-        self.start()
-        self.flush()
-
-    def close(self, usage: Json | None) -> None:
-        """Write the end, and remember the output."""
-        events = self._events.finish(usage)
-        response = events[-1]["response"]
-        self._keep(response["output"])
-        if not self.is_stream:
-            self._out.send_json(200, response)
-            return
-        self._write(events)
-        self.flush()
-        self._out.end_stream()
-
-    def error(self, error: ProxyError) -> None:
-        """Write error and response.failed: two of four clients do not see a stream just end."""
-        self.start()
-        self._write(self._events.fail(error))
-        self.flush()
-        self._out.end_stream()
-
-    def _write(self, events: list[Json]) -> None:
+    def _emit(self, kind: str, **fields: Any) -> None:
         if self.is_stream:
-            self._pieces += [encode_event(encode_json(event), event["type"]) for event in events]
+            event = {"type": kind, "sequence_number": self._number, **fields}
+            self._pieces.append(encode_event(encode_json(event), kind))
+            self._number += 1
 
 
 class ResponsesApi(ChatApi):
@@ -7742,18 +7695,16 @@ class ResponsesApi(ChatApi):
     def check(self, body: Any) -> Json:
         """Return the chat request for a request to /v1/responses; raises BadRequest."""
         self._request = ResponseRequest(body, self._items, self._owner)
-        if self._request.skipped:
-            kinds = shorten(", ".join(sorted(set(self._request.skipped))), 200)
-            log.info("left out, since only OpenAI runs them: tools of type %s", kinds)
+        kinds = {kind for kind in self._request.tools.others if not kind.startswith("web_search")}
+        if kinds:
+            message = "left out, since only OpenAI runs them: tools of type %s"
+            log.info(message, shorten(", ".join(sorted(kinds)), 200))
         return super().check(self._request.chat)
 
     def writer(self, request: Json, out: Any, target: Target) -> Writer:
         """Return what writes the answer to the client."""
-        events = ResponseEvents(self._request, target.model, int(time.time()))
-        is_stored = self._request.asked.get("store") is not False
         keep = functools.partial(self._items.keep, owner=self._owner)
-        is_stream = request.get("stream") is True
-        return ResponsesWriter(out, events, is_stream, keep if is_stored else lambda items: None)
+        return ResponsesWriter(out, self._request, target.model, keep)
 
 
 class ChatRouteApi(ChatApi):

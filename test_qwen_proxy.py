@@ -5312,14 +5312,28 @@ def test_every_stream_cut_at_every_byte(name, pieces):
 # ----------------------------------------------------------------------------------------------------
 
 
+def response_writer(asked):
+    """A writer that has no socket, and the list of the events that it writes."""
+    events = []
+
+    def write(pieces):
+        events.extend(json.loads(piece.partition(b"\ndata: ")[2]) for piece in pieces)
+
+    out = argparse.Namespace(write_events=write, end_stream=lambda: None)
+    writer = qp.ResponsesWriter(out, asked, "qwen3.7-plus", lambda items: None)
+    writer.is_stream = True
+    return writer, events
+
+
 def events_of_response(pieces, **request):
     """The events for an upstream's stream, without any socket."""
     asked = qp.ResponseRequest({"input": "Hi", **request}, qp.ItemMemory())
-    events = qp.ResponseEvents(asked, "qwen3.7-plus", 1790000000)
-    found = events.start()
+    writer, events = response_writer(asked)
+    writer.start()
     for value in translate(pieces, asked.chat):
-        found += events.feed(value)
-    return found + events.finish(USAGE)
+        writer.feed(qp.Chunk(value))
+    writer.close(USAGE)
+    return events
 
 
 def respond(server, stream=False, **request):
@@ -8472,9 +8486,11 @@ def test_odd_response_and_embedding_requests_are_served_or_refused_by_name():
             )
             qp.ChatApi().check(asked.chat)
             body, _ = to_upstream(asked.chat, "qwen3.7-plus")
-            events = qp.ResponseEvents(asked, "m", 1)
-            found = events.start() + events.finish(None)
-            qp.encode_json([body, found])
+            writer, events = response_writer(asked)
+            writer.start()
+            writer.close(None)
+            assert len(events) == 3
+            qp.encode_json(body)
         except qp.BadRequest as error:
             refused += 1
             assert error.message and error.status == 400
@@ -8536,8 +8552,8 @@ def test_odd_answers_come_out_whole_or_as_an_error(name):
     for _ in range(600):
         pieces = odd_answer(FUZZED_STREAMS[name], random_)
         asked = qp.ResponseRequest({"input": "x"}, qp.ItemMemory())
-        events = qp.ResponseEvents(asked, "m", 1)
-        found = events.start()
+        writer, events = response_writer(asked)
+        writer.start()
         try:
             chunks = translate(
                 [b"".join(pieces)], {"stream": True, "stream_options": {"include_usage": True}}
@@ -8545,18 +8561,15 @@ def test_odd_answers_come_out_whole_or_as_an_error(name):
         except qp.UpstreamError as error:
             outcomes["error"] += 1
             assert error.message and 400 <= error.status < 600
-            qp.encode_json([error.body(), found, events.fail(error)])
+            qp.encode_json(error.body())
+            writer.error(error)
+            assert events[-1]["type"] == "response.failed"
             continue
         outcomes["whole"] += 1
-        qp.encode_json(
-            [
-                collect(chunks),
-                chunks,
-                found,
-                [event for value in chunks for event in events.feed(value)],
-                events.finish(USAGE),
-            ]
-        )
+        for value in chunks:
+            writer.feed(qp.Chunk(value))
+        writer.close(USAGE)
+        qp.encode_json([collect(chunks), chunks])
         finals = {
             choice["index"]: choice["finish_reason"]
             for value in chunks
