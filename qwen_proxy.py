@@ -6873,11 +6873,12 @@ class TextApi(ChatApi):
 class EmbeddingsDecoder:
     """The bytes of one answer of /embeddings in; out, at the end, (vectors, usage) into `sink`."""
 
+    is_done = False
+
     def __init__(self, count: int, family: Family, budget: Budget):
         self.sink: Callable[[Any], None] = lambda found: None
-        self._body, self._count, self._family = bytearray(), count, family
-        self._budget, self.is_done = budget, False
         self.usage: Json | None = None
+        self._body, self._count, self._family, self._budget = bytearray(), count, family, budget
 
     def is_finished(self) -> bool:
         """Return whether nothing is missing if the connection breaks now."""
@@ -6902,11 +6903,9 @@ class EmbeddingsDecoder:
             index = index if type(index) is int else place
             if 0 <= index < self._count:
                 vectors[index] = dig(entry, "embedding")
-        is_complete = all(isinstance(vector, list) for vector in vectors)
-        if len(entries) != self._count or not is_complete:
-            found = len(entries)
-            message = f"the upstream answered {self._count} texts with {found} embeddings"
-            raise UpstreamError(f"{message}; try again")
+        if len(entries) != self._count or not all(isinstance(vector, list) for vector in vectors):
+            found = f"{self._count} texts with {len(entries)} embeddings"
+            raise UpstreamError(f"the upstream answered {found}; try again")
         self.usage = clean_usage(dig(answer, "usage"))
         self.sink((vectors, self.usage or {}))
 
@@ -6918,7 +6917,7 @@ class EmbeddingsWriter(Writer):
 
     def __init__(self, out: Any, model: str, is_base64: bool):
         super().__init__(out)
-        self._model, self._is_base64 = model, is_base64
+        self._model, self._encode = model, self._base64_of if is_base64 else list
         self._batches: dict[int, tuple[list[Any], Json]] = {}
 
     def part(self, place: int) -> Callable[[Any], None]:
@@ -6927,16 +6926,19 @@ class EmbeddingsWriter(Writer):
 
     def close(self, usage: Json | None) -> None:
         """Write the whole answer."""
-        batches = [self._batches[place] for place in sorted(self._batches)]
-        encode = self._base64_of if self._is_base64 else list
-        vectors = itertools.chain.from_iterable(vectors for vectors, _ in batches)
-        data = [
-            {"object": "embedding", "index": index, "embedding": encode(vector)}
-            for index, vector in enumerate(vectors)
-        ]
+        batches = [batch for _, batch in sorted(self._batches.items())]
         names = ("prompt_tokens", "total_tokens")
-        usage = {name: sum(used.get(name, 0) for _, used in batches) for name in names}
-        answer = {"object": "list", "model": self._model, "usage": usage, "data": data}
+        answer = {
+            "object": "list",
+            "model": self._model,
+            "usage": {name: sum(used.get(name, 0) for _, used in batches) for name in names},
+            "data": [
+                {"object": "embedding", "index": index, "embedding": self._encode(vector)}
+                for index, vector in enumerate(
+                    vector for vectors, _ in batches for vector in vectors
+                )
+            ],
+        }
         self._out.send_json(200, answer)
 
     @staticmethod
@@ -6968,38 +6970,46 @@ class EmbeddingsApi(ChatApi):
     def check(self, body: Any) -> Json:
         """Return the request in a client's body; raises BadRequest that names what is wrong."""
         request = check_object(body)
-        if not as_text(request.get("model")).strip():
-            raise BadRequest("model must be named, such as text-embedding-v4", param="model")
-        if request.get("encoding_format") not in (None, "float", "base64"):
-            raise BadRequest("encoding_format must be float or base64", param="encoding_format")
-        texts = request.get("input")
-        texts = [texts] if isinstance(texts, str) else texts
-        if not isinstance(texts, list) or not texts:
-            raise BadRequest("input must be a string or a list of strings", param="input")
-        if isinstance(texts[0], (int, list)):
-            raise BadRequest(
+        given = request.get("input")
+        texts = [given] if isinstance(given, str) else as_list(given)
+        odd = next((at for at, text in enumerate(texts) if not as_text(text)), None)
+        # Whether it is wrong, where, what must be said of it.
+        problems = (
+            (
+                not as_text(request.get("model")).strip(),
+                "model",
+                "model must be named, such as text-embedding-v4",
+            ),
+            (
+                request.get("encoding_format") not in (None, "float", "base64"),
+                "encoding_format",
+                "encoding_format must be float or base64",
+            ),
+            (not texts, "input", "input must be a string or a list of strings"),
+            (
+                isinstance(next(iter(texts), None), (int, list)),
+                "input",
                 "token array input is not supported, since the tokens are another model's; send "
                 "text (in LangChain: OpenAIEmbeddings(check_embedding_ctx_length=False))",
-                param="input",
-            )
-        if len(texts) > self.MAX_INPUTS:
-            message = f"input may hold {self.MAX_INPUTS} texts, not {len(texts)}"
-            raise BadRequest(message, param="input")
-        for index, text in enumerate(texts):
-            if not isinstance(text, str) or not text:
-                message = f"input[{index}] must be a string that is not empty"
-                raise BadRequest(message, param=f"input.{index}")
+            ),
+            (
+                len(texts) > self.MAX_INPUTS,
+                "input",
+                f"input may hold {self.MAX_INPUTS} texts, not {len(texts)}",
+            ),
+            (odd is not None, f"input.{odd}", f"input[{odd}] must be a string that is not empty"),
+        )
+        for is_wrong, param, message in problems:
+            if is_wrong:
+                raise BadRequest(message, param=param)
         return {**request, "input": texts}
 
     @staticmethod
     def split(request: Json, targets: list[Target]) -> list[Json]:
         """Return a request for each batch that all of the targets take."""
-        size = min(map(EmbeddingsApi.batch_size, targets))
-        texts = request["input"]
-        return [
-            {**request, "input": texts[start : start + size]}
-            for start in range(0, len(texts), size)
-        ]
+        texts, size = request["input"], min(map(EmbeddingsApi.batch_size, targets))
+        starts = range(0, len(texts), size)
+        return [{**request, "input": texts[start : start + size]} for start in starts]
 
     @classmethod
     def batch_size(cls, target: Target) -> int:
@@ -7013,13 +7023,9 @@ class EmbeddingsApi(ChatApi):
 
     def to_upstream(self, request: Json, target: Target) -> tuple[Json, dict[str, str]]:
         """Return the body: always floats, since Model Studio documents nothing else."""
-        dropped = ("user",) if "alibaba" in target.provider.family.traits else ()
-        body = {
-            name: value
-            for name, value in request.items()
-            if value is not None and name not in dropped
-        }
-        return {**body, "model": target.model, "encoding_format": "float"}, {}
+        user = None if "alibaba" in target.provider.family.traits else request.get("user")
+        body = {**request, "user": user, "model": target.model, "encoding_format": "float"}
+        return {name: value for name, value in body.items() if value is not None}, {}
 
     @staticmethod
     def repair(body: Json, error: UpstreamError) -> str:
@@ -7032,8 +7038,7 @@ class EmbeddingsApi(ChatApi):
 
     def writer(self, request: Json, out: Any, target: Target) -> EmbeddingsWriter:
         """Return what writes the answer to the client."""
-        is_base64 = request.get("encoding_format") == "base64"
-        return EmbeddingsWriter(out, target.model, is_base64)
+        return EmbeddingsWriter(out, target.model, request.get("encoding_format") == "base64")
 
 
 # ------------------------------------------------------------------------------------------------
