@@ -7104,27 +7104,27 @@ class ResponseTools:
     """The tools of a request to /v1/responses as Qwen is told them.
 
     Namespaces are flattened, custom tools become functions of one string. offered: tools of the
-    chat request; told: what a call tells of its tool, by the name that Qwen calls; others: types of
-    tools that are no functions.
+    chat request, and told: what a call tells of its tool, both by the name that Qwen calls; others:
+    types of tools that are no functions.
     """
 
     # Model Studio, 'Function calling'.
     LONGEST = 64
 
     def __init__(self) -> None:
-        self.offered: list[Json] = []
+        self.offered: dict[str, Json] = {}
         self.told: dict[str, Json] = {}
         self.others: list[str] = []
 
     def add(self, tools: Any, namespace: str | None = None) -> None:
-        """Offer the tools of a list, which may be those of a namespace."""
+        """Offer the tools of a list, or of a namespace; the last of those of one name counts."""
         for tool in as_list(tools):
             kind, name = str(dig(tool, "type")), dig(tool, "name")
             if kind == "namespace" and namespace is None:
                 self.add(tool.get("tools"), as_text(name))
             elif kind in ("function", "custom") and isinstance(name, str):
-                function = self._function(tool, self.flat(name, namespace))
-                self.offered.append({"type": "function", "function": function})
+                flat = self.flat(name, namespace)
+                self.offered[flat] = {"type": "function", "function": self._function(tool, flat)}
             else:
                 self.others.append(kind)
 
@@ -7145,7 +7145,7 @@ class ResponseTools:
         chosen = self._chosen(choice)
         searches = choice != "none" and any(kind.startswith("web_search") for kind in self.others)
         return {
-            "tools": self.offered or None,
+            "tools": list(self.offered.values()) or None,
             "tool_choice": chosen or None if self.offered else None,
             "web_search_options": {} if searches else None,
         }
@@ -7180,7 +7180,7 @@ class ResponseTools:
         if kind != "allowed_tools" or not isinstance(tools, list):
             return "auto"
         allowed = {self.flat(as_text(dig(tool, "name")), dig(tool, "namespace")) for tool in tools}
-        kept = [tool for tool in self.offered if tool["function"]["name"] in allowed]
+        kept = {name: tool for name, tool in self.offered.items() if name in allowed}
         self.offered = kept or self.offered
         return choice.get("mode") or "auto"
 
@@ -7349,6 +7349,10 @@ class ResponseRequest:
         content = f"The conversation so far, in summary:\n\n{summary}"
         return {"role": "user", "content": content} if summary else None
 
+    def _more_tools(self, item: Json) -> None:
+        """Offer the tools of an item: Codex has them all in one (openai/codex #27946)."""
+        self.tools.add(item.get("tools"))
+
     def _nothing(self, item: Json) -> None:
         """Leave out an item that the model cannot use."""
 
@@ -7361,9 +7365,9 @@ class ResponseRequest:
         "reasoning": _reasoning,
         "compaction": _compaction,
         "compaction_summary": _compaction,
+        "additional_tools": _more_tools,
         "web_search_call": _nothing,
         "mcp_list_tools": _nothing,
-        "additional_tools": _nothing,
         "compaction_trigger": _nothing,
     }
 

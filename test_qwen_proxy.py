@@ -5711,6 +5711,53 @@ def test_namespaces_and_custom_tools_are_flattened_and_restored(key_server, upst
     ] == ["*** Begin"]
 
 
+def function_named(name):
+    return {"type": "function", "name": name, "parameters": {"type": "object", "properties": {}}}
+
+
+@pytest.mark.parametrize("beside", [[], CALL_TOOLS])
+def test_tools_in_an_item_of_the_input_are_offered_and_called_by_their_namespace(
+    key_server, upstream, beside
+):
+    """Codex since 0.144 sends its tools in an item, not beside the input."""
+    namespace = {
+        "type": "namespace",
+        "name": "functions",
+        "tools": [function_named("exec"), {"type": "custom", "name": "patch"}],
+    }
+    more = {"type": "additional_tools", "role": "developer", "tools": [namespace]}
+    upstream.script.append(
+        stream(
+            chunk(tool_call(0, "c1", "functions__exec", "{}")),
+            chunk(tool_call(1, "c2", "functions__patch", '{"input": "*** Begin"}')),
+            *END,
+        )
+    )
+    _, events = respond(key_server, stream=True, input=[more, *HI], tools=beside)
+    offered = [tool["function"]["name"] for tool in upstream.bodies()[0]["tools"]]
+    assert offered == ["functions__exec", "functions__patch", *(tool["name"] for tool in beside)]
+    calls = events[-1][1]["response"]["output"]
+    assert [(call["type"], call["name"], call["namespace"]) for call in calls] == [
+        ("function_call", "exec", "functions"),
+        ("custom_tool_call", "patch", "functions"),
+    ]
+    results = [
+        {"type": f"{call['type']}_output", "call_id": call["call_id"], "output": "x"}
+        for call in calls
+    ]
+    assert respond(key_server, input=[more, *HI, more, *calls, *results], tools=beside)[0] == 200
+    body = upstream.bodies()[1]
+    assert [tool["function"]["name"] for tool in body["tools"]] == offered
+    replayed = [call["function"]["name"] for call in body["messages"][1]["tool_calls"]]
+    assert replayed == offered[:2]
+
+
+def test_tools_in_an_item_are_not_offered_for_a_compaction(key_server, upstream):
+    more = {"type": "additional_tools", "tools": CALL_TOOLS}
+    assert respond(key_server, input=[more, *HI, {"type": "compaction_trigger"}])[0] == 200
+    assert "tools" not in upstream.bodies()[0]
+
+
 def test_search_is_left_out_with_a_word_where_there_is_none(caplog):
     caplog.set_level(logging.INFO, "qwen_proxy")
     chat_request = qp.ResponseRequest(
