@@ -7512,20 +7512,30 @@ class ResponsesWriter(Writer):
     TEXTS = {"reasoning": "reasoning_content", "message": "content"}
     # Error codes that Codex knows.
     CODES = ("context_length_exceeded", "insufficient_quota", "rate_limit_exceeded")
-    # What a response repeats of its request, and what it says where that has none.
+    # What a response repeats of its request, and what it says where that has none. Every field of
+    # OpenAI's schema is there: the types of some clients demand fields that others never read.
     REPEATED: Mapping[str, Any] = {
+        "frequency_penalty": 0.0,
         "instructions": None,
         "max_output_tokens": None,
         "metadata": {},
         "parallel_tool_calls": True,
+        "presence_penalty": 0.0,
         "prompt_cache_key": None,
-        "temperature": None,
+        "prompt_cache_retention": None,
+        "safety_identifier": None,
+        "temperature": 1.0,
         "tool_choice": "auto",
         "tools": [],
-        "top_p": None,
+        "top_p": 1.0,
         "truncation": "disabled",
         "user": None,
     }
+    # What only OpenAI has.
+    NULL = (
+        "access_programs conversation image input_transformations max_tool_calls moderation "
+        "previous_response_id prompt prompt_cache_diagnostics prompt_cache_options tool_usage"
+    ).split()
 
     def __init__(self, out: Any, request: ResponseRequest, model: str, keep: Any):
         super().__init__(out)
@@ -7609,10 +7619,14 @@ class ResponsesWriter(Writer):
         """Return the response object as it is now."""
         asked = self._request.asked
         cached = dig(usage, "prompt_tokens_details", "cached_tokens")
+        written = dig(usage, "prompt_tokens_details", "cache_creation_input_tokens")
         reasoning = dig(usage, "completion_tokens_details", "reasoning_tokens")
         counts = usage and {
             "input_tokens": usage["prompt_tokens"],
-            "input_tokens_details": {"cached_tokens": cached or 0},
+            "input_tokens_details": {
+                "cached_tokens": cached or 0,
+                "cache_write_tokens": written or 0,
+            },
             "output_tokens": usage["completion_tokens"],
             "output_tokens_details": {"reasoning_tokens": reasoning or 0},
             "total_tokens": usage["total_tokens"],
@@ -7622,14 +7636,13 @@ class ResponsesWriter(Writer):
             "id": self._id,
             "object": "response",
             "created_at": self._created,
+            "completed_at": int(time.time()) if status == "completed" else None,
             "status": status,
             "background": False,
             "error": None,
             "incomplete_details": {"reason": reason} if status == "incomplete" else None,
-            "max_tool_calls": None,
             "model": self._model,
             "output": [] if status == "in_progress" else list(map(self._whole, self._items)),
-            "previous_response_id": None,
             "reasoning": {name: dig(asked, "reasoning", name) for name in ("effort", "summary")},
             "service_tier": "default",
             "store": False,
@@ -7639,6 +7652,7 @@ class ResponsesWriter(Writer):
             },
             "top_logprobs": 0,
             "usage": counts,
+            **dict.fromkeys(self.NULL),
             **self.REPEATED,
             **stated({name: asked.get(name) for name in self.REPEATED}),
         }

@@ -5438,7 +5438,7 @@ def test_every_delta_names_its_item_and_the_done_item_is_whole():
     assert final["output"] == list(done.values()) and final["status"] == "completed"
     assert final["usage"] == {
         "input_tokens": 9,
-        "input_tokens_details": {"cached_tokens": 0},
+        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
         "output_tokens": 3,
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": 12,
@@ -5510,7 +5510,7 @@ def test_response_has_every_required_field_streamed_and_not(key_server, upstream
 
     def without_ids(value):
         return re.sub(
-            r'"(id|created_at)": ("(resp|rs|msg|fc)_[0-9a-f]+"|\d+)',
+            r'"(id|created_at|completed_at)": ("(resp|rs|msg|fc)_[0-9a-f]+"|\d+)',
             "",
             json.dumps(value, sort_keys=True),
         )
@@ -5522,6 +5522,40 @@ def test_response_has_every_required_field_streamed_and_not(key_server, upstream
         body["thinking_budget"],
     ) == (99, 4096)
     assert not {"store", "metadata", "truncation", "reasoning", "instructions", "input"} & set(body)
+
+
+# The fields of Response in openai-python 3.57, and those of Open Responses beside them.
+RESPONSE_FIELDS = set(
+    """access_programs background completed_at conversation created_at error frequency_penalty id
+    image incomplete_details input_transformations instructions max_output_tokens max_tool_calls
+    metadata model moderation object output parallel_tool_calls presence_penalty
+    previous_response_id prompt prompt_cache_diagnostics prompt_cache_key prompt_cache_options
+    prompt_cache_retention reasoning safety_identifier service_tier status store temperature text
+    tool_choice tool_usage tools top_logprobs top_p truncation usage user""".split()
+)
+
+
+def test_every_response_has_every_field_of_the_schema_with_openai_s_defaults():
+    events = events_of_response([b"".join(THINK_TEXT_CALLS)])
+    responses = [event["response"] for event in events if "response" in event]
+    assert [set(response) for response in responses] == [RESPONSE_FIELDS] * 3
+    names = ("temperature", "top_p", "presence_penalty", "frequency_penalty")
+    assert [responses[-1][name] for name in names] == [1, 1, 0, 0]
+    assert [response["completed_at"] is None for response in responses] == [True, True, False]
+    asked = {"temperature": 0, "top_p": 0.5, "safety_identifier": "me", "presence_penalty": -1}
+    final = events_of_response([*DELTAS, chunk({}, "length"), DONE], **asked)[-1]["response"]
+    assert {name: final[name] for name in asked} == asked and final["completed_at"] is None
+
+
+def test_tokens_written_to_the_cache_are_counted(key_server, upstream):
+    details = {"cached_tokens": 2, "cache_creation_input_tokens": 5}
+    usage = {**USAGE, "prompt_tokens_details": details}
+    upstream.script.append(stream(*DELTAS, chunk({}, "stop"), chunk(usage=usage), DONE))
+    _, response = respond(key_server)
+    assert response["usage"]["input_tokens_details"] == {
+        "cached_tokens": 2,
+        "cache_write_tokens": 5,
+    }
 
 
 @pytest.mark.parametrize(
