@@ -7230,10 +7230,11 @@ class ResponseRequest:
 
     def _items(self, remembered: Callable[[str], Json | None]) -> list[Any]:
         """Return the items of the input, what their item_references stand for included."""
-        if self.asked.get("previous_response_id"):
+        previous = self.asked.get("previous_response_id")
+        if previous:
             raise BadRequest(
-                "nothing is stored here, so there is no previous response: send the whole "
-                "conversation as input",
+                f"Previous response with id '{shorten(str(previous), 60)}' not found. Nothing is "
+                "stored here: send the whole conversation as input.",
                 code="previous_response_not_found",
                 param="previous_response_id",
             )

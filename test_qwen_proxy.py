@@ -5972,6 +5972,20 @@ def test_responses_that_cannot_be_served_say_why(key_server, upstream, request_,
     assert status == 400 and words in body["error"]["message"] and upstream.requests == []
 
 
+def test_a_previous_response_that_is_unknown_is_said_in_openai_s_words(key_server, upstream):
+    """Clients tell by them that they must send the conversation again."""
+    status, body = respond(key_server, previous_response_id="resp_1")
+    error = body["error"]
+    assert (status, error["code"], error["param"], error["type"]) == (
+        400,
+        "previous_response_not_found",
+        "previous_response_id",
+        "invalid_request_error",
+    )
+    assert error["message"].startswith("Previous response with id 'resp_1' not found.")
+    assert upstream.requests == []
+
+
 def test_odd_types_in_a_response_request_are_no_500(key_server):
     odd = [5, "x", [5], {"a": 5}, None, True]
     for name in (
