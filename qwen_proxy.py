@@ -7136,8 +7136,8 @@ class ResponseTools:
             digest = hashlib.sha256(flat.encode("utf-8", "replace")).hexdigest()
             flat = f"{flat[: self.LONGEST - 9]}_{digest[:8]}"
         # Codex takes a flattened name for unknown.
-        told = {"type": "function_call", "name": name, "namespace": space or None}
-        self.told.setdefault(flat, stated(told))
+        told = {"name": name, "namespace": space} if space else {"name": name}
+        self.told.setdefault(flat, {"type": "function_call", **told})
         return flat
 
     def fields(self, choice: Any) -> Json:
@@ -7226,7 +7226,7 @@ class ResponseRequest:
         else:
             self.tools.add(self.asked.get("tools"))
         same = {name: self.asked[name] for name in self.asked if name not in self.ONLY_HERE}
-        self.chat = {**stated(same), "messages": messages, **self._options()}
+        self.chat = stated({**same, "messages": messages, **self._options()})
 
     def _items(self, remembered: Callable[[str], Json | None]) -> list[Any]:
         """Return the items of the input, what their item_references stand for included."""
@@ -7284,8 +7284,10 @@ class ResponseRequest:
                 raise BadRequest(f"input[{index}] must be an object", param=where)
             kind = as_text(item.get("type", "message"))
             if kind not in self.ITEMS:
-                problem = f"is of type {shorten(kind, 60)!r}; it is not supported here"
-                raise BadRequest(f"input[{index}] {problem}", param=where)
+                raise BadRequest(
+                    f"input[{index}] is of type {shorten(kind, 60)!r}; it is not supported here",
+                    param=where,
+                )
             message = self.ITEMS[kind](self, item)
             if message:
                 self._join(messages, message)
@@ -7318,8 +7320,8 @@ class ResponseRequest:
     def _message(self, item: Json) -> Json:
         role, content = item.get("role"), self._content(item.get("content"))
         if role not in ("user", "assistant", "system", "developer"):
-            name = shorten(str(role), 60)
-            raise BadRequest(f"a message of the input has the role {name!r}", param="input")
+            problem = f"a message of the input has the role {shorten(str(role), 60)!r}"
+            raise BadRequest(problem, param="input")
         return {"role": role, "content": content}
 
     def _call(self, item: Json) -> Json:
@@ -7327,9 +7329,11 @@ class ResponseRequest:
         arguments = item.get("arguments")
         if item["type"] == "custom_tool_call":
             arguments = json.dumps({"input": as_text(item.get("input"))}, ensure_ascii=False)
-        function = {"name": name, "arguments": arguments}
-        call_id = item.get("call_id") or item.get("id")
-        call = {"id": call_id, "type": "function", "function": function}
+        call = {
+            "id": item.get("call_id") or item.get("id"),
+            "type": "function",
+            "function": {"name": name, "arguments": arguments},
+        }
         return {"role": "assistant", "content": "", "tool_calls": [call]}
 
     def _output(self, item: Json) -> Json:
@@ -7406,10 +7410,13 @@ class ResponseRequest:
         """Return tools, length, effort and format as chat completions have them."""
         effort, wanted = dig(self.asked, "reasoning", "effort"), dig(self.asked, "text", "format")
         kind = as_text(dig(wanted, "type"))
-        schema = {name: dig(wanted, name) for name in ("name", "description", "schema", "strict")}
+        names = ("name", "description", "schema", "strict")
         formats = {
-            "json_schema": {"type": kind, "json_schema": stated(schema)},
             "json_object": {"type": kind},
+            "json_schema": {
+                "type": kind,
+                "json_schema": stated({name: dig(wanted, name) for name in names}),
+            },
         }
         return stated(
             {
@@ -7619,14 +7626,13 @@ class ResponsesWriter(Writer):
     def _response(self, status: str = "in_progress", usage: Json | None = None) -> Json:
         """Return the response object as it is now."""
         asked = self._request.asked
-        cached = dig(usage, "prompt_tokens_details", "cached_tokens")
-        written = dig(usage, "prompt_tokens_details", "cache_creation_input_tokens")
+        prompt = as_object(dig(usage, "prompt_tokens_details"))
         reasoning = dig(usage, "completion_tokens_details", "reasoning_tokens")
         counts = usage and {
             "input_tokens": usage["prompt_tokens"],
             "input_tokens_details": {
-                "cached_tokens": cached or 0,
-                "cache_write_tokens": written or 0,
+                "cached_tokens": prompt.get("cached_tokens") or 0,
+                "cache_write_tokens": prompt.get("cache_creation_input_tokens") or 0,
             },
             "output_tokens": usage["completion_tokens"],
             "output_tokens_details": {"reasoning_tokens": reasoning or 0},
@@ -7679,14 +7685,13 @@ class ResponsesWriter(Writer):
             self._emit("response.output_item.added", output_index=item.index, item=item.item)
             self._tell(item, "added", "")
         self._open[key].pieces.add(text)
-        if text:
+        if text and self.is_stream:
             self._tell(self._open[key], "piece", text)
 
     def _add_compaction(self, summary: str) -> None:
         if not summary.strip():
             raise UpstreamError("the model gave no summary of the conversation; try again")
-        fields = {"type": "compaction", "encrypted_content": encode_opaque(summary)}
-        self._add("compaction", fields)
+        self._add("compaction", {"type": "compaction", "encrypted_content": encode_opaque(summary)})
 
     def _end(self, key: Any) -> None:
         item = self._open.pop(key)
@@ -7721,8 +7726,8 @@ class ResponsesApi(ChatApi):
         self._request = ResponseRequest(body, self._items, self._owner)
         kinds = {kind for kind in self._request.tools.others if not kind.startswith("web_search")}
         if kinds:
-            message = "left out, since only OpenAI runs them: tools of type %s"
-            log.info(message, shorten(", ".join(sorted(kinds)), 200))
+            text = shorten(", ".join(sorted(kinds)), 200)
+            log.info("left out, since only OpenAI runs them: tools of type %s", text)
         return super().check(self._request.chat)
 
     def writer(self, request: Json, out: Any, target: Target) -> Writer:
