@@ -5888,7 +5888,7 @@ class ToolCall:
 
         id, type and name come once and first, then nothing but arguments.
         """
-        if arguments and self._is_all(name, arguments):
+        if self._is_closed or arguments and self._is_all(name, arguments):
             # The whole call once more.
             arguments = ""
         self._repeats_name = self._repeats_name or bool(name and self.name)
@@ -7103,9 +7103,8 @@ class ItemMemory:
 class ResponseTools:
     """The tools of a request to /v1/responses as Qwen is told them.
 
-    Namespaces are flattened, custom tools become functions of one string. offered: tools of the
-    chat request, and told: what a call tells of its tool, both by the name that Qwen calls; others:
-    types of tools that are no functions.
+    Namespaces are flattened. offered: tools of the chat request, and told: what a call tells of its
+    tool, both by the name that Qwen calls; others: types of tools that are no functions.
     """
 
     # Model Studio, 'Function calling'.
@@ -7124,7 +7123,13 @@ class ResponseTools:
                 self.add(tool.get("tools"), as_text(name))
             elif kind in ("function", "custom") and isinstance(name, str):
                 flat = self.flat(name, namespace)
-                self.offered[flat] = {"type": "function", "function": self._function(tool, flat)}
+                if kind == "custom":
+                    self.told[flat]["type"] = "custom_tool_call"
+                    self.offered[flat] = {**tool, "name": flat}
+                    continue
+                names = ("description", "parameters", "strict")
+                function = {"name": flat, **stated({name: tool.get(name) for name in names})}
+                self.offered[flat] = {"type": "function", "function": function}
             else:
                 self.others.append(kind)
 
@@ -7150,27 +7155,8 @@ class ResponseTools:
             "web_search_options": {} if searches else None,
         }
 
-    def _function(self, tool: Json, flat: str) -> Json:
-        if tool["type"] == "function":
-            names = ("description", "parameters", "strict")
-            return {"name": flat, **stated({name: tool.get(name) for name in names})}
-        self.told[flat]["type"] = "custom_tool_call"
-        # The grammar itself cannot be enforced.
-        grammar = dig(tool, "format", "definition")
-        is_free = not isinstance(grammar, str)
-        words = "The input as it is." if is_free else f"It must match this grammar:\n{grammar}"
-        return {
-            "name": flat,
-            "description": tool.get("description") or "",
-            "parameters": {
-                "type": "object",
-                "required": ["input"],
-                "properties": {"input": {"type": "string", "description": words}},
-            },
-        }
-
     def _chosen(self, choice: Any) -> Any:
-        """Return tool_choice as chat completions have it; allowed_tools keeps those tools only."""
+        """Return tool_choice as chat completions have it."""
         if not isinstance(choice, dict):
             return choice
         kind, name, tools = choice.get("type"), choice.get("name"), choice.get("tools")
@@ -7179,10 +7165,9 @@ class ResponseTools:
             return {"type": "function", "function": {"name": flat}}
         if kind != "allowed_tools" or not isinstance(tools, list):
             return "auto"
-        allowed = {self.flat(as_text(dig(tool, "name")), dig(tool, "namespace")) for tool in tools}
-        kept = {name: tool for name, tool in self.offered.items() if name in allowed}
-        self.offered = kept or self.offered
-        return choice.get("mode") or "auto"
+        names = [self.flat(as_text(dig(tool, "name")), dig(tool, "namespace")) for tool in tools]
+        allowed = {"mode": choice.get("mode"), "tools": [{"name": name} for name in names]}
+        return {"type": kind, "allowed_tools": stated(allowed)}
 
 
 class ResponseRequest:
@@ -7220,11 +7205,10 @@ class ResponseRequest:
         self.tools = ResponseTools()
         items = self._items(functools.partial(memory.get, owner=owner))
         self.is_compaction = bool(items) and dig(items[-1], "type") == "compaction_trigger"
+        self.tools.add(self.asked.get("tools"))
         messages = self._read_messages(items)
         if self.is_compaction:
             messages.append({"role": "user", "content": self.COMPACTION})
-        else:
-            self.tools.add(self.asked.get("tools"))
         same = {name: self.asked[name] for name in self.asked if name not in self.ONLY_HERE}
         self.chat = stated({**same, "messages": messages, **self._options()})
 
@@ -7326,14 +7310,11 @@ class ResponseRequest:
 
     def _call(self, item: Json) -> Json:
         name = self.tools.flat(as_text(item.get("name")), item.get("namespace"))
-        arguments = item.get("arguments")
+        call: Json = {"id": item.get("call_id") or item.get("id"), "type": "function"}
         if item["type"] == "custom_tool_call":
-            arguments = json.dumps({"input": as_text(item.get("input"))}, ensure_ascii=False)
-        call = {
-            "id": item.get("call_id") or item.get("id"),
-            "type": "function",
-            "function": {"name": name, "arguments": arguments},
-        }
+            call.update(type="custom", name=name, input=item.get("input"))
+        else:
+            call["function"] = {"name": name, "arguments": item.get("arguments")}
         return {"role": "assistant", "content": "", "tool_calls": [call]}
 
     def _output(self, item: Json) -> Json:
@@ -7497,23 +7478,16 @@ class OutputItem:
     """One item of a response's output while it grows; item is what the client was told of it."""
 
     def __init__(self, index: int, budget: Budget, fields: Json):
-        self.index, self.pieces, self.is_open = index, LongText(budget), True
+        self.index, self.text, self.is_open = index, LongText(budget), True
         self.kind = OUTPUT_ITEMS[fields["type"]]
         item_id = self.kind["prefix"] + secrets.token_hex(12)
         self.item = {"id": item_id, "type": fields["type"], **self.kind["first"], **fields}
-
-    def text(self) -> str:
-        """Return the text; for a custom tool the model wrote it into an object."""
-        text = str(self.pieces)
-        found = dig(loads(text), "input") if self.item["type"] == "custom_tool_call" else None
-        return found if isinstance(found, str) else text
 
 
 class ResponsesWriter(Writer):
     """Writes an answer to a client of /v1/responses: as events, or as one object at its end.
 
-    The events come in the order that all clients take. Calls are done at the end, as deltas for
-    several of them may alternate.
+    The events come in the order that all clients take: one item is done before the next begins.
     """
 
     # Types of items by the field of a delta that they come in.
@@ -7552,8 +7526,8 @@ class ResponsesWriter(Writer):
         self._id, self._created = "resp_" + secrets.token_hex(16), int(time.time())
         self._budget, self._number = Budget(), 0
         self._items: list[OutputItem] = []
-        # Those that are not done: the text or the thoughts by their type, calls by their index.
-        self._open: dict[Any, OutputItem] = {}
+        # What the last one is while it grows: text or thoughts by their type, a call by its index.
+        self._open: Any = None
         self._finish_reason: str | None = None
         self._summary = LongText(self._budget)
 
@@ -7590,9 +7564,7 @@ class ResponsesWriter(Writer):
         """Write the end, whole or cut by its length or a filter, and remember the output."""
         if self._request.is_compaction:
             self._add_compaction(str(self._summary))
-        self._end_texts()
-        for call in list(self._open):
-            self._end(call)
+        self._end()
         is_cut = self._finish_reason in ("length", "content_filter")
         response = self._response("incomplete" if is_cut else "completed", usage)
         if self._request.asked.get("store") is not False:
@@ -7666,7 +7638,8 @@ class ResponsesWriter(Writer):
 
     def _whole(self, item: OutputItem) -> Json:
         """Return an item with all that came so far; one that was cut says so."""
-        text, status = item.text(), "incomplete" if self._finish_reason == "length" else "completed"
+        text = str(item.text)
+        status = "incomplete" if self._finish_reason == "length" else "completed"
         values = {"$text": text, "$status": "in_progress" if item.is_open else status}
         whole = {**item.item, **fill(item.kind["whole"], values)}
         included = as_list(self._request.asked.get("include"))
@@ -7677,32 +7650,31 @@ class ResponsesWriter(Writer):
     # -- the items of the output -----------------------------------------------------------------
 
     def _add(self, key: Any, fields: Json, text: str = "") -> None:
-        """Add a piece of text to the open item of that key, or begin one; it ends other text."""
-        if key not in self._open:
-            self._end_texts()
-            self._open[key] = item = OutputItem(len(self._items), self._budget, fields)
+        """Add a piece of text to the open item of that key, or begin one, which ends the last."""
+        if key != self._open:
+            self._end()
+            self._open, item = key, OutputItem(len(self._items), self._budget, fields)
             self._items.append(item)
             self._emit("response.output_item.added", output_index=item.index, item=item.item)
             self._tell(item, "added", "")
-        self._open[key].pieces.add(text)
-        if text and self.is_stream:
-            self._tell(self._open[key], "piece", text)
+        self._items[-1].text.add(text)
+        if text:
+            self._tell(self._items[-1], "piece", text)
 
     def _add_compaction(self, summary: str) -> None:
         if not summary.strip():
             raise UpstreamError("the model gave no summary of the conversation; try again")
         self._add("compaction", {"type": "compaction", "encrypted_content": encode_opaque(summary)})
 
-    def _end(self, key: Any) -> None:
-        item = self._open.pop(key)
+    def _end(self) -> None:
+        """Write the events that complete the last item, if it is open."""
+        if self._open is None:
+            return
+        self._open, item = None, self._items[-1]
         item.is_open = False
-        self._tell(item, "done", item.text())
+        self._tell(item, "done", str(item.text))
         whole = self._whole(item)
         self._emit("response.output_item.done", output_index=item.index, item=whole)
-
-    def _end_texts(self) -> None:
-        for kind in self.TEXTS.keys() & self._open.keys():
-            self._end(kind)
 
     def _tell(self, item: OutputItem, moment: str, text: str) -> None:
         """Write the events about the text of an item at a moment of OUTPUT_ITEMS."""
