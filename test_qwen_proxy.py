@@ -517,10 +517,64 @@ class FakeQwen:
 HI = [{"role": "user", "content": "Hi"}]
 
 
+def message(role, content, **more):
+    return {"role": role, "content": content, **more}
+
+
+system, user, assistant = (
+    functools.partial(message, role) for role in ("system", "user", "assistant")
+)
+
+
+def function(name="f", **more):
+    return {"type": "function", "function": {"name": name, **more}}
+
+
+def use(call_id=None, name="f", arguments="{}"):
+    """An entry of tool_calls; without an id where it is None."""
+    entry = function(name, arguments=arguments)
+    return entry if call_id is None else {"id": call_id, **entry}
+
+
+def call(*ids, content="", **more):
+    """A turn of the assistant that calls f once for each id."""
+    return assistant(content, tool_calls=[use(call_id, **more) for call_id in ids])
+
+
+def result(call_id, content):
+    return message("tool", content, tool_call_id=call_id)
+
+
+def parts(*texts, **more):
+    """Parts of text; the last one holds more."""
+    found = [{"type": "text", "text": text} for text in texts]
+    found[-1].update(more)
+    return found
+
+
+EMPTY = {"type": "object", "properties": {}}
+F, G = function(parameters=EMPTY), function("g", parameters=EMPTY)
+JSON_OBJECT = {"type": "json_object"}
+JSON_SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}
+THINKS, NO_THOUGHTS = {"enable_thinking": True}, {"enable_thinking": False}
+
+
 def dig(value, *path):
     for name in path:
         value = value.get(name) if isinstance(value, dict) else None
     return value
+
+
+def table(text):
+    """The rows of a table: one a line, an indented line goes on; " | " between cells, the name first."""
+    lines = re.sub(r"\n +", " ", text.strip()).split("\n")
+    rows = [re.split(r" *\|(?: +|$)", line) for line in lines if line]
+    return [pytest.param(*cells, id=name) for name, *cells in rows]
+
+
+def fields(cell):
+    """What is written as the arguments of a call: n=2, stop=["a"]."""
+    return eval(f"dict({cell})", globals())
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -629,10 +683,48 @@ def chat(server, stream=False, **more):
     return status, headers, data_of(answer)
 
 
+def get(server, path, **headers):
+    status, _, body = ask(server, method="GET", path=path, headers=headers)
+    return status, json.loads(body)
+
+
 def data_of(body):
+    """The data of events, each of one line; comments are left out."""
     blocks = body.decode().split("\n\n")
-    assert blocks.pop() == ""
-    return [block[len("data: ") :] for block in blocks if not block.startswith(":")]
+    assert blocks.pop() == "" and b"\r" not in body
+    data = [block for block in blocks if not block.startswith(":")]
+    assert all(block.startswith("data: ") and "\n" not in block for block in data)
+    return [block[len("data: ") :] for block in data]
+
+
+CHAT = "/v1/chat/completions"
+POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+WEBSOCKET = b"GET /v1/responses HTTP/1.1\r\nHost: localhost\r\n"
+LENGTH, CHUNKS = b"Content-Length: %d\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n"
+BODY = json.dumps({"messages": HI}).encode()
+
+
+def post(body=BODY, head=b"", stream=False):
+    """The bytes of a chat request; the body is a streamed one with stream=True."""
+    body = json.dumps({"messages": HI, "stream": True}).encode() if stream else body
+    return POST + head + LENGTH % len(body) + body
+
+
+def url_of(listener):
+    return f"http://127.0.0.1:{listener.getsockname()[1]}/compatible-mode/v1"
+
+
+def statuses(received):
+    return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+) ", received)]
+
+
+def until(condition):
+    """Wait for the condition; whether it came true in time."""
+    end = time.monotonic() + WAIT
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    return condition()
 
 
 def raw(server, request, family=socket.AF_INET):
@@ -2667,9 +2759,8 @@ def test_upstream_connection_is_kept(key_server, upstream):
     for _ in range(5):
         assert chat(key_server)[0] == 200
         assert chat(key_server, stream=True)[0] == 200
-    assert (
-        upstream.connections <= 3
-    )  # a client may be faster than the return of a connection to the pool
+    # A client may be faster than the return of a connection to the pool.
+    assert upstream.connections <= 3
 
 
 def test_kept_connection_that_died_is_replaced(key_server, upstream):
@@ -2688,48 +2779,43 @@ def test_retries_before_the_first_byte(key_server, upstream, status, monkeypatch
 
 
 def test_retry_after_is_honoured_or_passed_on(key_server, upstream):
-    upstream.script.append(refusal("slow", 429)._replace(headers=[("Retry-After", "0")]))
+    slow = refusal("slow", 429)
+    upstream.script.append(slow._replace(headers=[("Retry-After", "0")]))
     assert chat(key_server)[0] == 200
-    upstream.script.append(refusal("slow", 429)._replace(headers=[("Retry-After", "300")]))
+    upstream.script.append(slow._replace(headers=[("Retry-After", "300")]))
     status, headers, body = chat(key_server)
-    assert (status, headers["Retry-After"], body["error"]["code"]) == (
-        429,
-        "60",
-        "rate_limit_exceeded",
-    )
+    assert (status, headers["Retry-After"]) == (429, "60")
+    assert body["error"]["code"] == "rate_limit_exceeded"
+    far = "Mon, 99999999999999999999 Jan 2030 00:00:00 GMT"
+    assert qp.retry_after_of({"retry-after": far}) is None
 
 
 def test_no_retry_for_hard_quota(key_server, upstream):
     upstream.script.append(refusal("Free allocated quota exceeded.", 429, "insufficient_quota"))
-    status, headers, body = chat(key_server)
-    assert (status, headers["x-should-retry"], body["error"]["code"]) == (
-        429,
-        "false",
-        "insufficient_quota",
-    )
-    assert len(upstream.bodies()) == 1 and body["request_id"] == "r-1"
+    assert chat(key_server)[0] == 429 and len(upstream.bodies()) == 1
 
 
-def test_unreachable_upstream_is_502(serve, monkeypatch):
+def test_unreachable_upstream_is_502(serve, upstream, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-x-123456")
-    monkeypatch.setattr(qp.Call, "RETRY_DELAY", 0.01)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        server = serve(base_url=f"http://127.0.0.1:{free.getsockname()[1]}/v1")
-        status, _, body = chat(server)
-    assert (status, body["error"]["code"]) == (502, "upstream_unreachable")
+        urls = [
+            url_of(free),
+            "http://no-such-host.invalid/v1",
+            f"https://127.0.0.1:{upstream.port}/v1",
+        ]
+        for url in urls:
+            server = serve(base_url=url, model="m", retries=0)
+            for is_stream in (False, True):
+                status, _, body = chat(server, stream=is_stream)
+                assert (status, body["error"]["code"]) == (502, "upstream_unreachable"), url
+                assert "cannot be reached" in body["error"]["message"]
 
 
 def test_silent_upstream_is_504(serve, upstream, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
     server = serve(base_url=upstream.dashscope, model="m", timeout=0.3)
-    upstream.script.append(
-        Reply(
-            200,
-            [("Content-Type", "text/event-stream"), ("Transfer-Encoding", "chunked")],
-            [threading.Event()],
-        )
-    )
+    upstream.script.append(stream(threading.Event()))
     assert chat(server)[0] == 504
     assert upstream.gone.wait(WAIT)
 
@@ -2742,283 +2828,111 @@ def test_redirect_is_not_followed(key_server, upstream):
 
 def test_401_forces_one_refresh_and_one_repeat(login, upstream, serve):
     upstream.access_tokens = set()
-    status, _, body = chat(serve())
-    assert status == 200 and upstream.refreshes == ["rt_1"]
-    assert [
-        headers["Authorization"]
-        for path, headers, _ in upstream.requests
-        if path.endswith("completions")
-    ] == ["Bearer at_1", "Bearer at_2"]
+    assert chat(serve())[0] == 200 and upstream.refreshes == ["rt_1"]
+    tokens = [headers["Authorization"] for path, headers, _ in upstream.requests if "chat" in path]
+    assert tokens == ["Bearer at_1", "Bearer at_2"]
 
 
-def test_401_after_a_refresh_says_that_the_free_tier_ended(login, upstream, serve):
-    upstream.script.extend(
-        [refusal("invalid access token or token expired", 401, "invalid_api_key")] * 2
-    )
-    status, _, body = chat(serve())
-    assert (
-        status == 401
-        and "2026-04-15" in body["error"]["message"]
-        and "/auth" in body["error"]["message"]
-    )
-    assert len(upstream.refreshes) == 1 and len(upstream.bodies()) == 2
-
-
-def test_useless_login_is_not_refreshed_for_every_request(login, upstream, serve):
-    upstream.script.extend(
-        [refusal("invalid access token or token expired", 401, "invalid_api_key")] * 5
-    )
+def test_useless_login_is_refreshed_once_and_called_ended(login, upstream, serve):
+    words = "invalid access token or token expired"
+    upstream.script.extend([refusal(words, 401, "invalid_api_key")] * 5)
     server = serve()
-    assert [chat(server)[0] for _ in range(4)] == [401] * 4 and len(upstream.refreshes) == 1
+    for _ in range(4):
+        status, _, body = chat(server)
+        assert status == 401
+    assert "2026-04-15" in body["error"]["message"] and "/auth" in body["error"]["message"]
+    assert len(upstream.refreshes) == 1 and len(upstream.bodies()) == 5
 
 
-@pytest.mark.parametrize(
-    "answer, status, code, words",
-    [
-        (
-            reply(405, {"error": "Coding Plan is currently only available for Coding Agents"}),
-            403,
-            "client_not_accepted",
-            "Coding Agents",
-        ),
-        (
-            refusal("Incorrect API key provided. For details, see: x", 401, "invalid_api_key"),
-            401,
-            "invalid_api_key",
-            "region",
-        ),
-        (
-            refusal(
-                "<400> InternalError.Algo.InvalidParameter: Range of input length should be [1, 983616]"
-            ),
-            400,
-            "context_length_exceeded",
-            "983616",
-        ),
-        (
-            refusal("Exceeded limit on max bytes to request body : 6291456"),
-            413,
-            "request_too_large",
-            "6 MiB",
-        ),
-        (
-            reply(400, {"code": "InvalidParameter", "message": "m1", "request_id": "r-1"}),
-            400,
-            "InvalidParameter",
-            "m1",
-        ),
-        (
-            reply(400, b'data: {"error":{"message":"m2","code":"c2"},"request_id":"r-1"}'),
-            400,
-            "c2",
-            "m2",
-        ),
-        (
-            reply(
-                400,
-                {
-                    "error": {
-                        "message": '{"request_id":"r0","code":"C3","message":"m3"}',
-                        "code": "x",
-                    },
-                    "request_id": "r-1",
-                },
-            ),
-            400,
-            "C3",
-            "m3",
-        ),
-        (
-            refusal("Input data may contain inappropriate content.", 400, "data_inspection_failed"),
-            400,
-            "content_filter",
-            "inappropriate",
-        ),
-        (
-            refusal(
-                "Access denied, please make sure your account is in good standing.",
-                400,
-                "Arrearage",
-            ),
-            429,
-            "insufficient_quota",
-            "good standing",
-        ),
-        (
-            refusal("hour allocated quota exceeded", 429, "insufficient_quota"),
-            429,
-            "insufficient_quota",
-            "hour",
-        ),
-        (
-            refusal("The model `x` does not exist", 404, "model_not_found"),
-            404,
-            "model_not_found",
-            "does not exist",
-        ),
-        (Reply(404, [], []), 404, None, "base URL"),
-        (reply(200, b"<html><title>WAF</title></html>", "text/html"), 502, "upstream_html", "WAF"),
-        (
-            reply(429, b"<html><title>Slow down</title></html>", "text/html"),
-            429,
-            "rate_limit_exceeded",
-            "Slow down",
-        ),
-        (reply(200, b"", "text/event-stream"), 502, "upstream_cut", "empty"),
-        (
-            reply(200, {"error": {"message": "m4", "code": "Throttling.AllocationQuota"}}),
-            429,
-            "rate_limit_exceeded",
-            "m4",
-        ),
-        (
-            stream(
-                b'id:1\nevent:error\n:HTTP_STATUS/400\ndata:{"request_id":"r-1","code":"InvalidParameter","message":"m5"}\n\n'
-            ),
-            400,
-            "InvalidParameter",
-            "m5",
-        ),
-        (
-            stream(
-                chunk(
-                    {
-                        "content": 'id:1\nevent:error\n:HTTP_STATUS/429\ndata:{"code":"X","message":"Free allocated quota exceeded."}'
-                    },
-                    "error_finish",
-                )
-            ),
-            429,
-            "insufficient_quota",
-            "Free allocated",
-        ),
-        (
-            reply(500, {"error": {"message": "boom", "code": "internal_error"}}),
-            502,
-            "internal_error",
-            "boom",
-        ),
-    ],
+RATE_LIMIT = "Requests rate limit exceeded, please try again later."
+INSPECTION = "Input data may contain inappropriate content."
+STANDING = "Access denied, please make sure your account is in good standing."
+INPUT_LENGTH = (
+    "<400> InternalError.Algo.InvalidParameter: Range of input length should be [1, 983616]"
 )
-@pytest.mark.parametrize("is_stream", [False, True])
-def test_refusals_become_clear_statuses(
-    serve, upstream, monkeypatch, answer, status, code, words, is_stream
-):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
-    server = serve(base_url=upstream.dashscope, model="m", retries=0)
-    upstream.script.append(answer)
-    got, headers, body = chat(server, stream=is_stream)
-    assert (got, body["error"]["code"], headers["Content-Type"]) == (
-        status,
-        code,
-        "application/json",
-    )
-    assert words in body["error"]["message"] and set(body["error"]) == {
-        "message",
-        "type",
-        "param",
-        "code",
-    }
+NESTED = {"message": '{"request_id":"r0","code":"C3","message":"m3"}', "code": "x"}
+FRAME = b'id:1\nevent:error\n:HTTP_STATUS/400\ndata:{"request_id":"r-1","code":"InvalidParameter","message":"m5"}\n\n'
+FINISH = 'id:1\nevent:error\n:HTTP_STATUS/429\ndata:{"code":"X","message":"Free allocated quota exceeded."}'
+
+# What an upstream answers, and the client gets, streamed or not: status and code; words of the
+# message and lines of the head, "; " between them.
+REFUSALS = table(r"""
+not for us | reply(405, {"error": "Coding Plan is currently only available for Coding Agents"}) | 403 client_not_accepted | Coding Agents
+wrong key | refusal("Incorrect API key provided. For details, see: x", 401, "invalid_api_key") | 401 invalid_api_key | region
+any other, client 12 | refusal("no", 400) | 400 invalid_parameter_error | no
+too long, client 35 | refusal(INPUT_LENGTH) | 400 context_length_exceeded | 983616
+too large | refusal("Exceeded limit on max bytes to request body : 6291456") | 413 request_too_large | 6 MiB
+native, client 13 | reply(400, {"code": "InvalidParameter", "message": "m1", "request_id": "r-1"}) | 400 InvalidParameter | m1; X-Request-Id: r-1
+framed, client 14 | reply(400, b'data: {"error":{"message":"m2","code":"c2"},"request_id":"r-1"}') | 400 c2 | m2
+JSON in JSON | reply(400, {"error": NESTED, "request_id": "r-1"}) | 400 C3 | m3
+a number for a code | reply(400, {"error": {"code": "1302", "message": "busy"}}) | 429 rate_limit_exceeded | busy
+inspection | refusal(INSPECTION, 400, "data_inspection_failed") | 400 content_filter | inappropriate
+standing | refusal(STANDING, 400, "Arrearage") | 429 insufficient_quota | good standing
+hard quota, client 35 | refusal("hour allocated quota exceeded", 429, "insufficient_quota") | 429 insufficient_quota | hour; x-should-retry: false
+rate, clients 12 and 35 | refusal(RATE_LIMIT, 429, "limit_requests") | 429 rate_limit_exceeded | rate limit; Retry-After: 5
+credits | reply(402, {"error": {"message": "Insufficient credits", "code": 402}}) | 429 insufficient_quota | credits
+no model | refusal("The model `x` does not exist", 404, "model_not_found") | 404 model_not_found | does not exist
+nothing | Reply(404, [], []) | 404 None | base URL
+a page | reply(200, b"<html><title>WAF</title></html>", "text/html") | 502 upstream_html | WAF
+a page of 429 | reply(429, b"<html><title>Slow down</title></html>", "text/html") | 429 rate_limit_exceeded | Slow down
+a page of 502 | reply(502, b"<html><title>busy</title></html>", "text/html") | 503 html | busy
+empty | reply(200, b"", "text/event-stream") | 502 upstream_cut | empty
+an error of 200 | reply(200, {"error": {"message": "m4", "code": "Throttling.AllocationQuota"}}) | 429 rate_limit_exceeded | m4
+a frame | stream(FRAME) | 400 InvalidParameter | m5
+error_finish | stream(chunk({"content": FINISH}, "error_finish")) | 429 insufficient_quota | Free allocated
+too long, in a stream | stream(event({"error": {"message": INPUT_LENGTH}})) | 400 context_length_exceeded | 983616
+busy, in a stream | stream(event({"error": {"code": "ModelServingError", "message": "Too many requests"}})) | 503 ModelServingError | Too many
+no access, in a stream | stream(event({"error": {"code": "Model.AccessDenied", "message": "no access"}})) | 403 Model.AccessDenied | no access
+a fault, client 12 | reply(500, {"error": {"message": "boom", "code": "internal_error"}}) | 502 internal_error | boom
+""")
 
 
-def test_named_refusal_is_repaired_once(serve, upstream, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
-    server = serve(base_url=upstream.dashscope, model="some-model")
-    assert chat(server, max_tokens=100000)[0] == 200
-    assert [body["max_tokens"] for body in upstream.bodies()] == [100000, 65536]
+@pytest.mark.parametrize("answer, expected, words", REFUSALS)
+def test_refusals_become_clear_statuses(key_server, upstream, answer, expected, words):
+    key_server.options = key_server.options._replace(retries=0)
+    for is_stream in (False, True):
+        upstream.script.append(eval(answer, globals()))
+        status, headers, body = chat(key_server, stream=is_stream)
+        error = body["error"]
+        assert f"{status} {error['code']}" == expected
+        assert headers["Content-Type"] == "application/json"
+        assert set(error) == {"message", "type", "param", "code"}
+        for text in words.split("; "):
+            assert text in f"{headers}\n{error['message']}"
+        assert body.get("request_id", headers["X-Request-Id"]) == headers["X-Request-Id"]
 
 
-JSON_PLEASE = {"response_format": {"type": "json_object"}}
-CALL_PLEASE = {
-    "tool_choice": "required",
-    "tools": [{"type": "function", "function": {"name": "f"}}],
-}
+CALL_PLEASE = {"tool_choice": "required", "tools": [function()]}
+JSON_PLEASE = {"response_format": JSON_OBJECT}
+
+# What the upstream says, or nothing where it is the fake that refuses; the client's request; what
+# is sent last, None for what is not; what the log says of it, or nothing if it was sent once.
+REPAIRS = table(r"""
+limit | | model="some-model", max_tokens=100000 | max_tokens=65536 | with max_tokens 65536
+JSON, nobody knows | | model="qwen4-plus", **JSON_PLEASE | enable_thinking=False, response_format=JSON_OBJECT | without thinking
+JSON, thinks | | model="qwen4-plus", reasoning_effort="high", **JSON_PLEASE | enable_thinking=True, response_format=None |
+JSON, thinks not | | model="qwen4-plus", reasoning_effort="none", **JSON_PLEASE | enable_thinking=False, response_format=JSON_OBJECT |
+tool, nobody knows | | model="qwen4-plus", **CALL_PLEASE | enable_thinking=False, tool_choice="required" | without thinking
+tool, thinks | | model="qwen4-plus", extra_body=THINKS, **CALL_PLEASE | enable_thinking=True, tool_choice="auto" |
+tool, thinks as in Ollama | | model="qwen4-plus", think=True, **CALL_PLEASE | enable_thinking=True, tool_choice="auto" |
+budget of GLM | | model="glm-5", thinking_budget=40000 | enable_thinking=True, thinking_budget=32768 | with thinking_budget 32768
+schema | The model qwen3-max: json_schema is not supported | response_format=JSON_SCHEMA | response_format=JSON_OBJECT | with
+logprobs | For model qwen3-max, logprobs is not supported | logprobs=True, top_logprobs=2 | logprobs=None, top_logprobs=None | without
+tool_choice | tool_choice: required is not supported | **CALL_PLEASE | tool_choice="auto" | with
+""")
 
 
-@pytest.mark.parametrize(
-    "model, request_, repaired, words",
-    [
-        (
-            "qwen4-plus",
-            JSON_PLEASE,
-            {"enable_thinking": False, "response_format": {"type": "json_object"}},
-            "without thinking",
-        ),
-        (
-            "qwen4-plus",
-            {**JSON_PLEASE, "reasoning_effort": "high"},
-            {"enable_thinking": True, "response_format": None},
-            "",
-        ),
-        (
-            "qwen4-plus",
-            {**JSON_PLEASE, "reasoning_effort": "none"},
-            {"enable_thinking": False, "response_format": {"type": "json_object"}},
-            "",
-        ),
-        (
-            "qwen4-plus",
-            CALL_PLEASE,
-            {"enable_thinking": False, "tool_choice": "required"},
-            "without thinking",
-        ),
-        (
-            "qwen4-plus",
-            {**CALL_PLEASE, "extra_body": {"enable_thinking": True}},
-            {"enable_thinking": True, "tool_choice": "auto"},
-            "",
-        ),
-        (
-            "qwen4-plus",
-            {**CALL_PLEASE, "think": True},
-            {"enable_thinking": True, "tool_choice": "auto"},
-            "",
-        ),
-        (
-            "glm-5",
-            {"thinking_budget": 40000},
-            {"enable_thinking": True, "thinking_budget": 32768},
-            "with thinking_budget 32768",
-        ),
-    ],
-)
-def test_a_model_that_nobody_knows_thinks_as_the_client_wants(
-    key_server, upstream, caplog, model, request_, repaired, words
+@pytest.mark.parametrize("message, request_, repaired, words", REPAIRS)
+def test_named_refusals_are_repaired_once(
+    key_server, upstream, caplog, message, request_, repaired, words
 ):
     caplog.set_level(logging.INFO, "qwen_proxy")
-    assert chat(key_server, model=model, **request_)[0] == 200
-    assert {name: upstream.bodies()[-1].get(name) for name in repaired} == repaired
-    assert (
-        len(upstream.bodies()) == (2 if words else 1)
-        and "retrying " + words in caplog.text + "retrying "
-    )
-
-
-@pytest.mark.parametrize(
-    "message, request_, repaired",
-    [
-        (
-            "The model qwen3-max: json_schema is not supported",
-            {
-                "response_format": {
-                    "type": "json_schema",
-                    "json_schema": {"name": "x", "schema": {}},
-                }
-            },
-            {"response_format": {"type": "json_object"}},
-        ),
-        (
-            "For model qwen3-max, logprobs is not supported",
-            {"logprobs": True, "top_logprobs": 2},
-            {"logprobs": None, "top_logprobs": None},
-        ),
-        ("tool_choice: required is not supported", CALL_PLEASE, {"tool_choice": "auto"}),
-    ],
-)
-def test_what_is_refused_by_name_is_taken_out(key_server, upstream, message, request_, repaired):
-    upstream.script.append(refusal(message))
-    assert chat(key_server, model="qwen3-max", **request_)[0] == 200
-    assert {name: upstream.bodies()[1].get(name) for name in repaired} == repaired
+    upstream.script.extend([refusal(message)] if message else [])
+    assert chat(key_server, **fields(request_))[0] == 200
+    last, expected = upstream.bodies()[-1], fields(repaired)
+    assert {name: last.get(name) for name in expected} == expected
+    assert len(upstream.bodies()) == (2 if words else 1)
+    assert f"retrying {words}" in caplog.text if words else "retrying" not in caplog.text
 
 
 def test_a_body_that_no_repair_changes_is_not_sent_again(key_server, upstream):
@@ -3105,148 +3019,88 @@ def raw_upstream(serve, monkeypatch):
 
 SSE = b"".join(HELLO)
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+IN_CHUNKS = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+WHOLE_ANSWER = HEAD + b"Content-Length: %d\r\n\r\n" % len(SSE) + SSE
+STALL = RawUpstream.STALL
 
 
 def chunked(data, size=50, extension=b""):
     parts = [data[at : at + size] for at in range(0, len(data), size)]
-    return (
-        b"".join(b"%X%s\r\n%s\r\n" % (len(part), extension, part) for part in parts) + b"0\r\n\r\n"
-    )
+    chunks = b"".join(b"%X%s\r\n%s\r\n" % (len(part), extension, part) for part in parts)
+    return chunks + b"0\r\n\r\n"
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [
-        HEAD + b"Content-Length: %d\r\n\r\n" % len(SSE) + SSE,
-        HEAD + b"\r\n" + SSE,
-        HEAD + b"Connection: close\r\n\r\n" + SSE,
-        HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(SSE),
-        HEAD + b"Transfer-Encoding: Chunked\r\n\r\n" + chunked(SSE, 7, b";a=b"),
-        HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(SSE)[:-2] + b"X-Trailer: 1\r\n\r\n",
-        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n").replace(b"\r\n", b"\n") + chunked(SSE),
-        b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n"
-        + HEAD
-        + b"\r\n"
-        + SSE,
-        b"HTTP/1.0 200\r\n\r\n" + SSE,
-        HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(SSE)[:-5],
-    ],
-)
-@pytest.mark.parametrize("is_stream", [True, False])
-def test_every_framing_of_an_answer_is_read(raw_upstream, answer, is_stream):
-    raw_upstream.script.append(answer)
-    status, _, body = chat(raw_upstream.server, stream=is_stream)
-    completion = collect([json.loads(value) for value in body[:-1]]) if is_stream else body
-    assert status == 200 and completion["choices"][0]["message"]["content"] == "Hello, wörld"
+SOME, FINISHED = b"".join(HELLO[:3]), b"".join(HELLO[:5])
+EARLY = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n"
+CUT_401 = b'HTTP/1.1 401 Unauthorized\r\nContent-Length: 500\r\n\r\n{"error":'
+FAR = b"Retry-After: Mon, 99999999999999999999 Jan 2030 00:00:00 GMT\r\n\r\n"
+
+# What the upstream sends; status and code when not streamed, and when streamed, if they differ.
+# Without a code it is all of HELLO.
+FRAMES = table(r"""
+length | WHOLE_ANSWER | 200
+to the end | HEAD + b"\r\n" + SSE | 200
+to the end, as it says | HEAD + b"Connection: close\r\n\r\n" + SSE | 200
+chunks | IN_CHUNKS + chunked(SSE) | 200
+chunks with extensions | IN_CHUNKS.replace(b"chunked", b"Chunked") + chunked(SSE, 7, b";a=b") | 200
+a trailer | IN_CHUNKS + chunked(SSE)[:-2] + b"X-Trailer: 1\r\n\r\n" | 200
+bare LF | IN_CHUNKS.replace(b"\r\n", b"\n") + chunked(SSE) | 200
+early answers | EARLY + HEAD + b"\r\n" + SSE | 200
+HTTP/1.0 | b"HTTP/1.0 200\r\n\r\n" + SSE | 200
+length twice | HEAD + b"Content-Length: %d, %d\r\n\r\n" % (len(SSE), len(SSE)) + SSE | 200
+length of many digits | HEAD + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n" + SSE | 200
+odd Retry-After | HEAD + FAR + SSE | 200
+cut after the finish reason | IN_CHUNKS + chunked(FINISHED)[:-5] | 200
+cut after [DONE] | IN_CHUNKS + chunked(SSE)[:-5] | 200
+stall after [DONE] | IN_CHUNKS + chunked(SSE)[:-5] + STALL | 200
+slow headers | HEAD[:20] + STALL | 504 upstream_timeout
+slow first byte | HEAD + b"\r\n" + STALL | 504 upstream_timeout
+stall | HEAD + b"\r\n" + SOME + STALL | 504 upstream_timeout, 200 upstream_timeout
+stall in a chunk | IN_CHUNKS + chunked(SOME)[:-30] + STALL | 504 upstream_timeout, 200 upstream_timeout
+cut in a chunk | IN_CHUNKS + chunked(SOME)[:-30] | 502 upstream_cut, 200 upstream_cut
+cut in an event | HEAD + b"\r\n" + SOME[:-20] | 502 upstream_cut, 200 upstream_cut
+less than the length | HEAD + b"Content-Length: 99999\r\n\r\n" + SOME | 502 upstream_cut, 200 upstream_cut
+nothing | HEAD + b"Content-Length: 0\r\n\r\n" | 502 upstream_cut
+not a byte | b"" | 502 upstream_cut
+cut head | b"HTTP/1.1 200 OK\r\nContent-" | 502 upstream_cut
+no HTTP | b"garbage\r\n\r\n" | 502 upstream_cut
+HTTP/2 | b"HTTP/2 200 OK\r\n\r\n" | 502 upstream_cut
+garbage | HEAD + b"\r\n" + bytes(range(256)) * 9 | 502 upstream_cut
+a page | HEAD + b"\r\n<html><body>busy</body></html>" | 502 upstream_html
+cut in the first event | IN_CHUNKS + b"5\r\nda" | 502 upstream_cut
+no size of a chunk | IN_CHUNKS + b"ZZ\r\n" | 502 upstream_cut
+a size below zero | IN_CHUNKS + b"-5\r\nabc" | 502 upstream_cut
+a size without end | IN_CHUNKS + b"9" * 70000 | 502 upstream_cut
+headers without end | HEAD + b"X: y\r\n" * 60000 | 502 upstream_cut
+a length that is none | HEAD + b"Content-Length: \xb2\r\n\r\n" | 502 upstream_cut
+a refusal that is cut | CUT_401 | 401 invalid_api_key
+""")
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [
-        b"",
-        b"HTTP/1.1 200 OK\r\nContent-",
-        b"garbage\r\n\r\n",
-        b"HTTP/2 200 OK\r\n\r\n",
-        HEAD + b"Content-Length: 99999\r\n\r\n" + SSE[:600],
-        HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\nda",
-        HEAD + b"Transfer-Encoding: chunked\r\n\r\nZZ\r\n",
-        HEAD + b"Transfer-Encoding: chunked\r\n\r\n-5\r\nabc",
-        HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + b"9" * 70000,
-        HEAD + b"X: y\r\n" * 60000,
-        HEAD + b"Content-Length: \xb2\r\n\r\n",
-    ],
-)
-def test_broken_framing_is_a_502_and_the_next_request_works(raw_upstream, answer):
-    raw_upstream.script.extend([answer, HEAD + b"\r\n" + SSE])
-    threads = threading.active_count()
-    status, _, body = chat(raw_upstream.server)
-    assert status == 502 and body["error"]["code"] == "upstream_cut"
-    assert chat(raw_upstream.server)[0] == 200
-    end = time.monotonic() + WAIT
-    while threading.active_count() > threads and time.monotonic() < end:
-        time.sleep(0.01)
-    assert threading.active_count() <= threads
-
-
-SOME = b"".join(HELLO[:3])
-FINISHED = b"".join(HELLO[:5])
-FAULTS = {  # what the upstream sends: (status and code when not streamed, the same when streamed or None for a whole answer)
-    "slow headers": (
-        HEAD[:20] + RawUpstream.STALL,
-        (504, "upstream_timeout"),
-        (504, "upstream_timeout"),
-    ),
-    "slow first byte": (
-        HEAD + b"\r\n" + RawUpstream.STALL,
-        (504, "upstream_timeout"),
-        (504, "upstream_timeout"),
-    ),
-    "stall": (
-        HEAD + b"\r\n" + SOME + RawUpstream.STALL,
-        (504, "upstream_timeout"),
-        (200, "upstream_timeout"),
-    ),
-    "stall in a chunk": (
-        HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(SOME)[:-30] + RawUpstream.STALL,
-        (504, "upstream_timeout"),
-        (200, "upstream_timeout"),
-    ),
-    "cut in a chunk": (
-        HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(SOME)[:-30],
-        (502, "upstream_cut"),
-        (200, "upstream_cut"),
-    ),
-    "cut in an event": (HEAD + b"\r\n" + SOME[:-20], (502, "upstream_cut"), (200, "upstream_cut")),
-    "cut after the finish reason": (
-        HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(FINISHED)[:-5],
-        (200, None),
-        (200, None),
-    ),
-    "cut after [DONE]": (
-        HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(SSE)[:-5],
-        (200, None),
-        (200, None),
-    ),
-    "stall after [DONE]": (
-        HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(SSE)[:-5] + RawUpstream.STALL,
-        (200, None),
-        (200, None),
-    ),
-    "garbage": (
-        HEAD + b"\r\n" + bytes(range(256)) * 9,
-        (502, "upstream_cut"),
-        (502, "upstream_cut"),
-    ),
-    "a page": (
-        HEAD + b"\r\n<html><body>busy</body></html>",
-        (502, "upstream_html"),
-        (502, "upstream_html"),
-    ),
-    "nothing": (HEAD + b"Content-Length: 0\r\n\r\n", (502, "upstream_cut"), (502, "upstream_cut")),
-}
-
-
-@pytest.mark.parametrize("name", sorted(FAULTS))
-def test_a_fault_ends_in_time_and_leaves_nothing_behind(serve, monkeypatch, name):
-    fake, (answer, whole, streamed) = RawUpstream(), FAULTS[name]
+@pytest.mark.parametrize("answer, expected", FRAMES)
+def test_frames_end_in_time_and_leave_nothing_behind(serve, monkeypatch, answer, expected):
+    fake, answer = RawUpstream(), eval(answer, globals())
+    expected = (expected.split(", ") * 2)[:2]
     monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
-    server, threads = (
-        serve(base_url=fake.url, model="m", retries=0, timeout=0.4),
-        threading.active_count(),
-    )
+    timeout = 0.4 if STALL in answer else 5
+    server = serve(base_url=fake.url, model="m", retries=0, timeout=timeout)
+    threads = threading.active_count()
     fake.script.extend([answer, answer, HEAD + b"\r\n" + SSE])
     with contextlib.closing(fake.listener):
-        status, _, body = chat(server)
-        assert (status, dig(body, "error", "code")) == whole
+        status, _, completion = chat(server)
+        code = dig(completion, "error", "code")
+        assert [str(status), *([code] if code else [])] == expected[0].split()
         status, _, body = chat(server, stream=True)
-        error = body if status != 200 else {} if body[-1] == "[DONE]" else json.loads(body[-1])
-        assert (status, dig(error, "error", "code")) == streamed
+        if expected[1] == "200":
+            streamed = collect([json.loads(value) for value in body[:-1]])
+            for each in (completion, streamed):
+                assert each["choices"][0]["message"]["content"] == "Hello, wörld"
+        else:
+            error = json.loads(body[-1]) if status == 200 else body
+            assert [str(status), error["error"]["code"]] == expected[1].split()
         assert chat(server)[2]["choices"][0]["message"]["content"] == "Hello, wörld"
         assert all(fake.ended.acquire(timeout=WAIT) for _ in range(3))  # no connection is left open
-    end = time.monotonic() + WAIT
-    while threading.active_count() > threads and time.monotonic() < end:
-        time.sleep(0.01)
-    assert threading.active_count() <= threads
+    assert until(lambda: threading.active_count() <= threads)
 
 
 @pytest.mark.parametrize(
@@ -3255,69 +3109,42 @@ def test_a_fault_ends_in_time_and_leaves_nothing_behind(serve, monkeypatch, name
 def test_an_answer_that_is_held_has_a_limit_and_a_stream_has_none(raw_upstream, monkeypatch, delta):
     monkeypatch.setattr(qp.Budget, "LIMIT", 3000)
     is_call = "tool_calls" in delta
-    answer = (
-        HEAD
-        + b"\r\n"
-        + b"".join([HELLO[0], *([CALLS[1]] if is_call else []), *[chunk(delta)] * 1000, *END])
-    )
+    events = [HELLO[0], *([CALLS[1]] if is_call else []), *[chunk(delta)] * 1000, *END]
+    answer, server = HEAD + b"\r\n" + b"".join(events), raw_upstream.server
     raw_upstream.script.extend([answer] * 4 + [HEAD + b"\r\n" + SSE])
-    status, _, body = chat(raw_upstream.server)
+    status, _, body = chat(server)
     assert status == 502 and "was aborted" in body["error"]["message"]
-    assert "was aborted" in respond(raw_upstream.server)[1]["error"]["message"]
-    assert respond(raw_upstream.server, stream=True)[1][-1][0] == "response.failed"
-    assert (chat(raw_upstream.server, stream=True)[2][-1] == "[DONE]") == (
-        not is_call
-    )  # the state of a call is held
-    assert chat(raw_upstream.server)[0] == 200
+    assert "was aborted" in respond(server)[1]["error"]["message"]
+    assert respond(server, stream=True)[1][-1][0] == "response.failed"
+    # The state of a call is held.
+    assert (chat(server, stream=True)[2][-1] == "[DONE]") == (not is_call)
+    assert chat(server)[0] == 200
 
 
-@pytest.mark.parametrize(
-    "base_url",
-    ["http://127.0.0.1:1/v1", "http://no-such-host.invalid/v1", "https://127.0.0.1:{port}/v1"],
-)
-def test_an_upstream_that_cannot_be_reached_is_named(serve, upstream, monkeypatch, base_url):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
-    server = serve(base_url=base_url.format(port=upstream.port), model="m", retries=0)
-    for is_stream in (False, True):
-        status, _, body = chat(server, stream=is_stream)
-        assert (status, body["error"]["code"]) == (
-            502,
-            "upstream_unreachable",
-        ) and "cannot be reached" in body["error"]["message"]
+# Each connection with the answers that come on it.
+REUSED = table("""
+closed at the moment of reuse | [WHOLE_ANSWER, b""], WHOLE_ANSWER
+bytes behind an answer | [WHOLE_ANSWER + b"HTTP/1.1 200 OK\\r\\n\\r\\nsmuggled", WHOLE_ANSWER], WHOLE_ANSWER
+""")
 
 
-def test_a_kept_connection_closed_at_the_moment_of_reuse_is_replaced(raw_upstream):
-    whole_answer = HEAD + b"Content-Length: %d\r\n\r\n" % len(SSE) + SSE
-    raw_upstream.script.extend([[whole_answer, b""], whole_answer])
-    assert [chat(raw_upstream.server)[0] for _ in range(2)] == [
-        200,
-        200,
-    ] and raw_upstream.accepted == 2
-
-
-def test_bytes_behind_an_answer_close_the_connection(raw_upstream):
-    whole_answer = HEAD + b"Content-Length: %d\r\n\r\n" % len(SSE) + SSE
-    raw_upstream.script.extend(
-        [[whole_answer + b"HTTP/1.1 200 OK\r\n\r\nsmuggled", whole_answer], whole_answer]
-    )
-    assert [chat(raw_upstream.server)[2]["choices"][0]["message"]["content"] for _ in range(2)] == [
-        "Hello, wörld"
-    ] * 2
-    assert raw_upstream.accepted == 2
+@pytest.mark.parametrize("script", REUSED)
+def test_a_kept_connection_that_cannot_be_used_is_replaced(raw_upstream, script):
+    raw_upstream.script.extend(pieces_of(script))
+    answers = [chat(raw_upstream.server)[2] for _ in range(2)]
+    said = [answer["choices"][0]["message"]["content"] for answer in answers]
+    assert said == ["Hello, wörld"] * 2 and raw_upstream.accepted == 2
 
 
 @pytest.mark.parametrize("size, count", [(10_000_000, 1), (3, 20_000)])
 def test_large_and_many_chunks_arrive_whole(raw_upstream, size, count):
-    texts = ["ab "[:size] if size < 10 else "x" * size] * count
-    answer = (
-        HEAD
-        + b"Transfer-Encoding: chunked\r\n\r\n"
-        + chunked(b"".join(chunk({"content": text}) for text in texts) + b"".join(END), 30_000)
-    )
+    said = ["ab "[:size] if size < 10 else "x" * size] * count
+    answer = IN_CHUNKS + chunked(b"".join([*texts(*said), *END]), 30_000)
     raw_upstream.script.extend([answer, answer])
-    assert chat(raw_upstream.server)[2]["choices"][0]["message"]["content"] == "".join(texts)
+    completion = chat(raw_upstream.server)[2]
+    assert completion["choices"][0]["message"]["content"] == "".join(said)
     _, _, data = chat(raw_upstream.server, stream=True)
-    assert text_in([json.loads(value) for value in data[:-1]]) == "".join(texts)
+    assert text_in([json.loads(value) for value in data[:-1]]) == "".join(said)
 
 
 @pytest.mark.parametrize("start", ["", "```json\n{}\n", "Hi\n", "<think>"])
@@ -3333,11 +3160,6 @@ def test_blank_characters_without_end_take_no_time_and_pass(start):
     check_linear(work, 4_000)
 
 
-def test_closing_tags_by_the_thousand_are_taken_out():
-    content = qp.ContentFilter(is_json=False)
-    assert content.feed("</think>" * 5000 + "Hello") == ("", "Hello")
-
-
 UNITS = ["model ", "<title", "range of max_tokens ", "<html><title>", '"', "\\"]
 
 
@@ -3351,48 +3173,33 @@ def test_no_error_takes_the_square_of_its_length(unit):
 
 
 def test_late_bytes_on_an_idle_connection_are_nobodys_answer(raw_upstream):
-    whole_answer = HEAD + b"Content-Length: %d\r\n\r\n" % len(SSE) + SSE
-    raw_upstream.script.extend([[whole_answer, b""], whole_answer])
-    raw_upstream.late = whole_answer.replace("wörld".encode(), b"DEMON")
+    raw_upstream.script.extend([[WHOLE_ANSWER, b""], WHOLE_ANSWER])
+    raw_upstream.late = WHOLE_ANSWER.replace("wörld".encode(), b"DEMON")
     assert chat(raw_upstream.server)[0] == 200
     raw_upstream.has_been_read.set()
     assert raw_upstream.sent_late.wait(WAIT)
     assert chat(raw_upstream.server)[2]["choices"][0]["message"]["content"] == "Hello, wörld"
 
 
-def test_a_refusal_counts_even_if_its_body_is_cut(raw_upstream):
-    raw_upstream.script.append(b'HTTP/1.1 401 Unauthorized\r\nContent-Length: 500\r\n\r\n{"error":')
-    assert chat(raw_upstream.server)[0] == 401
-
-
 def test_a_refusal_during_the_upload_is_heard(raw_upstream):
     """An endpoint that finds the body too large answers and closes before it has all of it."""
     raw_upstream.reads = False
-    raw_upstream.script.append(
-        b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}"
-    )
-    status, _, body = ask(
-        raw_upstream.server, {"messages": [{"role": "user", "content": "x" * 20_000_000}]}
-    )
-    assert (status, json.loads(body)["error"]["code"]) == (413, "request_too_large")
+    head = b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}"
+    raw_upstream.script.append(head)
+    status, _, body = chat(raw_upstream.server, messages=[user("x" * 20_000_000)])
+    assert (status, body["error"]["code"]) == (413, "request_too_large")
 
 
 def test_a_client_that_leaves_is_noticed_while_the_upstream_takes_nothing(serve, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = serve(
-            base_url=f"http://127.0.0.1:{listener.getsockname()[1]}/v1", model="m", retries=0
-        )
-        body = json.dumps({"messages": [{"role": "user", "content": "x" * 20_000_000}]}).encode()
+        server = serve(base_url=url_of(listener), model="m", retries=0)
         with socket.create_connection(("127.0.0.1", server.port)) as client:
-            client.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            client.sendall(post(json.dumps({"messages": [user("x" * 20_000_000)]}).encode()))
             upstream_end, _ = listener.accept()
             assert len(server.handlers) == 1
         with upstream_end:  # open, but not read from
-            end = time.monotonic() + WAIT
-            while server.handlers and time.monotonic() < end:
-                time.sleep(0.01)
-            assert not server.handlers
+            assert until(lambda: not server.handlers)
 
 
 def test_blank_lines_before_the_first_event_are_not_kept():
@@ -3404,23 +3211,6 @@ def test_blank_lines_before_the_first_event_are_not_kept():
         assert chunks == []
     decoder.feed(SSE)
     assert text_in(chunks) == "Hello, wörld"
-
-
-@pytest.mark.parametrize(
-    "header, status",
-    [
-        (b"Content-Length: %d, %d\r\n" % (len(SSE), len(SSE)), 200),
-        (b"Content-Length: " + b"9" * 5000 + b"\r\n", 200),
-        (b"Retry-After: Mon, 99999999999999999999 Jan 2030 00:00:00 GMT\r\n", 200),
-    ],
-)
-def test_odd_headers_of_an_upstream_are_read(raw_upstream, header, status):
-    raw_upstream.script.append(HEAD + header + b"\r\n" + SSE)
-    assert chat(raw_upstream.server)[0] == status
-    assert (
-        qp.retry_after_of({"retry-after": header.decode().partition(": ")[2].strip()}) is None
-        or b"Length" in header
-    )
 
 
 def test_a_failed_batch_of_embeddings_leaves_other_answers_alone():
@@ -3437,13 +3227,12 @@ def test_a_failed_batch_of_embeddings_leaves_other_answers_alone():
 
 def test_the_password_of_a_forward_proxy_does_not_reach_the_upstream(upstream):
     """Behind a tunnel, kept or new, the request is the upstream's."""
+    basic = {"Proxy-Authorization": "Basic c2VjcmV0"}
     for _ in range(2):
         request = urllib.request.Request("https://h/v1/chat/completions", b"{}")
-        request.add_unredirected_header("Proxy-authorization", "Basic c2VjcmV0")
+        request.add_unredirected_header("Proxy-authorization", basic["Proxy-Authorization"])
         request.set_proxy("proxy:3128", "https")
-        assert qp.KeepAliveHandler._tunnel_headers(request) == {
-            "Proxy-Authorization": "Basic c2VjcmV0"
-        }
+        assert qp.KeepAliveHandler._tunnel_headers(request) == basic
         assert b"c2VjcmV0" not in qp.KeepAliveHandler._head_of(request)
 
 
@@ -3497,82 +3286,32 @@ def to_upstream(request, model="qwen3-max", family="dashscope", config=None):
     provider = qp.Provider(
         "t", "http://h/v1", None, "t", {model: config or {}}, qp.FAMILIES[family]
     )
-    request = {"messages": [{"role": "user", "content": "Hi"}], **request}
+    request = {"messages": HI, **request}
     before = json.dumps(request)
     body, fired = qp.Rewrite(request, qp.Target(provider, model)).run("chat")
-    assert (
-        json.dumps(request) == before
-    )  # the client's request is not changed: failover needs it again
+    # The client's request is not changed: failover needs it again.
+    assert json.dumps(request) == before
     return body, fired
 
 
-EVERYTHING = {
+EVERYTHING = json.loads(r"""{
     "model": "qwen3-vl-plus",
     "messages": [
         {"role": "system", "content": "Be brief. Grüße 你好 \u2028"},
-        {
-            "role": "user",
-            "name": "u",
-            "content": [
-                {"type": "text", "text": "look"},
-                {
-                    "type": "image_url",
-                    "image_url": {"url": "data:image/png;base64,AAAA", "detail": "low"},
-                },
-            ],
-        },
-        {
-            "role": "assistant",
-            "content": "",
-            "reasoning_content": "hm",
-            "tool_calls": [
-                {
-                    "id": "c1",
-                    "type": "function",
-                    "function": {"name": "f", "arguments": '{"a": 1.50}'},
-                }
-            ],
-        },
-        {"role": "tool", "tool_call_id": "c1", "content": "ok"},
-    ],
-    "temperature": 0,
-    "top_p": 0.5,
-    "top_k": 1,
-    "max_tokens": 7,
-    "n": 2,
-    "seed": 0,
-    "stop": ["a", "b"],
-    "presence_penalty": 0,
-    "frequency_penalty": -1.5,
-    "logprobs": True,
-    "top_logprobs": 0,
-    "parallel_tool_calls": False,
-    "tool_choice": "none",
-    "tools": [
-        {
-            "type": "function",
-            "function": {
-                "name": "f",
-                "description": "",
-                "parameters": {
-                    "type": "object",
-                    "properties": {
-                        "a": {"type": ["number", "null"], "default": None, "enum": [None, 1.0]}
-                    },
-                },
-            },
-        }
-    ],
-    "response_format": {"type": "text"},
-    "enable_search": False,
-    "repetition_penalty": 1.05,
-    "user": "me",
-    "vl_high_resolution_images": True,
-    "x_unknown": {"deep": [None, {"a": 1e-7}]},
-    "zahl": 12345678901234567890,
-    "stream": True,
-    "stream_options": {"include_usage": True},
-}
+        {"role": "user", "name": "u", "content": [{"type": "text", "text": "look"},
+            {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA", "detail": "low"}}]},
+        {"role": "assistant", "content": "", "reasoning_content": "hm", "tool_calls": [
+            {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{\"a\": 1.50}"}}]},
+        {"role": "tool", "tool_call_id": "c1", "content": "ok"}],
+    "temperature": 0, "top_p": 0.5, "top_k": 1, "max_tokens": 7, "n": 2, "seed": 0, "stop": ["a", "b"],
+    "presence_penalty": 0, "frequency_penalty": -1.5,
+    "logprobs": true, "top_logprobs": 0, "parallel_tool_calls": false, "tool_choice": "none",
+    "tools": [{"type": "function", "function": {"name": "f", "description": "", "parameters": {
+        "type": "object",
+        "properties": {"a": {"type": ["number", "null"], "default": null, "enum": [null, 1.0]}}}}}],
+    "response_format": {"type": "text"}, "enable_search": false, "repetition_penalty": 1.05, "user": "me",
+    "vl_high_resolution_images": true, "x_unknown": {"deep": [null, {"a": 1e-7}]},
+    "zahl": 12345678901234567890, "stream": true, "stream_options": {"include_usage": true}}""")
 
 
 def test_everything_passes_unchanged(key_server, upstream):
@@ -3586,704 +3325,264 @@ def test_everything_passes_unknown_endpoints_untouched():
     assert to_upstream(request, "any/model", "other")[0] == {**request, "model": "any/model"}
 
 
-@pytest.mark.parametrize(
-    "request_, changed, rule",
-    [
-        ({"max_completion_tokens": 5, "max_tokens": 9}, {"max_tokens": 5}, "max-tokens"),
-        ({"max_tokens": 10**6}, {"max_tokens": 65536}, "max-tokens"),
-        ({"max_completion_tokens": -1}, {}, "max-tokens"),
-        ({"max_tokens": 500, "max_completion_tokens": -1}, {"max_tokens": 500}, "max-tokens"),
-        ({"temperature": 2}, {"temperature": 1.99}, "sampling-range"),
-        ({"temperature": None}, {}, "no-nulls"),
-        (
-            {"store": False, "metadata": {}, "service_tier": "auto", "logit_bias": {}},
-            {},
-            "openai-only",
-        ),
-        ({"min_p": 0.1, "keep_alive": "5m"}, {}, "foreign-fields"),
-        (
-            {"repeat_penalty": 2, "repetition_penalty": 1},
-            {"repetition_penalty": 1},
-            "foreign-fields",
-        ),
-        ({"tools": [], "tool_choice": "auto"}, {}, "tools"),
-        (
-            {
-                "tools": [
-                    {
-                        "type": "function",
-                        "function": {"name": "f", "strict": True, "description": None},
-                    }
-                ]
-            },
-            {
-                "tools": [
-                    {
-                        "type": "function",
-                        "function": {
-                            "name": "f",
-                            "parameters": {"type": "object", "properties": {}},
-                        },
-                    }
-                ]
-            },
-            "tools",
-        ),
-        ({"web_search_options": {}}, {"enable_search": True}, "web-search"),
-        (
-            {"functions": [{"name": "f", "parameters": {}}], "function_call": {"name": "f"}},
-            {
-                "tools": [
-                    {
-                        "type": "function",
-                        "function": {
-                            "name": "f",
-                            "parameters": {"type": "object", "properties": {}},
-                        },
-                    }
-                ],
-                "tool_choice": {"type": "function", "function": {"name": "f"}},
-            },
-            "legacy-functions",
-        ),
-    ],
-)
-def test_rules_on_fields(request_, changed, rule):
-    body, fired = to_upstream(request_)
-    for name in ("model", "messages", "stream", "stream_options"):
-        body.pop(name)
-    assert body == changed and rule in fired
-
-
-@pytest.mark.parametrize(
-    "request_, model, family, changed",
-    [
-        (
-            {"reasoning_effort": "low"},
-            "qwen3.7-plus",
-            "coding",
-            {"enable_thinking": True, "thinking_budget": 4096},
-        ),
-        ({"reasoning": {"effort": "none"}}, "qwen3.7-plus", "coding", {"enable_thinking": False}),
-        (
-            {"thinking": {"type": "enabled", "budget_tokens": 99}},
-            "qwen3.7-plus",
-            "coding",
-            {"enable_thinking": True, "thinking_budget": 99},
-        ),
-        (
-            {"chat_template_kwargs": {"enable_thinking": False}},
-            "qwen3.7-plus",
-            "portal",
-            {"enable_thinking": False},
-        ),
-        ({"reasoning_effort": "max"}, "qwen3.8-max", "dashscope", {"reasoning_effort": "xhigh"}),
-        ({"reasoning_effort": "none"}, "qwen3.8-max", "token", {}),
-        ({"reasoning_effort": "none"}, "qwen3.8-flash", "dashscope", {"reasoning_effort": "none"}),
-        ({"reasoning_effort": "high"}, "qwen3-coder-plus", "coding", {}),
-        (
-            {"reasoning_effort": "high"},
-            "qwen/qwen3.7-plus",
-            "openrouter",
-            {"reasoning": {"effort": "high"}},
-        ),
-        (
-            {"reasoning_effort": "low"},
-            "deepseek-v4-pro",
-            "deepseek",
-            {"thinking": {"type": "enabled"}, "reasoning_effort": "high"},
-        ),
-        ({"enable_thinking": True}, "unknown", "dashscope", {"enable_thinking": True}),
-    ],
-)
-def test_thinking_in_every_spelling(request_, model, family, changed):
-    body, _ = to_upstream(request_, model, family)
-    assert {
-        name: body[name] for name in qp.THINKING_FIELDS + ("chat_template_kwargs",) if name in body
-    } == changed
-
-
-TOOL = {
-    "type": "function",
-    "function": {"name": "f", "parameters": {"type": "object", "properties": {}}},
+NO_RESULT = "(no result: the call was interrupted)"
+CACHED = {"cache_control": {"type": "ephemeral"}}
+FIVE_CACHED = [{**part, **CACHED} for part in parts(*"01234")]
+ODD_SCHEMA = {
+    "type": "object",
+    "title": None,
+    "properties": {"a": {"description": None, "default": None, "enum": [None, "x"]}},
 }
+CLEAN_SCHEMA = {"type": "object", "properties": {"a": {"default": None, "enum": [None, "x"]}}}
+NULL_FORMAT = {"name": "json", "strict": None, "schema": {"default": None}}
+
+# What a client sends, and what the upstream gets: model@family (qwen3-max@dashscope where it is
+# empty); the client's fields, with entry= for what the settings say of the model; the fields sent.
+# Of those, contents= are the contents of all messages, rule= is a rule that must have fired. All
+# that is sent to Qwen must be what the strict fake takes.
+REQUESTS = table(r"""
+both names for the limit | | max_completion_tokens=5, max_tokens=9 | max_tokens=5, rule="max-tokens"
+limit above the model's, client 27 | | max_tokens=320000 | max_tokens=65536, rule="max-tokens"
+new name for it, client 27 | | max_completion_tokens=320000 | max_tokens=65536
+limit -1 | | max_completion_tokens=-1 | rule="max-tokens"
+limit -1 beside another | | max_tokens=500, max_completion_tokens=-1 | max_tokens=500
+limit of a Response, client 26 | | max_output_tokens=9 | max_tokens=9
+temperature 2, client 27 | | temperature=2, top_p=0 | temperature=1.99, rule="sampling-range"
+null for not set | | temperature=None | rule="no-nulls"
+OpenAI's own | | store=False, metadata={}, service_tier="auto", logit_bias={} | rule="openai-only"
+other servers' | | min_p=0.1, keep_alive="5m" | rule="foreign-fields"
+a known field of theirs, client 26 | | repeat_penalty=1.1 | repetition_penalty=1.1
+both names of it | | repeat_penalty=2, repetition_penalty=1 | repetition_penalty=1, rule="foreign-fields"
+think, client 26 | qwen3.7-plus | think=False | enable_thinking=False
+all of theirs, client 26 | | unheard_of=1, **dict.fromkeys(qp.Rewrite.FOREIGN, 1) | unheard_of=1
+OpenAI's alone, client 26 | | prediction={}, verbosity="low", prompt_cache_key="k",
+    prompt_cache_retention="24h", safety_identifier="s", modalities=["text"], n=1,
+    user={"name": "me"}, seed=None, stop=None, tools=None, tool_choice=None, response_format=None,
+    parallel_tool_calls=True, stream_options={"include_obfuscation": False},
+    logit_bias={"1": 1}, metadata={"a": "b"}, store=True
+    | stream_options={"include_usage": True}
+no tools | | tools=[], tool_choice="auto" | rule="tools"
+a tool without parameters, client 29 | | tools=[function()] | tools=[F]
+a strict tool, client 29 | | tools=[function(strict=True, description=None)] | tools=[F], rule="tools"
+a schema, client 29 | | tools=[function(parameters={"$schema": "s", **ODD_SCHEMA})]
+    | tools=[function(parameters={"$schema": "s", **CLEAN_SCHEMA})]
+web search | | web_search_options={} | enable_search=True, rule="web-search"
+web search of a Response, OpenRouter | x/y@openrouter | web_search_options={} |
+functions | | functions=[{"name": "f", "parameters": {}}], function_call={"name": "f"}
+    | tools=[F], tool_choice=function(), rule="legacy-functions"
+functions, automatic | | functions=[{"name": "f"}], function_call="auto" | tools=[F], tool_choice="auto"
+nulls that mean not set, and others | | tools=[{**function(parameters=ODD_SCHEMA), "strict": None}],
+    response_format={"type": "json_schema", "json_schema": NULL_FORMAT},
+    messages=[user("Hi", name=None), assistant(None, function_call=None), *HI]
+    | tools=[function(parameters=CLEAN_SCHEMA)],
+    response_format={"type": "json_schema", "json_schema": {"name": "json", "schema": {"default": None}}},
+    messages=[system("Answer in JSON."), user("Hi"), assistant(""), *HI]
+
+effort low | qwen3.7-plus@coding | reasoning_effort="low" | enable_thinking=True, thinking_budget=4096
+effort none | qwen3.7-plus@coding | reasoning={"effort": "none"} | enable_thinking=False
+Anthropic's budget | qwen3.7-plus@coding | thinking={"type": "enabled", "budget_tokens": 99}
+    | enable_thinking=True, thinking_budget=99
+vLLM's | qwen3.7-plus@portal | chat_template_kwargs=NO_THOUGHTS | enable_thinking=False
+effort max | qwen3.8-max | reasoning_effort="max" | reasoning_effort="xhigh"
+effort none, always thinks | qwen3.8-max@token | reasoning_effort="none" |
+effort none, may think | qwen3.8-flash | reasoning_effort="none" | reasoning_effort="none"
+effort, never thinks | qwen3-coder-plus@coding | reasoning_effort="high" |
+effort at OpenRouter | qwen/qwen3.7-plus@openrouter | reasoning_effort="high"
+    | reasoning={"effort": "high"}
+more of OpenRouter | x/y@openrouter | reasoning={"effort": "high", "exclude": True}
+    | reasoning={"effort": "high", "exclude": True}
+effort at DeepSeek | deepseek-v4-pro@deepseek | reasoning_effort="low"
+    | thinking={"type": "enabled"}, reasoning_effort="high"
+thinking of who knows | unknown | enable_thinking=True | enable_thinking=True
+
+forced tool, client 28 | qwen3.7-plus | tools=[F, G], tool_choice="required"
+    | tools=[F, G], tool_choice="required", enable_thinking=False
+forced by name, client 28 | qwen3.7-plus | tools=[F, G], tool_choice=function()
+    | tools=[F, G], tool_choice=function(), enable_thinking=False
+forced as Anthropic does, client 28 | qwen3.7-plus | tools=[F], tool_choice={"type": "any"}
+    | tools=[F], tool_choice="required", enable_thinking=False
+by name, as Anthropic does, client 28 | qwen3.7-plus | tools=[F], tool_choice={"type": "tool", "name": "f"}
+    | tools=[F], tool_choice=function(), enable_thinking=False
+forced, thinks | qwen3.7-plus | tools=[F, G], tool_choice="required", enable_thinking=True
+    | tools=[F, G], tool_choice="auto", enable_thinking=True, rule="forced-tool"
+forced by name, thinks | qwen3.7-plus | tools=[F, G], tool_choice=function(), enable_thinking=True
+    | tools=[F], tool_choice="auto", enable_thinking=True, rule="forced-tool"
+forced, always thinks, client 28 | qwq-plus | tools=[F], tool_choice="required"
+    | tools=[F], tool_choice="auto", rule="forced-tool"
+JSON | qwen3.7-plus | response_format=JSON_OBJECT | response_format=JSON_OBJECT, enable_thinking=False
+JSON by a schema | qwen3.7-plus | response_format=JSON_SCHEMA | response_format=JSON_SCHEMA, enable_thinking=False
+JSON, thinks | qwen3.7-plus | response_format=JSON_OBJECT, reasoning_effort="high" | enable_thinking=True
+JSON, only thinks | qwen3-235b-a22b-thinking-2507 | response_format=JSON_OBJECT |
+JSON, only thinks, sees | qwen3-vl-32b-thinking | response_format=JSON_OBJECT |
+JSON, may think | qwen3-32b | response_format=JSON_OBJECT | response_format=JSON_OBJECT, enable_thinking=False
+
+entry gives defaults | qwen3.7-plus | temperature=0, reasoning_effort="none",
+    entry={"samplingParams": {"temperature": 0.1, "top_p": 0.2}, "extra_body": {"top_p": 0.3, **THINKS}}
+    | temperature=0, top_p=0.3, enable_thinking=False
+entry, client's null | qwen3.7-plus | temperature=None, entry={"samplingParams": {"temperature": 0.5}}
+    | temperature=0.5
+entry, client's null for thinking | qwen3.7-plus | reasoning_effort=None, entry={"extra_body": THINKS}
+    | enable_thinking=True
+entry's limit of another name | qwen3.7-plus | max_completion_tokens=8000,
+    entry={"samplingParams": {"max_tokens": 1000}} | max_tokens=8000
+entry, thinking off in vLLM's way | qwen3.7-plus | chat_template_kwargs=NO_THOUGHTS,
+    entry={"extra_body": THINKS} | enable_thinking=False
+entry, thinking on in vLLM's way | qwen3.7-plus | chat_template_kwargs=THINKS, entry={"reasoning": False}
+    | enable_thinking=True
+entry thinks, tool forced | qwen3.7-plus@coding | tool_choice="required", tools=[F, G],
+    entry={"extra_body": THINKS} | tool_choice="required", tools=[F, G], enable_thinking=False
+entry thinks, client, too | qwen3.7-plus@coding | tool_choice="required", tools=[F, G], **THINKS,
+    entry={"extra_body": THINKS} | tool_choice="auto", tools=[F, G], enable_thinking=True
+entry thinks, JSON | qwen3.7-plus@coding | response_format=JSON_OBJECT, entry={"extra_body": THINKS}
+    | response_format=JSON_OBJECT, enable_thinking=False
+
+roles, client 23 | | messages=[message("developer", "a"), *HI, *HI, system("b")]
+    | messages=[system("a\n\nb"), *HI, *HI]
+system without user, client 23 | | messages=[system("a"), assistant("."), system("b")]
+    | messages=[system("a"), assistant("."), user("b")]
+portal marks the system message | coder-model@portal | messages=EVERYTHING["messages"][:2]
+    | messages=[system(parts("Be brief. Grüße 你好 \u2028", **CACHED)), EVERYTHING["messages"][1]]
+portal, none | coder-model@portal | messages=HI | contents=[parts("", **CACHED), "Hi"]
+portal, system in parts | coder-model@portal | messages=[system(parts("a", "b")), *HI]
+    | messages=[system(parts("a", **CACHED) + parts("b")), *HI]
+portal, markers to spare | coder-model@portal | tools=[{**F, **CACHED}], messages=[user(FIVE_CACHED)]
+    | tools=[F], contents=[parts("", **CACHED), parts(*"01") + FIVE_CACHED[2:]]
+four markers at most | | tools=[{**F, **CACHED}], messages=[user(FIVE_CACHED[1:])]
+    | tools=[{**F, **CACHED}], contents=[FIVE_CACHED[1:2] + parts("2") + FIVE_CACHED[3:]]
+a marker for GLM | glm-5 | messages=[user(parts("x", **CACHED))], tools=[F, G]
+    | messages=[user(parts("x", **CACHED))], tools=[F, G]
+call cut short | | messages=[*HI, call("c", arguments="{cut"), *HI] | contents=["Hi", "", NO_RESULT, "Hi"]
+orphan | | messages=[result("x", "orphan"), *HI] | messages=HI
+call without content, client 24 | | messages=[*HI, {"role": "assistant", "tool_calls": [use("c")]},
+    result("c", parts("ok"))] | messages=[*HI, call("c"), result("c", parts("ok"))]
+content null, client 24 | | messages=[*HI, call("c", content=None), result("c", "ok")]
+    | messages=[*HI, call("c"), result("c", "ok")]
+thoughts, client 24 | qwen3.7-plus | messages=[*HI, {**call("c", content=None), "reasoning": "hm"}, result("c", "ok")]
+    | messages=[*HI, {**call("c"), "reasoning_content": "hm"}, result("c", "ok")]
+thoughts for none | qwen3-coder-plus | messages=[*HI, assistant("a", reasoning="hm"), *HI]
+    | messages=[*HI, assistant("a"), *HI]
+result of nobody, client 25 | | messages=[*HI, call("c"), result("gone", "x"), *HI]
+    | messages=[*HI, call("c"), result("c", NO_RESULT), *HI]
+id used again, one lost | | messages=[*HI, call("c"), *HI, call("c", name="g"), result("c", "of g")]
+    | contents=["Hi", "", NO_RESULT, "Hi", "", "of g"]
+id used again | | messages=[*HI, call("c"), result("c", "1"), call("c", name="g"), result("c", "2")]
+    | contents=["Hi", "", "1", "", "2"]
+result too early | | messages=[*HI, result("c", "early"), call("c")] | contents=["Hi", "", "early"]
+result too late | | messages=[*HI, call("c"), *HI, result("c", "late")] | contents=["Hi", "", "late", "Hi"]
+said between results | | messages=[*HI, call("a", "b"), result("a", "1"), assistant("."), result("b", "2")]
+    | contents=["Hi", ".", "", "1", "2"]
+said behind them | | messages=[*HI, call("a"), result("a", "1"), assistant("."), result("a", "1")]
+    | contents=["Hi", "", "1", "."]
+said before the result | | messages=[*HI, call("a"), assistant("."), result("a", "1")]
+    | contents=["Hi", ".", "", "1"]
+said at the end | | messages=[*HI, call("a"), result("a", "1"), assistant(".")]
+    | contents=["Hi", "", "1", "."]
+said before an orphan | | messages=[*HI, assistant("."), result("orphan", "2")] | contents=["Hi", "."]
+said between, then asked | | messages=[*HI, call("a", "b"), result("a", "1"), assistant("."),
+    result("b", "2"), user("?")] | contents=["Hi", ".", "", "1", "2", "?"]
+asked and said between | | messages=[*HI, call("a"), user("?"), assistant("."), result("a", "1")]
+    | contents=["Hi", "", "1", "?", "."]
+no ids, results of one turn | | messages=[*HI, call(None), *HI, call(None, name="g"),
+    message("tool", "of g"), *HI] | contents=["Hi", "", NO_RESULT, "Hi", "", "of g", "Hi"]
+no ids, two calls | | messages=[*HI, call(None, None), message("tool", "1"), result(None, "2")]
+    | contents=["Hi", "", "1", "2"]
+Anthropic's shapes | | tools=[{"name": "f", "description": "d", "input_schema": EMPTY}],
+    messages=[*HI, assistant([*parts("I look."), {"type": "tool_use", "id": "t", "name": "f", "input": {"a": "ö"}}]),
+    user([{"type": "tool_result", "tool_use_id": "t", "content": parts("sunny")}, *parts("And?")])]
+    | tools=[function(description="d", parameters=EMPTY)],
+    messages=[*HI, call("t", content="I look.", arguments='{"a": "ö"}'), result("t", parts("sunny")),
+    user(parts("And?"))]
+an assistant's parts | | messages=[*HI, assistant(parts("a", "b")), *HI]
+    | messages=[*HI, assistant("a\nb"), *HI], rule="flat-content"
+an assistant's parts, portal | coder-model@portal | messages=[system("s"), *HI, assistant(parts("a", "b")), *HI]
+    | contents=[parts("s", **CACHED), "Hi", "a\nb", "Hi"], rule="flat-content"
+an assistant's parts, marked | | messages=[*HI, assistant(parts("a", "b", **CACHED)), *HI]
+    | messages=[*HI, assistant(parts("a", "b", **CACHED)), *HI]
+an assistant's parts, OpenRouter | x/y@openrouter | messages=[*HI, assistant(parts("a", "b")), *HI]
+    | messages=[*HI, assistant(parts("a", "b")), *HI]
+a user's parts | | messages=[user(parts("a", "b")), *HI] | messages=[user(parts("a", "b")), *HI]
+a user's parts, DeepSeek | deepseek-v4-pro@deepseek | messages=[user(parts("a", "b")), *HI]
+    | messages=[user("a\nb"), *HI], rule="flat-content"
+a user's parts, GLM | glm-5.1 | messages=[user(parts("a", "b")), *HI]
+    | messages=[user("a\nb"), *HI], rule="flat-content"
+""")
 
 
-@pytest.mark.parametrize(
-    "request_",
-    [
-        {"tools": [TOOL], "tool_choice": "required"},
-        {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "f"}}},
-        {"response_format": {"type": "json_object"}},
-        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}},
-        {"tools": [TOOL], "tool_choice": "required", "enable_thinking": True},
-        {"response_format": {"type": "json_object"}, "reasoning_effort": "high"},
-        {
-            "messages": [
-                {"role": "developer", "content": "d"},
-                {"role": "user", "content": "u"},
-                {"role": "system", "content": "s"},
-            ]
-        },
-        {
-            "messages": [
-                {"role": "user", "content": "u"},
-                {
-                    "role": "assistant",
-                    "content": None,
-                    "tool_calls": [
-                        {
-                            "id": "c1",
-                            "type": "function",
-                            "function": {"name": "f", "arguments": "{cut"},
-                        }
-                    ],
-                },
-                {"role": "user", "content": "again"},
-            ]
-        },
-        {
-            "messages": [
-                {"role": "tool", "tool_call_id": "x", "content": "orphan"},
-                {"role": "user", "content": "u"},
-            ]
-        },
-        {
-            "messages": [
-                {
-                    "role": "assistant",
-                    "tool_calls": [
-                        {"id": "c1", "type": "function", "function": {"name": "f", "arguments": ""}}
-                    ],
-                },
-                {"role": "user", "content": "between"},
-                {"role": "tool", "tool_call_id": "c1", "content": "late"},
-            ]
-        },
-        {"functions": [{"name": "f"}], "function_call": "auto"},
-        {"max_tokens": 200000, "temperature": 2.0},
-        {"store": True, "metadata": {"a": "b"}, "tools": []},
-    ],
-)
-@pytest.mark.parametrize("kind", ["portal", "dashscope"])
-def test_normal_openai_requests_pass_the_strict_fake(
-    login, upstream, serve, monkeypatch, request_, kind
-):
-    if kind == "dashscope":
-        monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
-    server = serve(
-        model="qwen3.7-plus", base_url=upstream.dashscope if kind == "dashscope" else None
-    )
-    status, _, body = chat(server, **request_)
-    assert status == 200, body
+@pytest.mark.parametrize("target, given, sent", REQUESTS)
+def test_requests(target, given, sent):
+    model, _, family = target.partition("@")
+    given, sent, family = fields(given), fields(sent), family or "dashscope"
+    entry, rule = given.pop("entry", None), sent.pop("rule", None)
+    body, fired = to_upstream(given, model or "qwen3-max", family, entry)
+    assert rule is None or rule in fired
+    ids = [[call["id"] for call in turn.get("tool_calls", [])] for turn in body["messages"]]
+    assert all(len(set(found)) == len(found) for found in ids)
+    if family in ("portal", "dashscope"):
+        assert json.dumps(body).count("cache_control") <= 4
+        path = "/v1/" if family == "portal" else "/compatible-mode/v1/"
+        assert FakeQwen.refuse_chat(path, body, b"") is None
+    body["contents"] = [message["content"] for message in body["messages"]]
+    always = {"model", "stream", "stream_options", "messages", "contents"} - set(sent)
+    assert {name: value for name, value in body.items() if name not in always} == sent
 
 
-def test_explicit_wish_for_thinking_wins_over_forced_tool():
-    body, fired = to_upstream(
-        {
-            "tools": [TOOL, {"type": "function", "function": {"name": "g"}}],
-            "enable_thinking": True,
-            "tool_choice": {"type": "function", "function": {"name": "f"}},
-        },
-        "qwen3.7-plus",
-    )
-    assert (body["tool_choice"], body["enable_thinking"], body["tools"]) == ("auto", True, [TOOL])
-    assert "forced-tool" in fired and "f" in body["messages"][0]["content"]
+FORCED = {"model": "qwq-plus", "tools": [F], "tool_choice": "required"}
+EXTRA = {"seed": 3, "top_k": 1, "temperature": 0.5, "stream_options": {"include_usage": True}}
 
 
-def test_system_messages_are_one_with_all_their_text():
-    body, _ = to_upstream(
-        {
-            "messages": [
-                {"role": "developer", "content": "a"},
-                {"role": "user", "content": "u"},
-                {"role": "system", "content": "b"},
-            ]
-        }
-    )
-    assert body["messages"] == [
-        {"role": "system", "content": "a\n\nb"},
-        {"role": "user", "content": "u"},
-    ]
+def test_what_a_request_does_not_get_is_said(key_server, upstream, caplog):  # client 28
+    caplog.set_level(logging.INFO, "qwen_proxy")
+    upstream.script.extend([stream(*CALLS)] * 2)
+    for model, words in (
+        ("qwq-plus", "an instruction in the prompt"),
+        ("qwen3.7-plus", "no thinking"),
+    ):
+        assert chat(key_server, **{**FORCED, "model": model})[0] == 200 and words in caplog.text
+    assert "f" in upstream.bodies()[0]["messages"][0]["content"]
 
 
-def test_portal_gets_one_marked_system_message_and_images_stay():
-    body, _ = to_upstream({"messages": EVERYTHING["messages"]}, "coder-model", "portal")
-    assert body["messages"][0]["content"] == [
-        {
-            "type": "text",
-            "text": "Be brief. Grüße 你好 \u2028",
-            "cache_control": {"type": "ephemeral"},
-        }
-    ]
-    assert body["messages"][1] == EVERYTHING["messages"][1]
+def test_extra_body_sent_as_it_is_written_is_merged(key_server, upstream, caplog):
+    caplog.set_level(logging.DEBUG, "qwen_proxy")
+    _, _, data = chat(key_server, stream=True, top_k=2, temperature=None, extra_body=EXTRA)
+    sent = upstream.bodies()[0]
+    assert fields("seed=3, top_k=2, temperature=0.5").items() <= sent.items()
+    assert "extra_body" not in sent and "extra_body is merged: seed" in caplog.text
+    assert json.loads(data[-2])["usage"] == USAGE
+    assert chat(key_server, extra_body={"tools": 5})[0] == 400
 
 
-def test_settings_entry_gives_defaults_that_the_client_overrides():
-    config = {
-        "samplingParams": {"temperature": 0.1, "top_p": 0.2},
-        "extra_body": {"top_p": 0.3, "enable_thinking": True},
-    }
-    body, _ = to_upstream(
-        {"temperature": 0, "reasoning_effort": "none"}, "qwen3.7-plus", config=config
-    )
-    assert (body["temperature"], body["top_p"], body["enable_thinking"]) == (0, 0.3, False)
+def test_headers_of_the_client_and_of_the_entry(home, upstream, serve):
+    headers = {"X-Team": "blue", "Bad\nName": "x", "X-Bad": "a\r\nb"}
+    config = {"customHeaders": {**headers, "User-Agent": "mine"}}
+    settings(home, upstream, {"id": "a"}, {"id": "b", "generationConfig": config})
+    server, found = serve(), []
+    for model in "ab":
+        ask(server, {"messages": HI, "model": model}, headers={"User-Agent": "OpenAI/JS 6"})
+        found.append([upstream.requests[-1][1][name] for name in ("User-Agent", "X-Team", "X-Bad")])
+    ours = "OpenAI/JS 6 qwen_proxy/" + qp.__version__
+    assert found == [[ours, None, None], ["mine", "blue", None]]
 
 
-def test_custom_headers_of_the_entry_win(home, upstream, serve, monkeypatch):
-    entry = {
-        "id": "qwen3-max",
-        "baseUrl": upstream.dashscope,
-        "envKey": "K",
-        "generationConfig": {
-            "customHeaders": {
-                "X-Team": "blue",
-                "User-Agent": "mine",
-                "Bad\nName": "x",
-                "X-Bad": "a\r\nb",
-            }
-        },
-    }
-    (home / "settings.json").write_text(
-        json.dumps({"modelProviders": {"openai": [entry]}, "env": {"K": "sk-good-1"}})
-    )
-    assert chat(serve())[0] == 200
-    headers = upstream.requests[0][1]
-    assert (headers["X-Team"], headers["User-Agent"], headers["X-Bad"]) == ("blue", "mine", None)
-
-
-def test_user_agent_is_the_clients_and_ours(key_server, upstream):
-    ask(
-        key_server,
-        {"messages": [{"role": "user", "content": "x"}]},
-        headers={"User-Agent": "OpenAI/JS 6"},
-    )
-    assert upstream.requests[0][1]["User-Agent"] == "OpenAI/JS 6 qwen_proxy/" + qp.__version__
-
-
-TWO_TOOLS = [
-    {
-        "type": "function",
-        "function": {"name": name, "parameters": {"type": "object", "properties": {}}},
-    }
-    for name in "fg"
-]
-
-
-def call(call_id, name="f"):
-    return {
-        "role": "assistant",
-        "content": "",
-        "tool_calls": [
-            {"id": call_id, "type": "function", "function": {"name": name, "arguments": "{}"}}
-        ],
-    }
-
-
-def result(call_id, content):
-    return {"role": "tool", "tool_call_id": call_id, "content": content}
-
-
-@pytest.mark.parametrize(
-    "request_, sent",
-    [
-        (
-            {"tool_choice": "required", "tools": TWO_TOOLS},
-            {"tool_choice": "required", "enable_thinking": False},
-        ),
-        (
-            {"tool_choice": "required", "tools": TWO_TOOLS, "enable_thinking": True},
-            {"tool_choice": "auto", "enable_thinking": True},
-        ),
-        (
-            {"response_format": {"type": "json_object"}},
-            {"response_format": {"type": "json_object"}, "enable_thinking": False},
-        ),
-    ],
-)
-def test_thinking_of_the_settings_entry_is_a_default_and_gives_way(request_, sent):
-    body, _ = to_upstream(
-        request_, "qwen3.7-plus", "coding", {"extra_body": {"enable_thinking": True}}
-    )
-    assert {name: body.get(name) for name in sent} == sent
-
-
-@pytest.mark.parametrize(
-    "config, request_, sent",
-    [
-        ({"samplingParams": {"temperature": 0.5}}, {"temperature": None}, {"temperature": 0.5}),
-        (
-            {"extra_body": {"enable_thinking": True}},
-            {"reasoning_effort": None},
-            {"enable_thinking": True},
-        ),
-        (
-            {"samplingParams": {"max_tokens": 1000}},
-            {"max_completion_tokens": 8000},
-            {"max_tokens": 8000},
-        ),
-        (
-            {"extra_body": {"enable_thinking": True}},
-            {"chat_template_kwargs": {"enable_thinking": False}},
-            {"enable_thinking": False},
-        ),
-        (
-            {"reasoning": False},
-            {"chat_template_kwargs": {"enable_thinking": True}},
-            {"enable_thinking": True},
-        ),
-    ],
-)
-def test_defaults_of_the_entry_stand_only_where_the_client_says_nothing(config, request_, sent):
-    body, _ = to_upstream(request_, "qwen3.7-plus", "dashscope", config)
-    assert {name: body.get(name) for name in sent} == sent
-
-
-@pytest.mark.parametrize(
-    "messages, contents",
-    [
-        (
-            [call("c"), *HI, call("c", "g"), result("c", "of g")],
-            ["(no result: the call was interrupted)", "of g"],
-        ),
-        ([call("c"), result("c", "one"), call("c", "g"), result("c", "two")], ["one", "two"]),
-        ([result("c", "early"), call("c")], ["early"]),
-        ([call("c"), *HI, result("c", "late")], ["late"]),
-    ],
-)
-def test_an_answer_belongs_to_the_nearest_call_of_its_id(messages, contents):
-    body, _ = to_upstream({"messages": [*HI, *messages]})
-    assert [
-        message["content"] for message in body["messages"] if message["role"] == "tool"
-    ] == contents
-
-
-def two_calls(*ids):
-    return {**call(ids[0]), "tool_calls": [call(call_id)["tool_calls"][0] for call_id in ids]}
-
-
-@pytest.mark.parametrize(
-    "messages, order",
-    [
-        (
-            [
-                two_calls("a", "b"),
-                result("a", "1"),
-                {"role": "assistant", "content": "."},
-                result("b", "2"),
-            ],
-            [".", "", "1", "2"],
-        ),
-        (
-            [call("a"), result("a", "1"), {"role": "assistant", "content": "."}, result("a", "1")],
-            ["", "1", "."],
-        ),
-        ([call("a"), {"role": "assistant", "content": "."}, result("a", "1")], [".", "", "1"]),
-        ([call("a"), result("a", "1"), {"role": "assistant", "content": "."}], ["", "1", "."]),
-        ([{"role": "assistant", "content": "."}, result("orphan", "2")], ["."]),
-        (
-            [
-                two_calls("a", "b"),
-                result("a", "1"),
-                {"role": "assistant", "content": "."},
-                result("b", "2"),
-                {"role": "user", "content": "and?"},
-            ],
-            [".", "", "1", "2", "and?"],
-        ),
-        (
-            [
-                call("a"),
-                {"role": "user", "content": "wait"},
-                {"role": "assistant", "content": "."},
-                result("a", "1"),
-            ],
-            ["", "1", "wait", "."],
-        ),
-    ],
-)
-def test_what_the_assistant_says_between_results_goes_before_the_calls(messages, order):
-    body, _ = to_upstream({"messages": [*HI, *messages]})
-    assert [message["content"] for message in body["messages"][1:]] == order
-
-
-def test_calls_results_and_tools_in_anthropics_shapes_are_understood(key_server, upstream):
-    text = {"type": "text", "text": "I look."}
-    tool_use = {"type": "tool_use", "id": "tu_1", "name": "f", "input": {"city": "Köln"}}
-    tool_result = {
-        "type": "tool_result",
-        "tool_use_id": "tu_1",
-        "content": [{"type": "text", "text": "sunny"}],
-    }
-    status, _, _ = chat(
-        key_server,
-        tools=[
-            {"name": "f", "description": "d", "input_schema": {"type": "object", "properties": {}}}
-        ],
-        tool_choice={"type": "any"},
-        messages=[
-            *HI,
-            {"role": "assistant", "content": [text, tool_use]},
-            {"role": "user", "content": [tool_result, {"type": "text", "text": "And?"}]},
-        ],
-    )
-    body = upstream.bodies()[0]
-    assert status == 200 and body["tool_choice"] == "required"
-    assert body["tools"] == [
-        {
-            "type": "function",
-            "function": {
-                "name": "f",
-                "description": "d",
-                "parameters": {"type": "object", "properties": {}},
-            },
-        }
-    ]
-    assert body["messages"][1:] == [
-        {
-            "role": "assistant",
-            "content": "I look.",
-            "tool_calls": [
-                {
-                    "id": "tu_1",
-                    "type": "function",
-                    "function": {"name": "f", "arguments": '{"city": "Köln"}'},
-                }
-            ],
-        },
-        {"role": "tool", "tool_call_id": "tu_1", "content": [{"type": "text", "text": "sunny"}]},
-        {"role": "user", "content": [{"type": "text", "text": "And?"}]},
-    ]
-
-
-@pytest.mark.parametrize(
-    "odd", [{"messages": 5}, {"messages": "hi"}, {"messages": [1]}, {"messages": [{"name": None}]}]
-)
-def test_odd_messages_beside_a_prompt_are_no_500(key_server, odd):
-    assert ask(key_server, {"prompt": "x", **odd}, path="/v1/completions")[0] == 200
+@pytest.mark.parametrize("messages", [5, "hi", [1], [{"name": None}]])
+def test_odd_messages_beside_a_prompt_are_no_500(key_server, messages):
+    request = {"prompt": "x", "messages": messages}
+    assert ask(key_server, request, path="/v1/completions")[0] == 200
 
 
 def test_a_text_completion_is_not_repaired_in_words(key_server, upstream):
-    upstream.script.append(
-        refusal("Json mode response is not supported when enable_thinking is true")
-    )
-    assert (
-        ask(
-            key_server,
-            {"prompt": "x", "enable_thinking": True, **JSON_PLEASE},
-            path="/v1/completions",
-        )[0]
-        == 400
-    )
-
-
-def test_results_without_ids_belong_to_the_turn_before_them():
-    calls = [
-        {
-            "role": "assistant",
-            "content": "",
-            "tool_calls": [{"type": "function", "function": {"name": name, "arguments": "{}"}}],
-        }
-        for name in "fg"
-    ]
-    body, _ = to_upstream(
-        {"messages": [*HI, calls[0], *HI, calls[1], {"role": "tool", "content": "of g"}, *HI]}
-    )
-    assert [message["content"] for message in body["messages"] if message["role"] == "tool"] == [
-        "(no result: the call was interrupted)",
-        "of g",
-    ]
-
-
-def test_calls_and_results_without_ids_find_each_other():
-    calls = [{"type": "function", "function": {"name": name, "arguments": "{}"}} for name in "fg"]
-    body, _ = to_upstream(
-        {
-            "messages": [
-                *HI,
-                {"role": "assistant", "content": "", "tool_calls": calls},
-                {"role": "tool", "content": "of f"},
-                {"role": "tool", "tool_call_id": None, "content": "of g"},
-            ]
-        }
-    )
-    messages = body["messages"][1:]
-    assert [message["content"] for message in messages] == ["", "of f", "of g"]
-    assert [call["id"] for call in messages[0]["tool_calls"]] == [
-        message["tool_call_id"] for message in messages[1:]
-    ]
-    assert len({call["id"] for call in messages[0]["tool_calls"]}) == 2
-
-
-@pytest.mark.parametrize("model, is_kept", [("qwen3-coder-plus", False), ("qwen3.7-plus", True)])
-def test_thoughts_go_back_only_to_models_that_think(model, is_kept):
-    body, _ = to_upstream(
-        {"messages": [*HI, {"role": "assistant", "content": "a", "reasoning": "hm"}, *HI]}, model
-    )
-    assert body["messages"][1] == {
-        "role": "assistant",
-        "content": "a",
-        **({"reasoning_content": "hm"} if is_kept else {}),
-    }
-
-
-def test_nulls_that_mean_not_set_are_left_out_and_those_that_are_values_stay():
-    schema = {
-        "type": "object",
-        "title": None,
-        "properties": {
-            "a": {"type": "string", "description": None, "default": None, "enum": [None, "x"]}
-        },
-    }
-    body, _ = to_upstream(
-        {
-            "messages": [
-                {"role": "user", "content": "Hi", "name": None},
-                {"role": "assistant", "content": None, "function_call": None},
-                *HI,
-            ],
-            "tools": [
-                {
-                    "type": "function",
-                    "strict": None,
-                    "function": {"name": "f", "parameters": schema},
-                }
-            ],
-            "response_format": {
-                "type": "json_schema",
-                "json_schema": {"name": "json", "strict": None, "schema": {"default": None}},
-            },
-        }
-    )
-    assert body["messages"][1:3] == [
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": ""},
-    ]  # behind 'Answer in JSON.'
-    assert body["tools"] == [
-        {
-            "type": "function",
-            "function": {
-                "name": "f",
-                "parameters": {
-                    "type": "object",
-                    "properties": {"a": {"type": "string", "default": None, "enum": [None, "x"]}},
-                },
-            },
-        }
-    ]
-    assert body["response_format"]["json_schema"] == {"name": "json", "schema": {"default": None}}
-
-
-def test_the_marker_that_the_portal_wants_is_never_the_surplus_one():
-    marker = {"cache_control": {"type": "ephemeral"}}
-    body, _ = to_upstream(
-        {
-            "tools": [{**TWO_TOOLS[0], **marker}],
-            "messages": [
-                {
-                    "role": "user",
-                    "content": [
-                        {"type": "text", "text": str(number), **marker} for number in range(5)
-                    ],
-                }
-            ],
-        },
-        "coder-model",
-        "portal",
-    )
-    assert (
-        "cache_control" in body["messages"][0]["content"][0]
-        and json.dumps(body).count("cache_control") == 4
-    )
+    words = "Json mode response is not supported when enable_thinking is true"
+    upstream.script.append(refusal(words))
+    request = {"prompt": "x", "enable_thinking": True, **JSON_PLEASE}
+    assert ask(key_server, request, path="/v1/completions")[0] == 400
 
 
 def test_nothing_but_orphans_is_refused_by_name(key_server, upstream):
-    status, _, body = ask(
-        key_server, {"messages": [result("c", "x")], "response_format": {"type": "json_object"}}
-    )
-    assert status == 400 and b"only tool results" in body and upstream.requests == []
+    status, _, body = chat(key_server, messages=[result("c", "x")], response_format=JSON_OBJECT)
+    assert status == 400 and "only tool results" in body["error"]["message"]
+    assert upstream.requests == []
 
 
-@pytest.mark.parametrize(
-    "model, sent",
-    [
-        ("qwen3-235b-a22b-thinking-2507", None),
-        ("qwen3-vl-32b-thinking", None),
-        ("qwen3-32b", False),
-    ],
-)
-def test_models_that_only_think_are_not_told_to_stop(model, sent):
-    body, _ = to_upstream({"response_format": {"type": "json_object"}}, model)
-    assert body.get("enable_thinking") is sent and ("response_format" in body) == (sent is False)
-
-
-@pytest.mark.parametrize(
-    "role, model, family, more, is_flat",
-    [
-        ("assistant", "qwen3-max", "dashscope", {}, True),
-        ("assistant", "coder-model", "portal", {}, True),
-        ("assistant", "qwen3-max", "dashscope", {"cache_control": {"type": "ephemeral"}}, False),
-        ("assistant", "x/y", "openrouter", {}, False),
-        ("user", "qwen3-max", "dashscope", {}, False),
-        ("user", "deepseek-v4-pro", "deepseek", {}, True),
-        ("user", "glm-5.1", "dashscope", {}, True),
-    ],
-)
-def test_text_parts_become_one_string_where_parts_are_lost_or_refused(
-    role, model, family, more, is_flat
-):
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b", **more}]
-    body, fired = to_upstream(
-        {"messages": [*HI, {"role": role, "content": parts}, *HI]}, model, family
-    )
-    found = [message["content"] for message in body["messages"] if message["role"] == role][
-        -2 if role == "user" else 0
-    ]
-    assert found == ("a\nb" if is_flat else parts) and ("flat-content" in fired) == is_flat
-
-
-def test_small_print_of_the_requests():
-    marker = {"cache_control": {"type": "ephemeral"}}
-    parts = [{"type": "text", "text": name} for name in "ab"]
-    body, _ = to_upstream(
-        {"messages": [{"role": "system", "content": parts}, *HI]}, "coder-model", "portal"
-    )
-    assert ["cache_control" in part for part in body["messages"][0]["content"]] == [True, False]
-    body, _ = to_upstream(
-        {
-            "tools": [{**TWO_TOOLS[0], **marker}],
-            "messages": [
-                {
-                    "role": "user",
-                    "content": [
-                        {"type": "text", "text": str(number), **marker} for number in range(4)
-                    ],
-                }
-            ],
-        }
-    )
-    assert json.dumps(body).count("cache_control") == 4
-    body, _ = to_upstream({"reasoning": {"effort": "high", "exclude": True}}, "x/y", "openrouter")
-    assert body["reasoning"] == {"effort": "high", "exclude": True}
-    body, _ = to_upstream(
-        {
-            "messages": [{"role": "user", "content": [{"type": "text", "text": "x", **marker}]}],
-            "tools": TWO_TOOLS,
-        },
-        "glm-5",
-    )
-    assert body["messages"][0]["content"][0]["cache_control"]
-    search = qp.ResponseRequest(
-        {"input": "Hi", "tools": [{"type": "web_search"}]}, qp.ItemMemory()
-    ).chat
-    assert "web_search_options" not in to_upstream(search, "x/y", "openrouter")[0]
-    assert (
-        "web_search_options"
-        not in qp.ResponseRequest(
-            {"input": "Hi", "tools": [{"type": "web_search"}], "tool_choice": "none"},
-            qp.ItemMemory(),
-        ).chat
-    )
+def test_half_a_surrogate_pair_is_no_character():
     assert json.loads(qp.encode_json({"a": "\ud83d", "b": "ü"})) == {"a": "\ufffd", "b": "ü"}
 
 
@@ -4292,361 +3591,28 @@ def test_small_print_of_the_requests():
 # ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "refusal_, status, code",
-    [
-        (
-            (402, '{"error":{"message":"Insufficient credits","code":402}}'),
-            429,
-            "insufficient_quota",
-        ),
-        (
-            (
-                0,
-                "<400> InternalError.Algo.InvalidParameter: Range of input length should be [1, 983616]",
-            ),
-            400,
-            "context_length_exceeded",
-        ),
-        ((400, '{"error":{"code":"1302","message":"busy"}}'), 429, "rate_limit_exceeded"),
-        (
-            (0, '{"error":{"code":"ModelServingError","message":"Too many requests"}}'),
-            503,
-            "ModelServingError",
-        ),
-        (
-            (0, '{"error":{"code":"Model.AccessDenied","message":"no access"}}'),
-            403,
-            "Model.AccessDenied",
-        ),
-        ((502, "<html><title>busy</title></html>"), 503, "html"),
-    ],
-)
-def test_refusals_that_a_review_found_misread(refusal_, status, code):
-    error = qp.to_upstream_error(qp.Refusal.read(*refusal_), qp.FAMILIES["openrouter"])
-    assert (error.status, error.code) == (status, code)
-
-
-def one_call(arguments, finish_reason, name="f"):
-    return [HELLO[0], chunk(tool_call(0, "c1", name, arguments)), chunk({}, finish_reason), DONE]
-
-
-@pytest.mark.parametrize(
-    "events, finish_reason, calls",
-    [
-        (one_call("", "length"), "length", ["{}"]),
-        (one_call("{}", "length"), "tool_calls", ["{}"]),
-        (one_call('{"a": "b', "tool_calls"), "length", ['{"a": "b']),
-        (one_call('{"a": "b', "stop"), "length", ['{"a": "b']),
-        (one_call("{}", "tool_calls", None), "stop", []),
-        (one_call("", "stop"), "tool_calls", ["{}"]),
-        (
-            [
-                HELLO[0],
-                chunk(tool_call(0, "c1", "f", '{"a":1}')),
-                chunk(tool_call(0, "c1", "f", "\n")),
-                *END,
-            ],
-            "tool_calls",
-            ['{"a":1}\n'],
-        ),
-        (
-            [
-                HELLO[0],
-                chunk({"tool_calls": [{"id": "c1", "function": {"name": "f"}}]}),
-                chunk({"tool_calls": [{"index": 0, "function": {"arguments": '{"a":1}'}}]}),
-                *END,
-            ],
-            "tool_calls",
-            ['{"a":1}'],
-        ),
-        (
-            [
-                HELLO[0],
-                chunk(tool_call(0, "c1", "f", "{}"), "tool_calls"),
-                chunk(tool_call(1, "c2", "g", "{}"), "tool_calls"),
-                DONE,
-            ],
-            "tool_calls",
-            ["{}", "{}"],
-        ),
-    ],
-)
-def test_calls_that_a_review_found_wrong(events, finish_reason, calls):
-    choice = collect(translate([b"".join(events)]))["choices"][0]
-    assert choice["finish_reason"] == finish_reason
-    assert [
-        each["function"]["arguments"] for each in choice["message"].get("tool_calls", [])
-    ] == calls
-
-
-def test_text_that_is_held_comes_before_the_call():
-    chunks = translate([b"".join([HELLO[0], chunk({"content": "\n\n"}), *CALLS[1:]])])
-    kinds = [
-        name
-        for value in chunks
-        for choice in value["choices"]
-        for name in ("content", "tool_calls")
-        if choice["delta"].get(name)
-    ]
-    assert kinds[0] == "content" and "content" not in kinds[1:]
-
-
-@pytest.mark.parametrize(
-    "events, text",
-    [
-        ([*HELLO[:5], b'data: {"choices":[],"usa'], "Hello, wörld"),
-        ([event.replace(b"data: ", b"data:  ") for event in HELLO], "Hello, wörld"),
-        (
-            [HELLO[0], chunk({"content": "Hel"}, "stop"), chunk({"content": "lo"}, "stop"), DONE],
-            "Hello",
-        ),
-    ],
-)
-def test_answers_that_a_review_found_lost(events, text):
-    chunks = translate([b"".join(events)])
-    assert text_in(chunks) == text
-    assert [choice["finish_reason"] for value in chunks for choice in value["choices"]][
-        -1
-    ] == "stop"
-    assert (
-        sum(choice["finish_reason"] is not None for value in chunks for choice in value["choices"])
-        == 1
-    )
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [
-        {
-            "data": [{"index": None, "embedding": [1e300]}],
-            "usage": {"prompt_tokens": "x", "total_tokens": []},
-        },
-        {"data": [{"embedding": [1.0]}], "usage": {"total_tokens": 3}},
-        {"data": [{"index": 0, "embedding": ["x"]}]},
-    ],
-)
-def test_odd_embeddings_are_no_500(key_server, upstream, answer):
-    answers = []
-    out = argparse.Namespace(send_json=lambda status, value: answers.append(value))
-    for is_base64 in (False, True):
-        decoder = qp.EmbeddingsDecoder(1, qp.FAMILIES["dashscope"], qp.Budget())
-        writer = qp.EmbeddingsWriter(out, "m", is_base64)
-        decoder.sink = writer.part(0)
-        try:
-            decoder.feed(json.dumps(answer).encode())
-            decoder.close()
-            writer.close(None)
-            assert answers.pop()["usage"]["prompt_tokens"] == 0
-        except qp.UpstreamError as error:
-            assert "no list of numbers" in str(error)
-
-
 def test_clean_stream_has_the_canonical_shape():
     chunks = translate([b"".join(HELLO)])
-    assert [value["choices"][0]["delta"] for value in chunks[:-1]] == [
-        {"role": "assistant", "content": ""},
-        {"content": "Hel"},
-        {"content": "lo, "},
-        {"content": "wörld"},
-        {},
-    ]
+    deltas = [value["choices"][0]["delta"] for value in chunks[:-1]]
+    said = [{"content": text} for text in ("Hel", "lo, ", "wörld")]
+    assert deltas == [{"role": "assistant", "content": ""}, *said, {}]
     assert chunks[-2]["choices"][0]["finish_reason"] == "stop"
     assert (chunks[-1]["choices"], chunks[-1]["usage"]) == ([], USAGE)
-    assert {
-        (value["id"], value["created"], value["model"], value["object"]) for value in chunks
-    } == {("chatcmpl-1", 1790000000, "qwen3.7-plus", "chat.completion.chunk")}
+    facts = {
+        tuple(value[name] for name in ("id", "created", "model", "object")) for value in chunks
+    }
+    assert facts == {("chatcmpl-1", 1790000000, "qwen3.7-plus", "chat.completion.chunk")}
 
 
 def test_unchanged_chunks_go_out_as_the_bytes_that_came(key_server, upstream):
-    odd = b'{"model":"qwen3-max", "id":"i","object":"chat.completion.chunk","created":1,"x":0.10,"choices":[{"index":0,"delta":{"content":"%s"},"finish_reason":null}]}'
-    pieces = [b"data: %s\n\n" % (odd % word) for word in (b"one", b"two", b"\\u0074hree")]
-    upstream.script.append(
-        stream(
-            pieces[0].replace(b'{"content"', b'{"role":"assistant","content"'),
-            *pieces[1:],
-            chunk({}, "stop", id="i", created=1),
-            DONE,
-        )
+    odd = (
+        b'{"model":"qwen3-max", "id":"i","object":"chat.completion.chunk","created":1,"x":0.10,'
+        b'"choices":[{"index":0,"delta":{%s"content":"%s"},"finish_reason":null}]}'
     )
-    _, _, data = chat(key_server, stream=True)
-    assert data[2] == (odd % b"\\u0074hree").decode()
-
-
-TOOL_DELTAS = {
-    "as documented": CALLS,
-    "no index, id repeated": [
-        chunk(
-            {
-                "role": "assistant",
-                "tool_calls": [{"id": i, "function": {"name": n, "arguments": a}}],
-            }
-        )
-        for i, n, a in (
-            ("call_a", "get_weather", '{"city"'),
-            ("call_a", "get_weather", ': "Paris"}'),
-            ("call_b", "get_time", "{}"),
-        )
-    ]
-    + [chunk({}, "tool_calls"), DONE],
-    "one index for two calls": [
-        chunk(tool_call(0, "call_a", "get_weather", '{"city": "Paris"}')),
-        chunk(tool_call(0, "call_b", "get_time", "{}")),
-        chunk({}, "stop"),
-        DONE,
-    ],
-    "index from 1": [
-        chunk(tool_call(1, "call_a", "get_weather", '{"city": "Paris"}')),
-        chunk(tool_call(2, "call_b", "get_time", "")),
-        chunk({}, "stop"),
-        DONE,
-    ],
-    "two in one chunk": [
-        chunk(
-            {
-                "tool_calls": tool_call(0, "call_a", "get_weather", '{"city": "Paris"}')[
-                    "tool_calls"
-                ]
-                + tool_call(1, "call_b", "get_time", "{}")["tool_calls"]
-            }
-        ),
-        chunk({}, "stop"),
-        DONE,
-    ],
-    "same index in one chunk": [
-        chunk(
-            {
-                "tool_calls": tool_call(0, "call_a", "get_weather", '{"city": "Paris"}')[
-                    "tool_calls"
-                ]
-                + tool_call(0, "call_b", "get_time", "{}")["tool_calls"]
-            }
-        ),
-        chunk({}, "stop"),
-        DONE,
-    ],
-    "arguments before the name": [
-        chunk(tool_call(0, "call_a", None, '{"city"')),
-        chunk(tool_call(0, "", "get_weather", ': "Paris"}')),
-        chunk(tool_call(1, "call_b", "get_time", None)),
-        chunk({}, "stop"),
-        DONE,
-    ],
-    "arguments as an object": [
-        chunk(tool_call(0, "call_a", "get_weather", {"city": "Paris"})),
-        chunk(tool_call(1, "call_b", "get_time", {})),
-        chunk({}, "stop"),
-        DONE,
-    ],
-    "the whole call replayed": [chunk(tool_call(0, "call_a", "get_weather", '{"city": "Paris"}'))]
-    * 2
-    + [chunk(tool_call(1, "call_b", "get_time", "{}")), chunk({}, "stop"), DONE],
-    "a name that comes late": [
-        chunk(tool_call(5, "call_x", None, "")),
-        chunk(tool_call(0, "call_a", "get_weather", '{"city": "Paris"}')),
-        chunk(tool_call(1, "call_b", "get_time", "{}")),
-        chunk({}, "stop"),
-        DONE,
-    ],
-    "in the finish chunk": [
-        chunk(
-            {
-                "tool_calls": tool_call(0, "call_a", "get_weather", '{"city": "Paris"}')[
-                    "tool_calls"
-                ]
-                + tool_call(1, "call_b", "get_time", "{}")["tool_calls"]
-            },
-            "stop",
-        ),
-        DONE,
-    ],
-    "the whole call replayed in other blanks": [
-        chunk(tool_call(0, "call_a", "get_weather", blanks))
-        for blanks in ('{"city": "Paris"}', '{"city":"Paris"}')
-    ]
-    + [chunk(tool_call(1, "call_b", "get_time", "{}")), chunk({}, "stop"), DONE],
-    "truncated by length, but whole": [
-        chunk(tool_call(0, "call_a", "get_weather", '{"city": "Paris"}')),
-        chunk(tool_call(1, "call_b", "get_time", "{}")),
-        chunk({}, "length"),
-        DONE,
-    ],
-}
-
-
-@pytest.mark.parametrize("name", sorted(TOOL_DELTAS))
-def test_tool_calls_are_rebuilt(name):
-    chunks = translate([b"".join(TOOL_DELTAS[name])])
-    deltas = [
-        choice["delta"]["tool_calls"]
-        for value in chunks
-        for choice in value["choices"]
-        if "tool_calls" in choice["delta"]
-    ]
-    assert all(len(entries) == 1 for entries in deltas)
-    firsts = [entries[0] for entries in deltas if "id" in entries[0]]
-    assert [
-        (entry["index"], entry["id"], entry["type"], entry["function"]["name"]) for entry in firsts
-    ] == [(0, "call_a", "function", "get_weather"), (1, "call_b", "function", "get_time")]
-    assert all(
-        set(entries[0]) == {"index", "function"} and set(entries[0]["function"]) == {"arguments"}
-        for entries in deltas
-        if "id" not in entries[0]
-    )
-    choice = collect(chunks)["choices"][0]
-    assert [
-        json.loads(call["function"]["arguments"]) for call in choice["message"]["tool_calls"]
-    ] == [{"city": "Paris"}, {}]
-    assert choice["finish_reason"] == "tool_calls"
-
-
-def test_missing_and_duplicate_ids_become_unique():
-    chunks = translate(
-        [
-            chunk(tool_call(0, None, "f", "{}")),
-            chunk(tool_call(1, "same", "g", "{}")),
-            chunk(tool_call(2, "same", "h", "{}")),
-            chunk({}, "stop"),
-            DONE,
-        ]
-    )
-    ids = [call["id"] for call in collect(chunks)["choices"][0]["message"]["tool_calls"]]
-    assert len(set(ids)) == 3 and all(ids)
-
-
-def test_legacy_functions_come_back_as_function_call():
-    completion = collect(
-        translate(
-            [chunk(tool_call(0, "a", "f", "{}")), chunk({}, "stop"), DONE],
-            {"functions": [{"name": "f"}]},
-        )
-    )
-    assert completion["choices"][0]["message"]["function_call"] == {"name": "f", "arguments": "{}"}
-    assert completion["choices"][0]["finish_reason"] == "function_call"
-
-
-def test_thinking_comes_first_and_never_beside_text():
-    chunks = translate(
-        [
-            chunk({"role": "assistant", "content": None, "reasoning_content": "a"}),
-            chunk({"reasoning": "b", "content": ""}),
-            chunk({"reasoning_content": "c", "content": "d"}),
-            chunk({"content": "e"}, "stop"),
-            DONE,
-        ]
-    )
-    assert (text_in(chunks, "reasoning_content"), text_in(chunks)) == ("abc", "de")
-    assert all(
-        not {"content", "reasoning_content"} <= set(choice["delta"])
-        for value in chunks
-        for choice in value["choices"]
-    )
-    message = collect(chunks)["choices"][0]["message"]
-    assert (message["reasoning_content"], message["content"]) == ("abc", "de")
-
-
-def deltas_of(*texts):
-    return [chunk({"content": text}) for text in texts] + [chunk({}, "stop"), DONE]
+    words = [(b'"role":"assistant",', b"one"), (b"", b"two"), (b"", b"\\u0074hree")]
+    pieces = [b"data: %s\n\n" % (odd % word) for word in words]
+    upstream.script.append(stream(*pieces, chunk({}, "stop", id="i", created=1), DONE))
+    assert chat(key_server, stream=True)[2][2] == (odd % words[2]).decode()
 
 
 def event(value, **more):
@@ -4654,371 +3620,246 @@ def event(value, **more):
     return b"data: " + json.dumps({**value, **more}, ensure_ascii=False).encode() + b"\n\n"
 
 
-def bare(delta, finish_reason=None, **more):
-    return event(
-        {
-            "id": "x",
-            "object": "chat.completion.chunk",
-            "created": 1,
-            "model": "m",
-            "choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}],
-            **more,
-        }
-    )
+def again(events, **more):
+    """The events with other values for some of their names."""
+    return [data if data == DONE else event(json.loads(data[6:]), **more) for data in events]
 
 
-def without(data, *names):
-    """The event without some of its names, of the chunk and of its choice."""
-    value = json.loads(data[len(b"data: ") :])
-    for part in (value, value["choices"][0]):
-        for name in names:
+def without(events, *names):
+    """The events without some of their names, of the chunk and of its choice."""
+    values = [json.loads(data[len(b"data: ") :]) for data in events]
+    for value in values:
+        for part, name in itertools.product((value, value["choices"][0]), names):
             part.pop(name, None)
-    return event(value)
+    return [event(value) for value in values]
 
 
-def whole(message=None, finish_reason="stop", **more):
-    """A completion that was not streamed."""
-    value = {
-        "id": "x",
-        "object": "chat.completion",
-        "created": 1,
-        "model": "m",
-        "usage": USAGE,
-        "choices": [
-            {
-                "index": 0,
-                "message": message or {"role": "assistant", "content": "Hello, wörld"},
-                "finish_reason": finish_reason,
-            }
-        ],
-    }
-    value.update(more)
-    return [
-        json.dumps(
-            {name: item for name, item in value.items() if item != "absent"}, ensure_ascii=False
-        ).encode()
-    ]
+def delta(finish_reason=None, **names):
+    return chunk(names, finish_reason)
 
 
-TEXT_PIECES = ["Hel", "lo, ", "wörld"]
-DELTAS = [chunk({"content": text}) for text in TEXT_PIECES]
-ROLE = chunk({"role": "assistant", "content": ""})
+def texts(*said, name="content", **more):
+    return [chunk({name: text}, **more) for text in said]
+
+
+def end(reason="stop", **usage):
+    return [chunk({}, reason), chunk(usage={**USAGE, **usage}), DONE]
+
+
+def stop(reason="stop", **more):
+    """An end without usage, unless it is more=."""
+    return [chunk({}, reason, **more), DONE]
+
+
+def tool(*call, reason=None):
+    """The delta of a call: its index, id, name and arguments."""
+    return chunk(tool_call(*call), reason)
+
+
+def calling(*calls, reason=None):
+    """A delta of several calls, each a dict or what tool() takes."""
+    entries = [x if isinstance(x, dict) else tool_call(*x)["tool_calls"][0] for x in calls]
+    return chunk({"tool_calls": entries}, reason)
+
+
+def bare_call(name, arguments=None, **more):
+    return {**more, "function": {"name": name, "arguments": arguments}}
+
+
+def whole(content="Hello, wörld", finish_reason="stop", message=None, **more):
+    """A completion that was not streamed; message= holds more of it, ABSENT is left out."""
+    message = {"role": "assistant", "content": content, **(message or {})}
+    choice = {"index": 0, "message": message, "finish_reason": finish_reason}
+    value = {"id": "x", "object": "chat.completion", "created": 1, "model": "m", "usage": USAGE}
+    value.update({"choices": [choice], **more})
+    for part in (value, choice, message):
+        for name in [name for name in part if part[name] is ABSENT]:
+            del part[name]
+    return json.dumps(value, ensure_ascii=False).encode()
+
+
+DELTAS = texts("Hel", "lo, ", "wörld")
 NATIVE = b'id:1\nevent:error\n:HTTP_STATUS/429\ndata:{"request_id":"r-1","code":"Throttling.AllocationQuota","message":"%s"}\n\n'
-MINUTE, FREE = (
-    b"Allocated quota exceeded, please increase your quota limit.",
-    b"Free allocated quota exceeded.",
-)
-ERROR_FINISH = {"content": (NATIVE % FREE).decode().strip()}
-CALL = tool_call(0, "call_a", "get_weather", '{"city": "Paris"}')
-
-# What upstreams send instead of a clean answer, and what must come of it: by default the text and usage of HELLO.
-# Sources: Model Studio's streaming pages, qwen-code and hermes-agent issues; each has been seen somewhere.
-DIRTY = {
-    # ordinary answers in DashScope's ways
-    "plain": (HELLO, {}),
-    "thoughts with content null": (
-        [chunk({"role": "assistant", "content": None, "reasoning_content": "Hm"}), *DELTAS, *END],
-        {"reasoning": "Hm"},
-    ),
-    "thoughts with content empty": (
-        [chunk({"role": "assistant", "content": "", "reasoning_content": "Hm"}), *DELTAS, *END],
-        {"reasoning": "Hm"},
-    ),
-    "thoughts called reasoning": (
-        [chunk({"role": "assistant", "reasoning": "Hm"}), *DELTAS, *END],
-        {"reasoning": "Hm"},
-    ),
-    "thoughts and text in one delta": (
-        [chunk({"reasoning_content": "Hm", "content": "Hel"}), *DELTAS[1:], *END],
-        {"reasoning": "Hm"},
-    ),
-    "model of another name": (
-        [event(json.loads(data[6:]), model="glm-4.7") if data != DONE else data for data in HELLO],
-        {},
-    ),
-    "usage before the finish": ([*DELTAS, chunk(usage=USAGE), chunk({}, "stop"), DONE], {}),
-    "usage on the finish chunk": ([*DELTAS, chunk({}, "stop", usage=USAGE), DONE], {}),
-    "usage on every chunk": (
-        [chunk({"content": text}, usage={**USAGE, "completion_tokens": 1}) for text in TEXT_PIECES]
-        + [chunk({}, "stop", usage=USAGE), chunk(usage=USAGE), DONE],
-        {},
-    ),
-    "usage in floats, a part missing": (
-        [
-            *DELTAS,
-            chunk({}, "stop"),
-            chunk(usage={"prompt_tokens": 9.0, "completion_tokens": 3.0}),
-            DONE,
-        ],
-        {},
-    ),
-    "usage empty": ([*DELTAS, chunk({}, "stop", usage={}), DONE], {"usage": None}),
-    "cached tokens at the top": (
-        [*DELTAS, chunk({}, "stop"), chunk(usage={**USAGE, "cached_tokens": 4}), DONE],
-        {"usage": {**USAGE, "cached_tokens": 4, "prompt_tokens_details": {"cached_tokens": 4}}},
-    ),
-    "finish reason as the word null": (
-        [chunk({"content": text}, "null") for text in TEXT_PIECES] + END,
-        {},
-    ),
-    "finish reason empty": ([chunk({"content": text}, "") for text in TEXT_PIECES] + END, {}),
-    "several finish chunks": (
-        [*DELTAS, chunk({}, "stop"), chunk({"content": ""}, "stop"), chunk(usage=USAGE), DONE],
-        {},
-    ),
-    "text in the finish chunk": (
-        [*DELTAS[:2], chunk({"content": "wörld"}, "stop"), chunk(usage=USAGE), DONE],
-        {},
-    ),
-    "length": (
-        [*DELTAS, chunk({}, "length"), chunk(usage=USAGE), DONE],
-        {"finish_reason": "length"},
-    ),
-    "content filter": (
-        [*DELTAS, chunk({}, "content_filter"), chunk(usage=USAGE), DONE],
-        {"finish_reason": "content_filter"},
-    ),
-    # content
-    "cumulative text": (
-        [
-            chunk({"content": "The quick brown fox jumps over the lazy dog"[:end]})
-            for end in (9, 15, 25, 34, 43)
-        ]
-        + END,
-        {"content": "The quick brown fox jumps over the lazy dog"},
-    ),
-    "cumulative thoughts": (
-        [
-            chunk({"reasoning_content": "Let me think about the question"[:end]})
-            for end in (8, 15, 25, 31)
-        ]
-        + DELTAS
-        + END,
-        {"reasoning": "Let me think about the question"},
-    ),
-    "a think tag": (
-        deltas_of("<think>", "Hm", "</think>", *TEXT_PIECES)[:-2] + END,
-        {"reasoning": "Hm"},
-    ),
-    "a thinking tag, cut": (
-        deltas_of("<thin", "king>H", "m</think", "ing>\n\n", *TEXT_PIECES)[:-2] + END,
-        {"reasoning": "Hm"},
-    ),
-    "a lone closing tag": (deltas_of("</think>\n\n", *TEXT_PIECES)[:-2] + END, {}),
-    "content null throughout": (
-        [
-            chunk({"role": "assistant", "content": None}),
-            chunk({"content": None}, "stop"),
-            chunk(usage=USAGE),
-            DONE,
-        ],
-        {"content": ""},
-    ),
-    "content as parts": (
-        [chunk({"content": [{"type": "text", "text": "Hello, wörld"}]}), *END],
-        {},
-    ),
-    # framing
-    "no space after data": ([data.replace(b"data: ", b"data:") for data in HELLO], {}),
-    "CRLF": ([b"".join(HELLO).replace(b"\n", b"\r\n")], {}),
-    "CR": ([b"".join(HELLO).replace(b"\n", b"\r")], {}),
-    "comments, ids, names, retry": (
-        [
-            b": keep-alive\n\nretry: 100\n\nid:%d\nevent:result\n:HTTP_STATUS/200\n" % number + data
-            for number, data in enumerate(HELLO)
-        ],
-        {},
-    ),
-    "no blank line between events": ([b"".join(HELLO).replace(b"\n\n", b"\n")], {}),
-    "BOM": ([b"\xef\xbb\xbf" + b"".join(HELLO)], {}),
-    "keep-alives in words and empty data": ([b"data: ping\n\n", b"data:\n\n", *HELLO], {}),
-    "one event in several data lines": (
-        [HELLO[0].replace(b'"index": 0,', b'"index": 0,\ndata: '), *HELLO[1:]],
-        {},
-    ),
-    "no DONE": (HELLO[:-1], {}),
-    "no finish chunk, but DONE": ([*DELTAS, chunk(usage=USAGE), DONE], {}),
-    "no blank line at the end": ([*HELLO[:-1], DONE.strip()], {}),
-    # chunks that lack something
-    "no choices in some chunk": ([event({"id": "x"}), *HELLO], {}),
-    "choices null": ([event({"id": "x", "choices": None}), *HELLO], {}),
-    "choices empty at first": ([event({"id": "x", "choices": []}), *HELLO], {}),
-    "no index": ([without(data, "index") for data in DELTAS] + END, {}),
-    "no object, created, model, id": (
-        [without(data, "object", "created", "model", "id") for data in DELTAS] + END,
-        {},
-    ),
-    "id a number, created a float": (
-        [event(json.loads(data[6:]), id=7, created=1790000000.5) for data in DELTAS] + END,
-        {},
-    ),
-    "no delta": ([event({"choices": [{"index": 0, "finish_reason": None}]}), *HELLO], {}),
-    "delta null": ([event({"choices": [{"index": 0, "delta": None}]}), *HELLO], {}),
-    "no role": ([*DELTAS, *END], {}),
-    "role empty on every delta": (
-        [chunk({"role": "", "content": text}) for text in TEXT_PIECES] + END,
-        {},
-    ),
-    "role on every delta": (
-        [chunk({"role": "assistant", "content": text}) for text in TEXT_PIECES] + END,
-        {},
-    ),
-    "delta and message": (
-        [
-            event(
-                {
-                    "choices": [
-                        {"index": 0, "delta": {"content": text}, "message": {"content": text}}
-                    ]
-                }
-            )
-            for text in TEXT_PIECES
-        ]
-        + END,
-        {},
-    ),
-    # answers that are no streams
-    "a whole completion": (whole(), {}),
-    "whole: id a number, created a string, no object, no model": (
-        whole(id=7, created="x", object="absent", model="absent"),
-        {},
-    ),
-    "whole: no index, no role": (
-        whole(choices=[{"message": {"content": "Hello, wörld"}, "finish_reason": "stop"}]),
-        {},
-    ),
-    "whole: content as a list": (
-        whole({"role": "assistant", "content": [{"type": "text", "text": "Hello, wörld"}]}),
-        {},
-    ),
-    "whole: content missing": (whole({"role": "assistant"}), {"content": ""}),
-    "whole: no usage": (whole(usage="absent"), {"usage": None}),
-    "whole: usage null": (whole(usage=None), {"usage": None}),
-    "whole: unknown finish reason": (whole(finish_reason="eos"), {"finish_reason": "eos"}),
-    "whole: more fields": (
-        whole(
-            {
-                "role": "assistant",
-                "content": "Hello, wörld",
-                "reasoning_content": "Hm",
-                "timings": 1,
-            }
-        ),
-        {"reasoning": "Hm"},
-    ),
-    "whole: a call without id, type and arguments": (
-        whole({"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}),
-        {"content": None, "calls": [("f", {})], "finish_reason": "tool_calls"},
-    ),
-    "whole: arguments an object": (
-        whole(
-            {
-                "role": "assistant",
-                "tool_calls": [{"id": "a", "function": {"name": "f", "arguments": {"a": 1}}}],
-            }
-        ),
-        {"content": None, "calls": [("f", {"a": 1})], "finish_reason": "tool_calls"},
-    ),
-    "whole: two calls with one id": (
-        whole(
-            {
-                "role": "assistant",
-                "tool_calls": [
-                    {"id": "a", "type": "function", "function": {"name": name, "arguments": "{}"}}
-                    for name in "fg"
-                ],
-            },
-            "tool_calls",
-        ),
-        {"content": None, "calls": [("f", {}), ("g", {})], "finish_reason": "tool_calls"},
-    ),
-    "whole: no finish reason": (
-        whole(choices=[{"index": 0, "message": {"role": "assistant", "content": "Hello, wörld"}}]),
-        {},
-    ),
-    "whole: finish reason null": (whole(finish_reason=None), {}),
-    "whole: calls without ids and arguments": (
-        whole(
-            {
-                "role": "assistant",
-                "tool_calls": [
-                    {"type": "function", "function": {"name": name, "arguments": None}}
-                    for name in "ffg"
-                ],
-            }
-        ),
-        {
-            "content": None,
-            "calls": [("f", {}), ("f", {}), ("g", {})],
-            "finish_reason": "tool_calls",
-        },
-    ),
-    # tool calls without ids
-    "no ids, another name before any arguments": (
-        [chunk({"tool_calls": [{"function": {"name": name, "arguments": None}}]}) for name in "fg"]
-        + END,
-        {"content": None, "calls": [("f", {}), ("g", {})], "finish_reason": "tool_calls"},
-    ),
-    "no ids, the name on every delta": (
-        [
-            chunk({"tool_calls": [{"index": 0, "function": {"name": "f", "arguments": text}}]})
-            for text in ("", '{"a":', "1}", "")
-        ]
-        + END,
-        {"content": None, "calls": [("f", {"a": 1})], "finish_reason": "tool_calls"},
-    ),
-    # errors that come with status 200
-    "native error frame, soft": ([NATIVE % MINUTE], {"error": (429, "rate_limit_exceeded")}),
-    "native error frame, hard": ([NATIVE % FREE], {"error": (429, "insufficient_quota")}),
-    "native error frame later": (
-        [*DELTAS, NATIVE % MINUTE],
-        {"error": (429, "rate_limit_exceeded")},
-    ),
-    "error_finish": ([chunk(ERROR_FINISH, "error_finish")], {"error": (429, "insufficient_quota")}),
-    "error_finish later": (
-        [*DELTAS, chunk(ERROR_FINISH, "error_finish")],
-        {"error": (429, "insufficient_quota")},
-    ),
-    "error object": (
-        [event({"error": {"code": "invalid_parameter_error", "message": "m"}})],
-        {"error": (400, "invalid_parameter_error")},
-    ),
-    "error string": ([event({"error": "boom"})], {"error": (502, "boom")}),
-    "bare JSON error line": (
-        [*DELTAS, b'{"error":{"message":"m","code":"internal_error"}}\n\n'],
-        {"error": (502, "internal_error")},
-    ),
-    "JSON error": (
-        [b'{"code":"InvalidParameter","message":"m","request_id":"r-1"}'],
-        {"error": (400, "InvalidParameter")},
-    ),
-    "HTML": (
-        [b"<!doctype html><html><title>Error</title></html>"],
-        {"error": (502, "upstream_html")},
-    ),
-    "a list": ([b"[]"], {"error": (502, None)}),
-    "no body": ([], {"error": (502, "upstream_cut")}),
-    "choices missing": (whole(choices="absent"), {"error": (502, None)}),
-    "choices null in a whole answer": (whole(choices=None), {"error": (502, None)}),
-    "choices empty in a whole answer": (whole(choices=[]), {"error": (502, None)}),
-    "no finish reason, no DONE": (DELTAS, {"error": (502, "upstream_cut")}),
-    "garbage": ([*DELTAS, b"data: {not json\n\n"], {"error": (502, "upstream_cut")}),
+MINUTE = b"Allocated quota exceeded, please increase your quota limit."
+FREE = b"Free allocated quota exceeded."
+ERROR_FINISH = (NATIVE % FREE).decode().strip()
+PARIS, A, B = '{"city": "Paris"}', ("call_a", "get_weather"), ("call_b", "get_time")
+ENDING_B = [tool(1, *B, "{}"), *END]
+SPLIT_PARIS = ['{"city"', ': "Paris"}']
+CALLED = {"content": None, "finish_reason": "tool_calls"}
+TWO = {
+    **CALLED,
+    "calls": [("get_weather", {"city": "Paris"}), ("get_time", {})],
+    "ids": ["call_a", "call_b"],
 }
-DIRTY.update(
-    {
-        "tools: " + name: (
-            pieces,
-            {
-                "content": None,
-                "calls": [("get_weather", {"city": "Paris"}), ("get_time", {})],
-                "finish_reason": "tool_calls",
-                "usage": USAGE if chunk(usage=USAGE) in pieces else None,
-                **({"reasoning": "I must look."} if pieces is CALLS else {}),
-            },
-        )
-        for name, pieces in TOOL_DELTAS.items()
-    }
-)
+FOX = "The quick brown fox jumps over the lazy dog"
+QWEN = "Hello, I am a model by Qwen"
+POEM = "a line of the poem that comes twice\n"
+IN_JSON = {"response_format": JSON_OBJECT}
+IN_SCHEMA = {"response_format": JSON_SCHEMA}
+
+# What upstreams send instead of a clean answer, and what must come of it: by default the text and
+# usage of HELLO. error= is its status and code, asked= what the client asks for besides. Sources:
+# Model Studio's streaming pages, qwen-code and hermes-agent issues; each has been seen somewhere.
+DIRTY = table(r"""
+plain, clients 4 to 6 | *HELLO |
+thoughts with content null, client 31 | delta(role="assistant", content=None, reasoning_content="Hm"), *DELTAS, *END | reasoning="Hm"
+thoughts with content empty | delta(role="assistant", content="", reasoning_content="Hm"), *DELTAS, *END | reasoning="Hm"
+thoughts called reasoning | delta(role="assistant", reasoning="Hm"), *DELTAS, *END | reasoning="Hm"
+thoughts and text in one delta, client 32 | delta(reasoning_content="Hm", content="Hel"), *DELTAS[1:], *END | reasoning="Hm"
+thoughts of both names | delta(role="assistant", content=None, reasoning_content="a"), delta(reasoning="b", content=""),
+    delta(reasoning_content="c", content="d"), delta("stop", content="e"), DONE | reasoning="abc", content="de", usage=None
+model of another name | *again(HELLO, model="glm-4.7") |
+usage before the finish | *DELTAS, chunk(usage=USAGE), *stop() |
+usage on the finish chunk | *DELTAS, *stop(usage=USAGE) |
+usage on every chunk, client 8 | *texts("Hel", "lo, ", "wörld", usage={**USAGE, "completion_tokens": 1}), *stop(usage=USAGE) |
+usage in floats, a part missing | *DELTAS, delta("stop"), chunk(usage={"prompt_tokens": 9.0, "completion_tokens": 3.0}), DONE |
+usage without a total | *DELTAS, *end(prompt_tokens=9.0, total_tokens=None) |
+usage empty, client 9 | *DELTAS, *stop(usage={}) | usage=None
+cached tokens at the top | *DELTAS, *end(cached_tokens=4)
+    | usage={**USAGE, "cached_tokens": 4, "prompt_tokens_details": {"cached_tokens": 4}}
+finish reason as the word null | *[delta("null", content=text) for text in ("Hel", "lo, ", "wörld")], *END |
+finish reason empty | *[delta("", content=text) for text in ("Hel", "lo, ", "wörld")], *END |
+several finish chunks | *DELTAS, delta("stop"), *END |
+several finish chunks with text | HELLO[0], delta("stop", content="Hel"), delta("stop", content="lo"), DONE | content="Hello", usage=None
+text in the finish chunk | *DELTAS[:2], delta("stop", content="wörld"), chunk(usage=USAGE), DONE |
+length, client 22 | *DELTAS, *end("length") | finish_reason="length"
+content filter | *DELTAS, *end("content_filter") | finish_reason="content_filter"
+tool calls that are none, client 22 | *DELTAS, *end("tool_calls") |
+
+cumulative text | *texts(FOX[:9], FOX[:15], FOX[:25], FOX[:34], FOX), *END | content=FOX
+cumulative thoughts | *texts(FOX[:8], FOX[:15], FOX[:25], FOX, name="reasoning_content"), *DELTAS, *END | reasoning=FOX
+cumulative, with one repeated | *texts(FOX[:30], FOX[:35], FOX[:35], FOX), *END | content=FOX
+cumulative after equal ones | *texts(QWEN, QWEN, QWEN, QWEN + " of", QWEN + " of this"), *END | content=QWEN + " of this"
+repetition: laughter | *texts("ha", "haha", "!"), *END | content="hahaha!"
+repetition: laughter at the end | *texts("ha", "haha"), *END | content="hahaha"
+repetition: digits | *texts("1", "10", "100"), *END | content="110100"
+repetition: a rule | *texts(*["=", "==", "===="] * 9), *END | content="=" * 63
+repetition: lines | *texts("\n", "\n\n", "x"), *END | content="\n\n\nx"
+repetition: a song | *texts("na ", "na ", "na ", "batman"), *END | content="na na na batman"
+repetition: the beginning | *texts("Hello", " world", "Hello world, again"), *END | content="Hello worldHello world, again"
+repetition: dashes | *texts("--", "--", "-", "\nx"), *END | content="-----\nx"
+repetition: long | *texts(*["ab"] * 2000), *END | content="ab" * 2000
+repetition: endless | *texts(*["as it says: no end of it "] * 900), *END | content="as it says: no end of it " * 900
+repetition: a poem | *texts(POEM, POEM, "x"), *END | content=POEM * 2 + "x"
+a think tag | *texts("<think>", "Hm", "</think>"), *DELTAS, *END | reasoning="Hm"
+a thinking tag, cut | *texts("<thin", "king>H", "m</think", "ing>\n\n"), *DELTAS, *END | reasoning="Hm"
+a think tag in two, text behind it | *texts("<th", "ink>a", "b</thi", "nk>\n\nc"), *END | reasoning="ab", content="c"
+a think tag in the text | *texts("say ", "<think>x</think>"), *END | content="say <think>x</think>"
+a think tag never closed | *texts("<think>never closed"), *END | reasoning="never closed", content=""
+a lone closing tag | *texts("</think>", "\n", "\n"), *DELTAS, *END |
+another tag | *texts("<", "b>"), *END | content="<b>"
+closing tags by the thousand | *texts("</think>" * 5000), *DELTAS, *END |
+JSON in a fence, client 30 | *texts("```js", 'on\n{"a":', " 1}\n", "```\n"), *END | content='{"a": 1}', asked=IN_JSON
+JSON without, client 30 | *texts('{"a": 1}'), *END | content='{"a": 1}', asked=IN_SCHEMA
+JSON behind thoughts, client 30 | *texts("<think>x</think>", '```\n{"a": 1}```'), *END | content='{"a": 1}', reasoning="x", asked=IN_SCHEMA
+content null throughout | delta(role="assistant", content=None), delta("stop", content=None), chunk(usage=USAGE), DONE | content=""
+content as parts | delta(content=parts("Hello, wörld")), *END |
+
+no space after data | *[data.replace(b"data: ", b"data:") for data in HELLO] |
+two of them | *[data.replace(b"data: ", b"data:  ") for data in HELLO] |
+CRLF | b"".join(HELLO).replace(b"\n", b"\r\n") |
+CR | b"".join(HELLO).replace(b"\n", b"\r") |
+comments, ids, names, retry | *[b": keep-alive\n\nretry: 100\n\nid:%d\nevent:result\n:HTTP_STATUS/200\n" % n + data for n, data in enumerate(HELLO)] |
+no blank line between events | b"".join(HELLO).replace(b"\n\n", b"\n") |
+the same, cut behind the finish | b"".join([*DELTAS, *stop()[:1], b'data: {"id":"x","usa\n\n']).replace(b"\n\n", b"\n") | usage=None
+BOM | b"\xef\xbb\xbf" + b"".join(HELLO) |
+keep-alives in words and empty data | b"data: ping\n\n", b"data:\n\n", *HELLO |
+dirt in between | HELLO[0], b"data: ping\n\n", b"data:\n\n", b": x\n\n", b'data: {"object":"x"}\n\n', *HELLO[1:] |
+one event in several data lines | HELLO[0].replace(b'"index": 0,', b'"index": 0,\ndata: '), *HELLO[1:] |
+no DONE | *HELLO[:-1] |
+no usage, no DONE | *HELLO[:5] | usage=None
+no usage, connection cut | *HELLO[:5], CUT | usage=None
+usage cut | *HELLO[:5], b'data: {"choices":[],"usa' | usage=None
+no finish chunk, but DONE | *DELTAS, chunk(usage=USAGE), DONE |
+no blank line at the end | *HELLO[:-1], DONE.strip() |
+
+no choices in some chunk, client 9 | event({"id": "x"}), *HELLO |
+choices null, client 9 | event({"id": "x", "choices": None}), *HELLO |
+choices of null | HELLO[0], event({"choices": [None]}), *HELLO[1:] |
+choices empty at first | event({"id": "x", "choices": []}), *HELLO |
+no index | *without(DELTAS, "index"), *END |
+no object, created, model, id | *without(DELTAS, "object", "created", "model", "id"), *END |
+id a number, created a float | *again(DELTAS, id=7, created=1790000000.5), *END |
+no delta | event({"choices": [{"index": 0, "finish_reason": None}]}), *HELLO |
+delta null | event({"choices": [{"index": 0, "delta": None, "finish_reason": ""}]}), *HELLO |
+no role | *DELTAS, *END |
+role empty on every delta | *[delta(role="", content=text) for text in ("Hel", "lo, ", "wörld")], *END |
+role on every delta | *[delta(role="assistant", content=text) for text in ("Hel", "lo, ", "wörld")], *END |
+delta and message, client 9 | *[event({"choices": [{"index": 0, "delta": x, "message": x}]}) for x in ({"content": "Hello, "}, {"content": "wörld"})], *END |
+
+a whole completion | whole() |
+whole: id a number, created a string, no object, no model | whole(id=7, created="x", object=ABSENT, model=ABSENT) |
+whole: no index, no role | whole(choices=[{"message": {"content": "Hello, wörld"}, "finish_reason": "stop"}]) |
+whole: content as a list | whole(parts("Hello, wörld")) |
+whole: content missing | whole(ABSENT) | content=""
+whole: no usage | whole(usage=ABSENT) | usage=None
+whole: usage null | whole(usage=None) | usage=None
+whole: unknown finish reason | whole(finish_reason="eos") | finish_reason="eos"
+whole: no finish reason | whole(finish_reason=ABSENT) |
+whole: finish reason null, calls null | whole(finish_reason=None, message={"tool_calls": None}) |
+whole: more fields | whole(message={"reasoning_content": "Hm", "timings": 1}) | reasoning="Hm"
+whole: a call without id, type and arguments | whole(None, message={"tool_calls": [{"function": {"name": "f"}}]}) | calls=[("f", {})], **CALLED
+whole: arguments an object | whole(ABSENT, message={"tool_calls": [bare_call("f", {"a": 1}, id="a")]}) | calls=[("f", {"a": 1})], **CALLED
+whole: two calls with one id | whole(ABSENT, "tool_calls", {"tool_calls": [use("a"), use("a", "g")]}) | calls=[("f", {}), ("g", {})], **CALLED
+whole: calls without ids and arguments | whole(ABSENT, message={"tool_calls": [bare_call(name, type="function") for name in "ffg"]})
+    | calls=[("f", {}), ("f", {}), ("g", {})], **CALLED
+
+no ids, another name before any arguments | *[calling(bare_call(name)) for name in "fg"], *END | calls=[("f", {}), ("g", {})], **CALLED
+no ids, the name on every delta | *[calling(bare_call("f", text, index=0)) for text in ("", '{"a":', "1}", "")], *END | calls=[("f", {"a": 1})], **CALLED
+no ids and types, client 20 | *[calling(bare_call("f", "{}", index=n)) for n in (0, 1)], *END | calls=[("f", {})] * 2, **CALLED
+ids null and the same | tool(0, None, "f", "{}"), tool(1, "same", "g", "{}"), tool(2, "same", "h", "{}"), *END | calls=[("f", {}), ("g", {}), ("h", {})], **CALLED
+an index only later | calling({"id": "c1", "function": {"name": "f"}}), calling({"index": 0, "function": {"arguments": "{}"}}), *END | calls=[("f", {})], **CALLED
+an id with the last blank | tool(0, "c1", "f", '{"a":1}'), tool(0, "c1", "f", "\n"), *END | calls=[("f", {"a": 1})], **CALLED
+arguments null, client 21 | tool(0, "c1", "f", None), *END | calls=[("f", {})], **CALLED
+arguments empty, client 21 | tool(0, "c1", "f", ""), *END | calls=[("f", {})], **CALLED
+no arguments, length | tool(0, "c1", "f", ""), *end("length") | calls=[("f", {})], content=None, finish_reason="length"
+whole arguments, length, client 22 | tool(0, "c1", "f", "{}"), *end("length") | calls=[("f", {})], **CALLED
+arguments cut, client 22 | tool(0, "c1", "f", '{"a": "b'), *end("tool_calls") | calls=[("f", '{"a": "b')], content=None, finish_reason="length"
+arguments cut, stop | tool(0, "c1", "f", '{"a": "b'), *END | calls=[("f", '{"a": "b')], content=None, finish_reason="length"
+no name | tool(0, "c1", None, "{}"), *end("tool_calls") | content=""
+finish with each call | tool(0, "c1", "f", "{}", reason="tool_calls"), tool(1, "c2", "g", "{}", reason="tool_calls"), DONE
+    | calls=[("f", {}), ("g", {})], usage=None, **CALLED
+text held before a call | HELLO[0], *texts("\n\n"), *CALLS[1:] | **{**TWO, "content": "\n\n"}
+functions | tool(0, "a", "f", "{}"), *END | content=None, function_call={"name": "f", "arguments": "{}"}, finish_reason="function_call", asked={"functions": [{"name": "f"}]}
+tools: as documented | *CALLS | reasoning="I must look.", **TWO
+tools: no index, id repeated, client 18 | *[calling(bare_call(name, text, id=id)) for id, name, text in zip(A[:1] * 2 + B[:1], A[1:] * 2 + B[1:], [*SPLIT_PARIS, "{}"])], *END | **TWO
+tools: one index for two calls, client 18 | tool(0, *A, PARIS), tool(0, *B, "{}"), *END | **TWO
+tools: index from 1, client 18 | tool(1, *A, PARIS), tool(2, *B, ""), *END | **TWO
+tools: two in one chunk, client 19 | calling((0, *A, PARIS), (1, *B, "{}")), *END | **TWO
+tools: same index in one chunk, client 19 | calling((0, *A, PARIS), (0, *B, "{}")), *END | **TWO
+tools: in the finish chunk, client 19 | calling((0, *A, PARIS), (1, *B, "{}"), reason="stop"), DONE | usage=None, **TWO
+tools: arguments before the name | tool(0, "call_a", None, SPLIT_PARIS[0]), tool(0, "", "get_weather", SPLIT_PARIS[1]), tool(1, *B, None), *END | **TWO
+tools: arguments as an object, client 21 | tool(0, *A, {"city": "Paris"}), tool(1, *B, {}), *END | **TWO
+tools: the whole call replayed, client 17 | *[tool(0, *A, PARIS)] * 2, *ENDING_B | **TWO
+tools: the whole call replayed in other blanks | tool(0, *A, PARIS), tool(0, *A, '{"city":"Paris"}'), *ENDING_B | **TWO
+tools: a name that comes late | tool(5, "call_x", None, ""), tool(0, *A, PARIS), *ENDING_B | **TWO
+
+native error frame, soft | NATIVE % MINUTE | error=(429, "rate_limit_exceeded")
+native error frame, hard | NATIVE % FREE | error=(429, "insufficient_quota")
+native error frame later | *DELTAS, NATIVE % MINUTE | error=(429, "rate_limit_exceeded")
+native error frame, then text, client 11 | *DELTAS, NATIVE % FREE, *HELLO | error=(429, "insufficient_quota")
+error_finish | delta("error_finish", content=ERROR_FINISH) | error=(429, "insufficient_quota")
+error_finish later | *DELTAS, delta("error_finish", content=ERROR_FINISH) | error=(429, "insufficient_quota")
+error object | event({"error": {"code": "invalid_parameter_error", "message": "m"}}) | error=(400, "invalid_parameter_error")
+error string | event({"error": "boom"}) | error=(502, "boom")
+error later | *DELTAS, event({"error": {"message": "late", "code": "x"}}) | error=(502, "x")
+bare JSON error line | *DELTAS, b'{"error":{"message":"m","code":"internal_error"}}\n\n' | error=(502, "internal_error")
+JSON error | b'{"code":"InvalidParameter","message":"m","request_id":"r-1"}' | error=(400, "InvalidParameter")
+HTML | b"<!doctype html><html><title>Error</title></html>" | error=(502, "upstream_html")
+a list | b"[]" | error=(502, None)
+no body | | error=(502, "upstream_cut")
+choices missing | whole(choices=ABSENT) | error=(502, None)
+choices null in a whole answer | whole(choices=None) | error=(502, None)
+choices empty in a whole answer | whole(choices=[]) | error=(502, None)
+no finish reason, no DONE, client 10 | *DELTAS | error=(502, "upstream_cut")
+connection cut | *DELTAS, CUT | error=(502, "upstream_cut")
+garbage | *DELTAS, b"data: {not json\n\n" | error=(502, "upstream_cut")
+""")
+
+
+def pieces_of(cell):
+    return eval(f"[{cell}]", globals())
 
 
 @pytest.fixture()
@@ -5034,60 +3875,73 @@ def same_ids(monkeypatch):
 
 def check_canonical(chunks):
     """The shape of a stream that every client takes."""
-    assert (
-        len({(value["id"], value["created"], value["model"], value["object"]) for value in chunks})
-        == 1
-    )
+    facts = {
+        tuple(value[name] for name in ("id", "created", "model", "object")) for value in chunks
+    }
+    assert len(facts) == 1
     assert isinstance(chunks[0]["id"], str) and isinstance(chunks[0]["created"], int)
-    choices = [choice for value in chunks for choice in value["choices"]]
     assert all(value["choices"] or "usage" in value for value in chunks)
-    assert ["role" in choice["delta"] for choice in choices] == [True] + [False] * (
-        len(choices) - 1
-    )
+    assert sum(value.get("usage") is not None for value in chunks) <= 1
+    choices = [choice for value in chunks for choice in value["choices"]]
     assert all(
-        "index" in choice and "finish_reason" in choice and "message" not in choice
-        for choice in choices
+        {"index", "finish_reason"} <= set(choice) and "message" not in choice for choice in choices
     )
-    assert not any({"content", "reasoning_content"} <= set(choice["delta"]) for choice in choices)
-    assert all(len(choice["delta"].get("tool_calls", [0])) == 1 for choice in choices)
-    assert [choice["finish_reason"] is not None for choice in choices] == [False] * (
-        len(choices) - 1
-    ) + [True]
-    assert choices[-1]["delta"] == {} and sum("usage" in value for value in chunks) <= 1
+    deltas = [choice["delta"] for choice in choices]
+    assert ["role" in delta for delta in deltas] == [True] + [False] * (len(deltas) - 1)
+    assert not any({"content", "reasoning_content"} <= set(delta) for delta in deltas)
+    ended = [choice["finish_reason"] is not None for choice in choices]
+    assert ended == [False] * (len(choices) - 1) + [True] and deltas[-1] == {}
+    # One delta of a call in a chunk: the first is complete, the later ones have arguments alone.
+    calls = [delta["tool_calls"] for delta in deltas if "tool_calls" in delta]
+    assert all(len(entries) == 1 for entries in calls)
+    first = [entry for [entry] in calls if "id" in entry]
+    assert [entry["index"] for entry in first] == list(range(len(first)))
+    assert all(entry["type"] == "function" and entry["function"]["name"] for entry in first)
+    later = [entry for [entry] in calls if "id" not in entry]
+    assert all(set(entry) == {"index", "function"} for entry in later)
+    assert all(set(entry["function"]) == {"arguments"} for entry in later)
+
+
+def loaded(text):
+    """The JSON of a text, or the text, if it is none."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def check_completion(completion, expected):
     choice = completion["choices"][0]
-    message = choice["message"]
-    assert {"id", "object", "created", "model", "choices"} <= set(completion) and completion[
-        "object"
-    ] == "chat.completion"
-    assert (choice["index"], message["role"], choice["finish_reason"]) == (
-        0,
-        "assistant",
-        expected.get("finish_reason", "stop"),
-    )
-    assert message["content"] == expected.get("content", "Hello, wörld")
-    assert message.get("reasoning_content", "") == expected.get("reasoning", "")
-    calls = message.get("tool_calls", [])
-    assert [
-        (call["function"]["name"], json.loads(call["function"]["arguments"])) for call in calls
-    ] == expected.get("calls", [])
-    assert len({call["id"] for call in calls}) == len(calls) and all(
-        call["type"] == "function" for call in calls
-    )
-    assert completion.get("usage") == expected.get("usage", USAGE)
+    message, calls = choice["message"], choice["message"].get("tool_calls", [])
+    assert completion["object"] == "chat.completion"
+    assert [type(completion[name]) for name in ("id", "created", "model")] == [str, int, str]
+    assert (choice["index"], message["role"]) == (0, "assistant")
+    ids = [call["id"] for call in calls]
+    assert len(set(ids)) == len(ids) and all(call["type"] == "function" for call in calls)
+    found = {
+        "content": message["content"],
+        "reasoning": message.get("reasoning_content"),
+        "finish_reason": choice["finish_reason"],
+        "calls": [(x["function"]["name"], loaded(x["function"]["arguments"])) for x in calls],
+        "function_call": message.get("function_call"),
+        "usage": completion.get("usage"),
+        "ids": ids if "ids" in expected else None,
+    }
+    usual = {"content": "Hello, wörld", "finish_reason": "stop", "calls": [], "usage": USAGE}
+    assert found == {**dict.fromkeys(found), **usual, **expected}
 
 
-@pytest.mark.parametrize("name", sorted(DIRTY))
-def test_dirty_answers_come_out_clean_wherever_the_bytes_are_cut(name, same_ids):
-    pieces, expected = DIRTY[name]
-    whole_answer = b"".join(pieces)
+@pytest.mark.parametrize("pieces, expected", DIRTY)
+def test_dirty_answers_come_out_clean_wherever_the_bytes_are_cut(pieces, expected, same_ids):
+    pieces, expected = pieces_of(pieces), fields(expected)
+    whole_answer = b"".join(piece for piece in pieces if piece is not CUT)
+    asked = expected.pop("asked", {})
+    with_usage = {**asked, "stream_options": {"include_usage": True}}
 
-    def outcome(parts):
+    def outcome(parts, request=with_usage):
         same_ids()
         try:
-            return translate(parts)
+            return translate(parts, request)
         except qp.UpstreamError as error:
             return error.status, error.code
 
@@ -5097,83 +3951,53 @@ def test_dirty_answers_come_out_clean_wherever_the_bytes_are_cut(name, same_ids)
     else:
         check_canonical(clean)
         check_completion(collect(clean), expected)
-    for cut in range(len(whole_answer) + 1):
+        assert sum("usage" in value for value in clean) <= 1
+        assert not any("usage" in value for value in outcome([whole_answer], {**asked, "n": 1}))
+    size = len(whole_answer)
+    for cut in range(0, size + 1, 1 if size < 4000 else size // 9):
         assert outcome([whole_answer[:cut], whole_answer[cut:]]) == clean
 
 
-@pytest.mark.parametrize("name", sorted(DIRTY))
-def test_dirty_answers_reach_the_client_clean_streamed_and_not(key_server, upstream, name):
-    pieces, expected = DIRTY[name]
+@pytest.mark.parametrize("pieces, expected", DIRTY)
+def test_dirty_answers_reach_the_client_clean_streamed_and_not(
+    key_server, upstream, pieces, expected
+):
+    pieces, expected = pieces_of(pieces), fields(expected)
     is_stream = pieces and pieces[0][:1] not in (b"{", b"<", b"[")
     answer = stream(*pieces) if is_stream else reply(200, b"".join(pieces))
-    upstream.script.extend([answer] * 8)  # what may be repeated, is
+    upstream.script.extend([answer] * 2)
     key_server.options = key_server.options._replace(retries=0)
-    status, _, completion = chat(key_server)
-    _, _, data = chat(key_server, stream=True, stream_options={"include_usage": True})
-    if "error" not in expected:
-        check_completion(completion, expected)
-        assert data.pop() == "[DONE]"
-        check_completion(collect([json.loads(value) for value in data]), expected)
+    asked = expected.pop("asked", {})
+    status, _, completion = chat(key_server, **asked)
+    _, _, data = chat(key_server, stream=True, stream_options={"include_usage": True}, **asked)
+    if "error" in expected:
+        assert (status, completion["error"]["code"]) == expected["error"]
+        # The last event, if there are any, is never [DONE], which is no JSON.
+        error = (data if isinstance(data, dict) else json.loads(data[-1]))["error"]
+        assert error["code"] == expected["error"][1]
+        assert set(error) == {"message", "type", "param", "code"}
         return
-    assert (status, completion["error"]["code"]) == expected["error"]
-    last = (
-        data if isinstance(data, dict) else json.loads(data[-1])
-    )  # never [DONE], which is no JSON
-    assert last["error"]["code"] == expected["error"][1]
+    check_completion(completion, expected)
+    assert data.pop() == "[DONE]"
+    chunks = [json.loads(value) for value in data]
+    check_canonical(chunks)
+    check_completion(collect(chunks), expected)
 
 
-@pytest.mark.parametrize(
-    "texts, expected",
-    [
-        (["ha", "haha", "!"], "hahaha!"),
-        (["ha", "haha"], "hahaha"),
-        (["1", "10", "100"], "110100"),
-        (["=", "==", "===="] * 9, "=======" * 9),
-        (["\n", "\n\n", "x"], "\n\n\nx"),
-        (["na ", "na ", "na ", "batman"], "na na na batman"),
-        (
-            [
-                "The",
-                "The quick",
-                "The quick brown",
-                "The quick brown fox jumps",
-                "The quick brown fox jumps over",
-            ],
-            "The quick brown fox jumps over",
-        ),
-        (
-            [
-                "A longer beginning of a text",
-                "A longer beginning of a text, and",
-                "A longer beginning of a text, and",
-                "A longer beginning of a text, and end",
-            ],
-            "A longer beginning of a text, and end",
-        ),
-        (["Hello", " world", "Hello world, again"], "Hello worldHello world, again"),
-        (
-            ["Hello, I am a model by Qwen"] * 3
-            + ["Hello, I am a model by Qwen of", "Hello, I am a model by Qwen of this"],
-            "Hello, I am a model by Qwen of this",
-        ),
-        (["--", "--", "-", "\nx"], "-----\nx"),
-        (["ab"] * 2000, "ab" * 2000),
-        (["as it says: no end of it "] * 900, "as it says: no end of it " * 900),
-        (
-            ["a line of the poem that comes twice\n"] * 2 + ["x"],
-            "a line of the poem that comes twice\n" * 2 + "x",
-        ),
-    ],
-)
-def test_cumulative_deltas_become_increments_and_repetition_survives(texts, expected):
-    assert text_in(translate([b"".join(deltas_of(*texts))])) == expected
+THOUGHTS = [delta(reasoning_content="ü"), delta(content="ö"), *stop("length")]
 
 
-def test_text_before_a_cut_line_is_not_lost_where_no_blank_lines_are():
-    lines = b"".join([*DELTAS, chunk({}, "stop"), b'data: {"id":"x","usa\n\n']).replace(
-        b"\n\n", b"\n"
-    )
-    assert text_in(translate([lines])) == "Hello, w\u00f6rld"
+@pytest.mark.parametrize("pieces", [HELLO, CALLS, THOUGHTS], ids=["hello", "calls", "thoughts"])
+def test_a_stream_that_ends_anywhere_is_an_error_unless_it_had_finished(pieces):
+    whole_answer = b"".join(pieces)
+    finished = whole_answer.index(b'"finish_reason": "')
+    for cut in range(len(whole_answer) + 1):
+        try:
+            chunks = translate([whole_answer[:cut]])
+        except qp.UpstreamError:
+            continue
+        reasons = [choice["finish_reason"] for value in chunks for choice in value["choices"]]
+        assert cut > finished and reasons[-1] in ("stop", "tool_calls", "length")
 
 
 def test_equal_chunks_are_passed_on_as_they_come():
@@ -5181,130 +4005,28 @@ def test_equal_chunks_are_passed_on_as_they_come():
     assert [increments.feed("xxxxxxxx") for _ in range(3)] == ["xxxxxxxx"] * 3
 
 
-@pytest.mark.parametrize(
-    "texts, thoughts, content",
-    [
-        (["<th", "ink>a", "b</thi", "nk>\n\nc"], "ab", "c"),
-        (["</think>", "\n", "c"], "", "c"),
-        (["<", "b>"], "", "<b>"),
-        (["say ", "<think>x</think>"], "", "say <think>x</think>"),
-        (["<think>never closed"], "never closed", ""),
-    ],
-)
-def test_thoughts_left_in_the_content_are_taken_out(texts, thoughts, content):
-    chunks = translate([b"".join(deltas_of(*texts))])
-    assert (text_in(chunks, "reasoning_content"), text_in(chunks)) == (thoughts, content)
+ODD_EMBEDDINGS = [
+    '{"data":[{"index":null,"embedding":[1e300]}],"usage":{"prompt_tokens":"x","total_tokens":[]}}',
+    '{"data":[{"embedding":[1.0]}],"usage":{"total_tokens":3}}',
+    '{"data":[{"index":0,"embedding":["x"]}]}',
+]
 
 
-@pytest.mark.parametrize(
-    "texts",
-    [
-        ["```js", 'on\n{"a":', " 1}\n", "```\n"],
-        ['{"a": 1}'],
-        ["<think>x</think>", '```\n{"a": 1}```'],
-    ],
-)
-def test_json_output_loses_its_fence(texts):
-    chunks = translate([b"".join(deltas_of(*texts))], {"response_format": {"type": "json_object"}})
-    assert json.loads(text_in(chunks)) == {"a": 1}
-
-
-@pytest.mark.parametrize(
-    "pieces, usage",
-    [
-        (
-            [
-                chunk({"content": "a"}, usage=USAGE),
-                chunk({"content": "b"}, "stop", usage=USAGE),
-                DONE,
-            ],
-            USAGE,
-        ),
-        ([chunk({"content": "a"}), chunk(usage=USAGE), chunk({}, "stop"), DONE], USAGE),
-        (
-            [
-                chunk({"content": "a"}),
-                chunk({}, "stop"),
-                chunk(usage={"prompt_tokens": 1.0, "completion_tokens": 2, "total_tokens": None}),
-                DONE,
-            ],
-            {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3},
-        ),
-        ([chunk({"content": "a"}), chunk({}, "stop", usage={}), DONE], None),
-    ],
-)
-def test_usage_comes_once_and_last_if_asked_for(pieces, usage):
-    chunks = translate([b"".join(pieces)])
-    assert [value["usage"] for value in chunks if "usage" in value] == ([usage] if usage else [])
-    assert "usage" in chunks[-1] or usage is None
-    assert not any("usage" in value for value in translate([b"".join(pieces)], {"stream": True}))
-
-
-@pytest.mark.parametrize(
-    "dirty",
-    [
-        b'data: {"choices":null}\n\n',
-        b'data: {"object":"x"}\n\n',
-        b"data:\n\n",
-        b"data: ping\n\n",
-        b": x\n\n",
-        b'data: {"choices":[null]}\n\n',
-        b'data: {"choices":[{"delta":null,"index":0,"finish_reason":""}]}\n\n',
-        chunk({"content": None}, "null"),
-    ],
-)
-def test_dirt_in_a_stream_does_not_reach_the_client(dirty):
-    clean = list(translate([b"".join(HELLO)]))
-    assert translate([HELLO[0], dirty, *HELLO[1:]]) == clean
-
-
-def test_message_instead_of_delta_and_whole_completion_with_200():
-    whole = {
-        "choices": [
-            {
-                "index": 0,
-                "message": {"role": "assistant", "content": "Hi", "tool_calls": None},
-                "finish_reason": "stop",
-            }
-        ],
-        "id": "x",
-        "created": 1,
-        "model": "m",
-        "object": "chat.completion",
-        "usage": USAGE,
-    }
-    chunks = translate([json.dumps(whole).encode()])
-    assert (text_in(chunks), chunks[-1]["usage"]) == ("Hi", USAGE)
-
-
-@pytest.mark.parametrize(
-    "name, pieces",
-    [
-        ("hello", HELLO),
-        ("calls", CALLS),
-        (
-            "thoughts",
-            [chunk({"reasoning_content": "ü"}), chunk({"content": "ö"}), chunk({}, "length"), DONE],
-        ),
-    ],
-)
-def test_every_stream_cut_at_every_byte(name, pieces):
-    """Split anywhere it is the same; ended anywhere it is an error, unless the finish reason had come."""
-    whole = b"".join(pieces)
-    expected = translate([whole])
-    finished = whole.index(b'"finish_reason": "') if b'"finish_reason": "' in whole else 0
-    for cut in range(len(whole) + 1):
-        assert translate([whole[:cut], whole[cut:]]) == expected
-        try:
-            chunks = translate([whole[:cut]])
-        except qp.UpstreamError:
-            continue
-        assert cut > finished
-        assert chunks[-1]["choices"] == [] or chunks[-1]["choices"][0]["finish_reason"] in (
-            "stop",
-            "tool_calls",
-            "length",
-        )
+@pytest.mark.parametrize("answer", ODD_EMBEDDINGS)
+@pytest.mark.parametrize("is_base64", [False, True])
+def test_odd_embeddings_are_no_500(answer, is_base64):
+    answers = []
+    out = argparse.Namespace(send_json=lambda status, value: answers.append(value))
+    decoder = qp.EmbeddingsDecoder(1, qp.FAMILIES["dashscope"], qp.Budget())
+    writer = qp.EmbeddingsWriter(out, "m", is_base64)
+    decoder.sink = writer.part(0)
+    try:
+        decoder.feed(answer.encode())
+        decoder.close()
+        writer.close(None)
+        assert answers.pop()["usage"]["prompt_tokens"] == 0
+    except qp.UpstreamError as error:
+        assert "no list of numbers" in str(error)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -6065,105 +4787,38 @@ def test_chat_answers_whole_and_streamed_alike(login, upstream, serve):
         _, headers, completion = chat(server)
         _, _, data = chat(server, stream=True, stream_options={"include_usage": True})
         assert data.pop() == "[DONE]"
-        streamed = collect([json.loads(value) for value in data])
-        assert streamed == completion
-        assert completion["object"] == "chat.completion" and completion["usage"] == USAGE
-        assert headers["x-qwen-provider"] == "oauth"
-    assert [
-        call["function"]["name"] for call in completion["choices"][0]["message"]["tool_calls"]
-    ] == ["get_weather", "get_time"]
-
-
-def test_stream_is_framed_as_whole_events(key_server, upstream):
-    body = {"messages": [{"role": "user", "content": "x"}], "stream": True}
-    data = json.dumps(body).encode()
-    received = raw(
-        key_server,
-        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s"
-        % (len(data), data),
-    )
-    head, _, rest = received.partition(b"\r\n\r\n")
-    assert b"text/event-stream; charset=utf-8" in head and b"Transfer-Encoding: chunked" in head
-    pieces = []
-    while rest:
-        size, _, rest = rest.partition(b"\r\n")
-        pieces.append(rest[: int(size, 16)])
-        rest = rest[int(size, 16) + 2 :]
-    assert pieces.pop() == b"" and all(
-        piece.startswith(b"data: ") and piece.endswith(b"\n\n") for piece in pieces
-    )
-    assert pieces[-1] == DONE
-
-
-@pytest.mark.parametrize(
-    "pieces",
-    [
-        HELLO[:3],
-        HELLO[:3] + (CUT,),
-        HELLO[:3] + (b"data: {cut\n\n",),
-        HELLO[:3] + (b'data: {"error":{"message":"late","code":"x"}}\n\n',),
-    ],
-)
-def test_broken_stream_ends_in_an_error_and_no_done(key_server, upstream, pieces):
-    upstream.script.append(stream(*pieces))
-    status, _, data = chat(key_server, stream=True)
-    assert status == 200 and "error" in json.loads(data[-1]) and "[DONE]" not in data
-    upstream.script.append(stream(*pieces))
-    assert chat(key_server)[0] in (502,)
-
-
-@pytest.mark.parametrize("pieces", [HELLO[:5], HELLO[:5] + (CUT,), HELLO[:6], HELLO])
-def test_finished_stream_without_done_gets_it(key_server, upstream, pieces):
-    upstream.script.append(stream(*pieces))
-    _, _, data = chat(key_server, stream=True)
-    assert data[-1] == "[DONE]" and json.loads(data[-2])["choices"][0]["finish_reason"] == "stop"
+        assert collect([json.loads(value) for value in data]) == completion
+        assert headers["x-qwen-provider"] == "oauth" and completion["usage"] == USAGE
 
 
 def test_client_that_leaves_while_the_lock_is_held_is_let_go(home, upstream, serve):
     write_login(home, upstream, expires_in=0)
     (home / "oauth_creds.lock").write_text("somebody")
     server = serve()
-    data = json.dumps({"messages": [{"role": "user", "content": "x"}]}).encode()
     with socket.create_connection(("127.0.0.1", server.port), timeout=WAIT) as client:
-        client.sendall(POST + b"Content-Length: %d\r\n\r\n%s" % (len(data), data))
-        end = time.monotonic() + WAIT
-        while not server.health()["in_flight"] and time.monotonic() < end:
-            time.sleep(0.01)
-        assert server.health()["in_flight"] == 1
-    while server.health()["in_flight"] and time.monotonic() < end:
-        time.sleep(0.01)
-    assert server.health()["in_flight"] == 0
+        client.sendall(post())
+        assert until(lambda: server.health()["in_flight"] == 1)
+    assert until(lambda: server.health()["in_flight"] == 0)
 
 
-@pytest.mark.parametrize("pieces", [[], HELLO[:2]])
+@pytest.mark.parametrize("pieces", [[], HELLO[:2]], ids=["before the answer", "in it"])
 def test_client_that_leaves_stops_the_upstream_at_once(key_server, upstream, pieces):
-    never = threading.Event()
-    upstream.script.append(
-        Reply(
-            200,
-            [("Content-Type", "text/event-stream"), ("Transfer-Encoding", "chunked")],
-            [*pieces, never],
-        )
-    )
-    data = json.dumps({"messages": [{"role": "user", "content": "x"}], "stream": True}).encode()
+    upstream.script.append(stream(*pieces, threading.Event()))
     with socket.create_connection(("127.0.0.1", key_server.port), timeout=WAIT) as client:
-        client.sendall(
-            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s"
-            % (len(data), data)
-        )
+        client.sendall(post(stream=True))
         upstream.wait_for_request()
-        if pieces:
-            assert client.recv(1)
+        assert not pieces or client.recv(1)
     assert upstream.gone.wait(WAIT)
 
 
 @pytest.mark.parametrize("before", [[], [HELLO[0]]], ids=["before the answer", "in it"])
-def test_silence_is_filled_with_comments(quick, upstream, before):
+def test_silence_is_filled_with_comments(quick, upstream, before):  # client 15
     go = threading.Event()
     upstream.script.append(stream(*before, go, *HELLO[len(before) :]))
-    body = b"".join(comments_until(quick, go, 3))
-    assert body.count(qp.KEEP_ALIVE) >= 3 and body.endswith(DONE)
-    assert before or body.startswith(qp.KEEP_ALIVE * 3)
+    lines = [line for line in comments_until(quick, go, 3) if line.strip()]
+    assert all(re.match(rb": keep-alive\n|data: [{[]", line) for line in lines)
+    assert lines.count(b": keep-alive\n") >= 3 and lines[-1] + b"\n" == DONE
+    assert before or lines[:3] == [b": keep-alive\n"] * 3
 
 
 def test_error_after_a_comment_is_an_error_event(quick, upstream):
@@ -6175,92 +4830,65 @@ def test_error_after_a_comment_is_an_error_event(quick, upstream):
 
 
 def test_models_health_root(login, upstream, serve):
-    server = serve(api_key=["k-123456"])
-    key = {"Authorization": "Bearer k-123456"}
-    models = json.loads(ask(server, method="GET", path="/v1/models", headers=key)[2])
-    assert [(model["id"], model["object"], model["owned_by"]) for model in models["data"]] == [
-        ("coder-model", "model", "oauth")
-    ]
-    assert ask(server, method="GET", path="/models/coder%2Dmodel", headers=key)[0] == 200
-    assert (
-        json.loads(ask(server, method="GET", path="/v1/models/nope", headers=key)[2])["error"][
-            "code"
-        ]
-        == "model_not_found"
-    )
-    assert ask(server, method="GET", path="/v1/models")[0] == 401
-    health = json.loads(ask(server, method="GET", path="/health")[2])
-    assert (
-        health["status"] == "ok"
-        and health["login"]["type"] == "oauth"
-        and "path" not in health["login"]
-    )
+    server, key = serve(api_key=["k-123456"]), {"Authorization": "Bearer k-123456"}
+    models = get(server, "/v1/models", **key)[1]["data"]
+    owned = {"id": "coder-model", "object": "model", "owned_by": "oauth"}
+    assert len(models) == 1 and owned.items() <= models[0].items()
+    assert get(server, "/models/coder%2Dmodel", **key)[0] == 200
+    assert get(server, "/v1/models")[0] == 401
+    health = get(server, "/health")[1]
+    assert (health["status"], health["login"]["type"]) == ("ok", "oauth")
+    assert "path" not in health["login"]
     assert b"/v1/chat/completions" in ask(server, method="GET", path="/")[2]
     assert ask(server, method="HEAD", path="/")[2] == b""
 
 
-def test_model_ids_may_contain_slashes(home, upstream, serve):
-    entry = {"id": "qwen/qwen3 x", "baseUrl": upstream.dashscope, "envKey": "K"}
-    (home / "settings.json").write_text(
-        json.dumps({"modelProviders": {"openai": [entry]}, "env": {"K": "sk-good-1"}})
-    )
-    assert ask(serve(), method="GET", path="/v1/models/qwen%2Fqwen3%20x")[0] == 200
+# Method, path, status, and what the body says; client 3.
+PATHS = """
+POST /v1/chat/completions/ 200 | POST //chat/completions 200 | POST /v1//chat/completions 200
+POST /chat/completions/ 200 | POST /v1/chat/completions?beta=true 200
+GET /v1/nothing 404 /v1/chat/completions | POST /v1/batches 404 /v1/embeddings
+POST /v1/files 404 /v1/embeddings | POST /v1/audio/speech 404 /v1/embeddings
+POST /v1/images/generations 404 /v1/embeddings | GET /v1/chat/completions 405 POST
+GET /v1/responses/resp_1 404 response_not_found | DELETE /v1/responses/resp_1 404 response_not_found
+"""
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        "/v1/chat/completions",
-        "/chat/completions",
-        "/v1/chat/completions/",
-        "/v1//chat/completions",
-        "/v1/chat/completions?beta=true",
-    ],
-)
-def test_base_url_may_be_wrong_in_the_usual_ways(key_server, path):
-    assert ask(key_server, {"messages": [{"role": "user", "content": "x"}]}, path=path)[0] == 200
+def test_paths(key_server):
+    for line in re.split(r" \| |\n", PATHS.strip()):
+        method, path, status, *words = line.split()
+        got, _, body = ask(key_server, {"messages": HI} if method == "POST" else None, method, path)
+        assert got == int(status) and all(word in body.decode() for word in words), line
+        assert "error" in json.loads(body) or got == 200
 
 
 def test_no_login_says_what_to_do(serve):
     status, _, body = chat(serve())
-    assert (
-        status == 401
-        and "/auth" in body["error"]["message"]
-        and body["error"]["type"] == "authentication_error"
-    )
+    assert (status, body["error"]["type"]) == (401, "authentication_error")
+    assert "/auth" in body["error"]["message"]
 
 
-@pytest.mark.parametrize(
-    "header",
-    [
-        {"Authorization": "Bearer k-1"},
-        {"X-API-Key": "k-2"},
-        {"api-key": "k-1"},
-        {"Authorization": "bearer k-2"},
-    ],
-)
-def test_keys_open_the_door(serve, login, header):
+KEYS = """
+Authorization: Bearer k-1 | 200
+X-API-Key: k-2 | 200
+api-key: k-1 | 200
+Authorization: bearer k-2 | 200
+ | 401
+Authorization: Bearer | 401
+Authorization: k-1 | 401
+X-API-Key: k-11 | 401
+Authorization: Bearer ü | 401
+"""
+
+
+def test_keys_open_the_door_and_others_do_not(serve, login):
     server = serve(api_key=["k-1", "k-2"])
-    assert ask(server, method="GET", path="/v1/models", headers=header)[0] == 200
-
-
-@pytest.mark.parametrize(
-    "header",
-    [
-        {},
-        {"Authorization": "Bearer "},
-        {"Authorization": "k-1"},
-        {"X-API-Key": "k-11"},
-        {"Authorization": "Bearer ü"},
-    ],
-)
-def test_wrong_keys_do_not(serve, login, header):
-    status, _, body = ask(
-        serve(api_key=["k-1"]),
-        {"messages": []},
-        headers={name: value.encode("latin-1") for name, value in header.items()},
-    )
-    assert (status, json.loads(body)["error"]["code"]) == (401, "invalid_api_key")
+    for line in KEYS.strip("\n").splitlines():
+        headers, status = line.split(" | ")
+        head = b"GET /v1/models HTTP/1.1\r\nConnection: close\r\nHost: localhost\r\n"
+        received = raw(server, head + headers.encode("latin-1") + b"\r\n" * (2 if headers else 1))
+        assert statuses(received) == [int(status)], line
+        assert status == "200" or b'"invalid_api_key"' in received
 
 
 NO_KEYS = [[""], ["\u00a0"], ["good-key", "\t"], ["s"], "", "s", ["good\nkey"], [None]]
@@ -6280,35 +4908,199 @@ def test_keys_in_any_shape_let_in_that_key_only(serve, login, keys):  # H1
 
 
 def test_empty_bearer_is_fine_without_keys(key_server):
-    assert (
-        ask(
-            key_server,
-            {"messages": [{"role": "user", "content": "x"}]},
-            headers={"Authorization": "Bearer "},
-        )[0]
-        == 200
-    )
+    assert ask(key_server, {"messages": HI}, headers={"Authorization": "Bearer "})[0] == 200
 
 
-@pytest.mark.parametrize(
-    "host, status",
-    [
-        ("localhost", 200),
-        ("127.0.0.1:1", 200),
-        ("[::1]:8080", 200),
-        ("app.localhost", 200),
-        ("host.docker.internal:8080", 200),
-        ("evil.example", 403),
-        ("127.0.0.1.evil.example", 403),
-        ("friend.example", 200),
-        ("1.2.3.4", 403),
-        ("a b", 403),
-        ("", 403),
-    ],
-)
-def test_host_must_name_this_machine(serve, login, host, status):
+HOSTS = """localhost|127.0.0.1:1|[::1]:8080|app.localhost|host.docker.internal:8080|friend.example
+evil.example|127.0.0.1.evil.example|1.2.3.4|a b|"""
+
+
+def test_host_must_name_this_machine(serve, login):
     server = serve(allow_host=["friend.example"])
-    assert ask(server, method="GET", path="/health", headers={"Host": host})[0] == status
+    for hosts, status in zip(HOSTS.split("\n"), (200, 403)):
+        for host in hosts.split("|"):
+            assert get(server, "/health", Host=host)[0] == status, host
+
+
+# What a page of a browser sends, and the status; client 40.
+ORIGINS = """
+Origin: http://localhost:3000 | 200
+Origin: vscode-webview://abc | 200
+Origin: https://good.example | 200
+Origin: https://evil.example | 403
+Origin: https://evil.example; Content-Type: text/plain | 403
+Origin: null | 403
+Origin: http://localhost.evil.example | 403
+Origin: vscode-file://vscode-app | 200
+Origin: file:// | 200
+Sec-Fetch-Site: cross-site | 403
+Sec-Fetch-Site: same-origin | 200
+Sec-Fetch-Site: cross-site; Sec-Fetch-Mode: no-cors | 403
+Sec-Fetch-Site: cross-site; Sec-Fetch-Mode: navigate | 403
+Sec-Fetch-Site: cross-site; Sec-Fetch-Mode: cors; Content-Type: text/plain | 403
+Sec-Fetch-Site: cross-site; Sec-Fetch-Mode: cors | 200
+Sec-Fetch-Site: cross-site; Sec-Fetch-Mode: websocket | 403
+Origin: http://localhost:3000; Content-Type: text/plain | 415
+Content-Type: application/x-www-form-urlencoded | 200
+"""
+
+
+def test_pages_of_other_sites_cannot_spend_the_quota(serve, upstream, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
+    allowed = ["https://good.example/", "file://"]
+    server = serve(base_url=upstream.dashscope, model="m", allow_origin=allowed)
+    for line in ORIGINS.strip().splitlines():
+        headers, status = line.split(" | ")
+        headers = dict(header.split(": ") for header in headers.split("; "))
+        del upstream.requests[:]
+        got, answered, _ = ask(server, {"messages": HI}, headers=headers)
+        assert (got, len(upstream.bodies())) == (int(status), got == 200), line
+        origin = headers.get("Origin") if got != 403 else None
+        assert answered["Access-Control-Allow-Origin"] == origin
+
+
+def test_preflight_and_errors_are_for_allowed_origins_only(key_server):
+    wanted = {
+        "Access-Control-Request-Headers": "authorization, x-stainless-new",
+        "Access-Control-Request-Method": "POST",
+    }
+    ours, theirs = {"Origin": "http://localhost:1"}, {"Origin": "https://evil.example"}
+    status, headers, body = ask(key_server, method="OPTIONS", headers={**ours, **wanted})
+    assert (status, body, headers["Access-Control-Allow-Credentials"]) == (204, b"", None)
+    assert headers["Access-Control-Allow-Headers"] == "authorization, x-stainless-new"
+    assert ask(key_server, method="OPTIONS", headers={**theirs, **wanted})[0] == 403
+    _, headers, _ = ask(key_server, {"messages": []}, headers=ours)
+    assert headers["Access-Control-Allow-Origin"] == "http://localhost:1"
+
+
+# Requests that cannot be served: the path, the body, and words of the answer.
+BAD_REQUESTS = table(r"""
+empty | chat | b"" |
+no JSON, client 36 | chat | b"{" |
+a string, client 36 | chat | b'"x"' |
+a list, client 36 | chat | b"[]" |
+a number, client 36 | chat | b"1" |
+null, client 36 | chat | b"null" |
+NaN | chat | b'{"messages": NaN}' |
+infinity | chat | b'{"messages": -Infinity}' |
+depth | chat | b'{"messages":' + b"[" * 100_000 + b"]" * 100_000 + b"}" |
+digits | chat | b'{"messages": [{"role":"user","content":"x"}], "n": ' + b"9" * 100_000 + b"}" |
+UTF-8 | chat | b'{"messages": "\xff"}' |
+twice | chat | b'{"messages": [], "messages": []}' |
+overflow | chat | b'{"messages": [{"role":"user","content":"x"}], "x": 1e999}' |
+no messages | chat | {} |
+messages null | chat | {"messages": None} |
+messages empty | chat | {"messages": []} |
+a message that is a string | chat | {"messages": ["x"]} |
+no role | chat | {"messages": [{}]} |
+content | chat | {"messages": [user({})]} |
+model | chat | {"messages": HI, "model": 5} | model
+a model of megabytes | chat | {"messages": HI, "model": "m" * 1000} | model
+stream | chat | {"messages": HI, "stream": "yes"} |
+tools | chat | {"messages": HI, "tools": {}} |
+tools in extra_body | chat | {"messages": HI, "extra_body": {"tools": 5}} |
+orphans alone | chat | {"messages": [result("c", "x")], "response_format": JSON_OBJECT} | only tool results
+prompt | text | {"prompt": 5} | prompt
+no model | embeddings | {"input": "x"} | model must be named
+no input | embeddings | {"model": "m"} | input must be
+empty input | embeddings | {"model": "m", "input": []} | input must be
+tokens | embeddings | {"model": "m", "input": [1, 2]} | token array
+arrays of tokens, client 34 | embeddings | {"model": "m", "input": [[1, 2, 3]]} | check_embedding_ctx_length=False
+an empty text | embeddings | {"model": "m", "input": ["a", ""]} | input[1]
+a null | embeddings | {"model": "m", "input": ["a", None]} | input[1]
+too many texts | embeddings | {"model": "m", "input": ["a"] * 2049} | 2048
+format | embeddings | {"model": "m", "input": "a", "encoding_format": "int8"} | float or base64
+a list for embeddings | embeddings | [] | JSON object
+a response before | responses | {"input": "Hi", "previous_response_id": "resp_1"} | send the whole conversation
+a conversation | responses | {"input": "Hi", "conversation": "conv_1"} | conversation is not
+in the background | responses | {"input": "Hi", "background": True} | background
+input null | responses | {"input": None} | input must be
+input empty | responses | {"input": []} | input must be
+an unknown item | responses | {"input": [{"type": "item_reference", "id": "x"}]} | item_reference
+an id that is an object | responses | {"input": [{"type": "item_reference", "id": {"a": 1}}]} | item_reference
+a kind of item | responses | {"input": [{"type": "computer_call"}]} | computer_call
+a kind that is a list | responses | {"input": [{"type": ["x"]}]} | type
+an item that is a number | responses | {"input": [5]} | input[0]
+a role | responses | {"input": [{"role": "robot", "content": "x"}]} | robot
+a file | responses | {"input": [user([{"type": "input_file", "file_id": "f"}])]} | input_file
+content of an item | responses | {"input": [user(5)]} | content
+""")
+ENDPOINTS = {
+    "chat": CHAT,
+    "text": "/v1/completions",
+    "embeddings": "/v1/embeddings",
+    "responses": "/v1/responses",
+}
+
+
+@pytest.mark.parametrize("path, body, words", BAD_REQUESTS)
+def test_bad_requests_are_refused_with_a_word(key_server, upstream, path, body, words):
+    status, _, answer = ask(key_server, eval(body, globals()), path=ENDPOINTS[path])
+    error = json.loads(answer)["error"]
+    assert (status, error["type"]) == (400, "invalid_request_error") and "report" not in str(error)
+    assert words in error["message"] and upstream.requests == []
+
+
+def test_plans_without_an_endpoint_say_so(login, upstream, serve):
+    server = serve()
+    assert complete(server)[1]["error"]["code"] == "unsupported_endpoint"
+    assert embed(server, "x")[1]["error"]["code"] == "unsupported_endpoint"
+    assert upstream.requests == []
+
+
+POST_GZIP = post(gzip.compress(BODY), b"Content-Encoding: gzip\r\n")
+GET_HEALTH = b"GET /health HTTP/1.1\r\n"
+# What a client sends, and the statuses that it gets.
+WIRE = table(r"""
+two lengths | POST + b"Content-Length: 2\r\nContent-Length: 2\r\n\r\n{}" | 400
+length and chunked | POST + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" | 400
+length with sign | POST + b"Content-Length: +2\r\n\r\n{}" | 400
+length with underscore | POST + b"Content-Length: 1_0\r\n\r\n" | 400
+length with space | POST + b"Content-Length: 1 0\r\n\r\n" | 400
+length negative | POST + b"Content-Length: -1\r\n\r\n" | 400
+length too large | POST + b"Content-Length: 99999999999\r\n\r\n" | 413
+chunk size | POST + CHUNKS + b"xyz\r\n" | 400
+chunk extension | POST + CHUNKS + b"2;a=b\r\n{}\r\n0\r\n\r\n" | 400
+chunk trailer | POST + CHUNKS + b"2\r\n{}\r\n0\r\nX: y\r\n\r\n" | 400
+other coding | POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n" | 400
+folded header | POST + b"X: a\r\n b\r\n\r\n" | 400
+space before colon | POST + b"X : a\r\n\r\n" | 400
+NUL | POST + b"X: a\0b\r\n\r\n" | 400
+bare CR | POST + b"X: a\rb\r\n\r\n" | 400
+bare LF | POST + b"X: a\n\r\n" | 400
+no Host | GET_HEALTH + b"Connection: close\r\n\r\n" | 400
+two Hosts | GET_HEALTH + b"Host: localhost\r\nHost: evil\r\n\r\n" | 400
+too many headers | POST + b"".join(b"X-%d: a\r\n" % n for n in range(200)) + b"\r\n" | 431
+long headers | POST + b"".join(b"X-%d: %s\r\n" % (n, b"a" * 60_000) for n in range(20)) + b"\r\n" | 431
+long header | POST + b"X: " + b"a" * 100_000 + b"\r\n\r\n" | 431
+long request line | b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n" | 414
+HTTP/2 | b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" | 505
+HTTP/0.9 | b"GET /\r\n\r\n" | 400
+no HTTP | b"\x16\x03\x01\x00\r\n\r\n" | 400
+absolute | HEALTH.replace(b"/health", b"http://localhost/v1/models") | 400
+dots | HEALTH.replace(b"/health", b"/v1/%2e%2e/x") | 404
+unknown path | HEALTH.replace(b"/health", b"/x") | 404
+wrong method | HEALTH.replace(b"/health", b"/v1/chat/completions") | 405
+zstd | post(b"{}", b"Content-Encoding: zstd\r\nConnection: close\r\n") | 415
+no gzip | post(b"{}", b"Content-Encoding: gzip\r\nConnection: close\r\n") | 400
+in chunks, client 36 | POST + CHUNKS + b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY) + HEALTH | 200 200
+gzip, client 36 | POST_GZIP + HEALTH | 200 200
+expects a word, client 36 | post(head=b"Expect: 100-continue\r\nUpgrade: h2c\r\n") + HEALTH | 100 200 200
+HTTP/2 by upgrade, client 36 | post(head=b"Upgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: A\r\n") + HEALTH | 200 200
+a form, client 36 | post(head=b"Content-Type: application/x-www-form-urlencoded\r\n") + HEALTH | 200 200
+an error, then another, client 36 | post(b"[]") + post(b"{}") + POST_GZIP + post() + HEALTH | 400 400 200 200 200
+half a surrogate pair | post(b'{"messages": [{"role":"user","content":"cut \\ud83d"}]}') + HEALTH | 200 200
+a WebSocket, client 36 | WEBSOCKET + b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n" + WEBSOCKET + b"\r\n" + HEALTH | 426 405 200
+""")
+
+
+@pytest.mark.parametrize("request_, expected", WIRE)
+def test_wire(key_server, upstream, request_, expected):
+    received = raw(key_server, eval(request_, globals()))
+    assert statuses(received) == [int(status) for status in expected.split()], received[:200]
+    if "200" not in expected:
+        assert b'{"error"' in received and upstream.requests == []
+    assert get(key_server, "/health")[0] == 200
 
 
 @pytest.mark.parametrize(
@@ -6316,186 +5108,8 @@ def test_host_must_name_this_machine(serve, login, host, status):
 )
 def test_the_connection_lives_on_after_an_error_in_mid_stream(key_server, upstream, end):
     upstream.script.append(stream(*HELLO[:2], *end))
-    body = json.dumps({"messages": HI, "stream": True}).encode()
-    received = raw(
-        key_server,
-        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s"
-        % (len(body), body)
-        + b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
-    )
-    assert (
-        re.findall(rb"HTTP/1.1 (\d+)", received) == [b"200", b"200"]
-        and received.count(b'data: {"error"') == 1
-    )
-
-
-@pytest.mark.parametrize(
-    "headers, status",
-    [
-        ({"Origin": "http://localhost:3000"}, 200),
-        ({"Origin": "vscode-webview://abc"}, 200),
-        ({"Origin": "https://good.example"}, 200),
-        ({"Origin": "https://evil.example"}, 403),
-        ({"Origin": "null"}, 403),
-        ({"Origin": "http://localhost.evil.example"}, 403),
-        ({"Origin": "vscode-file://vscode-app"}, 200),
-        ({"Origin": "file://"}, 200),
-        ({"Sec-Fetch-Site": "cross-site"}, 403),
-        ({"Sec-Fetch-Site": "same-origin"}, 200),
-        ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}, 403),
-        ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}, 403),
-        (
-            {
-                "Sec-Fetch-Site": "cross-site",
-                "Sec-Fetch-Mode": "cors",
-                "Content-Type": "text/plain",
-            },
-            403,
-        ),
-        ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "cors"}, 200),
-        ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "websocket"}, 403),
-        ({"Origin": "http://localhost:3000", "Content-Type": "text/plain"}, 415),
-        ({"Content-Type": "application/x-www-form-urlencoded"}, 200),
-    ],
-)
-def test_pages_of_other_sites_cannot_spend_the_quota(serve, upstream, monkeypatch, headers, status):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
-    server = serve(
-        base_url=upstream.dashscope, model="m", allow_origin=["https://good.example/", "file://"]
-    )
-    got, answered, _ = ask(
-        server, {"messages": [{"role": "user", "content": "x"}]}, headers=headers
-    )
-    assert got == status and len(upstream.bodies()) == (status == 200)
-    assert answered["Access-Control-Allow-Origin"] == (
-        headers.get("Origin") if status in (200, 415) else None
-    )
-
-
-def test_preflight_echoes_headers_to_allowed_origins_only(key_server):
-    wanted = {
-        "Access-Control-Request-Headers": "authorization, x-stainless-new",
-        "Access-Control-Request-Method": "POST",
-    }
-    status, headers, body = ask(
-        key_server, method="OPTIONS", headers={"Origin": "http://localhost:1", **wanted}
-    )
-    assert (status, headers["Access-Control-Allow-Headers"], body) == (
-        204,
-        "authorization, x-stainless-new",
-        b"",
-    )
-    assert headers["Access-Control-Allow-Credentials"] is None
-    assert (
-        ask(key_server, method="OPTIONS", headers={"Origin": "https://evil.example", **wanted})[0]
-        == 403
-    )
-
-
-def test_errors_carry_cors_headers(key_server):
-    _, headers, _ = ask(key_server, {"messages": []}, headers={"Origin": "http://localhost:1"})
-    assert headers["Access-Control-Allow-Origin"] == "http://localhost:1"
-
-
-BODIES = {
-    "empty": b"",
-    "no JSON": b"{",
-    "string": b'"x"',
-    "list": b"[]",
-    "number": b"1",
-    "null": b"null",
-    "NaN": b'{"messages": NaN}',
-    "Infinity": b'{"messages": -Infinity}',
-    "depth": b'{"messages":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
-    "digits": b'{"messages": [{"role":"user","content":"x"}], "n": ' + b"9" * 100_000 + b"}",
-    "UTF-8": b'{"messages": "\xff"}',
-    "twice": b'{"messages": [], "messages": []}',
-    "overflow": b'{"messages": [{"role":"user","content":"x"}], "x": 1e999}',
-    "no messages": b"{}",
-    "messages empty": b'{"messages": []}',
-    "message string": b'{"messages": ["x"]}',
-    "no role": b'{"messages": [{}]}',
-    "content": b'{"messages": [{"role":"user","content":{}}]}',
-    "model": b'{"model": 5, "messages": [{"role":"user","content":"x"}]}',
-    "stream": b'{"stream": "yes", "messages": [{"role":"user","content":"x"}]}',
-    "tools": b'{"tools": {}, "messages": [{"role":"user","content":"x"}]}',
-}
-
-
-@pytest.mark.parametrize("name", sorted(BODIES))
-def test_malformed_bodies_get_a_clear_400(key_server, upstream, name):
-    status, headers, body = ask(key_server, BODIES[name])
-    assert (status, json.loads(body)["error"]["type"]) == (
-        400,
-        "invalid_request_error",
-    ) and upstream.requests == []
-    assert chat(key_server)[0] == 200
-
-
-def test_half_a_surrogate_pair_is_no_reason_to_fail(key_server, upstream):
-    assert ask(key_server, b'{"messages": [{"role":"user","content":"cut \\ud83d"}]}')[0] == 200
-
-
-POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
-RAW = {
-    "two lengths": (POST + b"Content-Length: 2\r\nContent-Length: 2\r\n\r\n{}", 400),
-    "length and chunked": (
-        POST + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-        400,
-    ),
-    "length with sign": (POST + b"Content-Length: +2\r\n\r\n{}", 400),
-    "length with underscore": (POST + b"Content-Length: 1_0\r\n\r\n", 400),
-    "length with space": (POST + b"Content-Length: 1 0\r\n\r\n", 400),
-    "length negative": (POST + b"Content-Length: -1\r\n\r\n", 400),
-    "length too large": (POST + b"Content-Length: 99999999999\r\n\r\n", 413),
-    "chunk size": (POST + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n", 400),
-    "chunk extension": (POST + b"Transfer-Encoding: chunked\r\n\r\n2;a=b\r\n{}\r\n0\r\n\r\n", 400),
-    "chunk trailer": (
-        POST + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\nX: y\r\n\r\n",
-        400,
-    ),
-    "other coding": (POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", 400),
-    "folded header": (POST + b"X: a\r\n b\r\n\r\n", 400),
-    "space before colon": (POST + b"X : a\r\n\r\n", 400),
-    "NUL": (POST + b"X: a\0b\r\n\r\n", 400),
-    "bare CR": (POST + b"X: a\rb\r\n\r\n", 400),
-    "bare LF": (POST + b"X: a\n\r\n", 400),
-    "no Host": (b"GET /health HTTP/1.1\r\nConnection: close\r\n\r\n", 400),
-    "two Hosts": (b"GET /health HTTP/1.1\r\nHost: localhost\r\nHost: evil\r\n\r\n", 400),
-    "too many headers": (POST + b"".join(b"X-%d: a\r\n" % n for n in range(200)) + b"\r\n", 431),
-    "long request line": (b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", 414),
-    "long header": (POST + b"X: " + b"a" * 100_000 + b"\r\n\r\n", 431),
-    "HTTP/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
-    "HTTP/0.9": (b"GET /\r\n\r\n", 400),
-    "no HTTP": (b"\x16\x03\x01\x00\r\n\r\n", 400),
-    "absolute": (
-        b"GET http://localhost/v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
-        400,
-    ),
-    "dots": (b"GET /v1/%2e%2e/x HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", 404),
-    "unknown path": (b"GET /x HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", 404),
-    "wrong method": (
-        b"GET /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
-        405,
-    ),
-    "zstd": (
-        POST + b"Content-Encoding: zstd\r\nConnection: close\r\nContent-Length: 2\r\n\r\n{}",
-        415,
-    ),
-    "no gzip": (
-        POST + b"Content-Encoding: gzip\r\nConnection: close\r\nContent-Length: 2\r\n\r\n{}",
-        400,
-    ),
-}
-
-
-@pytest.mark.parametrize("name", sorted(RAW))
-def test_malformed_requests(key_server, upstream, name):
-    request, status = RAW[name]
-    received = raw(key_server, request)
-    assert received.startswith(b"HTTP/1.1 %d " % status), received[:200]
-    assert "error" in json.loads(received.partition(b"\r\n\r\n")[2]) and upstream.requests == []
-    assert ask(key_server, method="GET", path="/health")[0] == 200
+    received = raw(key_server, post(stream=True) + HEALTH)
+    assert statuses(received) == [200, 200] and received.count(b'data: {"error"') == 1
 
 
 def test_many_clients_at_once_share_connections(key_server, upstream):
@@ -6547,17 +5161,8 @@ def test_connections_above_the_limit_do_not_hold_the_others_up(serve, upstream, 
         with contextlib.suppress(ConnectionResetError):
             assert silent[-1].recv(100) == b""  # closed, while the first ones wait to be told
         gate.set()
-        assert silent[0].recv(100).startswith(b"HTTP/1.1 503 ")
-
-
-def test_a_model_of_megabytes_is_refused(key_server, upstream):
-    status, _, body = chat(key_server, model="m" * 1000)
-    assert (status, body["error"]["param"]) == (400, "model") and upstream.requests == []
-
-
-def test_headers_of_megabytes_are_refused(key_server):
-    lines = b"".join(b"X-%d: %s\r\n" % (number, b"a" * 60_000) for number in range(20))
-    assert raw(key_server, POST + lines + b"\r\n").startswith(b"HTTP/1.1 431 ")
+        received = silent[0].recv(1000)
+        assert received.startswith(b"HTTP/1.1 503 ") and b"Retry-After" in received
 
 
 def test_no_line_of_the_log_is_forged_and_none_is_cut_inside_a_key(key_server, upstream, caplog):
@@ -6565,106 +5170,45 @@ def test_no_line_of_the_log_is_forged_and_none_is_cut_inside_a_key(key_server, u
     key = "0123456789abcdef0123456789abcdef"
     qp.keep_secret(key)
     upstream.script.append(refusal("x" * 280 + " " + key + "\n00:00:00 I forged", 400))
-    chat(key_server)
-    assert key[:16] not in caplog.text and "\n00:00:00 I forged" not in caplog.text
+    chat(key_server, model="a\nfake line\x1b[31m", messages=[user("secret prompt")])
+    assert until(lambda: caplog.records)  # the line is written after the answer
+    said = "".join(record.getMessage() for record in caplog.records)
+    for words in (key[:16], "\n00:00:00 I forged", "\nfake", "\x1b", "secret prompt"):
+        assert words not in said
 
 
 def test_a_slow_sender_is_cut_off(key_server, monkeypatch):
     monkeypatch.setattr(qp.Exchange, "HEADER_TIMEOUT", 0.3)
     monkeypatch.setattr(qp.Exchange, "BODY_TIMEOUT", 0.3)
-    assert raw(key_server, b"POST /v1/chat").startswith(b"HTTP/1.1 408 ")
-    assert raw(key_server, b"POST /v1/chat/completions HTTP/1.1\r\nHost:").startswith(
-        b"HTTP/1.1 408 "
-    )
-    assert raw(key_server, POST + b"Content-Length: 10\r\n\r\n{").startswith(b"HTTP/1.1 408 ")
-
-
-def test_bodies_chunked_gzipped_expected_and_one_after_the_other(key_server):
-    body = json.dumps({"messages": [{"role": "user", "content": "x"}]}).encode()
-    packed = gzip.compress(body)
-    requests = [
-        POST + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(body), body),
-        POST + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n%s" % (len(packed), packed),
-        POST
-        + b"Expect: 100-continue\r\nUpgrade: h2c\r\nContent-Length: %d\r\n\r\n%s"
-        % (len(body), body),
-        POST + b"Content-Length: 2\r\n\r\n{}",
-        POST + b"Connection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body),
-    ]
-    received = raw(key_server, b"".join(requests))
-    assert re.findall(rb"HTTP/1.1 (\d+) ", received) == [
-        b"200",
-        b"200",
-        b"100",
-        b"200",
-        b"400",
-        b"200",
-    ]
+    for request in (POST[:13], POST[:-12], POST + b"Content-Length: 10\r\n\r\n{"):
+        assert statuses(raw(key_server, request)) == [408]
 
 
 def test_gzip_bomb_is_413(serve, upstream, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
-    server = serve(base_url=upstream.dashscope, max_body=1)
-    status, _, body = ask(
-        server, gzip.compress(b" " * 50_000_000), headers={"Content-Encoding": "gzip"}
-    )
+    server, bomb = serve(base_url=upstream.dashscope, max_body=1), gzip.compress(b" " * 50_000_000)
+    status, _, body = ask(server, bomb, headers={"Content-Encoding": "gzip"})
     assert (status, json.loads(body)["error"]["code"]) == (413, "request_too_large")
 
 
 def test_http_1_0_gets_an_unframed_stream(key_server):
-    body = json.dumps({"messages": [{"role": "user", "content": "x"}], "stream": True}).encode()
-    received = raw(
-        key_server,
-        b"POST /v1/chat/completions HTTP/1.0\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body),
-    )
+    request = post(stream=True).replace(b"HTTP/1.1\r\nHost: localhost", b"HTTP/1.0")
+    received = raw(key_server, request)
     assert b"chunked" not in received and received.endswith(DONE)
 
 
 def test_both_loopback_addresses_answer(key_server):
-    with socket.socket(socket.AF_INET6) as probe:
-        try:
-            probe.bind(("::1", 0))
-        except OSError:
-            pytest.skip("no IPv6 here")
-    request = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
-    assert raw(key_server, request, socket.AF_INET6).startswith(b"HTTP/1.1 200 ")
-
-
-def test_too_many_connections_get_503(serve, login):
-    server = serve(max_connections=1)
-    with socket.create_connection(("127.0.0.1", server.port), timeout=WAIT) as first:
-        first.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        assert first.recv(100)
-        received = raw(server, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-    assert received.startswith(b"HTTP/1.1 503 ") and b"Retry-After" in received
+    if len(key_server._listeners) < 2:
+        pytest.skip("this machine has no ::1")
+    assert statuses(raw(key_server, post() + HEALTH, socket.AF_INET6)) == [200, 200]
 
 
 def test_fault_of_ours_is_a_500_without_traceback(key_server, monkeypatch, caplog):
     monkeypatch.setattr(qp, "parse_json", lambda body: 1 // 0)
     status, _, body = ask(key_server, b"{}")
     assert status == 500 and "ZeroDivisionError" in json.loads(body)["error"]["message"]
-    assert "Traceback" not in "".join(
-        record.getMessage() for record in caplog.records if record.levelno > logging.DEBUG
-    )
-
-
-def test_log_lines_cannot_be_forged(key_server, caplog):
-    caplog.set_level(logging.INFO, "qwen_proxy")
-    ask(
-        key_server,
-        {
-            "messages": [{"role": "user", "content": "secret prompt"}],
-            "model": "a\nfake line\x1b[31m",
-        },
-    )
-    end = time.monotonic() + WAIT  # the line is written after the answer
-    while not caplog.records and time.monotonic() < end:
-        time.sleep(0.01)
-    assert caplog.records and not any(
-        "\nfake" in record.getMessage() or "\x1b" in record.getMessage()
-        for record in caplog.records
-    )
-    assert "secret prompt" not in caplog.text
+    said = [record.getMessage() for record in caplog.records if record.levelno > logging.DEBUG]
+    assert "Traceback" not in "".join(said)
 
 
 def test_beyond_loopback_needs_a_key():
@@ -6696,23 +5240,16 @@ def test_connections_share_a_processor_and_the_rest_of_the_program_is_free(key_s
     assert len(set().union(*seen)) == 1 and len(seen) == 2 and os.sched_getaffinity(0) == before
 
 
-def test_running_streams_end_in_an_error_event_at_shutdown(upstream, monkeypatch):
+def test_running_streams_end_in_an_error_event_at_shutdown(serve, upstream, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
-    server, never, result = (
-        qp.make_server(port=0, base_url=upstream.dashscope, model="m"),
-        threading.Event(),
-        [],
-    )
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    upstream.script.append(stream(*HELLO[:2], never))
+    server, result = serve(base_url=upstream.dashscope, model="m"), []
+    upstream.script.append(stream(*HELLO[:2], threading.Event()))
     client = threading.Thread(target=lambda: result.append(chat(server, stream=True)))
     client.start()
     upstream.wait_for_request()
     server.shutdown(grace=0.2)
     client.join(WAIT)
-    thread.join(WAIT)
-    status, headers, data = result[0]
+    status, _, data = result[0]
     final = json.loads(data[-1]) if status == 200 else data
     assert final["error"]["code"] == "shutting_down"
 
@@ -6727,9 +5264,8 @@ def test_the_name_of_a_login_file_ends_no_header_line(home, upstream, serve, nam
     write_login(home, upstream, name=f"oauth_creds-{name}.json")
     server = serve()
     for is_stream in (True, False):
-        body = json.dumps({"messages": HI, "stream": is_stream}).encode()
-        head = POST + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
-        head, _, answer = raw(server, head + body).partition(b"\r\n\r\n")
+        request = post(head=b"Connection: close\r\n", stream=is_stream)
+        head, _, answer = raw(server, request).partition(b"\r\n\r\n")
         status, *lines = head.split(b"\r\n")
         assert status == b"HTTP/1.1 200 OK" and "wörld".encode() in answer
         odd = [line for line in lines if not re.match(rb"[A-Za-z-]+: [ -~\xa0-\xff]*\Z", line)]
@@ -6772,18 +5308,11 @@ def test_an_origin_of_every_page_is_let_in_with_a_warning(
     is_warned = any("every web page" in record.getMessage() for record in caplog.records)
     assert is_warned is bool(origins) and status == (200 if origins else 403)
     assert headers["Access-Control-Allow-Origin"] == ("null" if origins else None)
-    assert b"--allow-origin null" not in body
-
-
-def test_the_origin_null_is_not_advised():  # H17
-    assert "--allow-origin null" not in readme()
+    assert b"--allow-origin null" not in body and "--allow-origin null" not in readme()
 
 
 LOCAL = b"Host: localhost\r\n"
 PAGE = LOCAL + b"Origin: http://localhost:3000\r\n"
-HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
-LENGTH, CHUNKS = b"Content-Length: %d\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n"
-CHAT = "/v1/chat/completions"
 REFUSED_BODIES = {
     "unknown path": (404, b"POST /v1/nothing", LOCAL, LENGTH),
     "stored response": (404, b"POST /v1/responses/resp_1/cancel", LOCAL, CHUNKS),
@@ -6799,10 +5328,6 @@ def body_of(size, framing):
     """The end of a head, and a body that would be requests, were it not dropped."""
     data = (HEALTH * (size // len(HEALTH) + 1))[:size]
     return (framing % size, data) if framing is LENGTH else (framing, chunked(data, 5000))
-
-
-def statuses(received):
-    return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+) ", received)]
 
 
 @pytest.mark.parametrize("name", REFUSED_BODIES)
@@ -6844,48 +5369,33 @@ def test_a_refusal_of_any_other_body_closes_the_connection(serve, login, name): 
 # What clients need: one test for each thing that some client fails without
 # ----------------------------------------------------------------------------------------------------
 
-
-def get(server, path, **headers):
-    status, _, body = ask(server, method="GET", path=path, headers=headers)
-    return status, json.loads(body)
-
-
-def stream_lines(server, **more):
-    """The raw lines of a streamed answer."""
-    return ask(server, {"messages": HI, "stream": True, **more})[2].decode().split("\n")
+# The other needs are rows of REQUESTS, DIRTY, REFUSALS and WIRE, named with the client's number.
 
 
 def settings(home, upstream, *entries, **more):
     entries = [{"envKey": "K", "baseUrl": upstream.dashscope, **entry} for entry in entries]
-    (home / "settings.json").write_text(
-        json.dumps(
-            {
-                "modelProviders": {"openai": entries},
-                "env": {"K": "sk-good-1"},
-                "security": {"auth": {"selectedType": "openai"}},
-                **more,
-            }
-        )
-    )
+    value = {
+        "modelProviders": {"openai": entries},
+        "env": {"K": "sk-good-1"},
+        "security": {"auth": {"selectedType": "openai"}},
+    }
+    (home / "settings.json").write_text(json.dumps({**value, **more}))
 
 
 def test_client_01_models_come_at_once_with_their_four_fields_with_and_without_a_key(
     key_server, upstream, monkeypatch
 ):
-    monkeypatch.setattr(
-        qp.ModelLists, "TIMEOUT", 1000
-    )  # who waited for the list would wait for ever
+    # Who waited for the list would wait for ever.
+    monkeypatch.setattr(qp.ModelLists, "TIMEOUT", 1000)
     never = threading.Event()
     upstream.models = lambda: Reply(200, [("Transfer-Encoding", "chunked")], [never])
-    try:
-        for headers in ({}, {"Authorization": "Bearer x"}):
-            status, models = get(key_server, "/v1/models", **headers)
-            assert status == 200 and models["object"] == "list"
-            (model,) = models["data"]
-            assert (model["id"], model["object"]) == ("qwen3-max", "model")
-            assert (type(model["created"]), type(model["owned_by"])) == (int, str)
-    finally:
-        never.set()
+    for headers in ({}, {"Authorization": "Bearer x"}):
+        status, models = get(key_server, "/v1/models", **headers)
+        assert status == 200 and models["object"] == "list"
+        (model,) = models["data"]
+        assert (model["id"], model["object"]) == ("qwen3-max", "model")
+        assert (type(model["created"]), type(model["owned_by"])) == (int, str)
+    never.set()
 
 
 def test_client_02_a_model_is_found_by_its_encoded_id(home, upstream, serve):
@@ -6893,158 +5403,17 @@ def test_client_02_a_model_is_found_by_its_encoded_id(home, upstream, serve):
     server = serve()
     assert get(server, "/v1/models/qwen%2Fqwen3%20x")[1]["id"] == "qwen/qwen3 x"
     status, body = get(server, "/v1/models/nope")
-    assert (status, body["error"]["code"], body["error"]["param"]) == (
-        404,
-        "model_not_found",
-        "model",
-    )
+    error = body["error"]
+    assert (status, error["code"], error["param"]) == (404, "model_not_found", "model")
 
 
-def test_client_03_wrong_base_urls_work_and_wrong_paths_are_json(key_server):
-    for path in ("/chat/completions/", "//chat/completions", "/v1//chat/completions"):
-        assert ask(key_server, {"messages": HI}, path=path)[0] == 200
-    for method, path, expected in (
-        ("GET", "/v1/nothing", 404),
-        ("GET", "/v1/chat/completions", 405),
-        ("POST", "/v1/batches", 404),
-        ("POST", "/v1/files", 404),
-        ("POST", "/v1/audio/speech", 404),
-        ("POST", "/v1/images/generations", 404),
-    ):
-        status, _, body = ask(key_server, {} if method == "POST" else None, method, path)
-        message = json.loads(body)["error"]["message"]
-        assert status == expected and (
-            status == 405 or "/v1/chat/completions" in message and "/v1/embeddings" in message
-        )
-
-
-def test_client_04_a_completion_has_every_field(key_server):
-    _, headers, completion = chat(key_server)
-    choice = completion["choices"][0]
-    assert headers["Content-Type"] == "application/json" and isinstance(completion["created"], int)
-    assert (completion["object"], type(completion["id"]), completion["model"]) == (
-        "chat.completion",
-        str,
-        "qwen3-max",
-    )
-    assert (choice["index"], choice["message"], choice["finish_reason"]) == (
-        0,
-        {"role": "assistant", "content": "Hello, wörld"},
-        "stop",
-    )
-    assert completion["usage"] == USAGE
-
-
-def test_client_05_the_body_decides_about_streaming_not_the_accept_header(key_server):
-    _, headers, _ = ask(
-        key_server, {"messages": HI, "stream": True}, headers={"Accept": "application/json"}
-    )
-    assert headers["Content-Type"].startswith("text/event-stream")
-
-
-def test_client_06_a_stream_has_the_canonical_shape(key_server):
-    lines = stream_lines(key_server)
-    assert (
-        lines[-3:] == ["data: [DONE]", "", ""]
-        and lines[1::2] == [""] * (len(lines) // 2)
-        and "\r" not in "".join(lines)
-    )
-    check_canonical([json.loads(line[6:]) for line in lines[:-4:2]])
-
-
-@pytest.mark.parametrize(
-    "options, count", [({"include_usage": True}, 1), ({"include_usage": False}, 0), (None, 0)]
-)
-def test_client_07_usage_comes_once_or_never(key_server, options, count):
-    _, _, data = chat(key_server, stream=True, stream_options=options)
-    assert [
-        json.loads(value)["choices"] for value in data[:-1] if json.loads(value).get("usage")
-    ] == [[]] * count
-
-
-def test_client_08_usage_on_every_chunk_is_folded(key_server, upstream):
-    upstream.script.append(stream(*DIRTY["usage on every chunk"][0]))
-    _, _, data = chat(key_server, stream=True, stream_options={"include_usage": True})
-    chunks = [json.loads(value) for value in data[:-1]]
-    assert [value["usage"] for value in chunks if "usage" in value] == [USAGE] and text_in(
-        chunks
-    ) == "Hello, wörld"
-
-
-def test_client_09_chunks_without_choices_do_not_get_through(key_server, upstream):
-    for name in ("no choices in some chunk", "choices null", "usage empty", "delta and message"):
-        upstream.script.append(stream(*DIRTY[name][0]))
-        check_canonical([json.loads(value) for value in chat(key_server, stream=True)[2][:-1]])
-
-
-def test_client_10_an_end_without_a_finish_reason_is_an_error(key_server, upstream):
-    upstream.script.append(stream(*DELTAS))
-    assert json.loads(chat(key_server, stream=True)[2][-1])["error"]["code"] == "upstream_cut"
-
-
-def test_client_11_an_error_in_mid_stream_is_the_last_event(key_server, upstream):
-    upstream.script.append(stream(*DELTAS, NATIVE % FREE, *DELTAS, DONE))
-    _, _, data = chat(key_server, stream=True)
-    assert (
-        set(json.loads(data[-1])["error"]) == {"message", "type", "param", "code"}
-        and len(data) == 4
-    )
-
-
-@pytest.mark.parametrize(
-    "status, code",
-    [
-        (400, "invalid_parameter_error"),
-        (401, "invalid_api_key"),
-        (429, "limit_requests"),
-        (500, "internal_error"),
-    ],
-)
-def test_client_12_a_refusal_before_the_first_event_is_an_http_status(
-    key_server, upstream, status, code
-):
-    key_server.options = key_server.options._replace(retries=0)
-    upstream.script.append(refusal("no", status, code))
-    got, headers, body = chat(key_server, stream=True)
-    assert (got, headers["Content-Type"]) == (
-        {500: 502}.get(status, status),
-        "application/json",
-    ) and "no" in body["error"]["message"]
-
-
-def test_client_13_native_errors_come_in_openais_shape(key_server, upstream):
-    upstream.script.append(
-        reply(
-            400, {"code": "InvalidParameter", "message": "the original text", "request_id": "r-7"}
-        )
-    )
-    _, headers, body = chat(key_server)
-    assert (
-        body
-        == {
-            "error": {
-                "message": "the original text",
-                "type": "invalid_request_error",
-                "param": None,
-                "code": "InvalidParameter",
-            },
-            "request_id": "r-7",
-        }
-        and headers["X-Request-Id"] == "r-7"
-    )
-
-
-def test_client_14_framed_errors_become_json(key_server, upstream):
-    upstream.script.append(reply(400, b'data: {"error":{"message":"m","code":"c"}}\n\n'))
-    assert chat(key_server, stream=True)[2]["error"]["message"] == "m"
-
-
-def test_client_15_silence_is_filled_with_plain_comments(quick, upstream):
-    go = threading.Event()
-    upstream.script.append(stream(HELLO[0], go, *HELLO[1:]))
-    lines = [line for line in comments_until(quick, go, 3) if line.strip()]
-    assert lines.count(b": keep-alive\n") >= 3
-    assert all(re.match(rb": keep-alive\n|data: [{[]", line) for line in lines)
+def test_client_05_the_body_decides_about_streaming_and_07_about_usage(key_server):
+    for options, count in (({"include_usage": True}, 1), ({"include_usage": False}, 0), (None, 0)):
+        request = {"messages": HI, "stream": True, "stream_options": options}
+        _, headers, body = ask(key_server, request, headers={"Accept": "application/json"})
+        assert headers["Content-Type"] == "text/event-stream; charset=utf-8"
+        chunks = [json.loads(value) for value in data_of(body)[:-1]]
+        assert [value["choices"] for value in chunks if value.get("usage")] == [[]] * count
 
 
 class Pause(threading.Event):
@@ -7083,676 +5452,132 @@ def test_client_16_no_character_is_ever_split_between_writes(key_server, upstrea
     whole_answer = b"".join(HELLO)
     at = whole_answer.index("ö".encode()) + 1
     upstream.script.append(stream(whole_answer[:at], whole_answer[at:]))
-    connection = http.client.HTTPConnection("127.0.0.1", key_server.port, timeout=WAIT)
-    connection.request("POST", "/v1/chat/completions", json.dumps({"messages": HI, "stream": True}))
-    response, pieces = connection.getresponse(), []
-    while True:
-        size = int(response.fp.readline(), 16)
-        pieces.append(response.fp.read(size))
-        response.fp.read(2)
-        if not size:
-            break
-    connection.close()
-    assert "wörld" in "".join(piece.decode() for piece in pieces) and all(
-        piece.endswith(b"\n\n") for piece in pieces[:-1]
+    head, _, rest = raw(key_server, post(head=b"Connection: close\r\n", stream=True)).partition(
+        b"\r\n\r\n"
     )
-
-
-def tool_deltas(server, upstream, pieces):
-    """The tool_calls entries of a streamed answer to these pieces, and the last finish_reason."""
-    upstream.script.append(stream(*pieces))
-    _, _, data = chat(server, stream=True, tools=[TOOL])
-    chunks = [json.loads(value) for value in data[:-1]]
-    check_canonical(chunks)
-    deltas = [
-        choice["delta"]["tool_calls"]
-        for value in chunks
-        for choice in value["choices"]
-        if "tool_calls" in choice["delta"]
-    ]
-    return deltas, chunks[-1]["choices"][0]["finish_reason"]
-
-
-@pytest.mark.parametrize(
-    "name", ["as documented", "no index, id repeated", "the whole call replayed"]
-)
-def test_client_17_the_first_delta_is_complete_and_later_ones_have_arguments_alone(
-    key_server, upstream, name
-):
-    deltas, _ = tool_deltas(key_server, upstream, TOOL_DELTAS[name])
-    firsts = [call for [call] in deltas if "id" in call]
-    assert [(call["id"], call["type"], call["function"]["name"]) for call in firsts] == [
-        ("call_a", "function", "get_weather"),
-        ("call_b", "function", "get_time"),
-    ]
-    assert all(
-        set(call) == {"index", "function"} and set(call["function"]) == {"arguments"}
-        for [call] in deltas
-        if "id" not in call
-    )
-
-
-@pytest.mark.parametrize(
-    "name", ["no index, id repeated", "index from 1", "one index for two calls"]
-)
-def test_client_18_indexes_count_from_0_with_one_call_each(key_server, upstream, name):
-    deltas, _ = tool_deltas(key_server, upstream, TOOL_DELTAS[name])
-    assert [(call["index"], call["id"]) for [call] in deltas if "id" in call] == [
-        (0, "call_a"),
-        (1, "call_b"),
-    ]
-
-
-@pytest.mark.parametrize(
-    "name", ["two in one chunk", "same index in one chunk", "in the finish chunk"]
-)
-def test_client_19_there_is_one_tool_delta_a_chunk(key_server, upstream, name):
-    deltas, _ = tool_deltas(key_server, upstream, TOOL_DELTAS[name])
-    assert [len(entries) for entries in deltas] == [1] * len(deltas) and len(deltas) >= 2
-
-
-@pytest.mark.parametrize("is_stream", [True, False])
-def test_client_20_calls_without_id_and_type_get_them(key_server, upstream, is_stream):
-    entries = [{"index": index, "function": {"name": "f", "arguments": "{}"}} for index in (0, 1)]
-    upstream.script.append(
-        stream(chunk({"tool_calls": entries[:1]}), chunk({"tool_calls": entries[1:]}), *END)
-    )
-    _, _, answer = chat(key_server, stream=is_stream, tools=[TOOL])
-    calls = collect([json.loads(value) for value in answer[:-1]]) if is_stream else answer
-    calls = calls["choices"][0]["message"]["tool_calls"]
-    assert len({call["id"] for call in calls}) == 2 and {call["type"] for call in calls} == {
-        "function"
-    }
-
-
-@pytest.mark.parametrize("is_stream", [True, False])
-@pytest.mark.parametrize(
-    "given, arguments", [({"city": "Paris"}, '{"city": "Paris"}'), (None, "{}"), ("", "{}")]
-)
-def test_client_21_arguments_are_always_json_text(
-    key_server, upstream, is_stream, given, arguments
-):
-    upstream.script.append(stream(chunk(tool_call(0, "call_a", "f", given)), *END))
-    _, _, answer = chat(key_server, stream=is_stream, tools=[TOOL])
-    completion = collect([json.loads(value) for value in answer[:-1]]) if is_stream else answer
-    assert (
-        completion["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"] == arguments
-    )
-
-
-@pytest.mark.parametrize("is_stream", [True, False])
-@pytest.mark.parametrize(
-    "pieces, reason",
-    [
-        ([chunk(tool_call(0, "c", "f", "{}")), chunk({}, "stop"), DONE], "tool_calls"),
-        ([chunk(tool_call(0, "c", "f", "{}")), chunk({}, "length"), DONE], "tool_calls"),
-        ([chunk(tool_call(0, "c", "f", '{"a')), chunk({}, "tool_calls"), DONE], "length"),
-        ([*DELTAS, chunk({}, "length"), DONE], "length"),
-        ([*DELTAS, chunk({}, "tool_calls"), DONE], "stop"),
-    ],
-)
-def test_client_22_the_finish_reason_says_what_came(
-    key_server, upstream, is_stream, pieces, reason
-):
-    upstream.script.append(stream(*pieces))
-    _, _, answer = chat(key_server, stream=is_stream, tools=[TOOL])
-    completion = collect([json.loads(value) for value in answer[:-1]]) if is_stream else answer
-    assert completion["choices"][0]["finish_reason"] == reason
-
-
-def test_client_23_roles_are_qwens_and_all_text_is_kept(key_server, upstream):
-    messages = [{"role": "developer", "content": "a"}, *HI, *HI, {"role": "system", "content": "b"}]
-    assert chat(key_server, messages=messages)[0] == 200
-    assert upstream.bodies()[0]["messages"] == [{"role": "system", "content": "a\n\nb"}, *HI, *HI]
-    said = {"role": "assistant", "content": "I was asked."}
-    assert (
-        chat(
-            key_server,
-            messages=[{"role": "system", "content": "a"}, said, {"role": "system", "content": "b"}],
-        )[0]
-        == 200
-    )
-    assert upstream.bodies()[1]["messages"] == [
-        {"role": "system", "content": "a"},
-        said,
-        {"role": "user", "content": "b"},
-    ]
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"content": None},
-        {},
-        {"content": ""},
-        {"content": None, "reasoning_content": "hm"},
-        {"content": "", "reasoning": "hm"},
-    ],
-)
-def test_client_24_histories_of_agents_are_accepted(key_server, upstream, fields):
-    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-    status, _, _ = chat(
-        key_server,
-        messages=[
-            *HI,
-            {"role": "assistant", "tool_calls": [call], **fields},
-            {"role": "tool", "tool_call_id": "c", "content": [{"type": "text", "text": "ok"}]},
-        ],
-    )
-    assert status == 200 and upstream.bodies()[0]["messages"][1]["content"] == ""
-
-
-def test_client_25_what_an_abort_left_behind_is_mended(key_server, upstream):
-    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-    status, _, _ = chat(
-        key_server,
-        messages=[
-            *HI,
-            {"role": "assistant", "content": "", "tool_calls": [call]},
-            {"role": "tool", "tool_call_id": "gone", "content": "x"},
-            *HI,
-        ],
-    )
-    assert status == 200 and [message["role"] for message in upstream.bodies()[0]["messages"]] == [
-        "user",
-        "assistant",
-        "tool",
-        "user",
-    ]
-
-
-def test_client_26_parameters_of_openai_alone_do_not_reach_the_upstream(key_server, upstream):
-    only = {
-        "store": True,
-        "metadata": {"a": "b"},
-        "service_tier": "auto",
-        "prediction": {},
-        "logit_bias": {"1": 1},
-        "verbosity": "low",
-        "prompt_cache_key": "k",
-        "prompt_cache_retention": "24h",
-        "safety_identifier": "s",
-        "modalities": ["text"],
-        "n": 1,
-        "user": {"name": "me"},
-        "seed": None,
-        "stop": None,
-        "tools": None,
-        "tool_choice": None,
-        "response_format": None,
-        "temperature": 0.5,
-        "parallel_tool_calls": True,
-        "stream_options": {"include_obfuscation": False},
-    }
-    assert chat(key_server, **only)[0] == 200
-    assert set(upstream.bodies()[0]) == {
-        "model",
-        "messages",
-        "stream",
-        "stream_options",
-        "temperature",
-    }
-    assert upstream.bodies()[0]["stream_options"] == {"include_usage": True}
-
-
-def test_client_26_controls_for_other_servers_do_not_reach_the_upstream_or_get_qwens_names(
-    key_server, upstream
-):
-    ours = {"repeat_penalty": 1.1, "think": False, "max_output_tokens": 9, "unheard_of": 1}
-    assert (
-        chat(key_server, model="qwen3.7-plus", **dict.fromkeys(qp.Rewrite.FOREIGN, 1), **ours)[0]
-        == 200
-    )
-    body = upstream.bodies()[0]
-    assert set(body) == {
-        "model",
-        "messages",
-        "stream",
-        "stream_options",
-        "repetition_penalty",
-        "enable_thinking",
-        "max_tokens",
-        "unheard_of",
-    }
-    assert (body["repetition_penalty"], body["enable_thinking"], body["max_tokens"]) == (
-        1.1,
-        False,
-        9,
-    )
-
-
-def test_extra_body_sent_as_it_is_written_is_merged(key_server, upstream, caplog):
-    caplog.set_level(logging.DEBUG, "qwen_proxy")
-    extra = {"seed": 3, "top_k": 1, "temperature": 0.5, "stream_options": {"include_usage": True}}
-    _, _, data = chat(key_server, stream=True, top_k=2, temperature=None, extra_body=extra)
-    sent = upstream.bodies()[0]
-    assert (sent["seed"], sent["top_k"], sent["temperature"], "extra_body" in sent) == (
-        3,
-        2,
-        0.5,
-        False,
-    )
-    assert json.loads(data[-2])["usage"] == USAGE and "extra_body is merged: seed" in caplog.text
-    assert chat(key_server, extra_body={"tools": 5})[0] == 400
-
-
-@pytest.mark.parametrize(
-    "asked, sent",
-    [
-        ({"max_tokens": 320000}, {"max_tokens": 65536}),
-        ({"max_completion_tokens": 320000}, {"max_tokens": 65536}),
-        ({"temperature": 2, "top_p": 0}, {"temperature": 1.99}),
-    ],
-)
-def test_client_27_limits_are_kept(key_server, upstream, asked, sent):
-    assert chat(key_server, **asked)[0] == 200
-    body = upstream.bodies()[0]
-    assert {
-        name: body[name]
-        for name in ("max_tokens", "max_completion_tokens", "temperature", "top_p")
-        if name in body
-    } == sent
-
-
-@pytest.mark.parametrize(
-    "choice",
-    [
-        "required",
-        {"type": "function", "function": {"name": "f"}},
-        {"type": "any"},
-        {"type": "tool", "name": "f"},
-    ],
-)
-@pytest.mark.parametrize("model", ["qwen3.7-plus", "qwq-plus"])
-def test_client_28_a_forced_tool_is_no_400_while_thinking(
-    key_server, upstream, caplog, choice, model
-):
-    caplog.set_level(logging.INFO, "qwen_proxy")
-    upstream.script.append(stream(*CALLS))
-    status, _, completion = chat(key_server, model=model, tools=[TOOL], tool_choice=choice)
-    assert status == 200 and completion["choices"][0]["message"]["tool_calls"]
-    assert (
-        "no thinking" in caplog.text or "an instruction in the prompt" in caplog.text
-    )  # what was given up is said
-
-
-@pytest.mark.parametrize(
-    "function",
-    [
-        {"strict": True},
-        {"description": None},
-        {},
-        {
-            "parameters": {
-                "$schema": "s",
-                "type": "object",
-                "properties": {"a": {"type": "number", "exclusiveMinimum": 0, "description": None}},
-            }
-        },
-    ],
-)
-def test_client_29_tools_in_every_clients_spelling(key_server, function):
-    assert (
-        chat(key_server, tools=[{"type": "function", "function": {"name": "f", **function}}])[0]
-        == 200
-    )
-
-
-@pytest.mark.parametrize(
-    "texts",
-    [["```json\n", '{"a": 1}\n', "```"], ["<think>", "hm</think>", '{"a"', ": 1}"], ['{"a": 1}']],
-)
-@pytest.mark.parametrize("kind", ["json_object", "json_schema"])
-@pytest.mark.parametrize("is_stream", [True, False])
-def test_client_30_json_comes_bare(key_server, upstream, texts, kind, is_stream):
-    upstream.script.append(stream(*[chunk({"content": text}) for text in texts], *END))
-    response_format = {"type": kind, "json_schema": {"name": "x", "schema": {"type": "object"}}}
-    _, _, answer = chat(
-        key_server, stream=is_stream, model="qwen3.7-plus", response_format=response_format
-    )
-    completion = collect([json.loads(value) for value in answer[:-1]]) if is_stream else answer
-    assert json.loads(completion["choices"][0]["message"]["content"]) == {"a": 1}
-
-
-def test_client_31_thinking_works_without_streaming(key_server, upstream):
-    upstream.script.append(stream(*DIRTY["thoughts with content null"][0]))
-    _, _, completion = chat(key_server, model="qwen3.7-plus", enable_thinking=True, stream=False)
-    message = completion["choices"][0]["message"]
-    assert (message["reasoning_content"], message["content"]) == ("Hm", "Hello, wörld")
-    assert (
-        upstream.bodies()[0]["stream"] is True and upstream.bodies()[0]["enable_thinking"] is True
-    )
-
-
-def test_client_32_thoughts_come_first_and_apart(key_server, upstream):
-    upstream.script.append(stream(*DIRTY["thoughts and text in one delta"][0]))
-    chunks = [json.loads(value) for value in chat(key_server, stream=True)[2][:-1]]
-    check_canonical(chunks)
-    assert ["reasoning_content" in value["choices"][0]["delta"] for value in chunks] == [True] + [
-        False
-    ] * (len(chunks) - 1)
-
-
-@pytest.mark.parametrize("encoding", [None, "float", "base64"])
-def test_client_33_embeddings_come_as_asked(key_server, encoding):
-    status, _, body = ask(
-        key_server,
-        {"model": "text-embedding-v4", "input": "four", "encoding_format": encoding, "user": "me"},
-        path="/v1/embeddings",
-    )
-    answer = json.loads(body)
-    vector = answer["data"][0]["embedding"]
-    assert status == 200 and list(
-        struct.unpack("<2f", base64.b64decode(vector)) if encoding == "base64" else vector
-    ) == [2.0, 0.25]
-    assert (answer["object"], answer["model"], answer["usage"]) == (
-        "list",
-        "text-embedding-v4",
-        {"prompt_tokens": 1, "total_tokens": 1},
-    )
-
-
-@pytest.mark.parametrize(
-    "model, size",
-    [("text-embedding-v4", 10), ("text-embedding-v2", 25), ("nomic-embed-text", 2048)],
-)
-def test_client_34_a_batch_is_as_large_as_the_model_takes_behind_any_gateway(model, size):
-    assert (
-        qp.EmbeddingsApi.batch_size(
-            qp.Target(qp.Provider("t", "http://h/v1", None, "t", {}, qp.FAMILIES["other"]), model)
-        )
-        == size
-    )
-
-
-def test_client_34_a_thousand_texts_come_back_in_order(key_server, upstream):
-    texts = ["x" * (index % 97 + 1) for index in range(1000)]
-    status, _, body = ask(
-        key_server, {"model": "text-embedding-v4", "input": texts}, path="/embeddings"
-    )
-    answer = json.loads(body)
-    assert status == 200 and [entry["index"] for entry in answer["data"]] == list(range(1000))
-    assert [entry["embedding"][0] * 2 for entry in answer["data"]] == [len(text) for text in texts]
-    assert (
-        answer["usage"] == {"prompt_tokens": 1000, "total_tokens": 1000}
-        and len(upstream.requests) == 100
-    )
-    status, _, body = ask(
-        key_server, {"model": "text-embedding-v4", "input": [[1, 2, 3]]}, path="/v1/embeddings"
-    )
-    assert (
-        status == 400 and "check_embedding_ctx_length=False" in json.loads(body)["error"]["message"]
-    )
-
-
-@pytest.mark.parametrize(
-    "answer, status, code, header",
-    [
-        (
-            refusal("Free allocated quota exceeded.", 429, "insufficient_quota"),
-            429,
-            "insufficient_quota",
-            ("x-should-retry", "false"),
-        ),
-        (
-            refusal("Requests rate limit exceeded, please try again later.", 429, "limit_requests"),
-            429,
-            "rate_limit_exceeded",
-            ("Retry-After", "5"),
-        ),
-        (
-            refusal("Range of input length should be [1, 983616]"),
-            400,
-            "context_length_exceeded",
-            ("Retry-After", None),
-        ),
-    ],
-)
-def test_client_35_quota_rate_limit_and_overflow_are_told_apart(
-    key_server, upstream, answer, status, code, header
-):
-    key_server.options = key_server.options._replace(retries=0)
-    upstream.script.append(answer)
-    got, headers, body = chat(key_server)
-    assert (got, body["error"]["code"], headers[header[0]]) == (status, code, header[1])
-
-
-BODY = json.dumps({"messages": HI}).encode()
-
-
-@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
-@pytest.mark.parametrize(
-    "head, body, status",
-    [
-        (b"Transfer-Encoding: chunked\r\n", b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY), 200),
-        (b"Content-Encoding: gzip\r\n", gzip.compress(BODY), 200),
-        (b"Expect: 100-continue\r\n", BODY, 200),
-        (
-            b"Upgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\n",
-            BODY,
-            200,
-        ),
-        (b"Content-Type: application/x-www-form-urlencoded\r\n", BODY, 200),
-        (b"", b'"text"', 400),
-        (b"", b"[]", 400),
-        (b"", b"7", 400),
-        (b"", b"null", 400),
-    ],
-)
-def test_client_36_transport_of_every_client_and_the_connection_lives_on(
-    key_server, head, body, status, family
-):
-    if family == socket.AF_INET6 and len(key_server._listeners) < 2:
-        pytest.skip("this machine has no ::1")
-    length = b"" if b"chunked" in head else b"Content-Length: %d\r\n" % len(body)
-    request = (
-        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
-        + length
-        + head
-        + b"\r\n"
-        + body
-    )
-    last = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
-    received = raw(key_server, request + last, family)
-    statuses = [int(found) for found in re.findall(rb"HTTP/1.1 (\d+)", received)]
-    assert statuses == ([100] if b"Expect" in head else []) + [status, 200]
-
-
-def test_client_40_browsers_of_other_sites_are_kept_out_and_local_ones_let_in(key_server, upstream):
-    data = {"messages": HI}
-    assert ask(key_server, data, headers={"Host": "evil.example"})[0] == 403
-    status, headers, _ = ask(key_server, data, headers={"Origin": "https://evil.example"})
-    assert status == 403 and headers["Access-Control-Allow-Origin"] is None
-    assert (
-        ask(
-            key_server,
-            data,
-            headers={"Origin": "https://evil.example", "Content-Type": "text/plain"},
-        )[0]
-        == 403
-    )
-    assert upstream.requests == []
-    status, headers, _ = ask(
-        key_server,
-        None,
-        "OPTIONS",
-        headers={
-            "Origin": "http://localhost:3000",
-            "Access-Control-Request-Method": "POST",
-            "Access-Control-Request-Headers": "authorization,x-stainless-new",
-        },
-    )
-    assert (status, headers["Access-Control-Allow-Headers"]) == (
-        204,
-        "authorization,x-stainless-new",
-    )
-    status, headers, _ = ask(key_server, b"{", headers={"Origin": "http://localhost:3000"})
-    assert (status, headers["Access-Control-Allow-Origin"]) == (400, "http://localhost:3000")
+    assert b"Transfer-Encoding: chunked" in head
+    pieces = []
+    while rest:
+        size, _, rest = rest.partition(b"\r\n")
+        pieces.append(rest[: int(size, 16)].decode())
+        rest = rest[int(size, 16) + 2 :]
+    assert pieces.pop() == "" and pieces[-1].encode() == DONE and "wörld" in "".join(pieces)
+    assert all(piece.startswith("data: ") and piece.endswith("\n\n") for piece in pieces)
 
 
 # -- the other endpoints -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "request_, words",
-    [
-        ({"input": "x"}, "model must be named"),
-        ({"model": "m"}, "input must be"),
-        ({"model": "m", "input": []}, "input must be"),
-        ({"model": "m", "input": [1, 2]}, "token array"),
-        ({"model": "m", "input": ["a", ""]}, "input[1]"),
-        ({"model": "m", "input": ["a", None]}, "input[1]"),
-        ({"model": "m", "input": ["a"] * 2049}, "2048"),
-        ({"model": "m", "input": "a", "encoding_format": "int8"}, "float or base64"),
-        ([], "JSON object"),
-    ],
-)
-def test_embedding_requests_that_cannot_be_served_say_why(key_server, upstream, request_, words):
-    status, _, body = ask(key_server, request_, path="/v1/embeddings")
-    assert (
-        status == 400 and words in json.loads(body)["error"]["message"] and upstream.requests == []
-    )
+def embed(server, texts, model="text-embedding-v4", **more):
+    request = {"model": model, "input": texts, **more}
+    status, _, body = ask(server, request, path="/v1/embeddings")
+    return status, json.loads(body)
 
 
-def test_dimensions_pass_and_old_models_take_25_texts(key_server, upstream):
-    ask(
-        key_server,
-        {"model": "text-embedding-v4", "input": ["a"], "dimensions": 64},
-        path="/v1/embeddings",
-    )
-    assert json.loads(upstream.requests[0][2]) == {
-        "model": "text-embedding-v4",
-        "input": ["a"],
-        "dimensions": 64,
-        "encoding_format": "float",
-    }
-    route = qp.Target(
-        qp.Provider("t", "http://h/v1", None, "t", family=qp.FAMILIES["dashscope"]),
-        "text-embedding-v2",
-    )
-    assert qp.EmbeddingsApi.batch_size(route) == 25
+@pytest.mark.parametrize("encoding", [None, "float", "base64"])
+def test_client_33_embeddings_come_as_asked(key_server, upstream, encoding):
+    status, answer = embed(key_server, "four", encoding_format=encoding, user="me", dimensions=64)
+    vector = answer["data"][0]["embedding"]
+    if encoding == "base64":
+        vector = list(struct.unpack("<2f", base64.b64decode(vector)))
+    assert (status, vector) == (200, [2.0, 0.25])
+    assert (answer["object"], answer["model"]) == ("list", "text-embedding-v4")
+    assert answer["usage"] == {"prompt_tokens": 1, "total_tokens": 1}
+    sent = {"model": "text-embedding-v4", "input": ["four"], "dimensions": 64}
+    assert json.loads(upstream.requests[0][2]) == {**sent, "encoding_format": "float"}
+
+
+SIZES = [("other", "text-embedding-v4", 10), ("other", "text-embedding-v2", 25)]
+SIZES += [("dashscope", "text-embedding-v2", 25), ("other", "nomic-embed-text", 2048)]
+
+
+@pytest.mark.parametrize("family, model, size", SIZES)
+def test_client_34_a_batch_is_as_large_as_the_model_takes(family, model, size):
+    provider = qp.Provider("t", "http://h/v1", None, "t", family=qp.FAMILIES[family])
+    assert qp.EmbeddingsApi.batch_size(qp.Target(provider, model)) == size
+
+
+def test_client_34_a_thousand_texts_come_back_in_order(key_server, upstream):
+    status, answer = embed(key_server, ["x" * (index % 97 + 1) for index in range(1000)])
+    assert status == 200 and len(upstream.requests) == 100
+    found = [(entry["index"], entry["embedding"][0] * 2) for entry in answer["data"]]
+    assert found == [(index, index % 97 + 1) for index in range(1000)]
+    assert answer["usage"] == {"prompt_tokens": 1000, "total_tokens": 1000}
 
 
 def test_a_batch_that_fails_fails_the_request(key_server, upstream, monkeypatch):
-    refusals = {
-        2: refusal("Input data may contain inappropriate content.", 400, "data_inspection_failed")
-    }
-    numbers = iter(range(1000))
+    words, numbers = "Input data may contain inappropriate content.", iter(range(1000))
+    refusals = {2: refusal(words, 400, "data_inspection_failed")}
+    silent = Reply(200, [("Transfer-Encoding", "chunked")], [threading.Event()])
     monkeypatch.setattr(
         upstream,
         "embeddings",
-        lambda request: (
-            refusals.get(next(numbers))
-            or Reply(200, [("Transfer-Encoding", "chunked")], [threading.Event()])
-        ),
+        lambda request: refusals.get(next(numbers)) or silent._replace(pieces=[threading.Event()]),
     )
-    status, _, body = ask(
-        key_server, {"model": "text-embedding-v4", "input": ["x"] * 200}, path="/v1/embeddings"
-    )
-    assert (status, json.loads(body)["error"]["code"]) == (400, "content_filter")
-    assert (
-        upstream.gone.wait(WAIT) and len(upstream.requests) < 9
-    )  # the others are dropped, or never begun
+    status, body = embed(key_server, ["x"] * 200)
+    assert (status, body["error"]["code"]) == (400, "content_filter")
+    # The others are dropped, or never begun.
+    assert upstream.gone.wait(WAIT) and len(upstream.requests) < 9
 
 
-@pytest.mark.parametrize(
-    "path, body",
-    [
-        ("/v1/embeddings", {"model": "text-embedding-v4", "input": "x"}),
-        ("/v1/completions", {"prompt": "x"}),
-    ],
-)
-def test_plans_without_an_endpoint_say_so(login, upstream, serve, path, body):
-    status, _, answer = ask(serve(), body, path=path)
-    assert (status, json.loads(answer)["error"]["code"]) == (
-        400,
-        "unsupported_endpoint",
-    ) and upstream.requests == []
+def complete(server, prompt="x", **more):
+    """A text completion: its status and object, or the list of its events."""
+    status, headers, body = ask(server, {"prompt": prompt, **more}, path="/v1/completions")
+    is_stream = headers["Content-Type"].startswith("text/event-stream")
+    return status, data_of(body) if is_stream else json.loads(body)
 
 
 def test_text_completions_whole_and_streamed(key_server, upstream):
-    request = {
-        "model": "qwen-coder-turbo",
-        "prompt": "def ",
-        "suffix": "return 1",
-        "max_tokens": 9,
-        "best_of": None,
-    }
-    status, headers, body = ask(key_server, request, path="/v1/completions")
-    completion = json.loads(body)
-    assert (
-        status == 200
-        and headers["x-qwen-provider"]
-        and (completion["object"], completion["usage"]) == ("text_completion", USAGE)
-    )
-    assert completion["choices"] == [
-        {"index": 0, "text": "def f():", "logprobs": None, "finish_reason": "stop"}
-    ]
-    assert (
-        json.loads(upstream.requests[0][2])["prompt"]
-        == "<|fim_prefix|>def <|fim_suffix|>return 1<|fim_middle|>"
-    )
-    _, _, body = ask(key_server, {**request, "stream": True}, path="/v1/completions")
-    data = data_of(body)
-    chunks = [json.loads(value) for value in data[:-1]]
-    assert data[-1] == "[DONE]" and not any(value.get("usage") for value in chunks)
-    assert (
-        "".join(value["choices"][0]["text"] for value in chunks) == "def f():"
-        and chunks[-1]["choices"][0]["finish_reason"] == "stop"
-    )
+    request = fields('model="qwen-coder-turbo", suffix="return 1", max_tokens=9, best_of=None')
+    status, completion = complete(key_server, "def ", **request)
+    assert (status, completion["object"], completion["usage"]) == (200, "text_completion", USAGE)
+    expected = {"index": 0, "text": "def f():", "logprobs": None, "finish_reason": "stop"}
+    assert completion["choices"] == [expected]
+    prompt = "<|fim_prefix|>def <|fim_suffix|>return 1<|fim_middle|>"
+    assert json.loads(upstream.requests[0][2])["prompt"] == prompt
+    _, data = complete(key_server, "def ", stream=True, **request)
+    assert data.pop() == "[DONE]"
+    chunks = [json.loads(value) for value in data]
+    assert "".join(value["choices"][0]["text"] for value in chunks) == "def f():"
+    assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+    assert not any(value.get("usage") for value in chunks)
 
 
-@pytest.mark.parametrize(
-    "pieces, status",
-    [
-        (TEXT[:2], 502),
-        ([NATIVE % FREE], 429),
-        ([b"<html></html>"], 502),
-        ([*TEXT[:2], text_chunk("", "error_finish")], 502),
-    ],
-)
+BAD_TEXTS = table(r"""
+cut | *TEXT[:2] | 502
+refused | NATIVE % FREE | 429
+a page | b"<html></html>" | 502
+error_finish | *TEXT[:2], text_chunk("", "error_finish") | 502
+""")
+
+
+@pytest.mark.parametrize("pieces, status", BAD_TEXTS)
 def test_text_completions_end_as_carefully_as_chats(key_server, upstream, pieces, status):
-    upstream.script.extend([stream(*pieces)] * 2)
-    assert ask(key_server, {"prompt": "x"}, path="/v1/completions")[0] == status
-    _, _, body = ask(key_server, {"prompt": "x", "stream": True}, path="/v1/completions")
-    assert b"[DONE]" not in body and b'"error"' in body
-    assert ask(key_server, {"prompt": 5}, path="/v1/completions")[0] == 400
+    upstream.script.extend([stream(*pieces_of(pieces))] * 2)
+    assert complete(key_server)[0] == int(status)
+    _, data = complete(key_server, stream=True)
+    assert "error" in (json.loads(data[-1]) if isinstance(data, list) else data)
 
 
-def test_live_models_are_merged_cached_and_outlive_an_error(home, upstream, serve, monkeypatch):
-    second = FakeQwen()
-    try:
-        upstream.models, second.models = (
-            ["qwen-max", "text-embedding-v4"],
-            ["qwen-max", "qwen3-max"],
-        )
-        settings(
-            home, upstream, {"id": "qwen3-max"}, {"id": "qwen3-max", "baseUrl": second.dashscope}
-        )
-        server, other = serve(), f"127.0.0.1:{second.port}"
-        names = [model["id"] for model in get(server, "/v1/models")[1]["data"]]
-        assert names == [
-            "qwen3-max",
-            "qwen-max",
-            "text-embedding-v4",
-            other + "/qwen3-max",
-            other + "/qwen-max",
-        ]
-        get(server, "/v1/models")
-        assert len(upstream.requests) == 1  # cached
-        monkeypatch.setattr(qp.ModelLists, "AGE", 0)
-        upstream.models = lambda: reply(500, b"")
-        assert [model["id"] for model in get(server, "/v1/models")[1]["data"]] == names
-        assert (
-            chat(server, model=other + "/qwen-max")[0] == 200
-            and second.bodies()[0]["model"] == "qwen-max"
-        )
-        assert (
-            chat(server, model="qwen-max")[0] == 200
-            and upstream.bodies()[-1]["model"] == "qwen-max"
-        )
-    finally:
-        second.close()
+def test_live_models_are_merged_cached_and_outlive_an_error(
+    home, upstream, second, serve, monkeypatch
+):
+    upstream.models, second.models = ["qwen-max", "text-embedding-v4"], ["qwen-max", "qwen3-max"]
+    both = [{"id": "qwen3-max"}, {"id": "qwen3-max", "baseUrl": second.dashscope}]
+    settings(home, upstream, *both)
+    server, other = serve(), f"127.0.0.1:{second.port}"
+    names = ["qwen3-max", "qwen-max", "text-embedding-v4"]
+    names += [other + "/qwen3-max", other + "/qwen-max"]
+
+    def found():
+        return [model["id"] for model in get(server, "/v1/models")[1]["data"]]
+
+    assert found() == found() == names and len(upstream.requests) == 1  # cached
+    monkeypatch.setattr(qp.ModelLists, "AGE", 0)
+    upstream.models = lambda: reply(500, b"")
+    assert found() == names
+    for model, fake in ((other + "/qwen-max", second), ("qwen-max", upstream)):
+        assert chat(server, model=model)[0] == 200 and fake.bodies()[-1]["model"] == "qwen-max"
 
 
 # -- several logins ------------------------------------------------------------------------------
@@ -7765,137 +5590,94 @@ def second():
     fake.close()
 
 
-EXHAUSTED = refusal("hour allocated quota exceeded", 429, "insufficient_quota")
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [EXHAUSTED, refusal("Incorrect API key provided.", 401, "invalid_api_key"), reply(503, b"")],
-)
-def test_failover_goes_to_the_next_provider_that_lists_the_model(
-    home, upstream, second, serve, answer, caplog, monkeypatch
-):
+@pytest.fixture()
+def serve_two(home, upstream, second, serve, monkeypatch):
+    """Start a server with m at two upstreams, the first at url=, and with another model."""
     monkeypatch.setattr(qp.Call, "RETRY_DELAY", 0.01)
+
+    def start(url=None, failover=True, **arguments):
+        first = {"id": "m", "baseUrl": url or upstream.dashscope}
+        settings(home, upstream, first, {"id": "m", "baseUrl": second.dashscope}, {"id": "other"})
+        return serve(failover=failover, model="m", **arguments)
+
+    return start
+
+
+EXHAUSTED = refusal("hour allocated quota exceeded", 429, "insufficient_quota")
+WRONG_KEY = refusal("Incorrect API key provided.", 401, "invalid_api_key")
+
+
+@pytest.mark.parametrize("answer", [EXHAUSTED, WRONG_KEY, reply(503, b"")])
+def test_failover_goes_to_the_next_provider_that_lists_the_model(
+    upstream, second, serve_two, answer, caplog
+):
     caplog.set_level(logging.INFO, "qwen_proxy")
-    settings(
-        home,
-        upstream,
-        {"id": "qwen3-max"},
-        {"id": "qwen3-max", "baseUrl": second.dashscope},
-        {"id": "other"},
-    )
-    server = serve(failover=True)
+    server, there = serve_two(), f"127.0.0.1:{second.port}"
     upstream.script.extend([answer] * 3)
-    status, headers, _ = chat(server, model="qwen3-max")
-    assert (status, headers["x-qwen-provider"]) == (200, f"127.0.0.1:{second.port}")
-    assert len(second.bodies()) == 1 and f"trying 127.0.0.1:{second.port}" in caplog.text
+    status, headers, _ = chat(server)
+    assert (status, headers["x-qwen-provider"]) == (200, there)
+    assert len(second.bodies()) == 1 and f"trying {there}" in caplog.text
     asked = len(upstream.bodies())
-    assert chat(server, model="qwen3-max")[0] == 200
-    assert (
-        len(upstream.bodies()) == asked and len(second.bodies()) == 2
-    )  # the one that failed rests
+    assert chat(server)[0] == 200
+    # The one that failed rests.
+    assert len(upstream.bodies()) == asked and len(second.bodies()) == 2
     upstream.script.clear()
     upstream.script.append(EXHAUSTED)
     assert chat(server, model="other")[0] == 429  # nobody else lists it
 
 
-def test_failover_from_an_unreachable_host(home, upstream, second, serve, monkeypatch):
-    monkeypatch.setattr(qp.Call, "RETRY_DELAY", 0.01)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        settings(
-            home,
-            upstream,
-            {
-                "id": "qwen3-max",
-                "baseUrl": f"http://127.0.0.1:{free.getsockname()[1]}/compatible-mode/v1",
-            },
-            {"id": "qwen3-max", "baseUrl": second.dashscope},
-        )
-        assert chat(serve(failover=True), model="qwen3-max")[0] == 200
-
-
-def test_failover_from_hosts_that_take_no_connection_or_close_it_at_once(
-    home, upstream, second, serve, monkeypatch
-):
+def test_failover_from_hosts_that_cannot_be_reached(serve_two, monkeypatch):
     monkeypatch.setattr(qp, "CONNECT_TIMEOUT", 0.2)
-    monkeypatch.setattr(qp.Call, "RETRY_DELAY", 0.01)
-    monkeypatch.setattr(qp.Call, "DEADLINE", 0.5)  # three attempts to connect are too many
-    with socket.create_server(
-        ("127.0.0.1", 0), backlog=0
-    ) as full, contextlib.ExitStack() as waiting:
+    with contextlib.ExitStack() as stack:
+        free = stack.enter_context(socket.socket())
+        free.bind(("127.0.0.1", 0))
+        assert chat(serve_two(url_of(free)))[0] == 200
+        shy = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        threading.Thread(target=lambda: shy.accept()[0].close(), daemon=True).start()
+        assert chat(serve_two(url_of(shy)))[0] == 200
+        full = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
         for _ in range(3):  # its queue is full, so the next SYN is not answered
-            one = waiting.enter_context(socket.socket())
+            one = stack.enter_context(socket.socket())
             one.setblocking(False)
             one.connect_ex(full.getsockname())
-        settings(
-            home,
-            upstream,
-            {
-                "id": "m",
-                "baseUrl": f"http://127.0.0.1:{full.getsockname()[1]}/compatible-mode/v1",
-            },
-            {"id": "m", "baseUrl": second.dashscope},
-        )
-        assert chat(serve(failover=True), model="m")[0] == 200
-    with socket.create_server(("127.0.0.1", 0)) as shy:
-        threading.Thread(target=lambda: shy.accept()[0].close(), daemon=True).start()
-        settings(
-            home,
-            upstream,
-            {"id": "m", "baseUrl": f"http://127.0.0.1:{shy.getsockname()[1]}/compatible-mode/v1"},
-            {"id": "m", "baseUrl": second.dashscope},
-        )
-        assert chat(serve(failover=True), model="m")[0] == 200
+        monkeypatch.setattr(qp.Call, "DEADLINE", 0.5)  # three attempts to connect are too many
+        assert chat(serve_two(url_of(full)))[0] == 200
 
 
-def test_without_the_flag_nothing_moves_to_another_key(home, upstream, second, serve):
-    settings(home, upstream, {"id": "qwen3-max"}, {"id": "qwen3-max", "baseUrl": second.dashscope})
-    upstream.script.append(EXHAUSTED)
-    assert chat(serve(), model="qwen3-max")[0] == 429 and second.requests == []
+LIMITED, BAD_VALUE = refusal("Requests rate limit", 429, "limit_requests"), refusal("bad value")
+STAYS = [([EXHAUSTED], 429, {"failover": False}), ([LIMITED], 429, {}), ([BAD_VALUE], 400, {})]
 
 
-def test_soft_limits_and_refusals_do_not_move(home, upstream, second, serve):
-    settings(home, upstream, {"id": "qwen3-max"}, {"id": "qwen3-max", "baseUrl": second.dashscope})
-    server = serve(failover=True, retries=0)
-    for answer, expected in (
-        (refusal("Requests rate limit exceeded", 429, "limit_requests"), 429),
-        (refusal("bad value"), 400),
-    ):
-        upstream.script.append(answer)
-        assert chat(server, model="qwen3-max")[0] == expected
-    assert second.requests == []
+@pytest.mark.parametrize("answers, status, options", STAYS, ids=["no flag", "soft", "refused"])
+def test_what_does_not_move_to_another_key(upstream, second, serve_two, answers, status, options):
+    upstream.script.extend(answers)
+    assert chat(serve_two(retries=0, **options))[0] == status and second.requests == []
 
 
-def test_never_repeated_after_the_first_byte(home, upstream, second, serve):
-    settings(home, upstream, {"id": "qwen3-max"}, {"id": "qwen3-max", "baseUrl": second.dashscope})
+def test_never_repeated_after_the_first_byte(upstream, second, serve_two):
     upstream.script.append(stream(*DELTAS, NATIVE % FREE))
-    _, _, data = chat(serve(failover=True), model="qwen3-max", stream=True)
-    assert (
-        json.loads(data[-1])["error"]["code"] == "insufficient_quota"
-        and second.requests == []
-        and len(upstream.bodies()) == 1
-    )
+    _, _, data = chat(serve_two(), stream=True)
+    assert json.loads(data[-1])["error"]["code"] == "insufficient_quota"
+    assert second.requests == [] and len(upstream.bodies()) == 1
 
 
 def test_retries_and_failover_end_with_the_clients_patience(
-    home, upstream, second, serve, monkeypatch
+    upstream, second, serve_two, monkeypatch
 ):
-    settings(home, upstream, {"id": "qwen3-max"}, {"id": "qwen3-max", "baseUrl": second.dashscope})
     monkeypatch.setattr(qp.Call, "DEADLINE", -1)
-    server = serve(failover=True)
+    server = serve_two()
     upstream.script.extend([reply(503, b""), EXHAUSTED])
-    assert [chat(server, model="qwen3-max")[0] for _ in range(2)] == [503, 429]
+    assert [chat(server)[0] for _ in range(2)] == [503, 429]
     assert len(upstream.bodies()) == 2 and second.requests == []
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        "Free allocated quota exceeded.",
-        "You exceeded your current quota, please check your plan and billing details.",
-    ],
-)
+NO_QUOTA = [
+    "Free allocated quota exceeded.",
+    "You exceeded your current quota, please check your plan",
+]
+
+
+@pytest.mark.parametrize("words", NO_QUOTA)
 def test_several_oauth_files_rotate_on_quota(home, upstream, login, serve, words):
     write_login(home, upstream, name="oauth_creds_work.json", access_token="at_work")
     upstream.access_tokens.add("at_work")
@@ -7903,10 +5685,8 @@ def test_several_oauth_files_rotate_on_quota(home, upstream, login, serve, words
     upstream.script.append(refusal(words, 429, "insufficient_quota"))
     status, headers, _ = chat(server)
     assert (status, headers["x-qwen-provider"]) == (200, "oauth-work")
-    assert [headers["Authorization"] for _, headers, _ in upstream.requests] == [
-        "Bearer at_1",
-        "Bearer at_work",
-    ]
+    tokens = [headers["Authorization"] for _, headers, _ in upstream.requests]
+    assert tokens == ["Bearer at_1", "Bearer at_work"]
     assert chat(server, model="oauth-work/coder-model")[1]["x-qwen-provider"] == "oauth-work"
 
 
@@ -8601,19 +6381,13 @@ def test_odd_response_and_embedding_requests_are_served_or_refused_by_name():
             assert error.message
 
 
+FUZZED = """plain|usage on every chunk|cumulative text|error_finish|native error frame later|a think tag
+tools: as documented|no ids, the name on every delta|whole: calls without ids and arguments"""
 FUZZED_STREAMS = {
-    name: list(DIRTY[name][0])
-    for name in (
-        "plain",
-        "usage on every chunk",
-        "cumulative text",
-        "error_finish",
-        "native error frame later",
-        "a think tag",
-        "tools: as documented",
-        "no ids, the name on every delta",
-        "whole: calls without ids and arguments",
-    )
+    name: pieces_of(row.values[0])
+    for row in DIRTY
+    for name in [row.id.partition(", client")[0]]
+    if name in re.split(r"[|\n]", FUZZED)
 }
 
 
