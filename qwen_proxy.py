@@ -88,7 +88,7 @@ import urllib.parse
 import urllib.request
 import uuid
 import zlib
-from email.utils import parsedate_to_datetime
+from email.utils import formatdate, parsedate_to_datetime
 from typing import Any, Callable, Dict, Iterable, Iterator, Mapping, NamedTuple
 
 __version__ = "1.0.0"
@@ -8007,6 +8007,12 @@ class Exchange:
     # The body of a refused request is read and dropped up to this, if it comes within a second, so
     # that the connection can be used again.
     SMALL_BODY, DROP_TIMEOUT = 65_536, 1.0
+    # nginx would hold a stream back, and others compress it: each would send it in one piece.
+    STREAM_HEADERS = (
+        ("Content-Type", "text/event-stream; charset=utf-8"),
+        ("Cache-Control", "no-cache, no-transform"),
+        ("X-Accel-Buffering", "no"),
+    )
     # Headers that may occur once.
     SINGLE = frozenset(
         "content-length transfer-encoding host authorization origin content-type "
@@ -8014,7 +8020,8 @@ class Exchange:
     )
     _REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) ([\x21-\x7e]+) HTTP/(\d)\.(\d)\r\n\Z")
     _HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n\Z")
-    _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})\r\n\Z")
+    _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})([ \t]*;[\t\x20-\x7e]*|)\r\n\Z")
+    _ABSOLUTE = re.compile(r"https?://([^/?#@]+)([/?].*|)\Z", re.I)
 
     def __init__(self, connection: socket.socket, reader: ClientReader, rfile: Any, max_body: int):
         self.connection, self._reader, self._rfile = connection, reader, rfile
@@ -8065,6 +8072,11 @@ class Exchange:
         self._is_http_1_0 = version == (1, 0)
         self._read_headers()
         self._check_framing()
+        absolute = self._ABSOLUTE.match(self.path)
+        if absolute and (self._is_http_1_0 or "host" in self.headers):
+            # RFC 9112 3.2.2: such a target counts, whatever Host says.
+            self.headers["host"], rest = absolute.groups()
+            self.path = "/" + rest.lstrip("/")
         connection = self.headers.get("connection", "").lower()
         self.closes = "close" in connection or self._is_http_1_0
         return True
@@ -8151,21 +8163,34 @@ class Exchange:
         return body
 
     def _read_chunked(self, limit: int) -> bytes:
-        """RFC 9112 7.1, without extensions and trailers: only smugglers need them."""
-        body = bytearray()
-        while True:
-            match = self._CHUNK_SIZE.match(self._rfile.readline(64))
+        """RFC 9112 7.1; extensions and trailers are read and ignored, up to a limit."""
+        body, spare = bytearray(), MAX_LINE
+        while spare > 0:
+            line = self._rfile.readline(spare)
+            match = self._CHUNK_SIZE.match(line)
             if not match:
                 raise BadRequest("a chunk size is malformed")
-            size = int(match.group(1), 16)
+            size, spare = int(match.group(1), 16), spare - len(match.group(2))
+            if not size:
+                self._skip_trailers(spare)
+                return bytes(body)
             if len(body) + size > limit:
                 raise self._too_large()
             piece = self._rfile.read(size)
             if len(piece) < size or self._rfile.readline(3) != b"\r\n":
-                raise BadRequest("a chunk is malformed, or a trailer follows")
-            if not size:
-                return bytes(body)
+                raise BadRequest("a chunk is malformed")
             body += piece
+        raise BadRequest("the chunk extensions are too long")
+
+    def _skip_trailers(self, spare: int) -> None:
+        while spare > 0:
+            line = self._rfile.readline(spare)
+            if line == b"\r\n":
+                return
+            if not self._HEADER.match(line):
+                raise BadRequest("a trailer is malformed, or they are too long")
+            spare -= len(line)
+        raise BadRequest("the trailers are too long")
 
     def _decoded(self, body: bytes) -> bytes:
         coding = self.headers.get("content-encoding", "identity").lower()
@@ -8236,12 +8261,12 @@ class Exchange:
         self.start_stream()
         self.writer.heartbeat()
 
-    def send(self, status: int, headers: list[tuple[str, str]], body: bytes | None) -> None:
+    def send(self, status: int, headers: Iterable[tuple[str, str]], body: bytes | None) -> None:
         """Write the head and, where it is known, the body; None starts a chunked body."""
         lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, 'Status')}"]
         all_headers = [*headers, *self._more_headers, *self.cors]
         lines += [f"{name}: {value}" for name, value in all_headers]
-        lines.append(f"X-Request-Id: {self._request_id}")
+        lines += [f"Date: {formatdate(usegmt=True)}", f"X-Request-Id: {self._request_id}"]
         if self._unread and body is not None:
             self._drop_body()
             self.closes = self.closes or self._unread
@@ -8265,8 +8290,7 @@ class Exchange:
     def start_stream(self) -> None:
         """Send the head of an event stream, once."""
         if not self._head_sent:
-            content_type = ("Content-Type", "text/event-stream; charset=utf-8")
-            self.send(200, [content_type, ("Cache-Control", "no-cache")], None)
+            self.send(200, self.STREAM_HEADERS, None)
 
     def write_events(self, events: list[bytes]) -> None:
         """Send whole events of a stream, each a chunk of the body, as one write."""

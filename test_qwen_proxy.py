@@ -5184,6 +5184,39 @@ def test_a_slow_sender_is_cut_off(key_server, monkeypatch):
         assert statuses(raw(key_server, request)) == [408]
 
 
+CHUNKED = POST + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+CHAT = b'{"messages": [{"role": "user", "content": "x"}]}'
+ALLOWED = {  # RFC 9112 3.2.2, 7.1.1, 7.1.2
+    "extension": CHUNKED + b"30;a=b\r\n" + CHAT + b"\r\n0\r\n\r\n",
+    "extensions": CHUNKED + b'30 ; a="b;c" ;d\r\n' + CHAT + b"\r\n000;last\r\n\r\n",
+    "trailers": CHUNKED + b"30\r\n" + CHAT + b"\r\n0\r\nX-Sum: 1\r\nHost: evil\r\n\r\n",
+    "target": (POST + b"Connection: close\r\nContent-Length: 48\r\n\r\n" + CHAT).replace(
+        b" /", b" HTTP://localhost:1/", 1
+    ),
+    "target and other Host": b"GET http://127.0.0.1//v1/models?x HTTP/1.1\r\nHost: evil\r\n"
+    b"Connection: close\r\n\r\n",
+    "target of HTTP/1.0": b"GET https://localhost HTTP/1.0\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_what_rfc_9112_allows_is_taken(key_server, name):  # O9
+    received = raw(key_server, ALLOWED[name])
+    assert received.startswith(b"HTTP/1.1 200 "), received[:200]
+    assert re.search(rb"\r\nDate: \w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT\r\n", received)
+
+
+@pytest.mark.parametrize(
+    "path, field",
+    [("chat/completions", "messages"), ("completions", "prompt"), ("responses", "input")],
+)
+def test_a_stream_is_not_held_back_by_what_is_in_front(key_server, path, field):  # O1
+    body = {field: HI if field == "messages" else "x", "stream": True}
+    headers = ask(key_server, body, path="/v1/" + path)[1]
+    assert headers["X-Accel-Buffering"] == "no"
+    assert headers["Cache-Control"] == "no-cache, no-transform"
+
+
 def test_gzip_bomb_is_413(serve, upstream, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
     server, bomb = serve(base_url=upstream.dashscope, max_body=1), gzip.compress(b" " * 50_000_000)
