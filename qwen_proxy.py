@@ -1326,6 +1326,19 @@ class DeadlineTLSSocket(ssl.SSLSocket):
         return super().recv_into(*arguments)
 
 
+def keep_alive(connection: socket.socket) -> None:
+    """Let the system probe a connection that is silent, since the upstream may think for minutes.
+
+    Gateways that forget one then keep it, and one that is lost ends after two minutes.
+    TCP_KEEPALIVE is macOS's name for TCP_KEEPIDLE.
+    """
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    names = {"TCP_KEEPIDLE": 45, "TCP_KEEPALIVE": 45, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 5}
+    for name in filter(functools.partial(hasattr, socket), names):
+        with contextlib.suppress(OSError):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), names[name])
+
+
 def connect_before(deadline: float) -> Callable[..., socket.socket]:
     """Return a socket.create_connection() with one deadline.
 
@@ -1338,6 +1351,7 @@ def connect_before(deadline: float) -> Callable[..., socket.socket]:
         for *kind, _name, place in found:
             connection = DeadlineSocket(*kind)
             try:
+                keep_alive(connection)
                 connection.deadline = deadline
                 connection.settimeout(time_left(deadline))
                 connection.connect(place)
@@ -1348,6 +1362,16 @@ def connect_before(deadline: float) -> Callable[..., socket.socket]:
         raise failure
 
     return create_connection
+
+
+def tls_context() -> ssl.SSLContext:
+    """Return a context that trusts the private CAs that the CLI and Python before 3.13 trust.
+
+    Since then a CA without a key identifier is refused (python/cpython#138193).
+    """
+    context = ssl.create_default_context()
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    return context
 
 
 class DeadlineHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
@@ -1362,7 +1386,7 @@ class DeadlineHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         return self.do_open(connect, request)
 
     def https_open(self, request: urllib.request.Request) -> Any:
-        context = ssl.create_default_context()
+        context = tls_context()
         timed = {"deadline": self._deadline}
         context.sslsocket_class = type("TLSSocket", (DeadlineTLSSocket,), timed)
         connect = functools.partial(self._connection, http.client.HTTPSConnection)
@@ -1648,7 +1672,7 @@ class ApiKey:
     kind = "api-key"
 
     def __init__(self, value: str, source: str, problem: str = ""):
-        self._value, self.source, self._problem = value, source, problem
+        self._value, self.source, self._problem = value, source, problem or key_fault(value, source)
         keep_secret(value)
 
     def access_token(self, rejected: str = "", pause: Callable[[float], None] = time.sleep) -> str:
@@ -1664,6 +1688,19 @@ class ApiKey:
     def describe(self) -> Json:
         """Return facts for /health and status; nothing secret."""
         return {"type": self.kind, "source": self.source, "problem": self._problem or None}
+
+
+def key_fault(value: str, source: str) -> str:
+    """Return what does not belong to a key, as a sentence; empty for a good one."""
+    keep_secret(value.strip("\"'").rpartition(" ")[2])
+    if value[:1] in ("'", '"'):
+        return (
+            f"the key in {source} is in quotes, which are part of it there (docker --env-file "
+            "keeps them): take them away"
+        )
+    if value[:7].lower() == "bearer ":
+        return f"the key in {source} begins with 'Bearer ': give the key alone"
+    return ""
 
 
 class DeviceCode(NamedTuple):
@@ -2909,6 +2946,8 @@ class UpstreamResponse:
     """A response of the upstream: status, headers, and the body in pieces as they arrive."""
 
     DRAIN_TIMEOUT = 0.25
+    # Of compressed content at once.
+    MAX_INFLATED = 1_048_576
     _HEAD_END = re.compile(rb"\r?\n\r?\n")
 
     def __init__(self, connection: Connection, pool: KeepAliveHandler, key: Any):
@@ -2921,6 +2960,8 @@ class UpstreamResponse:
             lower = name.lower()
             before = self.headers.get(lower)
             self.headers[lower] = value if before is None else f"{before}, {value}"
+        self._coding = self.headers.get("content-encoding", "").strip().lower()
+        self._inflater: Any = None
         self._body = BodyDecoder(self.status, self.headers)
         if self._body.is_done:
             self._body.surplus = self._received
@@ -2948,6 +2989,33 @@ class UpstreamResponse:
 
         Raises UpstreamError when the connection breaks, and what a Waiter raises.
         """
+        if self._coding in ("", "identity"):
+            return self._receive()
+        if self._coding not in ("gzip", "x-gzip", "deflate"):
+            coding = shorten(self._coding, 40)
+            raise UpstreamError(
+                f"the upstream, or a gateway before it, compresses its answer as {coding!r} "
+                "although it was asked not to; only gzip and deflate are understood"
+            )
+        while True:
+            tail = self._inflater.unconsumed_tail if self._inflater else b""
+            packed = tail or self._receive()
+            if self._inflater is None:
+                # With the head of zlib, as RFC 9110 8.4.1.2 has it, or bare.
+                is_bare = self._coding == "deflate" and packed[:1] and packed[0] & 15 != 8
+                bits = -zlib.MAX_WBITS if is_bare else zlib.MAX_WBITS | 32
+                self._inflater = zlib.decompressobj(bits)
+            try:
+                content: bytes = self._inflater.decompress(packed, self.MAX_INFLATED)
+            except zlib.error:
+                message = (
+                    f"the upstream's answer is said to be {self._coding}, and is not; try again"
+                )
+                raise UpstreamError(message, code="upstream_cut") from None
+            if content or not packed:
+                return content
+
+    def _receive(self) -> bytes:
         try:
             while not self._body.is_done:
                 received, self._received = self._received, b""
@@ -2998,7 +3066,7 @@ class UpstreamResponse:
             with contextlib.suppress(UpstreamError):
                 while not self._body.is_done:
                     self._connection.waiter = Waiter(timeout=deadline - time.monotonic())
-                    if not self.receive():
+                    if not self._receive():
                         break
         self.close()
 
@@ -3139,7 +3207,7 @@ class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
     def _tls(self) -> ssl.SSLContext:
         with self._lock:
             # Loading the trust store takes 20 ms: once, and not at start.
-            self._context = self._context or ssl.create_default_context()
+            self._context = self._context or tls_context()
             return self._context
 
 
@@ -7799,6 +7867,8 @@ def checked_keys(keys: Iterable[str] | str, source: str = "--api-key") -> tuple[
                 f"{source}: a key must have at least 2 characters, none of them a control "
                 "character; is the variable that should hold it set?"
             )
+        if key_fault(key, source):
+            raise ValueError(key_fault(key, source))
         keep_secret(key)
         checked.append(key)
     return tuple(checked)

@@ -29,6 +29,7 @@ import shlex
 import signal
 import socket
 import socketserver
+import ssl
 import stat
 import struct
 import subprocess
@@ -37,6 +38,7 @@ import tempfile
 import threading
 import time
 import urllib.parse
+import zlib
 
 import pytest
 
@@ -5215,6 +5217,86 @@ def test_a_stream_is_not_held_back_by_what_is_in_front(key_server, path, field):
     headers = ask(key_server, body, path="/v1/" + path)[1]
     assert headers["X-Accel-Buffering"] == "no"
     assert headers["Cache-Control"] == "no-cache, no-transform"
+
+
+def packed_in(data, coding):
+    """In ten pieces, as a gateway would flush them."""
+    bits = {"gzip": 31, "deflate": 15, "bare": -15}[coding]
+    packer, step = zlib.compressobj(9, zlib.DEFLATED, bits), len(data) // 10 + 1
+    pieces = [data[at : at + step] for at in range(0, len(data), step)]
+    packed = [packer.compress(piece) + packer.flush(zlib.Z_SYNC_FLUSH) for piece in pieces]
+    return [*packed, packer.flush()]
+
+
+def test_a_private_ca_is_judged_as_the_cli_judges_it():  # O5
+    for handler in qp.KeepAliveHandler(), qp.DeadlineHandler(1):
+        context = handler._tls() if hasattr(handler, "_tls") else qp.tls_context()
+        assert not context.verify_flags & ssl.VERIFY_X509_STRICT and context.check_hostname
+        assert context.verify_mode == ssl.CERT_REQUIRED
+
+
+def test_a_silent_connection_is_probed(key_server, upstream, monkeypatch):  # O12
+    seen, connect = [], qp.DeadlineSocket.connect
+
+    def spy(connection, place):
+        connect(connection, place)
+        seen.append(connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
+        if hasattr(socket, "TCP_KEEPIDLE"):
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) < 60
+
+    monkeypatch.setattr(qp.DeadlineSocket, "connect", spy)
+    assert chat(key_server)[0] == 200 and seen == [1]
+
+
+@pytest.mark.parametrize("key", ['"sk-good-1"', "'sk-good-1'", '"sk-good-1', "Bearer sk-good-1"])
+def test_what_does_not_belong_to_a_key_is_named(serve, upstream, monkeypatch, key):  # O12
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    status, _, answer = chat(serve(base_url=upstream.dashscope, model="m"))
+    message = answer["error"]["message"]
+    assert status == 401 and upstream.requests == [] and "sk-good" not in message
+    assert "OPENAI_API_KEY" in message and ("quotes" in message or "'Bearer '" in message)
+    with pytest.raises(ValueError, match="--api-key"):
+        qp.make_server(port=0, api_key=key)
+
+
+@pytest.mark.parametrize("status", [200, 400])
+@pytest.mark.parametrize("coding", ["gzip", "deflate", "bare"])
+def test_a_compressed_answer_is_read(key_server, upstream, coding, status):  # O8
+    good = stream(*packed_in(b"".join(HELLO), coding))
+    bad = refusal("No \u00e4 here.")
+    reply_ = (
+        good if status == 200 else bad._replace(pieces=[b"".join(packed_in(bad.pieces[0], coding))])
+    )
+    name = "X-GZIP" if coding == "gzip" else "deflate"
+    upstream.script.append(reply_._replace(headers=[*reply_.headers, ("Content-Encoding", name)]))
+    got, _, answer = chat(key_server)
+    assert got == status
+    text = (
+        answer["error"]["message"] if status == 400 else answer["choices"][0]["message"]["content"]
+    )
+    assert text == ("No \u00e4 here." if status == 400 else "Hello, w\u00f6rld")
+
+
+@pytest.mark.parametrize(
+    "coding, pieces, words",
+    [
+        ("br", HELLO, "'br'"),
+        ("gzip, br", HELLO, "'gzip, br'"),
+        ("gzip", HELLO, "is not"),
+        ("gzip", packed_in(b"".join(HELLO[:3]), "gzip"), "finish reason"),
+        ("gzip", packed_in(b"data:" + b" " * 3_000_000, "gzip"), "more than 100000 bytes"),
+    ],
+)
+def test_an_answer_that_cannot_be_unpacked_says_why(
+    key_server, upstream, monkeypatch, coding, pieces, words
+):  # O8
+    monkeypatch.setattr(qp, "MAX_EVENT", 100_000)
+    good = stream(*pieces)
+    upstream.script.extend(
+        [good._replace(headers=[*good.headers, ("Content-Encoding", coding)])] * 3
+    )
+    got, _, answer = chat(key_server)
+    assert got == 502 and words in answer["error"]["message"]
 
 
 def test_gzip_bomb_is_413(serve, upstream, monkeypatch):
