@@ -2570,13 +2570,20 @@ class Providers:
     def __init__(self, options: Options, environ: Mapping[str, str] | None = None):
         self.options = options
         self._environ = dict(os.environ if environ is None else environ)
-        self._folder = os.getcwd()
+        self._folder = self._working_folder()
         self._known: dict[str, OAuthCredentials] = {}
         self._lock, self._checked, self._files = threading.Lock(), 0.0, WatchedFiles()
         self._aliases = [alias.partition("=")[::2] for alias in options.alias]
         self.home = qwen_home(self._environ, options.qwen_home)
         self._seed_login()
         self._discovery = self._discover()
+
+    def _working_folder(self) -> str:
+        """Return the working directory; where it was deleted the home, which is no project."""
+        try:
+            return os.getcwd()
+        except OSError:
+            return self._environ.get("HOME") or os.path.expanduser("~")
 
     def current(self) -> Discovery:
         """Return the discovery as of now."""
@@ -8826,7 +8833,14 @@ class ProxyServer:
         self._models: tuple[Any, list[Json]] = (None, [])
         self._stopped = threading.Event()
         self._started, self._is_serving = time.time(), False
-        self._listeners = self._listen()
+        try:
+            self._listeners = self._listen()
+        except OSError as error:
+            is_about_port = error.errno in (errno.EADDRINUSE, errno.EACCES, 10013, 10048)
+            ways_out = "another --port, or 0 for a free one" if is_about_port else "another --host"
+            where = f"cannot listen on {options.host or 'all addresses'} port {options.port}"
+            reason = f"{where}: {reason_of(error)}; choose {ways_out}"
+            raise OSError(error.errno, reason) from error
 
     @property
     def port(self) -> int:
@@ -9395,14 +9409,8 @@ def cmd_serve(options: Options) -> int:
     """Serve until a signal; running answers get some seconds then, a second signal ends at once."""
     try:
         server = server_for(options)
-    except ValueError as error:
-        say(str(error))
-        return 2
-    except OSError as error:
-        say(
-            f"cannot listen on {options.host} port {options.port}: {reason_of(error)}; choose "
-            "another --port, or 0 for a free one"
-        )
+    except (OSError, ValueError) as error:
+        say(reason_of(error))
         return 2
     with signal_handlers(functools.partial(stop_serving, server)):
         tune_process()

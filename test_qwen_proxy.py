@@ -6717,6 +6717,19 @@ def test_taken_port_is_a_sentence_and_exit_code_2():
     )
 
 
+@pytest.mark.parametrize("arguments", [[], ["--host=192.0.2.1", "--no-auth"]])
+@posix
+def test_a_deleted_working_directory_has_no_settings(login, upstream, tmp_path, main, arguments):
+    folder = tmp_path / "gone"  # O6
+    folder.mkdir()
+    os.chdir(folder)
+    folder.rmdir()
+    code, said = main("--port=0", *arguments)
+    assert (code, "coder-model" in said) == ((2, False) if arguments else (0, True))
+    assert ("choose another --host" in said) == bool(arguments) and "--port," not in said
+    assert main("status")[0] in (0, 1)
+
+
 ENDLESS = [*HELLO[:2], threading.Event()]
 
 
