@@ -7881,6 +7881,33 @@ def checked_keys(keys: Iterable[str] | str, source: str = "--api-key") -> tuple[
     return tuple(checked)
 
 
+def host_name(stated: str) -> str:
+    """Return the host in a name, an address or a URL, as a Host header is compared with it.
+
+    Raises ValueError for what names none.
+
+    >>> host_name("https://Box.:8443/v1"), host_name("[::1]:80"), host_name("::1")
+    ('box', '::1', '::1')
+    """
+    text = stated.strip()
+    with contextlib.suppress(ValueError):
+        return str(ipaddress.ip_address(text.strip("[]")))
+    name = host_of(text if "://" in text else f"//{text}").rstrip(".")
+    if not re.match(r"[\w.-]+\Z|[0-9a-f:.]+\Z", name, re.A):
+        raise ValueError(f"--allow-host takes the name of one host, not {stated!r}")
+    return name
+
+
+def listening_host(stated: str) -> str:
+    """Return an address or name to listen on, without brackets; raises ValueError."""
+    host = stated.strip().strip("[]")
+    with contextlib.suppress(ValueError):
+        return str(ipaddress.ip_address(host)) if "%" not in host else host
+    if re.search(r"[\s:/*]", host):
+        raise ValueError(f"--host takes an address or a name, without a port, not {stated!r}")
+    return host
+
+
 class AccessPolicy:
     """Who may use the server: which keys there are, whether one is needed, who may pass.
 
@@ -7899,8 +7926,8 @@ class AccessPolicy:
     _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]/\s@]*))(?::\d*)?\Z")
 
     def __init__(self, options: Options):
-        names = {"host.docker.internal", socket.gethostname(), options.host, *options.allow_host}
-        self._hosts = {name.lower() for name in names}
+        own = {"host.docker.internal", socket.gethostname().lower(), options.host.lower()}
+        self._hosts = {*own, *options.allow_host}
         self._origins = {
             re.sub(r"(?<![/:])/\Z", "", origin).lower() for origin in options.allow_origin
         }
@@ -7940,11 +7967,17 @@ class AccessPolicy:
             found.append("--allow-origin * without --api-key lets every web page use this server")
         return found
 
-    def check_host(self, host: str | None, is_required: bool) -> None:
-        """Raise ProxyError unless the Host header names this machine."""
+    def check_host(self, headers: Mapping[str, str], is_required: bool) -> None:
+        """Raise ProxyError unless the Host header names this machine.
+
+        A page that rebinds a name does not know a key: with one, any name will do.
+        """
+        host = headers.get("host")
         if host is None:
             if is_required:
                 raise BadRequest("the Host header is missing")
+            return
+        if self._place_of_key(headers):
             return
         match = self._HOST.match(host.strip().lower())
         name = (match.group(1) or match.group(2)).rstrip(".") if match else ""
@@ -7955,9 +7988,10 @@ class AccessPolicy:
                 ipaddress.ip_address(name)
                 return
         message = (
-            f"the Host header {shorten(host, 100)!r} does not name this machine; if it should, add "
-            "--allow-host NAME"
+            f"the Host header {shorten(host, 100)!r} does not name this machine; if it should, "
+            f"start with --allow-host {shorten(name, 100) or 'NAME'}"
         )
+        message += ", or send a key of --api-key" if self._keys else ""
         raise ProxyError(message, 403, "host_not_allowed", "permission_error")
 
     def check_origin(self, method: str, headers: Mapping[str, str]) -> list[tuple[str, str]]:
@@ -8010,6 +8044,20 @@ class AccessPolicy:
         """
         if not self._keys:
             return ""
+        place = self._place_of_key(headers)
+        if not place:
+            raise ProxyError(
+                "this server wants an API key: one of those given with --api-key, as "
+                "'Authorization: Bearer KEY'",
+                401,
+                "invalid_api_key",
+                "authentication_error",
+                headers=[("WWW-Authenticate", "Bearer")],
+            )
+        return f"key {place}"
+
+    def _place_of_key(self, headers: Mapping[str, str]) -> int:
+        """Return which key is presented, counted from 1; 0 for none."""
         scheme, _, bearer = headers.get("authorization", "").partition(" ")
         presented = [
             headers.get("x-api-key", ""),
@@ -8022,16 +8070,7 @@ class AccessPolicy:
             any([hmac.compare_digest(key, value) for value in values])  # noqa: C419
             for key in self._keys
         ]
-        if not any(matches):
-            raise ProxyError(
-                "this server wants an API key: one of those given with --api-key, as "
-                "'Authorization: Bearer KEY'",
-                401,
-                "invalid_api_key",
-                "authentication_error",
-                headers=[("WWW-Authenticate", "Bearer")],
-            )
-        return f"key {matches.index(True) + 1}"
+        return matches.index(True) + 1 if any(matches) else 0
 
 
 def declares_json(headers: Mapping[str, str]) -> bool:
@@ -8599,7 +8638,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def check_access(self, exchange: Exchange) -> None:
         """Raise ProxyError for a Host, a web page or a declared type that may not pass."""
         access, headers = self.proxy.access, exchange.headers
-        access.check_host(headers.get("host"), exchange.needs_host)
+        access.check_host(headers, exchange.needs_host)
         exchange.cors = access.check_origin(exchange.method, headers)
         if exchange.cors and exchange.method == "POST" and not declares_json(headers):
             message = "a request from a web page must be declared as Content-Type: application/json"
@@ -8741,7 +8780,9 @@ class Listener(http.server.ThreadingHTTPServer):
     def server_bind(self) -> None:
         """Bind without http.server's look-up of the full host name, which may take seconds."""
         if self.address_family == socket.AF_INET6:
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            # :: is every address of this machine, those of IPv4 too.
+            only = self.server_address[0] != "::"
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only)
         if self.allow_reuse_address:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
@@ -9022,7 +9063,11 @@ def checked_options(values: Mapping[str, Any]) -> Options:
     fault = base_url_fault(options.base_url) if options.base_url else ""
     if fault:
         raise ValueError(f"--base-url {fault}; the key is read from OPENAI_API_KEY")
-    return options._replace(api_key=checked_keys(options.api_key))
+    return options._replace(
+        host=listening_host(options.host),
+        allow_host=tuple(map(host_name, options.allow_host)),
+        api_key=checked_keys(options.api_key),
+    )
 
 
 def make_server(

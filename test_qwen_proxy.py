@@ -5106,6 +5106,49 @@ def test_wire(key_server, upstream, request_, expected):
 
 
 @pytest.mark.parametrize(
+    "name", ["*", "*.x", "", " ", "a b", "http://", "m\u00fcller.example", "a,b"]
+)
+def test_a_name_that_would_never_match_is_refused(name):  # O10
+    with pytest.raises(ValueError, match="--allow-host"):
+        qp.make_server(port=0, allow_host=[name])
+
+
+@pytest.mark.parametrize("host", ["localhost:8080", "http://localhost", "*", "a b", "[::1]:80"])
+def test_a_host_that_cannot_be_listened_on_is_refused(host):  # O10
+    with pytest.raises(ValueError, match="--host"):
+        qp.make_server(host, 0, api_key="good-key")
+
+
+@pytest.mark.parametrize("host", ["::", "[::]", "0:0::0", "[::1]", "::1"])
+def test_addresses_of_ipv6_are_listened_on(serve, login, host):  # O10
+    server = serve(host=host, api_key="good-key")
+    request = b"GET /health HTTP/1.1\r\nHost: [::1]\r\nConnection: close\r\n\r\n"
+    families = [socket.AF_INET6, *([] if "1" in host else [socket.AF_INET])]
+    for family in families:
+        assert raw(server, request, family).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize(
+    "keys, headers, status, words",
+    [
+        (["good-key"], {"Authorization": "Bearer good-key"}, 200, ""),
+        (["k-1", "good-key"], {"X-API-Key": "good-key"}, 200, ""),
+        (["good-key"], {"Authorization": "Bearer bad-key"}, 403, "--allow-host qwen-proxy, or"),
+        ([], {"Authorization": "Bearer good-key"}, 403, "--allow-host qwen-proxy"),
+    ],
+)
+def test_a_right_key_needs_no_known_host(serve, login, keys, headers, status, words):  # O13
+    server = serve(api_key=keys)
+    headers["Host"] = "qwen-proxy:8080"
+    got, _, body = ask(server, method="GET", path="/v1/models", headers=headers)
+    assert got == status and words in body.decode()
+    got, _, body = ask(
+        server, method="GET", path="/v1/models", headers={**headers, "Origin": "http://x.y"}
+    )
+    assert got == 403
+
+
+@pytest.mark.parametrize(
     "end", [[CUT], [chunk(error={"message": "Model service overloaded."}, choices=None)]]
 )
 def test_the_connection_lives_on_after_an_error_in_mid_stream(key_server, upstream, end):
