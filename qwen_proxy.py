@@ -180,8 +180,8 @@ class Family(NamedTuple):
 # The first match of the host counts, then the key's variable; a path with /compatible-mode/ is
 # DashScope's (a company gateway, a fake). Traits: 'alibaba'; 'qwen', its words for thinking are
 # Qwen's; 'limits', its models' max_tokens are those of MODELS; 'openai-only', refuses what only
-# OpenAI knows. A model whose id says Qwen brings 'qwen' and 'limits' along wherever no dialect
-# of the family's own is known.
+# OpenAI knows; 'open-list', lists its models for anybody. A model whose id says Qwen brings 'qwen'
+# and 'limits' along wherever no dialect of the family's own is known.
 FAMILIES = {
     family.name: family
     for family in (
@@ -277,12 +277,17 @@ FAMILIES = {
             },
             advice={"invalid_api_key": ""},
         ),
-        Family("openrouter", r"(^|\.)openrouter\.ai$", "OPENROUTER_API_KEY"),
+        Family(
+            "openrouter",
+            r"(^|\.)openrouter\.ai$",
+            "OPENROUTER_API_KEY",
+            frozenset({"open-list"}),
+        ),
         Family(
             "modelscope",
             r"(^|\.)modelscope\.cn$",
             "MODELSCOPE_API_KEY",
-            frozenset({"limits", "openai-only"}),
+            frozenset({"limits", "openai-only", "open-list"}),
         ),
         Family("deepseek", r"(^|\.)deepseek\.com$", traits=frozenset({"limits"})),
         Family("zai", r"(^|\.)(z\.ai|bigmodel\.cn)$", traits=frozenset({"limits"})),
@@ -1398,6 +1403,30 @@ class DeadlineHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         return connection
 
 
+class ForwardProxy(urllib.request.ProxyHandler):
+    """urllib's way over a forward proxy; one that speaks SOCKS is named, not spoken HTTP to."""
+
+    def proxy_open(self, request: Any, proxy: str, type: str) -> Any:
+        is_passed_by = request.host and urllib.request.proxy_bypass(request.host)
+        if proxy.lower().startswith("socks") and not is_passed_by:
+            scheme, host = proxy.partition("://")[0], host_of(proxy, with_port=True)
+            there = host_of("//" + request.host)
+            raise UpstreamError(
+                f"{type.upper()}_PROXY names a SOCKS proxy ({scheme}://{host}), which is not "
+                f"supported: name an HTTP proxy there, or {there} in NO_PROXY",
+                code="proxy_not_supported",
+            )
+        return super().proxy_open(request, proxy, type)
+
+
+def proxy_for(url: str) -> str:
+    """Return the forward proxy that a URL is asked over; empty for none."""
+    host = host_of(url, with_port=True)
+    if not host or urllib.request.proxy_bypass(host):
+        return ""
+    return forward_proxies().get(url.partition(":")[0].lower(), "")
+
+
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """Refuses every redirect: urllib would take our secrets along to the new place."""
 
@@ -1405,13 +1434,15 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def open_before(request: urllib.request.Request, seconds: float) -> Any:
+def open_before(
+    request: urllib.request.Request, seconds: float, proxies: dict[str, str] | None = None
+) -> Any:
     """Return the response to a request to the identity host, or of `status`.
 
-    Raises OSError and http.client.HTTPException.
+    Raises OSError, http.client.HTTPException, and UpstreamError for a proxy that cannot be used.
     """
-    proxies = urllib.request.ProxyHandler(forward_proxies())
-    opener = urllib.request.build_opener(proxies, _NoRedirect, DeadlineHandler(seconds))
+    forward = ForwardProxy(forward_proxies() if proxies is None else proxies)
+    opener = urllib.request.build_opener(forward, _NoRedirect, DeadlineHandler(seconds))
     try:
         return opener.open(request, timeout=seconds)
     except urllib.error.HTTPError as error:
@@ -1556,6 +1587,10 @@ class OAuthCredentials:
         with contextlib.suppress(CredentialError):
             facts["expires_at"] = int(self.login().expires_at)
         return facts
+
+    def adopt(self, login: Login) -> None:
+        """Use a login that no file holds yet, and write none."""
+        self._login, self._stamp = login, stamp_of(self.path)
 
     def replace(self, login: Login) -> None:
         """Put a new login in place of the old one, under the CLI's lock."""
@@ -1818,8 +1853,12 @@ class Provider:
 
     name: for --provider, `provider/model` and x-qwen-provider; family: the kind of its endpoint;
     entries: model id -> generationConfig of settings.json; source: where all this was found;
-    cooldown_until: another provider goes first until then (monotonic).
+    cooldown_until: another provider goes first until then (monotonic); refusal: why it could not
+    serve the last request, for /health.
     """
+
+    # How long a refusal counts that may pass, so that a probe lets requests in again.
+    REFUSED = 60
 
     def __init__(
         self,
@@ -1835,6 +1874,7 @@ class Provider:
         self.family = family or family_of(base_url)
         self.stated_url = base_url.rstrip("/")
         self.cooldown_until = 0.0
+        self.refusal: Json | None = None
 
     @property
     def base_url(self) -> str:
@@ -1862,6 +1902,19 @@ class Provider:
         except CredentialError as error:
             return error.message
         return None
+
+    def note(self, error: ProxyError) -> None:
+        """Remember a refusal, unless it was the request's own fault or a limit per minute."""
+        if error.status == 401 or error.status >= 500 or error.code == "insufficient_quota":
+            about = {"at": int(time.time()), "status": error.status}
+            self.refusal = {**about, **error.error_object()}
+
+    def is_refusing(self) -> bool:
+        """Return whether the next request is likely to be refused as the last one was."""
+        if not self.refusal:
+            return False
+        is_lasting = self.refusal["status"] == 401 or self.refusal["code"] == "insufficient_quota"
+        return is_lasting or bool(time.time() - self.refusal["at"] < self.REFUSED)
 
     def describe(self) -> Json:
         """Return facts for status; nothing secret."""
@@ -2567,7 +2620,12 @@ class Providers:
     # Look at the disk no more often.
     INTERVAL = 1.0
 
-    def __init__(self, options: Options, environ: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        options: Options,
+        environ: Mapping[str, str] | None = None,
+        is_read_only: bool = False,
+    ):
         self.options = options
         self._environ = dict(os.environ if environ is None else environ)
         self._folder = self._working_folder()
@@ -2575,7 +2633,7 @@ class Providers:
         self._lock, self._checked, self._files = threading.Lock(), 0.0, WatchedFiles()
         self._aliases = [alias.partition("=")[::2] for alias in options.alias]
         self.home = qwen_home(self._environ, options.qwen_home)
-        self._seed_login()
+        self._seed_login(is_read_only)
         self._discovery = self._discover()
 
     def _working_folder(self) -> str:
@@ -2637,7 +2695,7 @@ class Providers:
         settings = CliSettings(self.home, self._environ, self._folder, self._files)
         return Discovery(self.options, settings, self._known)
 
-    def _seed_login(self) -> None:
+    def _seed_login(self, is_read_only: bool) -> None:
         """Write QWEN_CLI_AUTH, the JSON of oauth_creds.json, where there is no such file.
 
         It is for containers.
@@ -2653,7 +2711,10 @@ class Providers:
             return
         base_url = CliSettings(self.home, self._environ, self._folder).oauth_base_url()
         self._known[path] = OAuthCredentials(path, base_url)
-        self._known[path].replace(login)
+        if is_read_only:
+            self._known[path].adopt(login)
+        else:
+            self._known[path].replace(login)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3284,7 +3345,7 @@ class Upstream:
         self._connections = KeepAliveHandler()
         # No redirects, no errors raised: both are judged here.
         self._opener = urllib.request.OpenerDirector()
-        proxies = urllib.request.ProxyHandler(forward_proxies())
+        proxies = ForwardProxy(forward_proxies())
         for handler in (proxies, self._connections, urllib.request.UnknownHandler()):
             self._opener.add_handler(handler)
 
@@ -3301,7 +3362,7 @@ class Upstream:
         own = {"Authorization": f"Bearer {access_token}", **headers}
         if body is not None:
             own["Content-Type"] = "application/json"
-        own.update(self._custom_headers(target))
+        own.update(self.custom_headers(target))
         base_url, method = target.provider.base_url, "GET" if body is None else "POST"
         try:
             request: Any = urllib.request.Request(base_url + path, body, own, method=method)
@@ -3328,7 +3389,7 @@ class Upstream:
         self._connections.close_idle()
 
     @classmethod
-    def _custom_headers(cls, target: Target) -> dict[str, str]:
+    def custom_headers(cls, target: Target) -> dict[str, str]:
         """Return customHeaders of the model's entry in settings.json, without what is no header."""
         found = as_object(target.config.get("customHeaders"))
         return {
@@ -3388,8 +3449,11 @@ class Call:
         deadline = now + self.DEADLINE
         for target, following in zip(targets, [*targets[1:], None]):
             try:
-                return self._open_on(target, deadline, following is None)
+                answer = self._open_on(target, deadline, following is None)
+                target.provider.refusal = None
+                return answer
             except ProxyError as error:
+                target.provider.note(error)
                 if not following or not error.moves_on or time.monotonic() > deadline:
                     raise
                 provider = target.provider
@@ -8740,8 +8804,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         exchange.send_json(200, found)
 
     def get_health(self, exchange: Exchange) -> None:
-        """Answer GET /health."""
-        exchange.send_json(200, self.proxy.health())
+        """Answer GET /health: 503 while nothing can be served."""
+        health = self.proxy.health()
+        exchange.send_json(200 if health["status"] == "ok" else 503, health)
 
     def get_root(self, exchange: Exchange) -> None:
         """Answer GET /."""
@@ -8853,6 +8918,10 @@ def share_one_processor() -> None:
         os.sched_setaffinity(0, {processors[os.getpid() % len(processors)]})
 
 
+# Where to listen that is reached as localhost.
+EVERYWHERE = ("localhost", "0.0.0.0", "::", "")
+
+
 class ProxyServer:
     """The running proxy: its listeners, and what the handlers share. See make_server()."""
 
@@ -8891,8 +8960,7 @@ class ProxyServer:
     @property
     def url(self) -> str:
         """The base URL for clients."""
-        everywhere = ("localhost", "0.0.0.0", "::", "")
-        host = "localhost" if self.options.host in everywhere else self.options.host
+        host = "localhost" if self.options.host in EVERYWHERE else self.options.host
         return f"http://{f'[{host}]' if ':' in host else host}:{self.port}/v1"
 
     def _listen(self) -> list[Listener]:
@@ -9029,16 +9097,21 @@ class ProxyServer:
 
     def health(self) -> Json:
         """Return the object of /health; nothing secret."""
-        providers = self.providers.current().providers
-        login = providers[0].credentials.describe() if providers else {"type": None}
-        is_usable = bool(providers) and providers[0].problem() is None
+        asked: list[Provider] = []
+        with contextlib.suppress(ProxyError):
+            asked = [target.provider for target in self.providers.targets(None)]
+        login = asked[0].credentials.describe() if asked else {"type": None}
+        usable = [provider for provider in asked if provider.problem() is None]
+        status = "refused" if usable else "no_login"
+        status = "ok" if any(not provider.is_refusing() for provider in usable) else status
         names = ("type", "expires_at")
         return {
-            "status": "ok" if is_usable else "no_login",
+            "status": status,
             "version": __version__,
             "uptime_seconds": int(time.time() - self._started),
             "in_flight": len(self._waiters),
             "login": {name: login[name] for name in names if name in login},
+            "last_refusal": next(filter(None, (provider.refusal for provider in asked)), None),
         }
 
 
@@ -9256,6 +9329,7 @@ def build_parser() -> argparse.ArgumentParser:
     others = parser.add_argument_group("login and status")
     others.add_argument("--no-browser", action="store_true", help="login: print the address only")
     others.add_argument("--json", action="store_true", help="status: print JSON")
+    others.add_argument("--offline", action="store_true", help="status: ask nobody")
     return parser
 
 
@@ -9320,6 +9394,10 @@ def value_of(variable: str, text: str, default: Any, option: Option) -> Any:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit code: 0, 1 when it failed, 2 when it could not start."""
+    for output in filter(None, (sys.stdout, sys.stderr)):
+        if isinstance(output, io.TextIOWrapper):
+            # A terminal that cannot show a character is no reason to say nothing.
+            output.reconfigure(errors="backslashreplace")
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "serve"
     parser = build_parser()
@@ -9334,7 +9412,9 @@ def main(argv: list[str] | None = None) -> int:
         try:
             if command == "login":
                 return cmd_login(options, not parsed.no_browser)
-            return cmd_status(options, parsed.json) if command == "status" else cmd_serve(options)
+            if command == "status":
+                return cmd_status(options, parsed.json, parsed.offline)
+            return cmd_serve(options)
         except KeyboardInterrupt:
             say("stopped")
             return 130
@@ -9603,113 +9683,199 @@ def span_of(seconds: float) -> str:
     return f"in {words}" if seconds >= 0 else f"{words} ago"
 
 
-def cmd_status(options: Options, as_json: bool) -> int:
-    """Say what would be used; returns 0 only when a request could be served. Spends no quota."""
+OK, NO, NOT_CHECKED = "ok", "no", "not checked"
+
+
+def cmd_status(options: Options, as_json: bool, is_offline: bool) -> int:
+    """Say what would happen to a request now; returns 0 only for 'ok'. Spends no quota."""
     try:
-        providers = Providers(options)
+        providers = Providers(options, is_read_only=True)
     except ValueError as error:
         say(str(error))
         return 2
-    facts = status_facts(providers, options.port)
-    if as_json:
-        print(public(json.dumps(facts, indent=2, ensure_ascii=False), keep="\n"))
-    else:
-        for name, value in facts.items():
-            for index, line in enumerate(value if isinstance(value, list) else [value]):
-                label = "" if index else name.replace("_", " ")
-                text = line if isinstance(line, str) else json.dumps(line)
-                print(public(f"{label:13} {text}"))
-    return 0 if facts["usable"] else 1
+    facts = status_facts(providers, is_offline)
+    tell(json.dumps(facts, indent=2) if as_json else "\n".join(status_lines(facts)))
+    return 0 if facts["status"] == OK else 1
 
 
-def status_facts(providers: Providers, port: int) -> Json:
-    """Return what `status` prints, in its order."""
+def tell(text: str) -> None:
+    """Print what a command was asked for; that nobody reads on, as `head` does, is no error."""
+    try:
+        print(public(text, keep="\n"), flush=True)
+    except OSError:
+        # The interpreter would try once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def status_facts(providers: Providers, is_offline: bool) -> Json:
+    """Return what `status` knows, as data."""
     discovery = providers.current()
-    active = discovery.providers[0] if discovery.providers else None
-    problem = discovery.problem or f"no Qwen login on this machine: {LOGIN_AGAIN}"
-    usable = active is not None and active.problem() is None
     facts: Json = {
         "version": __version__,
-        "usable": usable,
-        "problem": None if usable else active.problem() if active else problem,
+        "status": NO,
+        "problem": discovery.problem or f"no Qwen login on this machine: {LOGIN_AGAIN}",
         "qwen_home": providers.home,
         "settings": discovery.settings_files,
         "notes": discovery.notes,
-    }
-    if active:
-        facts.update(provider_facts(active, discovery))
-    proxies = [f"{scheme}: {url}" for scheme, url in sorted(forward_proxies().items())]
-    facts["forward_proxy"] = proxies or ["none"]
-    facts["client"] = [
-        f"base URL http://localhost:{port or 8080}/v1",
-        "API key  anything, unless --api-key is given",
-        f"model    {discovery.model}",
-    ]
-    return {name: value for name, value in facts.items() if value not in (None, [])}
-
-
-def provider_facts(active: Provider, discovery: Discovery) -> Json:
-    """Return what `status` prints of the provider in use."""
-    described = active.describe()
-    facts: Json = {
-        "provider": active.name,
-        "found_in": active.source,
-        "base_url": described["base_url"],
-        "family": active.family.name,
-        "models": [", ".join(described["models"]) or "whatever the upstream lists"],
         "model": discovery.model,
-        "also_usable": [
-            f"{other.name} ({other.problem() or 'ready'})" for other in discovery.providers[1:]
+        "provider": None,
+        "others": [
+            {"name": other.name, "problem": other.problem()} for other in discovery.providers[1:]
         ],
+        "clock_skew": None,
+        "forward_proxy": None,
+        "server": {} if is_offline else server_facts(providers.options),
     }
-    if isinstance(active.credentials, OAuthCredentials):
-        facts.update(oauth_facts(active.credentials))
-    if described["base_url"]:
-        facts["clock"] = clock_difference(described["base_url"])
+    for active in discovery.providers[:1]:
+        status, problem, skew = checked_provider(active, discovery.model, is_offline)
+        described = active.describe()
+        facts.update(status=status, problem=problem or None, clock_skew=skew, provider=described)
+        if isinstance(active.credentials, OAuthCredentials):
+            described["login"].update(login_file_facts(active.credentials.path))
+        facts["forward_proxy"] = proxy_for(described["base_url"] or "") or None
     return facts
 
 
-def oauth_facts(credentials: OAuthCredentials) -> Json:
-    """Return file, expiry, permissions and lock of an OAuth login, for a person."""
-    path = credentials.path
-    facts = {
-        "login": f"OAuth, {path}",
-        "free_tier": f"ended on {FREE_TIER_END}: log-in works, chat answers 401",
-    }
-    with contextlib.suppress(CredentialError):
-        left = credentials.login().expires_at - time.time()
-        refreshed = "" if left > REFRESH_MARGIN else ", refreshed at the next request"
-        facts["expires"] = span_of(left) + refreshed
-    with contextlib.suppress(OSError):
-        mode = stat.S_IMODE(os.stat(path).st_mode)
-        is_open = mode & 0o077 and os.name != "nt"
-        advice = f", others can read it: chmod 600 {path}" if is_open else ""
-        facts["permissions"] = f"{mode:03o}{advice}"
+# For what `status` asks an upstream, and a server on this machine.
+STATUS_TIMEOUT, SERVER_TIMEOUT = 3.0, 1.0
+
+
+def checked_provider(
+    provider: Provider, model: str, is_offline: bool
+) -> tuple[str, str, float | None]:
+    """Return ok, no, or not checked, why, and by how many seconds this clock is fast.
+
+    A login is refreshed if that is due, and the upstream is asked for its models with the key:
+    neither costs quota.
+    """
+    problem, credentials = provider.problem(), provider.credentials
+    if problem:
+        return NO, problem, None
+    if is_offline:
+        return NOT_CHECKED, "--offline asks nobody", None
+    if isinstance(credentials, OAuthCredentials) and not os.path.lexists(credentials.path):
+        return NOT_CHECKED, f"QWEN_CLI_AUTH is written to {credentials.path} at the start", None
     try:
-        status = os.stat(os.path.join(os.path.dirname(path), "oauth_creds.lock"))
-        age = time.time() - status.st_mtime
-        stale = ", stale: the next refresh breaks it" if age > LockFile.STALE else ""
-        facts["lock"] = f"exists for {age:.0f} s{stale}"
-    except OSError:
-        facts["lock"] = "free"
-    return facts
-
-
-# For what `status` asks an upstream.
-STATUS_TIMEOUT = 3.0
-
-
-def clock_difference(base_url: str) -> str:
-    """Return how this clock differs from the upstream's, by the Date of a keyless request."""
-    try:
-        request = urllib.request.Request(urllib.parse.urljoin(base_url, "/"), method="HEAD")
+        headers = {"Authorization": f"Bearer {credentials.access_token()}"}
+        headers.update(Upstream.custom_headers(Target(provider, model)))
+        request = urllib.request.Request(provider.base_url + "/models", headers=headers)
         request.add_header("User-Agent", f"qwen_proxy/{__version__}")
         with open_before(request, STATUS_TIMEOUT) as response:
-            date = parsedate_to_datetime(response.headers.get("Date"))
-        skew = time.time() - date.timestamp()
-    except (OSError, http.client.HTTPException, TypeError, ValueError) as error:
-        reason = reason_of(error) if isinstance(error, OSError) else "no Date header"
-        return f"unknown: {host_of(base_url, with_port=True)} gave no time ({reason})"
+            answer = response.getcode(), response.read(ModelLists.SIZE).decode("utf-8", "replace")
+    except ProxyError as error:
+        return NO, error.message, None
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        host = host_of(provider.base_url, with_port=True)
+        return NO, f"{host} cannot be asked: {reason_of(error)}", None
+    return (*judged(provider, model, *answer), clock_skew(response.headers.get("Date")))
+
+
+def judged(provider: Provider, model: str, status: int, text: str) -> tuple[str, str]:
+    """Return what the answer to a question for the models says of a request, and why."""
+    family, refusal = provider.family, Refusal.read(status, text)
+    if status in (401, 403) or status >= 500:
+        is_oauth = provider.credentials.kind == "oauth"
+        return NO, FREE_TIER_ENDED if is_oauth else to_upstream_error(refusal, family).message
+    if provider.credentials.kind == "oauth":
+        return NOT_CHECKED, FREE_TIER_ENDED
+    listed = [dig(entry, "id") for entry in as_list(dig(loads(text), "data"))]
+    if status != 200 or not family.has_list or "open-list" in family.traits:
+        words = "its list of models proves nothing" if status == 200 else f"HTTP {status}"
+        return NOT_CHECKED, f"only a request would tell, and cost quota ({words})"
+    if model not in listed:
+        return NOT_CHECKED, f"the upstream does not list the model {model}"
+    return OK, ""
+
+
+def clock_skew(date: str | None) -> float | None:
+    """Return by how many seconds this clock is ahead of a Date header; None without one."""
+    try:
+        return round(time.time() - parsedate_to_datetime(date or "").timestamp(), 1)
+    except (TypeError, ValueError, IndexError, OverflowError):
+        return None
+
+
+def login_file_facts(path: str) -> Json:
+    """Return mode of a login file, and the age of the lock on it in seconds."""
+    facts: Json = {"mode": None, "lock_age": None}
+    with contextlib.suppress(OSError):
+        facts["mode"] = f"{stat.S_IMODE(os.stat(path).st_mode):03o}"
+        lock = os.path.join(os.path.dirname(path), "oauth_creds.lock")
+        facts["lock_age"] = round(time.time() - os.stat(lock).st_mtime, 1)
+    return facts
+
+
+def server_facts(options: Options) -> Json:
+    """Return whether a server answers on the port, and what it says of itself."""
+    host = "localhost" if options.host in EVERYWHERE else options.host
+    url = f"http://{f'[{host}]' if ':' in host else host}:{options.port}"
+    facts: Json = {"url": f"{url}/v1", "answers": False, "health": None}
+    with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+        with open_before(urllib.request.Request(url + "/health"), SERVER_TIMEOUT, {}) as response:
+            facts["answers"], health = True, loads(response.read(MAX_LINE))
+        facts["health"] = health if dig(health, "version") and dig(health, "login") else None
+    return facts
+
+
+def status_lines(facts: Json) -> list[str]:
+    """Return the facts of `status` in words, a label before each."""
+    provider, server = as_object(facts["provider"]), facts["server"]
+    words: Json = {
+        "status": facts["status"] + (f": {facts['problem']}" if facts["problem"] else ""),
+        "version": facts["version"],
+        "qwen home": facts["qwen_home"],
+        "settings": facts["settings"],
+        "note": facts["notes"],
+    }
+    if provider:
+        words["provider"] = f"{provider['name']} ({provider['family']}), from {provider['source']}"
+        words["base URL"] = provider["base_url"] or "none"
+        words["login"] = login_lines(provider["login"])
+        words["models"] = ", ".join(provider["models"]) or "whatever the upstream lists"
+    words["model"] = facts["model"]
+    words["also usable"] = [
+        f"{other['name']} ({other['problem'] or 'ready'})" for other in facts["others"]
+    ]
+    words["clock"] = clock_words(facts["clock_skew"])
+    words["forward proxy"] = facts["forward_proxy"] or "none"
+    if server:
+        words["server"] = f"nothing answers at {server['url']}"
+        if server["answers"]:
+            health = as_object(server["health"])
+            said = f"{health.get('status')}, {health.get('in_flight')} requests in flight"
+            who = f"qwen_proxy {health.get('version')}: {said}" if health else "another program"
+            words["server"] = f"{server['url']} is {who}"
+    lines = []
+    for label, value in words.items():
+        for place, line in enumerate(value if isinstance(value, list) else [value]):
+            lines.append(f"{'' if place else label:13} {public(line)}")
+    return lines
+
+
+def login_lines(login: Json) -> list[str]:
+    """Return what is to be said of a login: where it is, until when, permissions and lock."""
+    if "path" not in login:
+        return [f"key in {login['source']}"]
+    lines = [f"OAuth, {login['path']}"]
+    if "expires_at" in login:
+        left = login["expires_at"] - time.time()
+        lines.append(
+            f"expires {span_of(left)}"
+            + ("" if left > REFRESH_MARGIN else ", refreshed at the next request")
+        )
+    mode, age = login["mode"], login["lock_age"]
+    if mode and int(mode, 8) & 0o077 and os.name != "nt":
+        lines.append(f"permissions {mode}, others can read it: chmod 600 {login['path']}")
+    if age is not None:
+        stale = ", stale: the next refresh breaks it" if age > LockFile.STALE else ""
+        lines.append(f"its lock exists for {max(age, 0):.0f} s{stale}")
+    return lines
+
+
+def clock_words(skew: float | None) -> str:
+    """Return how this clock is, for a person."""
+    if skew is None:
+        return "unknown, the upstream was not asked or gave no time"
     if abs(skew) < 10:
         return "right"
     direction = "fast" if skew > 0 else "slow"

@@ -1938,7 +1938,8 @@ def test_what_is_no_file_holds_no_start_up(home, upstream, tmp_path, line):  # H
     make(place, kind)
     pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
     done = subprocess.run([sys.executable, PROGRAM, "status"], timeout=WAIT / 2, **pipes)
-    assert done.returncode == 0 or str(place).encode() in done.stdout
+    is_told = str(place).encode() in done.stdout
+    assert done.returncode == 1 and (is_told or b"not checked" in done.stdout)
     assert b"Traceback" not in done.stderr
 
 
@@ -7001,19 +7002,215 @@ def test_login_ended_by_ctrl_c_or_refusal_leaves_nothing(home, upstream, monkeyp
     assert os.listdir(str(home)) == [] and "Traceback" not in capsys.readouterr().err
 
 
-def test_status_tells_a_usable_login(login, upstream, capsys, monkeypatch):
+def test_status_tells_what_is_known_of_a_login(login, upstream, capsys, monkeypatch):
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now)
     (login.parent / "oauth_creds.lock").write_text("x")
-    assert qp.main(["status"]) == 0
+    login.chmod(0o644)
+    assert qp.main(["status"]) == 1
     said = capsys.readouterr().out
-    for words in ("oauth_creds.json", "in 59 min", "600", "exists for", "coder-model", "right"):
+    for words in (
+        "oauth_creds.json",
+        "in 59 min",
+        "chmod 600",
+        "exists for",
+        "coder-model",
+        "right",
+    ):
         assert words in said, words
-    assert "none" in said and "http://localhost:8080/v1" in said and "at_1" not in said
+    assert "none" in said and "not checked: Qwen's free" in said and "at_1" not in said
     assert upstream.bodies() == [] and upstream.refreshes == []
 
 
-def test_status_of_nothing_is_exit_code_1(capsys):
-    assert qp.main(["status", "--json"]) == 1
+def listed_as(*arguments, **more):
+    return lambda: refusal(*arguments, **more)
+
+
+STATUS = {  # what /models answers, what the other end is, the verdict, words
+    "right key": (["m"], "dashscope", "ok", None),
+    "own server": (["a/b", "m"], "/v1", "ok", None),
+    "wrong key": (
+        listed_as("Incorrect API key", 401, "invalid_api_key"),
+        "dashscope",
+        "no",
+        "Incorrect",
+    ),
+    "forbidden": (listed_as("Access denied", 403, "x"), "dashscope", "no", "Access denied"),
+    "broken": (listed_as("oops", 500, "x"), "dashscope", "no", "oops"),
+    "a page": (lambda: reply(200, b"<html>", "text/html"), "/v1", "not checked", "does not list"),
+    "other models": (["other"], "dashscope", "not checked", "does not list the model m"),
+    "no list": (None, "/v1", "not checked", "HTTP 404"),
+    "limit": (listed_as("slow down", 429, "x"), "dashscope", "not checked", "HTTP 429"),
+    "gone": (
+        None,
+        "http://127.0.0.1:9/v1",
+        "no",
+        "127.0.0.1:9 cannot be asked: connection refused",
+    ),
+    "odd key": (None, "odd key", "no", "cannot be asked"),
+    "quoted key": (None, "quotes", "no", "is in quotes"),
+    "no key": (None, "no key", "no", "OPENAI_API_KEY is not set"),
+    "login": (None, "login", "not checked", "2026-04-15"),
+    "old login": (None, "old login", "not checked", "2026-04-15"),
+    "refused login": (listed_as("no", 401, "invalid_api_key"), "login", "no", "2026-04-15"),
+    "dead login": (None, "dead login", "no", "its refresh token was refused"),
+    "no login": (None, "nothing", "no", "no Qwen login on this machine"),
+}
+
+
+@pytest.mark.parametrize("name", STATUS)
+def test_status_says_what_would_happen_to_a_request(
+    name, home, upstream, monkeypatch, capsys
+):  # U1
+    upstream.models, kind, verdict, words = STATUS[name]
+    keys = {"odd key": "sk-good-\u4e2d", "quotes": '"sk-good-1"', "no key": ""}
+    monkeypatch.setenv("OPENAI_API_KEY", keys.get(kind, "sk-good-1"))
+    arguments = ["--model", "m", "--base-url", kind if "://" in kind else upstream.dashscope]
+    if kind == "/v1":
+        arguments[-1] = upstream.origin + kind
+    if kind.endswith("login") or kind == "nothing":
+        monkeypatch.delenv("OPENAI_API_KEY")
+        arguments = []
+        if kind != "nothing":
+            write_login(home, upstream, -9 if kind != "login" else 3600)
+            upstream.refresh_tokens -= {"rt_1"} if kind == "dead login" else set()
+    assert qp.main(["status", *arguments, "--json"]) == (0 if verdict == "ok" else 1)
     facts = json.loads(capsys.readouterr().out)
-    assert facts["usable"] is False and "/auth" in facts["problem"]
+    assert facts["status"] == verdict
+    assert (facts["problem"] is None) if words is None else (words in facts["problem"])
+    assert upstream.bodies() == [] and bool(upstream.refreshes) == (kind == "old login")
+    assert qp.main(["status", *arguments]) == (0 if verdict == "ok" else 1)
+    assert f"status        {verdict}" in capsys.readouterr().out
+    asked = len(upstream.requests)
+    offline = "no" if kind in ("quotes", "no key", "nothing") else "not checked"
+    assert qp.main(["status", *arguments, "--json", "--offline"]) == 1
+    assert json.loads(capsys.readouterr().out)["status"] == offline
+    assert len(upstream.requests) == asked
+
+
+def test_status_as_json_is_data(home, upstream, key_server, monkeypatch, capsys):  # U2
+    write_login(home, upstream, expires_in=3600)
+    upstream.models = ["qwen3-max"]
+    options = [
+        "--base-url",
+        upstream.dashscope,
+        "--model",
+        "qwen3-max",
+        f"--port={key_server.port}",
+    ]
+    assert qp.main(["status", "--json", *options]) == 0
+    out = capsys.readouterr().out
+    facts = json.loads(out)
+    assert out.isascii() and facts["others"] == [{"name": "oauth", "problem": None}]
+    assert facts["provider"]["family"] == "dashscope" and abs(facts["clock_skew"]) < 5
+    assert facts["server"]["answers"] and facts["server"]["health"]["status"] == "ok"
+    monkeypatch.delenv("OPENAI_API_KEY")
+    assert qp.main(["status", "--json"]) == 1
+    login = json.loads(capsys.readouterr().out)["provider"]["login"]
+    assert abs(login["expires_at"] - time.time() - 3600) < 60
+    assert (login["mode"], login["lock_age"]) == ("600", None)
+
+
+@pytest.mark.parametrize("kind", ["qwen_proxy", "another program", "nothing"])
+def test_status_sees_who_has_the_port(key_server, upstream, capsys, kind):  # U2
+    port = {"qwen_proxy": key_server.port, "another program": upstream.port, "nothing": 9}[kind]
+    qp.main(["status", f"--port={port}"])
+    said = re.search("server .*", capsys.readouterr().out).group()
+    assert kind in said and str(port) in said and ("ok, 0" in said) == (kind == "qwen_proxy")
+
+
+def test_status_writes_no_file(home, upstream, monkeypatch, capsys):  # U2
+    text = write_login(home, upstream).read_text()
+    os.unlink(home / "oauth_creds.json")
+    monkeypatch.setenv("QWEN_CLI_AUTH", text)
+    for arguments in (["status"], ["status", "--json"], ["status", "--offline"]):
+        assert qp.main(arguments) == 1
+        assert "not checked" in capsys.readouterr().out and os.listdir(home) == []
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "cp936", "ascii", "utf-8", "latin-1:strict"])
+@pytest.mark.parametrize("arguments", [[], ["--json"]], ids=str)
+def test_status_is_said_in_any_encoding(home, upstream, monkeypatch, encoding, arguments):  # O4
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
+    command = [sys.executable, PROGRAM, "status", "--offline", "--base-url", upstream.dashscope]
+    done = subprocess.run([*command, "--model", "m\u6a21\u2013", *arguments], capture_output=True)
+    assert done.returncode == 1 and done.stderr == b""
+    encoding, said = encoding.partition(":")[0], done.stdout
+    model = "m\u6a21\u2013".encode(encoding, "backslashreplace")
+    assert json.loads(said)["model"] == "m\u6a21\u2013" if arguments else model in said
+
+
+@posix
+@pytest.mark.parametrize(
+    "command",
+    ["status --offline | head -0", "status --offline >&-", "status --offline --json 2>&- | true"],
+)
+def test_a_reader_that_leaves_is_no_error(login, command):  # O4
+    script = (
+        f"{shlex.quote(sys.executable)} {shlex.quote(PROGRAM)} {command}; exit ${{PIPESTATUS[0]}}"
+    )
+    done = subprocess.run(["bash", "-c", script], capture_output=True)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+@pytest.mark.parametrize(
+    "proxy", ["socks5://u:pass-word@127.0.0.1:9", "SOCKS5h://127.0.0.1:9", "socks4://127.0.0.1:9"]
+)
+@pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "ALL_PROXY"])
+def test_a_socks_proxy_is_named(serve, upstream, monkeypatch, capsys, variable, proxy):  # O7
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
+    monkeypatch.setenv(variable, proxy)
+    upstream.models, is_used = ["m"], variable.lower() == "http_proxy"
+    code = qp.main(["status", "--json", "--base-url", upstream.dashscope, "--model=m"])
+    facts = json.loads(capsys.readouterr().out)
+    assert code == is_used and bool(facts["forward_proxy"]) == is_used
+    status, _, answer = chat(serve(base_url=upstream.dashscope, model="m"))
+    assert status == (502 if is_used else 200)
+    if is_used:
+        assert answer["error"]["message"] == facts["problem"]
+        for words in ("HTTP_PROXY names a SOCKS proxy", "127.0.0.1 in NO_PROXY"):
+            assert words in facts["problem"] and "pass-word" not in facts["problem"]
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    assert qp.main(["status", "--base-url", upstream.dashscope, "--model=m"]) == 0
+    assert "forward proxy none" in capsys.readouterr().out
+
+
+REFUSED = [
+    (refusal("Incorrect API key provided.", 401, "invalid_api_key"), 503, 503),
+    (refusal("Your quota will reset at 5", 429, "x"), 503, 503),
+    (refusal("no", 503, "x"), 503, 200),
+    (refusal("rate limit", 429, "x"), 200, 200),
+    (refusal("no such model", 404, "model_not_found"), 200, 200),
+    (refusal("bad", 400, "x"), 200, 200),
+    (stream(*HELLO[:3], CUT), 200, 200),
+]
+
+
+@pytest.mark.parametrize("answer, soon, later", REFUSED)
+def test_health_keeps_the_last_refusal_until_a_request_succeeds(
+    serve, upstream, monkeypatch, answer, soon, later
+):  # U1
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
+    server = serve(base_url=upstream.dashscope, model="m", retries=0)
+    ago = [0]
+    monkeypatch.setattr(qp.time, "time", lambda real=time.time: real() + ago[0])
+
+    def health():
+        status, _, body = ask(server, method="GET", path="/health")
+        return status, json.loads(body)
+
+    assert health()[1]["last_refusal"] is None
+    upstream.script.append(answer)
+    chat(server)
+    assert health()[0] == soon and health()[1]["status"] == ("ok" if soon == 200 else "refused")
+    refused = health()[1]["last_refusal"]
+    assert bool(refused) == (soon == 503) and (not refused or refused["message"] and refused["at"])
+    ago[0] = 100
+    assert health()[0] == later and health()[1]["last_refusal"] == refused
+    assert chat(server)[0] == 200 and health()[0] == 200 and health()[1]["last_refusal"] is None
+
+
+def test_health_is_503_without_a_login(serve):  # U1
+    status, _, body = ask(serve(), method="GET", path="/health")
+    assert status == 503 and json.loads(body)["status"] == "no_login"
