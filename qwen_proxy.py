@@ -1158,9 +1158,23 @@ class LockFile:
         """Return its age, or how long it was seen unchanged: a clock may have jumped back."""
         try:
             age = time.time() - os.lstat(self.path).st_mtime
+            if age > self.STALE:
+                age -= self._clock_difference()
         except OSError:
             return 0
         return max(age, time.monotonic() - seen_since)
+
+    def _clock_difference(self) -> float:
+        """Return by how much our clock is ahead of the file system's: a file server has its own."""
+        path = f"{self.path}.{uuid.uuid4()}"
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            os.write(handle, b"x")
+            os.fsync(handle)
+            return time.time() - os.fstat(handle).st_mtime
+        finally:
+            os.close(handle)
+            os.unlink(path)
 
     def _break(self, holder: tuple[str, int] | None) -> None:
         """Rename a stale lock away, and put back what turns out to be a new one; raises OSError."""
@@ -2063,9 +2077,9 @@ class WatchedFiles:
             self._warned.pop(path, None)
             return found
         except FileNotFoundError:
-            if not self._good.get(path):
+            if not self._good.get(path) and not os.path.islink(path):
                 return {}
-            reason = "it is gone"
+            reason = "it is a link to nothing" if os.path.islink(path) else "it is gone"
         except (OSError, ValueError) as error:
             reason = reason_of(error)
         if path not in self._good:
@@ -2361,8 +2375,12 @@ def environment_provider(settings: CliSettings, base_url: Any, source: str) -> P
 def oauth_providers(settings: CliSettings, known: dict[str, OAuthCredentials]) -> list[Provider]:
     """Return a provider for oauth_creds.json and for every oauth_creds*.json beside it."""
     names: list[str] = []
-    with contextlib.suppress(OSError):
+    try:
         names = sorted(fnmatch.filter(os.listdir(settings.home), "oauth_creds?*.json"))
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        settings.notes.append(f"{settings.home} cannot be searched for logins: {reason_of(error)}")
     providers = []
     for name in ["oauth_creds.json", *names]:
         path = os.path.join(settings.home, name)
@@ -2386,7 +2404,7 @@ class Discovery:
 
     def __init__(self, options: Options, settings: CliSettings, known: dict[str, OAuthCredentials]):
         self._options, self._settings = options, settings
-        self.settings_files, self.notes = settings.files, list(settings.notes)
+        self.settings_files, self.notes = settings.files, settings.notes
         self.problem = "" if options.provider or options.base_url else settings.problem
         self._listed = [] if self.problem else SettingsProviders(settings).all()
         self._oauth = oauth_providers(settings, known)
@@ -2631,7 +2649,7 @@ class Providers:
         self._folder = self._working_folder()
         self._known: dict[str, OAuthCredentials] = {}
         self._lock, self._checked, self._files = threading.Lock(), 0.0, WatchedFiles()
-        self._aliases = [alias.partition("=")[::2] for alias in options.alias]
+        self.aliases = [alias.partition("=")[::2] for alias in options.alias]
         self.home = qwen_home(self._environ, options.qwen_home)
         self._seed_login(is_read_only)
         self._discovery = self._discover()
@@ -2686,7 +2704,7 @@ class Providers:
         return targets[:1]
 
     def _unaliased(self, model: str) -> str:
-        matches = (target for name, target in self._aliases if fnmatch.fnmatchcase(model, name))
+        matches = (target for name, target in self.aliases if fnmatch.fnmatchcase(model, name))
         return next(matches, model)
 
     def _discover(self) -> Discovery:
@@ -8795,9 +8813,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def get_model(self, exchange: Exchange, model_id: str) -> None:
         """Answer GET /v1/models/{id}."""
-        models = {model["id"]: model for model in self.proxy.models()}
-        alike = (name for name in models if name.lower() == model_id.lower())
-        found = models.get(model_id) or models.get(next(alike, ""))
+        found = self.proxy.model(model_id)
         if found is None:
             message = f"the model {shorten(model_id, 100)!r} is not among those of /v1/models"
             raise BadRequest(message, 404, "model_not_found", param="model")
@@ -8941,6 +8957,7 @@ class ProxyServer:
         self._lists = ModelLists(self.upstream)
         # The objects of /v1/models, and what they were made from.
         self._models: tuple[Any, list[Json]] = (None, [])
+        self._listed: set[Target] = set()
         self._stopped = threading.Event()
         self._started, self._is_serving = time.time(), False
         try:
@@ -9076,10 +9093,23 @@ class ProxyServer:
         before = self._models[0]
         is_same = before and len(before) == len(made_from)
         if not is_same or any(map(lambda one, other: one is not other, before, made_from)):
-            listing = self.providers.serving(lists).listing()
-            models = [self._model_object(name, target) for name, target in listing]
+            serving = self.providers.serving(lists)
+            listing = dict(serving.listing())
+            for name, model in self.providers.aliases if discovery.providers else ():
+                if not re.search(r"[*?\[]", name):
+                    listing[name] = serving.targets(model)[0]
+            models = [self._model_object(name, target) for name, target in listing.items()]
             self._models = (made_from, models)
+            self._listed = set(listing.values())
         return self._models[1]
+
+    def model(self, name: str) -> Json | None:
+        """Return the object for whatever model a request may name; None for one that is unknown."""
+        found = next((model for model in self.models() if model["id"] == name), None)
+        if found is None and self._listed:
+            target = self.targets(name)[0]
+            found = self._model_object(name, target) if target in self._listed else None
+        return found
 
     def _model_object(self, name: str, target: Target) -> Json:
         facts = model_facts(target.model)

@@ -1190,6 +1190,49 @@ def test_what_a_model_answers_is_untouched(odd_key_server, upstream, route):  # 
         assert json.dumps(json.dumps({"x": text}))[1:-1] in said
 
 
+UNREADABLE = """
+settings.json closed
+.env closed
+settings.json pipe
+settings.json folder
+settings.json link
+. file
+. closed
+. listless
+""".strip().split("\n")
+
+
+@posix
+@as_root
+@pytest.mark.parametrize("line", UNREADABLE)
+def test_what_cannot_be_read_is_named_with_its_reason(line):  # O2
+    name, kind = line.split()
+    with tempfile.TemporaryDirectory() as home:
+        os.chmod(home, 0o755)
+        folder = pathlib.Path(home, ".qwen")
+        folder.mkdir(mode=0o755)
+        if name == "." and kind == "file":
+            folder.rmdir()
+            folder.write_text("")
+        elif name == ".":
+            folder.chmod(0o711 if kind == "listless" else 0o700)
+        elif kind == "closed":
+            (folder / name).write_text("{}")
+            (folder / name).chmod(0o600)
+        elif kind == "link":
+            (folder / name).symlink_to("nowhere")
+        else:
+            make(folder / name, kind)
+        os.seteuid(NOBODY)
+        try:
+            providers = qp.Providers(qp.Options(), {"HOME": home})
+        finally:
+            os.seteuid(0)
+    said = "\n".join(providers._discovery.notes)
+    assert str(folder) in said
+    assert re.search("permission denied|not a regular|a link to nothing|not a directory", said)
+
+
 def write_settings(home, upstream, config=None, **settings):
     entry = {"baseUrl": upstream.dashscope, "generationConfig": config or {}}
     entries = [{"id": "m", "envKey": "K", **entry}, {"id": "n", "envKey": "OTHER", **entry}]
@@ -1399,6 +1442,27 @@ def test_lock_is_broken_only_when_stale(home, age, polls):
     with qp.LockFile(str(path), pause):
         assert path.read_text() != "somebody"
     assert len(pauses) == polls and pauses == sorted(pauses) and os.listdir(str(home)) == []
+
+
+@pytest.mark.parametrize("ahead", [60, -60])
+@pytest.mark.parametrize("age, polls", [(5, 3), (20, 3), (40, 0)])
+def test_a_file_server_has_a_clock_of_its_own(home, monkeypatch, ahead, age, polls):  # O11
+    path = home / "oauth_creds.lock"
+    path.write_text("other")
+    os.utime(str(path), (time.time() - age,) * 2)
+    monkeypatch.setattr(qp.time, "time", lambda real=time.time: real() + ahead)
+    seen, start = [], time.monotonic()
+    monkeypatch.setattr(qp.time, "monotonic", lambda: start + 10 * len(seen))
+
+    def pause(seconds):
+        seen.append(os.listdir(home))
+        if len(seen) == 3:
+            path.unlink()
+
+    with qp.LockFile(str(path), pause):
+        # Where ours is behind, only the time that it was seen for can be told.
+        assert len(seen) == (polls if ahead > 0 else 3)
+    assert all(names == ["oauth_creds.lock"] for names in seen) and os.listdir(home) == []
 
 
 def test_lock_that_is_not_ours_any_more_is_left_alone(home):
@@ -5555,6 +5619,33 @@ def test_client_01_models_come_at_once_with_their_four_fields_with_and_without_a
         assert (model["id"], model["object"]) == ("qwen3-max", "model")
         assert (type(model["created"]), type(model["owned_by"])) == (int, str)
     never.set()
+
+
+def test_aliases_are_listed_and_found(serve, login, home, upstream, monkeypatch):  # O3
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
+    upstream.models = ["qwen3-max", "b/c"]
+    server = serve(
+        base_url=upstream.dashscope,
+        model="qwen3-max",
+        alias=[
+            "fast=b/c",
+            "gpt-*=qwen3-max",
+            "best=oauth/coder-model",
+            "odd=nothing-there",
+            "x?=b/c",
+        ],
+    )
+    listed = {model["id"]: model for model in get(server, "/v1/models")[1]["data"]}
+    assert {"fast", "best", "odd"} <= set(listed) and not {"gpt-*", "x?"} & set(listed)
+    same = ("owned_by", "context_length", "max_output_tokens")
+    facts = {name: [model.get(field) for field in same] for name, model in listed.items()}
+    assert facts["best"] == facts["oauth/coder-model"] != facts["fast"] == facts["b/c"]
+    for name in (*listed, "gpt-4o", "x1", "oauth/coder-model"):
+        status, model = get(server, "/v1/models/" + name)
+        assert (status, model.get("id")) == (200, name), name
+    assert get(server, "/v1/models/gpt-4o")[1]["context_length"] == 262_144
+    assert get(server, "/v1/models/unheard-of")[0] == 404
+    assert chat(server, model="fast")[2]["model"] == "b/c"
 
 
 def test_client_02_a_model_is_found_by_its_encoded_id(home, upstream, serve):
