@@ -36,14 +36,13 @@ Each section uses only those above it; 'Event streams' to 'Responses API' do no 
 
 To vendor it, copy the file. Importing it starts nothing:
 
-    import threading, qwen_proxy
-    server = qwen_proxy.make_server(port=0)                 # arguments: see make_server
-    threading.Thread(target=server.serve_forever).start()
-    print(server.url)                                       # http://localhost:PORT/v1
-    server.shutdown()                                       # ends serve_forever, closes the port
+    import qwen_proxy
+    with qwen_proxy.make_server(port=0) as server:   # arguments: the options of serve
+        print(server.url)                            # http://localhost:PORT/v1
 """
 
-from __future__ import annotations
+# An older Python stops at the first line that it cannot read, and shows it: these.
+from __future__ import annotations  # qwen_proxy.py needs Python 3.8 or newer
 
 import argparse
 import atexit
@@ -91,7 +90,7 @@ import zlib
 from email.utils import formatdate, parsedate_to_datetime
 from typing import Any, Callable, Dict, Iterable, Iterator, Mapping, NamedTuple
 
-__version__ = "1.0.0"
+__version__: str = "1.0.0"  # qwen_proxy.py needs Python 3.8 or newer
 __all__ = ["make_server", "ProxyServer", "ProxyError", "CredentialError", "UpstreamError", "main"]
 
 log = logging.getLogger("qwen_proxy")
@@ -978,6 +977,12 @@ FREE_TIER_ENDED = (
 )
 
 
+NO_LOGIN = (
+    "no Qwen login on this machine. With a key: DASHSCOPE_API_KEY=YOUR_KEY python3 qwen_proxy.py "
+    "--provider dashscope-intl (--help names the other providers and their variables). Or run "
+    "`qwen` and then /auth, where an API key can be set up. `python3 qwen_proxy.py login` comes "
+    f"last: that free tier ended on {FREE_TIER_END}, and chat is refused"
+)
 # A token counts as expired this long before it is: the CLI's own margin.
 REFRESH_MARGIN = 30
 # What a header may hold.
@@ -2411,7 +2416,8 @@ class Discovery:
         active, note = (None, "") if self.problem else self._choose()
         if active is None and options.provider:
             raise ValueError(note)
-        self.notes += [note] if note else []
+        # What to do as long as there is no provider.
+        self.advice = note or NO_LOGIN
         self.model = self._default_model(active)
         # None is chosen in the place of one that was meant.
         self.providers = [active, *self._others(active)] if active else []
@@ -2510,10 +2516,10 @@ class Discovery:
         if len(fitting) == 1:
             return preset_provider(fitting[0], self._settings), ""
         if variables:
-            choices = ", ".join(f"--provider {name}" for name in fitting)
+            choices = " or ".join(f"--provider {name}" for name in fitting)
             return None, (
                 f"{' and '.join(variables)} is set, but the key works on more than one host, and "
-                f"the proxy does not guess; choose one: {choices}"
+                f"the proxy does not guess: start with python3 qwen_proxy.py {choices}"
             )
         if variable("OPENAI_API_KEY"):
             return None, (
@@ -2692,9 +2698,7 @@ class Providers:
             code = "settings_unreadable"
             raise ProxyError(discovery.problem, 503, code, "server_error", headers=headers)
         if not discovery.providers:
-            advice = "or start with --provider NAME and its key in the environment."
-            message = f"no Qwen login on this machine: {LOGIN_AGAIN}, {advice}"
-            raise CredentialError(" ".join([message, *discovery.notes]))
+            raise CredentialError(". ".join([discovery.advice, *discovery.notes]))
         model = self._unaliased(model.strip() if model else "") or discovery.model
         targets = self.serving(lists or []).targets(model)
         if self.options.failover:
@@ -5681,7 +5685,11 @@ ERROR_RULES = (
     ErrorRule((), r"", 502, "upstream_error", None),
 )
 # The way out for an error code, where the family has no other.
-ADVICE = {"invalid_api_key": "Check the key and that it belongs to this base URL"}
+ADVICE = {
+    "invalid_api_key": "Check the key and that it belongs to this base URL",
+    "model_not_found": "/v1/models lists those that there are; --alias 'gpt-*=ID' leads names that "
+    "a client has built in to one of them",
+}
 
 
 def to_upstream_error(
@@ -5701,7 +5709,7 @@ def to_upstream_error(
         # openai-python and -node would retry a 429 otherwise.
         headers.append(("x-should-retry", "false"))
     return UpstreamError(
-        message + (f". {advice}" if advice else ""),
+        f"{message.rstrip('.')}. {advice}" if advice else message,
         rule.status,
         code,
         rule.type,
@@ -8261,6 +8269,8 @@ class Exchange:
         match = self._REQUEST_LINE.match(line)
         if len(line) > MAX_LINE:
             raise BadRequest("the request line is too long", 414)
+        if line[:2] == b"\x16\x03":
+            raise BadRequest("TLS on a plain port: the base URL begins with http://, not https://")
         if not match:
             raise BadRequest("the request line is malformed")
         self.method, self.path = match.group(1).decode(), match.group(2).decode()
@@ -8647,9 +8657,10 @@ ENDPOINTS: dict[str, dict[str, Any]] = {
     "/models": {"GET": "get_models"},
     "/models/{id}": {"GET": "get_model"},
     "/health": {"GET": "get_health"},
+    "/favicon.ico": {"GET": "get_icon"},
     "/": {"GET": "get_root"},
 }
-WITHOUT_KEY = ("/health", "/")
+WITHOUT_KEY = ("/health", "/favicon.ico", "/")
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -8824,6 +8835,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         health = self.proxy.health()
         exchange.send_json(200 if health["status"] == "ok" else 503, health)
 
+    def get_icon(self, exchange: Exchange) -> None:
+        """Answer a browser's GET /favicon.ico: there is none."""
+        exchange.send(204, [], b"")
+
     def get_root(self, exchange: Exchange) -> None:
         """Answer GET /."""
         key = "one of --api-key" if self.proxy.access.has_keys else "anything"
@@ -8996,6 +9011,15 @@ class ProxyServer:
             if port:
                 raise
             return self._listen()
+
+    def __enter__(self) -> ProxyServer:
+        """Serve in a thread of its own, until the with statement ends."""
+        self._is_serving = True
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
 
     def serve_forever(self) -> None:
         """Serve until shutdown() is called from another thread."""
@@ -9173,37 +9197,6 @@ def checked_options(values: Mapping[str, Any]) -> Options:
     )
 
 
-def make_server(
-    host: str = "localhost",
-    port: int = 8080,
-    *,
-    api_key: Iterable[str] | str = (),
-    no_auth: bool = False,
-    allow_origin: Iterable[str] | str = (),
-    allow_host: Iterable[str] | str = (),
-    provider: str | None = None,
-    base_url: str | None = None,
-    model: str | None = None,
-    alias: Iterable[str] | str = (),
-    failover: bool = False,
-    qwen_home: str | None = None,
-    timeout: float = UPSTREAM_TIMEOUT,
-    retries: int = RETRIES,
-    max_connections: int = MAX_CONNECTIONS,
-    max_body: int = MAX_BODY_MIB,
-    grace: float = GRACE,
-    environ: Mapping[str, str] | None = None,
-) -> ProxyServer:
-    """Return a server that is bound to its port and not yet running.
-
-    The arguments are the options of `serve`; environ stands in for os.environ. Raises ValueError
-    for a value that cannot be meant, such as a host beyond loopback without a key, and OSError when
-    the port is taken.
-    """
-    values = {name: value for name, value in locals().items() if name in OPTIONS}
-    return ProxyServer(checked_options(values), environ)
-
-
 # ------------------------------------------------------------------------------------------------
 # Demo upstream
 # ------------------------------------------------------------------------------------------------
@@ -9339,6 +9332,29 @@ class DemoServer(http.server.ThreadingHTTPServer):
 # ------------------------------------------------------------------------------------------------
 
 COMMANDS = ("serve", "login", "status")
+HELP = """\
+commands:
+  serve                       listen on --port and answer (the default)
+  login                       log in with the browser; only for the OAuth tier that has ended
+  status                      what would happen to a request now, and why; spends no quota
+
+examples:
+  DASHSCOPE_API_KEY=YOUR_KEY python3 qwen_proxy.py --provider dashscope-intl
+  python3 qwen_proxy.py --port 8081 --alias 'gpt-*=qwen3.7-plus'
+
+--provider, and the variable for its key:
+{keys}
+
+Each option of serve can be given as a variable, too: QWEN_PROXY_PORT=8080,
+QWEN_PROXY_API_KEYS=KEY,KEY.
+"""
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Wraps all but the epilog, which is a table."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -9348,9 +9364,11 @@ def build_parser() -> argparse.ArgumentParser:
         usage="qwen_proxy.py [serve|login|status] [options]",
         description="Serve Qwen's models as an OpenAI-compatible API on localhost, with the login "
         "of the Qwen Code CLI.",
-        epilog="Each option of serve can be given as a variable, too: QWEN_PROXY_PORT=8080, "
-        "QWEN_PROXY_API_KEYS=KEY,KEY.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=100),
+        epilog=HELP.format(
+            keys="\n".join(f"  {name:15} {key}" for name, (_, key) in PRESETS.items())
+        ),
+        formatter_class=lambda prog: _HelpFormatter(prog, max_help_position=30, width=100),
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"qwen_proxy {__version__}")
     group = parser.add_argument_group("serve")
@@ -9424,6 +9442,9 @@ def value_of(variable: str, text: str, default: Any, option: Option) -> Any:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit code: 0, 1 when it failed, 2 when it could not start."""
+    if sys.version_info < (3, 8):  # noqa: UP036
+        say("qwen_proxy.py needs Python 3.8 or newer")
+        return 2
     for output in filter(None, (sys.stdout, sys.stderr)):
         if isinstance(output, io.TextIOWrapper):
             # A terminal that cannot show a character is no reason to say nothing.
@@ -9431,7 +9452,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "serve"
     parser = build_parser()
-    parsed = parser.parse_args(arguments)
+    parsed, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parser.error(public(unknown_word(unknown[0], list(vars(parsed)))))
     try:
         options = checked_options(stated_options(parsed, os.environ))
     except ValueError as error:
@@ -9448,6 +9471,21 @@ def main(argv: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             say("stopped")
             return 130
+
+
+def unknown_word(word: str, options: list[str]) -> str:
+    """Return what is wrong with a word of the command line, and what may have been meant."""
+    # Here, since only this needs it.
+    import difflib
+
+    if word in COMMANDS:
+        return f"the command comes first: qwen_proxy.py {word} [options]"
+    known = ["--" + name.replace("_", "-") for name in [*options, "help", "version"]]
+    kind = "option" if word.startswith("-") else "command"
+    known = known if kind == "option" else [*COMMANDS, "--help"]
+    near = difflib.get_close_matches(word.partition("=")[0], known, 1)
+    meant = f"did you mean {near[0]}?" if near else "see --help"
+    return f"there is no {kind} {word}; {meant}"
 
 
 class LogQueue(logging.handlers.QueueHandler):
@@ -9548,16 +9586,71 @@ def say(*lines: str) -> None:
         print("\n".join(map(public, lines)), file=sys.stderr, flush=True)
 
 
-def server_for(options: Options) -> ProxyServer:
+def server_for(options: Options, environ: Mapping[str, str] | None = None) -> ProxyServer:
     """Return the server that the options describe; raises ValueError, and OSError."""
     if not options.demo:
-        return ProxyServer(options)
+        return ProxyServer(options, environ)
     folder = f"qwen_proxy-demo-{secrets.token_hex(8)}"
     nowhere = os.path.join(tempfile.gettempdir(), folder)
     model = options.model or DEMO_MODEL
     url = DemoServer.start()
     options = options._replace(base_url=url, provider=None, model=model, qwen_home=nowhere)
     return ProxyServer(options, {"OPENAI_API_KEY": "demo", "HOME": nowhere})
+
+
+def make_server(
+    host: str = "localhost",
+    port: int = 8080,
+    *,
+    api_key: Iterable[str] | str = (),
+    no_auth: bool = False,
+    allow_origin: Iterable[str] | str = (),
+    allow_host: Iterable[str] | str = (),
+    provider: str | None = None,
+    base_url: str | None = None,
+    model: str | None = None,
+    alias: Iterable[str] | str = (),
+    failover: bool = False,
+    qwen_home: str | None = None,
+    timeout: float = UPSTREAM_TIMEOUT,
+    retries: int = RETRIES,
+    max_connections: int = MAX_CONNECTIONS,
+    max_body: int = MAX_BODY_MIB,
+    grace: float = GRACE,
+    demo: bool = False,
+    environ: Mapping[str, str] | None = None,
+) -> ProxyServer:
+    """Return a server that is bound to its port and not yet running.
+
+    `with make_server(port=0) as server:` runs it in a thread and ends it; serve_forever() and
+    shutdown() do so by hand. server.url is the base URL for clients. The log goes to the logger
+    'qwen_proxy'. The arguments are the options of `serve`:
+
+        host             where to listen; 'localhost' is 127.0.0.1 and ::1
+        port             0 picks a free one
+        api_key          what clients must present, one or several
+        no_auth          listen beyond localhost without a key
+        allow_origin     web pages that may use it, besides local ones
+        allow_host       more names that the Host header may carry
+        provider         instead of the CLI's active one: a name that --help lists
+        base_url         any OpenAI-compatible upstream, with the key in OPENAI_API_KEY
+        model            for requests that name none
+        alias            'NAME=ID', other names for models
+        failover         when a provider is exhausted or down, try the next that lists the model
+        qwen_home        the CLI's folder
+        timeout          seconds that the upstream may be silent
+        retries          of a request, before the first byte of its answer
+        max_connections  the next one gets 503
+        max_body         MiB of the largest request
+        grace            seconds from shutdown() to the end, for running answers
+        demo             a built-in stand-in answers instead of Qwen
+        environ          stands in for os.environ
+
+    Raises ValueError for a value that cannot be meant, such as a host beyond loopback without a
+    key, and OSError when the port is taken.
+    """
+    values = {name: value for name, value in locals().items() if name in OPTIONS}
+    return server_for(checked_options(values), environ)
 
 
 def cmd_serve(options: Options) -> int:
@@ -9652,9 +9745,7 @@ def banner(server: ProxyServer) -> list[str]:
     elif discovery.problem:
         lines.append(f"warning   {discovery.problem}")
     else:
-        advice = "or start with --provider NAME and its key in the environment"
-        until = "until then requests get 401"
-        lines.append(f"warning   no Qwen login on this machine: {LOGIN_AGAIN}, {advice}; {until}")
+        lines.append(f"warning   {discovery.advice}; until then requests get 401")
     lines += [f"note      {note}" for note in discovery.notes]
     models = [model["id"] for model in server.models(0)]
     shown = ", ".join(models[:12]) or "unknown until there is a login"
@@ -9743,7 +9834,7 @@ def status_facts(providers: Providers, is_offline: bool) -> Json:
     facts: Json = {
         "version": __version__,
         "status": NO,
-        "problem": discovery.problem or f"no Qwen login on this machine: {LOGIN_AGAIN}",
+        "problem": discovery.problem or discovery.advice,
         "qwen_home": providers.home,
         "settings": discovery.settings_files,
         "notes": discovery.notes,

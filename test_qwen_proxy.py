@@ -16,6 +16,7 @@ import gzip
 import hashlib
 import http.client
 import http.server
+import inspect
 import io
 import itertools
 import json
@@ -2344,7 +2345,7 @@ def test_broken_settings_are_said_and_skipped(home):
 def test_a_lone_key_is_enough_if_its_host_is_certain(home, environ, name, words):
     discovery = catalogue(home, **environ).current()
     assert [provider.name for provider in discovery.providers] == ([name] if name else [])
-    assert words in " ".join(discovery.notes)
+    assert words in discovery.advice
 
 
 @pytest.mark.parametrize("name", sorted(qp.PRESETS))
@@ -6818,7 +6819,16 @@ def test_a_log_that_nobody_reads_does_not_keep_the_program_from_ending(home):
     "arguments, words",
     [
         (["--port", "99999"], "--port must be"),
-        (["--nonsense"], "unrecognized"),
+        (["--nonsense"], "there is no option --nonsense; see --help"),
+        (["--dem"], "did you mean --demo?"),
+        (["--prot=8080"], "did you mean --port?"),
+        (["--offlin"], "did you mean --offline?"),
+        (["statsu"], "did you mean status?"),
+        (["Serve"], "did you mean serve?"),
+        (["help"], "did you mean --help?"),
+        (["models"], "there is no command models; see --help"),
+        (["status", "x"], "there is no command x"),
+        (["--port", "8080", "status"], "the command comes first: qwen_proxy.py status"),
         (["--alias", "x"], "NAME=ID"),
         (["--timeout", "0"], "--timeout"),
         (["--base-url", "ftp://x"], "--base-url"),
@@ -6834,6 +6844,54 @@ def test_bad_options_are_a_sentence_and_exit_code_2(arguments, words):
     assert (
         done.returncode == 2 and words in done.stderr.decode() and b"Traceback" not in done.stderr
     )
+
+
+STARTS = {
+    "the file": "./qwen_proxy.py --version",
+    "its name": "PYTHON qwen_proxy.py --version",
+    "a module": "PYTHON -m qwen_proxy --version",
+    "a pipe": "cat qwen_proxy.py | PYTHON - --version",
+}
+
+
+@posix
+@pytest.mark.parametrize("name", STARTS)
+def test_it_starts_however_it_is_called(name):  # U8
+    if name == "the file":
+        assert os.access(PROGRAM, os.X_OK) and SOURCE.startswith("#!/usr/bin/env python3\n")
+    command = STARTS[name].replace("PYTHON", shlex.quote(sys.executable))
+    done = subprocess.run(command, shell=True, cwd=HERE, capture_output=True, timeout=WAIT)
+    assert done.stdout.decode() == f"qwen_proxy {qp.__version__}\n", done.stderr
+
+
+def test_an_older_python_shows_what_is_needed(main, monkeypatch):
+    needed = "# qwen_proxy.py needs Python 3.8 or newer\n"
+    head = SOURCE.partition("\nclass ")[0]
+    # What Python 3.6, then what 2.7 cannot read.
+    for line in ("from __future__ import annotations  ", '__version__: str = "1.0.0"  '):
+        assert line + needed in head
+    monkeypatch.setattr(sys, "version_info", (3, 7, 16))
+    assert main("--version") == (2, "qwen_proxy.py needs Python 3.8 or newer\n")
+
+
+def test_help_names_each_command_and_the_variable_of_each_provider(main):  # U3
+    said = main("--help")[1]
+    for name, (_, variable) in qp.PRESETS.items():
+        assert re.search(rf"^  {name} +{variable}$", said, re.M)
+    for name in qp.COMMANDS:
+        assert re.search(rf"^  {name}  +\w", said, re.M)
+
+
+@pytest.mark.parametrize("variable", [None, "DASHSCOPE_API_KEY", "BAILIAN_CODING_PLAN_API_KEY"])
+def test_without_a_login_a_line_to_paste_comes_first(main, serve, monkeypatch, variable):  # U3
+    if variable:
+        monkeypatch.setenv(variable, "sk-good-1")
+    first = "python3 qwen_proxy.py --provider"
+    said = [main("--port=0")[1], main("status")[1], chat(serve())[2]["error"]["message"]]
+    for text in said:
+        places = [text.find(words) for words in (first, "`qwen`", "qwen_proxy.py login")]
+        assert places[0] > 0 and (variable or -1 < places[0] < places[1] < places[2])
+        assert variable is None or variable in text and "YOUR_KEY" not in text
 
 
 def test_taken_port_is_a_sentence_and_exit_code_2():
