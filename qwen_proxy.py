@@ -6,7 +6,7 @@ The login that the Qwen Code CLI keeps on this machine becomes an OpenAI-compati
     python3 qwen_proxy.py --port 8080      then use http://localhost:8080/v1 with any key
     python3 qwen_proxy.py --demo           a built-in stand-in answers, no account needed
     python3 qwen_proxy.py login            log in with the browser (writes oauth_creds.json)
-    python3 qwen_proxy.py status           which login would be used, from where, until when
+    python3 qwen_proxy.py status           what would happen to a request now, and why
 
 What it touches
     reads     ~/.qwen/oauth_creds*.json, settings.json, trustedFolders.json and .env (QWEN_HOME
@@ -1171,15 +1171,18 @@ class LockFile:
 
     def _clock_difference(self) -> float:
         """Return by how much our clock is ahead of the file system's: a file server has its own."""
-        path = f"{self.path}.{uuid.uuid4()}"
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            os.write(handle, b"x")
-            os.fsync(handle)
-            return time.time() - os.fstat(handle).st_mtime
-        finally:
-            os.close(handle)
-            os.unlink(path)
+        # A name that LoginFile.sweep() knows.
+        probe = f"{self.path[: -len('.lock')]}.json.qwen_proxy-{secrets.token_hex(6)}.tmp"
+        with contextlib.suppress(OSError):
+            handle = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            try:
+                os.write(handle, b"x")
+                os.fsync(handle)
+                return time.time() - os.fstat(handle).st_mtime
+            finally:
+                os.close(handle)
+                os.unlink(probe)
+        return 0
 
     def _break(self, holder: tuple[str, int] | None) -> None:
         """Rename a stale lock away, and put back what turns out to be a new one; raises OSError."""
@@ -9894,7 +9897,7 @@ def checked_provider(
 def judged(provider: Provider, model: str, status: int, text: str) -> tuple[str, str]:
     """Return what the answer to a question for the models says of a request, and why."""
     family, refusal = provider.family, Refusal.read(status, text)
-    if status in (401, 403) or status >= 500:
+    if status in (401, 403, *range(300, 400)) or status >= 500:
         is_oauth = provider.credentials.kind == "oauth"
         return NO, FREE_TIER_ENDED if is_oauth else to_upstream_error(refusal, family).message
     if provider.credentials.kind == "oauth":

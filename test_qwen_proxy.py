@@ -1466,6 +1466,18 @@ def test_a_file_server_has_a_clock_of_its_own(home, monkeypatch, ahead, age, pol
     assert all(names == ["oauth_creds.lock"] for names in seen) and os.listdir(home) == []
 
 
+def test_a_full_disk_does_not_keep_a_stale_lock(home, monkeypatch):  # O11
+    def full(handle):
+        raise OSError(errno.ENOSPC, "no space")
+
+    path = home / "oauth_creds.lock"
+    path.write_text("other")
+    os.utime(str(path), (time.time() - 40,) * 2)
+    monkeypatch.setattr(qp.os, "fsync", full)
+    with qp.LockFile(str(path), lambda seconds: pytest.fail("waits")):
+        assert os.listdir(home) == ["oauth_creds.lock"]
+
+
 def test_lock_that_is_not_ours_any_more_is_left_alone(home):
     path = home / "oauth_creds.lock"
     with qp.LockFile(str(path)):
@@ -7186,6 +7198,7 @@ STATUS = {  # what /models answers, what the other end is, the verdict, words
     ),
     "forbidden": (listed_as("Access denied", 403, "x"), "dashscope", "no", "Access denied"),
     "broken": (listed_as("oops", 500, "x"), "dashscope", "no", "oops"),
+    "elsewhere": (lambda: reply(302, b"", headers=[("Location", "/x")]), "/v1", "no", "redirect"),
     "a page": (lambda: reply(200, b"<html>", "text/html"), "/v1", "not checked", "does not list"),
     "other models": (["other"], "dashscope", "not checked", "does not list the model m"),
     "no list": (None, "/v1", "not checked", "HTTP 404"),
