@@ -4991,12 +4991,19 @@ def test_empty_bearer_is_fine_without_keys(key_server):
     assert ask(key_server, {"messages": HI}, headers={"Authorization": "Bearer "})[0] == 200
 
 
-HOSTS = """localhost|127.0.0.1:1|[::1]:8080|app.localhost|host.docker.internal:8080|friend.example
-evil.example|127.0.0.1.evil.example|1.2.3.4|a b|"""
+HOSTS = """localhost|127.0.0.1:1|[::1]:8080|app.localhost|host.docker.internal:8080|friend.example\
+|Qwen-Proxy:8080|other.example.|[2001:DB8::1]:8080
+evil.example|127.0.0.1.evil.example|1.2.3.4|a b||x.other.example"""
 
 
 def test_host_must_name_this_machine(serve, login):
-    server = serve(allow_host=["friend.example"])
+    allowed = [
+        "friend.example",
+        "qwen-proxy:8080",
+        "https://Other.Example.:1/v1",
+        "[2001:db8:0::1]",
+    ]
+    server = serve(allow_host=allowed)  # O10
     for hosts, status in zip(HOSTS.split("\n"), (200, 403)):
         for host in hosts.split("|"):
             assert get(server, "/health", Host=host)[0] == status, host
@@ -5130,6 +5137,7 @@ def test_plans_without_an_endpoint_say_so(login, upstream, serve):
 
 POST_GZIP = post(gzip.compress(BODY), b"Content-Encoding: gzip\r\n")
 GET_HEALTH = b"GET /health HTTP/1.1\r\n"
+BODY_CHUNKS = b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)
 # What a client sends, and the statuses that it gets.
 WIRE = table(r"""
 two lengths | POST + b"Content-Length: 2\r\nContent-Length: 2\r\n\r\n{}" | 400
@@ -5140,8 +5148,15 @@ length with space | POST + b"Content-Length: 1 0\r\n\r\n" | 400
 length negative | POST + b"Content-Length: -1\r\n\r\n" | 400
 length too large | POST + b"Content-Length: 99999999999\r\n\r\n" | 413
 chunk size | POST + CHUNKS + b"xyz\r\n" | 400
-chunk extension | POST + CHUNKS + b"2;a=b\r\n{}\r\n0\r\n\r\n" | 400
-chunk trailer | POST + CHUNKS + b"2\r\n{}\r\n0\r\nX: y\r\n\r\n" | 400
+chunk extension with NUL | POST + CHUNKS + b"2;\0\r\n{}\r\n0\r\n\r\n" | 400
+chunk extensions without end | POST + CHUNKS + (b"1;" + b"a" * 9000 + b"\r\n \r\n") * 9 | 400
+chunk trailer with a blank | POST + CHUNKS + b"0\r\nX : y\r\n\r\n" | 400
+chunk trailers without end | POST + CHUNKS + b"0\r\n" + (b"X: " + b"y" * 9000 + b"\r\n") * 9 | 400
+chunk extension, RFC 9112 7.1.1 | POST + CHUNKS + BODY_CHUNKS.replace(b"\r\n", b";a=b\r\n", 1) + HEALTH
+    | 200 200
+chunk extensions | POST + CHUNKS + BODY_CHUNKS.replace(b"\r\n", b' ; a="b;c" ;d\r\n', 1) + HEALTH | 200 200
+trailers, RFC 9112 7.1.2 | POST + CHUNKS + BODY_CHUNKS[:-2] + b"X-Sum: 1\r\nHost: evil\r\n\r\n" + HEALTH
+    | 200 200
 other coding | POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n" | 400
 folded header | POST + b"X: a\r\n b\r\n\r\n" | 400
 space before colon | POST + b"X : a\r\n\r\n" | 400
@@ -5156,14 +5171,22 @@ long header | POST + b"X: " + b"a" * 100_000 + b"\r\n\r\n" | 431
 long request line | b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n" | 414
 HTTP/2 | b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" | 505
 HTTP/0.9 | b"GET /\r\n\r\n" | 400
-no HTTP | b"\x16\x03\x01\x00\r\n\r\n" | 400
-absolute | HEALTH.replace(b"/health", b"http://localhost/v1/models") | 400
+no HTTP | b"\x15\x03\x01\x00\r\n\r\n" | 400
+TLS | b"\x16\x03\x01\x00\r\n\r\n" | 400
+absolute, RFC 9112 3.2.2 | HEALTH.replace(b"/health", b"HTTP://localhost:1/v1/models") | 200
+absolute, its host counts | HEALTH.replace(b"/health", b"http://evil/v1/models") | 403
+absolute, another Host | b"GET http://127.0.0.1//v1/models?x HTTP/1.1\r\nHost: evil\r\n"
+    b"Connection: close\r\n\r\n" | 200
+absolute, HTTP/1.0 | b"GET https://localhost HTTP/1.0\r\n\r\n" | 200
+absolute, no Host | b"GET http://localhost/v1/models HTTP/1.1\r\nConnection: close\r\n\r\n" | 400
+absolute, user | HEALTH.replace(b"/health", b"http://u@localhost/health") | 400
+another scheme | HEALTH.replace(b"/health", b"ftp://localhost/health") | 400
 dots | HEALTH.replace(b"/health", b"/v1/%2e%2e/x") | 404
 unknown path | HEALTH.replace(b"/health", b"/x") | 404
 wrong method | HEALTH.replace(b"/health", b"/v1/chat/completions") | 405
 zstd | post(b"{}", b"Content-Encoding: zstd\r\nConnection: close\r\n") | 415
 no gzip | post(b"{}", b"Content-Encoding: gzip\r\nConnection: close\r\n") | 400
-in chunks, client 36 | POST + CHUNKS + b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY) + HEALTH | 200 200
+in chunks, client 36 | POST + CHUNKS + BODY_CHUNKS + HEALTH | 200 200
 gzip, client 36 | POST_GZIP + HEALTH | 200 200
 expects a word, client 36 | post(head=b"Expect: 100-continue\r\nUpgrade: h2c\r\n") + HEALTH | 100 200 200
 HTTP/2 by upgrade, client 36 | post(head=b"Upgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: A\r\n") + HEALTH | 200 200
@@ -5305,28 +5328,6 @@ def test_a_slow_sender_is_cut_off(key_server, monkeypatch):
     monkeypatch.setattr(qp.Exchange, "BODY_TIMEOUT", 0.3)
     for request in (POST[:13], POST[:-12], POST + b"Content-Length: 10\r\n\r\n{"):
         assert statuses(raw(key_server, request)) == [408]
-
-
-CHUNKED = POST + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
-CHAT = b'{"messages": [{"role": "user", "content": "x"}]}'
-ALLOWED = {  # RFC 9112 3.2.2, 7.1.1, 7.1.2
-    "extension": CHUNKED + b"30;a=b\r\n" + CHAT + b"\r\n0\r\n\r\n",
-    "extensions": CHUNKED + b'30 ; a="b;c" ;d\r\n' + CHAT + b"\r\n000;last\r\n\r\n",
-    "trailers": CHUNKED + b"30\r\n" + CHAT + b"\r\n0\r\nX-Sum: 1\r\nHost: evil\r\n\r\n",
-    "target": (POST + b"Connection: close\r\nContent-Length: 48\r\n\r\n" + CHAT).replace(
-        b" /", b" HTTP://localhost:1/", 1
-    ),
-    "target and other Host": b"GET http://127.0.0.1//v1/models?x HTTP/1.1\r\nHost: evil\r\n"
-    b"Connection: close\r\n\r\n",
-    "target of HTTP/1.0": b"GET https://localhost HTTP/1.0\r\n\r\n",
-}
-
-
-@pytest.mark.parametrize("name", ALLOWED)
-def test_what_rfc_9112_allows_is_taken(key_server, name):  # O9
-    received = raw(key_server, ALLOWED[name])
-    assert received.startswith(b"HTTP/1.1 200 "), received[:200]
-    assert re.search(rb"\r\nDate: \w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT\r\n", received)
 
 
 @pytest.mark.parametrize(
@@ -5474,6 +5475,57 @@ def test_connections_share_a_processor_and_the_rest_of_the_program_is_free(key_s
     )
     assert chat(key_server)[0] == chat(key_server)[0] == 200
     assert len(set().union(*seen)) == 1 and len(seen) == 2 and os.sched_getaffinity(0) == before
+
+
+def test_make_server_takes_the_options_and_their_checks():  # U9
+    arguments = list(inspect.signature(qp.make_server).parameters)
+    assert {*arguments, "log_level"} == {*qp.OPTIONS, "environ"}
+    listed = re.findall(r"^ {4}(\w+) +\S", inspect.cleandoc(qp.make_server.__doc__), re.M)
+    assert listed == arguments
+    odd = [("base_url", "foo"), ("timeout", 0), ("port", "8080"), ("retries", -1), ("alias", "x")]
+    for name, value in odd:
+        with pytest.raises(ValueError, match="--" + name.replace("_", "-")):
+            qp.make_server(**{"port": 0, name: value})
+
+
+def test_a_with_statement_runs_a_server(home):  # U9
+    for is_asked in (True, False):
+        with qp.make_server(port=0, demo=True) as server:
+            assert not is_asked or "demo" in chat(server)[2]["choices"][0]["message"]["content"]
+            port = server.port
+        with pytest.raises(OSError):
+            socket.create_connection(("127.0.0.1", port), timeout=WAIT)
+
+
+def test_a_program_that_vendors_it_passes_a_strict_type_check(tmp_path):  # U9
+    pytest.importorskip("mypy")
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import qwen_proxy\n\nwith qwen_proxy.make_server(port=0, api_key='k-1') as server:\n"
+        "    url: str = server.url\n"
+    )
+    command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path), str(program)]
+    done = subprocess.run(command, capture_output=True, env={**os.environ, "MYPYPATH": HERE})
+    assert done.returncode == 0, done.stdout
+
+
+def test_an_unknown_model_is_answered_with_the_way_out(key_server, upstream):  # U6
+    upstream.script.append(refusal("The model `gpt-4o` does not exist.", 404, "model_not_found"))
+    status, _, answer = chat(key_server, model="gpt-4o")
+    message = answer["error"]["message"]
+    assert status == 404 and message.startswith("The model `gpt-4o` does not exist. /v1/models")
+    assert "--alias 'gpt-*=ID'" in message
+
+
+def test_tls_on_the_plain_port_is_named_and_an_icon_is_no_error(key_server, caplog):  # U10
+    caplog.set_level("INFO")
+    context = ssl.create_default_context()
+    with socket.create_connection(("127.0.0.1", key_server.port), timeout=WAIT) as client:
+        with pytest.raises(OSError):
+            context.wrap_socket(client, server_hostname="localhost")
+    assert ask(key_server, method="GET", path="/favicon.ico")[0] == 204
+    assert re.search("TLS on a plain port", caplog.text)
+    assert max(map(len, caplog.text.split("\n"))) < 200
 
 
 def test_running_streams_end_in_an_error_event_at_shutdown(serve, upstream, monkeypatch):
