@@ -170,6 +170,8 @@ class Family(NamedTuple):
     traits: frozenset[str] = frozenset()
     has_list: bool = True
     models: tuple[str, ...] = ()
+    # For requests that name none, where nothing else does.
+    default_model: str = DEFAULT_MODEL
     # Models that think whatever they are told.
     always_thinks: str = ""
     lacks: Mapping[str, str] = {}
@@ -281,12 +283,15 @@ FAMILIES = {
             r"(^|\.)openrouter\.ai$",
             "OPENROUTER_API_KEY",
             frozenset({"open-list"}),
+            # Ids carry a vendor there.
+            default_model="",
         ),
         Family(
             "modelscope",
             r"(^|\.)modelscope\.cn$",
             "MODELSCOPE_API_KEY",
             frozenset({"limits", "openai-only", "open-list"}),
+            default_model="",
         ),
         Family("deepseek", r"(^|\.)deepseek\.com$", traits=frozenset({"limits"})),
         Family("zai", r"(^|\.)(z\.ai|bigmodel\.cn)$", traits=frozenset({"limits"})),
@@ -581,8 +586,8 @@ class Secrets:
     # Names of settings whose values are secret, and those of headers that never are.
     NAMES = re.compile(r"key|token|secret|passw|auth(?!or(?!iz))|credential|cookie|session", re.I)
     PUBLIC_NAMES = frozenset(
-        "envkey http-referer referer x-openrouter-title x-title user-agent accept "
-        "content-type".split()
+        "selectedauthtype envkey http-referer referer x-openrouter-title x-title user-agent "
+        "accept content-type".split()
     )
     ROTATING = 64
 
@@ -747,16 +752,44 @@ class _PublicFilter(logging.Filter):
 log.addFilter(_PublicFilter())
 
 
-def forward_proxies() -> dict[str, str]:
-    """Return the forward proxies of the environment by scheme, passwords quoted as URLs need it."""
-    proxies = {}
-    for scheme, url in urllib.request.getproxies().items():
-        SECRETS.add_userinfo(url)
-        before, separator, rest = url.rpartition("://")
+class Forwarding(NamedTuple):
+    """The forward proxy that all connections go over, where it was named, and hosts without it."""
+
+    url: str = ""
+    source: str = ""
+    exempt: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, variable: Callable[[str], str], stated: Any = None) -> Forwarding:
+        """Return what the settings state, or else the variables; a scheme may be missing.
+
+        One for both schemes, in the CLI's order.
+        """
+        names = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy")
+        named = [("proxy in settings.json", str(stated or ""))]
+        named += [(name, variable(name)) for name in names]
+        source, url = next((each for each in named if each[1].strip()), ("", ""))
+        SECRETS.add_userinfo(url.strip())
+        scheme, _, rest = url.strip().rpartition("://")
         userinfo, at, host = rest.rpartition("@")
+        # Passwords as URLs need them.
         quoted = urllib.parse.quote(userinfo, safe=":%", errors="replace")
-        proxies[scheme] = before + separator + quoted + at + host
-    return proxies
+        listed = re.split(r"[\s,]+", variable("no_proxy") or variable("NO_PROXY"))
+        # *.name is .name, and .name is name, which includes what ends in it.
+        exempt = tuple(re.sub(r"^\*?\.", "", name.lower()) for name in listed if name)
+        return cls(f"{scheme or 'http'}://{quoted}{at}{host}" if rest else "", source, exempt)
+
+    def proxy_for(self, host: str) -> str:
+        """Return the proxy for a host, with its port if it has one; empty for none."""
+        host, name = host.lower(), host_of("//" + host)
+        is_exempt = any(
+            exempt == "*" or exempt in (host, name) or name.endswith("." + exempt)
+            for exempt in self.exempt
+        )
+        return "" if is_exempt else self.url
+
+
+DIRECT = Forwarding()
 
 
 def loads(text: str | bytes, default: Any = None) -> Any:
@@ -848,6 +881,16 @@ def as_count(value: Any) -> int | None:
     return value if type(value) is int else None
 
 
+# Levels of thinking, from none to all.
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+
+
+def as_effort(value: Any) -> str | None:
+    """Return a level of thinking in lower case; None for anything else."""
+    effort = as_text(value).strip().lower()
+    return effort if effort in EFFORTS else None
+
+
 def is_number(value: Any) -> bool:
     """Return whether a JSON value is a number; True and False are none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -858,6 +901,16 @@ def dig(value: Any, *path: str) -> Any:
     for name in path:
         value = value.get(name) if isinstance(value, dict) else None
     return value
+
+
+def stated(fields: Json) -> Json:
+    """Return the fields that are not null."""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def without_keys(value: Json, names: Iterable[str]) -> Json:
+    """Return an object without some of its fields."""
+    return {name: item for name, item in value.items() if name not in names}
 
 
 def first_of(kind: type | tuple[type, ...], *values: Any) -> Any:
@@ -1426,27 +1479,24 @@ class DeadlineHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
 
 
 class ForwardProxy(urllib.request.ProxyHandler):
-    """urllib's way over a forward proxy; one that speaks SOCKS is named, not spoken HTTP to."""
+    """urllib's way over a forward proxy; one that speaks no HTTP is named, not spoken HTTP to."""
+
+    def __init__(self, forwarding: Forwarding):
+        super().__init__(dict.fromkeys(("http", "https"), forwarding.url) if forwarding.url else {})
+        self._forwarding = forwarding
 
     def proxy_open(self, request: Any, proxy: str, type: str) -> Any:
-        is_passed_by = request.host and urllib.request.proxy_bypass(request.host)
-        if proxy.lower().startswith("socks") and not is_passed_by:
+        if not self._forwarding.proxy_for(request.host):
+            return None
+        if not proxy.lower().startswith(("http://", "https://")):
             scheme, host = proxy.partition("://")[0], host_of(proxy, with_port=True)
-            there = host_of("//" + request.host)
+            there, kind = host_of("//" + request.host), scheme.rstrip("45ah").upper()
             raise UpstreamError(
-                f"{type.upper()}_PROXY names a SOCKS proxy ({scheme}://{host}), which is not "
-                f"supported: name an HTTP proxy there, or {there} in NO_PROXY",
+                f"{self._forwarding.source} names a {kind} proxy ({scheme}://{host}), which is "
+                f"not supported: name an HTTP proxy there, or {there} in NO_PROXY",
                 code="proxy_not_supported",
             )
         return super().proxy_open(request, proxy, type)
-
-
-def proxy_for(url: str) -> str:
-    """Return the forward proxy that a URL is asked over; empty for none."""
-    host = host_of(url, with_port=True)
-    if not host or urllib.request.proxy_bypass(host):
-        return ""
-    return forward_proxies().get(url.partition(":")[0].lower(), "")
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -1457,14 +1507,14 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def open_before(
-    request: urllib.request.Request, seconds: float, proxies: dict[str, str] | None = None
+    request: urllib.request.Request, seconds: float, forwarding: Forwarding = DIRECT
 ) -> Any:
     """Return the response to a request to the identity host, or of `status`.
 
     Raises OSError, http.client.HTTPException, and UpstreamError for a proxy that cannot be used.
     """
-    forward = ForwardProxy(forward_proxies() if proxies is None else proxies)
-    opener = urllib.request.build_opener(forward, _NoRedirect, DeadlineHandler(seconds))
+    forward, deadline = ForwardProxy(forwarding), DeadlineHandler(seconds)
+    opener = urllib.request.build_opener(forward, _NoRedirect, deadline)
     try:
         return opener.open(request, timeout=seconds)
     except urllib.error.HTTPError as error:
@@ -1472,7 +1522,10 @@ def open_before(
 
 
 def post_form(
-    url: str, fields: dict[str, str], headers: Mapping[str, str] | None = None
+    url: str,
+    fields: dict[str, str],
+    headers: Mapping[str, str] | None = None,
+    forwarding: Forwarding = DIRECT,
 ) -> tuple[int, Json | None, str]:
     """POST a form to the identity host; returns status, JSON object or None, and a description.
 
@@ -1491,7 +1544,7 @@ def post_form(
     # Without a User-Agent of its own choice the host answers HTML (hermes-agent #7746).
     request.add_header("User-Agent", f"qwen_proxy/{__version__}")
     try:
-        with open_before(request, OAuthCredentials.TIMEOUT) as response:
+        with open_before(request, OAuthCredentials.TIMEOUT, forwarding) as response:
             status, body = response.getcode(), response.read(MAX_ERROR_BODY)
     except (OSError, http.client.HTTPException) as error:
         host = host_of(url, with_port=True)
@@ -1530,8 +1583,13 @@ class OAuthCredentials:
     # Before a login that could not be written is tried again.
     SAVE_PAUSE = 30.0
 
-    def __init__(self, path: str, oauth_base_url: str = OAUTH_BASE_URL):
-        self.path, self.problem = path, ""
+    def __init__(
+        self,
+        path: str,
+        oauth_base_url: str = OAUTH_BASE_URL,
+        forwarding: Forwarding = DIRECT,
+    ):
+        self.path, self.problem, self._forwarding = path, "", forwarding
         self._token_url = oauth_base_url.rstrip("/") + TOKEN_PATH
         self._refreshing, self._reading = threading.Lock(), threading.Lock()
         self._login: Login | None = None
@@ -1687,7 +1745,8 @@ class OAuthCredentials:
         if login.refresh_token == self._refused:
             raise self._login_needed()
         form = {"grant_type": "refresh_token", "refresh_token": login.refresh_token}
-        status, answer, detail = post_form(self._token_url, {**form, "client_id": CLIENT_ID})
+        form["client_id"] = CLIENT_ID
+        status, answer, detail = post_form(self._token_url, form, forwarding=self._forwarding)
         if status == 200 and answer and not answer.get("error"):
             refreshed = Login.from_answer(answer, login.fields)
             self.save(refreshed)
@@ -1757,6 +1816,8 @@ def key_fault(value: str, source: str) -> str:
         )
     if value[:7].lower() == "bearer ":
         return f"the key in {source} begins with 'Bearer ': give the key alone"
+    if not value.isprintable() or not value.isascii():
+        return f"the key in {source} holds a character that no key has: copy it again"
     return ""
 
 
@@ -1777,7 +1838,7 @@ def pkce_pair() -> tuple[str, str]:
     return code_verifier, base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
 
 
-def request_device_code(oauth_base_url: str) -> DeviceCode:
+def request_device_code(oauth_base_url: str, forwarding: Forwarding = DIRECT) -> DeviceCode:
     """Start a device authorization (RFC 8628 3.1); raises UpstreamError when the host refuses."""
     code_verifier, code_challenge = pkce_pair()
     keep_secret(code_verifier)
@@ -1786,6 +1847,7 @@ def request_device_code(oauth_base_url: str) -> DeviceCode:
         oauth_base_url.rstrip("/") + DEVICE_CODE_PATH,
         {**form, "code_challenge_method": "S256"},
         {"x-request-id": str(uuid.uuid4())},
+        forwarding,
     )
     if not answer or not isinstance(answer.get("device_code"), str):
         message = f"the device authorization endpoint answered {status}: {detail}"
@@ -1822,7 +1884,10 @@ LOGIN_POLL_FIRST = 2.0
 
 
 def poll_for_login(
-    oauth_base_url: str, device: DeviceCode, sleep: Callable[[float], None] = time.sleep
+    oauth_base_url: str,
+    device: DeviceCode,
+    sleep: Callable[[float], None] = time.sleep,
+    forwarding: Forwarding = DIRECT,
 ) -> Login:
     """Wait until the user has approved (RFC 8628 3.4).
 
@@ -1830,6 +1895,7 @@ def poll_for_login(
     'pending' (Qwen Code, qwenOAuth2.ts). Raises CredentialError when the approval will not come.
     """
     interval, deadline = LOGIN_POLL_FIRST, time.monotonic() + device.expires_in
+    token_url = oauth_base_url.rstrip("/") + TOKEN_PATH
     form = {
         "grant_type": DEVICE_GRANT,
         "client_id": CLIENT_ID,
@@ -1839,7 +1905,7 @@ def poll_for_login(
     while time.monotonic() < deadline:
         sleep(interval)
         try:
-            status, answer, detail = post_form(oauth_base_url.rstrip("/") + TOKEN_PATH, form)
+            status, answer, detail = post_form(token_url, form, forwarding=forwarding)
         except UpstreamError as error:
             # A network that comes and goes must not end the log-in.
             log.warning("%s", error)
@@ -1895,6 +1961,8 @@ class Provider:
         self.entries = entries or {}
         self.family = family or family_of(base_url)
         self.stated_url = base_url.rstrip("/")
+        # generationConfig of models without an entry.
+        self.defaults: Json = {}
         self.cooldown_until = 0.0
         self.refusal: Json | None = None
 
@@ -1962,8 +2030,8 @@ class Target(NamedTuple):
 
     @property
     def config(self) -> Json:
-        """generationConfig of the model's entry in settings.json."""
-        return self.provider.entries.get(self.model) or {}
+        """generationConfig of the model's entry in settings.json, or of models without one."""
+        return self.provider.entries.get(self.model, self.provider.defaults)
 
 
 def family_of(base_url: str, variable: str = "") -> Family:
@@ -2034,14 +2102,19 @@ def parse_settings(text: str) -> Json:
     return settings
 
 
+# Never filled in. Qwen Code, settings.ts.
+UNEXPANDED = frozenset({"SESSION_ID", "QWEN_CODE_SESSION_ID"})
+
+
 def expand_variables(value: Any, environ: Mapping[str, str]) -> Any:
     """Replace $NAME and ${NAME} in every string of a JSON value; unknown names stay."""
+
+    def known(match: re.Match[str]) -> str:
+        name = match.group(1) or match.group(2)
+        return match.group() if name.upper() in UNEXPANDED else environ.get(name, match.group())
+
     if isinstance(value, str):
-        return re.sub(
-            r"\$(?:(\w+)|\{(\w+)\})",
-            lambda match: environ.get(match.group(1) or match.group(2)) or match.group(0),
-            value,
-        )
+        return re.sub(r"\$(?:(\w+)|\{(\w+)\})", known, value)
     if isinstance(value, dict):
         return {name: expand_variables(item, environ) for name, item in value.items()}
     if isinstance(value, list):
@@ -2056,6 +2129,34 @@ def merge(low: Json, high: Json) -> Json:
         both = isinstance(value, dict) and isinstance(merged.get(name), dict)
         merged[name] = merge(merged[name], value) if both else value
     return merged
+
+
+def current_form(settings: Json) -> Json:
+    """Return one settings file's object as version 5 has it; what its version lacks is left out.
+
+    Qwen Code, its migrations: a flat model and selectedAuthType count below version 2, a list of
+    models within an object in version 5 or without one.
+    """
+    settings, version = dict(settings), settings.get("$version")
+    flat = {
+        name: settings.pop(name, None) for name in ("selectedAuthType", "excludedProjectEnvVars")
+    }
+    model = settings.get("model")
+    if isinstance(model, str):
+        flat["model"] = settings.pop("model")
+    if not isinstance(version, int) or version < 2:
+        moved = {
+            "security": {"auth": stated({"selectedType": flat["selectedAuthType"]})},
+            "advanced": stated({"excludedEnvVars": flat["excludedProjectEnvVars"]}),
+            "model": stated({"name": flat.get("model")}),
+        }
+        settings = merge(moved, settings)
+    listed = as_object(settings.get("modelProviders"))
+    for kind, entries in listed.items():
+        if isinstance(entries, dict):
+            is_read = version is None or version == 5 and type(version) is int
+            listed = {**listed, kind: entries.get("models") if is_read else []}
+    return {**settings, "modelProviders": listed} if listed else settings
 
 
 class WatchedFiles:
@@ -2136,10 +2237,11 @@ class CliSettings:
         self.variables: dict[str, str] = {}
         # Of the files in ~/.qwen alone.
         self._own_variables: dict[str, str] = {}
-        self._read_dotenv(folder)
+        self._own = self._read_own_dotenv()
         self.values: Json = {}
         self.problem = ""
         self._read_settings(folder)
+        self._read_variables(folder)
         SECRETS.add_settings(self.values)
         SECRETS.add_settings(self.variables)
 
@@ -2147,36 +2249,92 @@ class CliSettings:
         """Return a variable without blanks around it; '' when it is unset or empty."""
         return (self.environ.get(name) or self.variables.get(name) or "").strip()
 
+    def stored_key(self, base_url: str) -> str:
+        """Return security.auth.apiKey, unless it was stored for another base URL than this."""
+        auth = as_object(dig(self.values, "security", "auth"))
+        own = as_text(auth.get("baseUrl")).strip().rstrip("/")
+        is_own = base_url and own in ("", base_url.strip().rstrip("/"))
+        return as_text(auth.get("apiKey")).strip() if is_own else ""
+
     def oauth_base_url(self) -> str:
         """Return the identity host, which gets the refresh token: no project may move it."""
         name = "QWEN_OAUTH_BASE_URL"
         return self.environ.get(name) or self._own_variables.get(name) or OAUTH_BASE_URL
 
-    def _read_dotenv(self, folder: str) -> None:
+    def forwarding(self) -> Forwarding:
+        """Return the forward proxy that the settings or the variables name."""
+        return Forwarding.of(self.variable, self.values.get("proxy"))
+
+    def config(self, entry: Json) -> Json:
+        """Return an entry's generationConfig with the reasoning that the CLI would ask for.
+
+        profile: how its endpoint spells that. Qwen Code, docs/users/configuration/model-providers.
+        """
+        config = dict(as_object(entry.get("generationConfig")))
+        reasoning = config.pop(
+            "reasoning", dig(self.values, "model", "generationConfig", "reasoning")
+        )
+        effort = as_effort(dig(self.values, "model", "reasoningEffort"))
+        if effort == "none" and not config.get("thinkingMandatory"):
+            reasoning = False
+        elif effort and reasoning is not False:
+            reasoning = {**as_object(reasoning), "effort": effort}
+        profile = as_object(dig(entry, "capabilities", "reasoning"))
+        if "samplingParams" in config and not profile:
+            reasoning = None
+        return {**config, **stated({"reasoning": reasoning, "profile": profile or None})}
+
+    def _read_own_dotenv(self) -> list[Json]:
+        """Return what the user's .env files say, the most important first."""
         own = [os.path.join(self.home, ".env"), os.path.join(self._user_home, ".qwen", ".env")]
-        paths = [*self._project_dotenv(folder), *own, os.path.join(self._user_home, ".env")]
-        for path in dict.fromkeys(paths):
-            for name, value in self._load(path, parse_dotenv).items():
-                self.variables.setdefault(name, value)
-                if path in own:
-                    self._own_variables.setdefault(name, value)
+        found = []
+        for path in dict.fromkeys([*own, os.path.join(self._user_home, ".env")]):
+            found.append(self._load(path, parse_dotenv))
+            if path in own:
+                self._own_variables = {**found[-1], **self._own_variables}
+        return found
+
+    def _read_variables(self, folder: str) -> None:
+        layers = list(self._own)
+        for path in self._project_dotenv(folder):
+            layers.insert(0, self._load(path, parse_dotenv))
+            if os.path.basename(os.path.dirname(path)) != ".qwen":
+                named = dig(self.values, "advanced", "excludedEnvVars")
+                excluded = [named] if isinstance(named, str) else as_list(named)
+                excluded = excluded or ["DEBUG", "DEBUG_MODE"]
+                layers[0] = without_keys(layers[0], excluded)
+        known = {**self.environ}
+        layers.append(as_object(self.values.get("env")))
+        for layer in layers:
+            for name, value in layer.items():
+                # An empty value leaves the name to the next layer.
+                if isinstance(value, str) and not self.variables.get(name):
+                    self.variables[name] = (
+                        expand_variables(value, known) if layer is layers[-1] else value
+                    )
+            known = {**self.variables, **self.environ}
+        filled = {name: value for name, value in self.environ.items() if value}
+        self.values = expand_variables(self.values, {**self.environ, **self.variables, **filled})
 
     def _read_settings(self, folder: str) -> None:
         # Where one of these is broken, the CLI stops.
+        system = self._system_file("settings.json", "QWEN_CODE_SYSTEM_SETTINGS_PATH")
+        defaults = os.path.join(os.path.dirname(system), "system-defaults.json")
         binding = [
-            self._system_file("system-defaults.json", "QWEN_CODE_SYSTEM_DEFAULTS_PATH"),
+            self.environ.get("QWEN_CODE_SYSTEM_DEFAULTS_PATH") or defaults,
             os.path.join(self.home, "settings.json"),
-            self._system_file("settings.json", "QWEN_CODE_SYSTEM_SETTINGS_PATH"),
+            system,
         ]
         project = os.path.join(folder, ".qwen", "settings.json")
         trusted = [project] if self._counts(folder, project) else []
+        excluded: list[Any] = []
         for path in [*binding[:2], *trusted, binding[2]]:
-            self.values = merge(self.values, self._load(path, parse_settings))
-        known = {**self.environ, **self.variables}
-        for name, value in as_object(dig(self.values, "env")).items():
-            if isinstance(value, str):
-                self.variables.setdefault(name, expand_variables(value, known))
-        self.values = expand_variables(self.values, {**self.variables, **self.environ})
+            settings = current_form(self._load(path, parse_settings))
+            self.values = merge(self.values, settings)
+            excluded += as_list(dig(settings, "advanced", "excludedEnvVars"))
+        if excluded:
+            # Those of all files together.
+            self.values = merge(self.values, {"advanced": {"excludedEnvVars": excluded}})
         for path in binding:
             if path in self._files.faults:
                 reason = self._files.faults[path]
@@ -2231,8 +2389,9 @@ class CliSettings:
 
         Qwen Code, trustedFolders.ts. Of two rules for one folder DO_NOT_TRUST counts.
         """
-        path = self.environ.get("QWEN_CODE_TRUSTED_FOLDERS_PATH")
-        path = path or os.path.join(self.home, "trustedFolders.json")
+        name = "QWEN_CODE_TRUSTED_FOLDERS_PATH"
+        named = [layer.get(name) for layer in (self.environ, *self._own)]
+        path = next(filter(None, named), None) or os.path.join(self.home, "trustedFolders.json")
         deciding = (-1, False)
         for rule, level in self._load(path, parse_settings).items():
             if level not in ("TRUST_FOLDER", "TRUST_PARENT", "DO_NOT_TRUST"):
@@ -2269,9 +2428,14 @@ def named_provider(name: str, base_url: str, variable: str, settings: CliSetting
     return Provider(name, base_url, credentials, source, family=family_of(base_url, variable))
 
 
-def key_from(settings: CliSettings, variable: str) -> ApiKey:
-    """Return the key in a variable; without one, an ApiKey that says so when it is asked."""
-    value = settings.variable(variable)
+def key_from(settings: CliSettings, variable: str, base_url: str = "") -> ApiKey:
+    """Return the key in a variable; without one, an ApiKey that says so when it is asked.
+
+    The key stored in settings.json stands in for OPENAI_API_KEY at a base URL that it fits.
+    """
+    value, stored = settings.variable(variable), settings.stored_key(base_url)
+    if not value and stored and variable == "OPENAI_API_KEY":
+        return ApiKey(stored, "security.auth.apiKey in settings.json")
     problem = (
         f"the variable {variable} is not set; set it in the environment, in ~/.qwen/.env, or run "
         "`qwen` and then /auth"
@@ -2286,13 +2450,14 @@ class SettingsProviders:
 
     def __init__(self, settings: CliSettings):
         self._settings = settings
+        # Ids of entries that are not for chat, and the flag that says so.
+        self.flagged: dict[str, str] = {}
         self._providers: dict[tuple[str, str], Provider] = {}
         protocols = as_object(dig(settings.values, "providerProtocol"))
         for kind, listed in as_object(dig(settings.values, "modelProviders")).items():
-            if kind != "openai" and protocols.get(kind) != "openai":
+            if protocols.get(kind, kind) != "openai":
                 continue
-            entries = listed.get("models") if isinstance(listed, dict) else listed
-            for index, entry in enumerate(as_list(entries)):
+            for index, entry in enumerate(as_list(listed)):
                 self._read(entry, f"modelProviders.{kind}[{index}] in settings.json")
 
     def all(self) -> list[Provider]:
@@ -2302,7 +2467,10 @@ class SettingsProviders:
     def _read(self, entry: Any, where: str) -> None:
         if not isinstance(entry, dict) or not as_text(entry.get("id")):
             return
-        if any(entry.get(flag) for flag in self.FLAGS):
+        flag = next((flag for flag in self.FLAGS if entry.get(flag)), "")
+        if flag:
+            is_first = not any(entry["id"] in each.entries for each in self._providers.values())
+            self.flagged.update({entry["id"]: f"{where}: {flag}"} if is_first else {})
             return
         if entry.get("wireApi", "chat-completions") != "chat-completions":
             log.info("%s: it speaks %s, which no upstream is asked in", where, entry["wireApi"])
@@ -2324,8 +2492,7 @@ class SettingsProviders:
         key = (where if problem else base_url, variable)
         if key not in self._providers:
             self._providers[key] = self._provider(base_url, variable, problem, where)
-        config = as_object(entry.get("generationConfig"))
-        self._providers[key].entries.setdefault(entry["id"], config)
+        self._providers[key].entries.setdefault(entry["id"], self._settings.config(entry))
 
     def _provider(self, base_url: str, variable: str, problem: str, where: str) -> Provider:
         host = host_of(base_url, with_port=True)
@@ -2335,7 +2502,8 @@ class SettingsProviders:
         name = f"{name}#{taken + 1}" if taken else name
         if problem:
             return Provider(name, "", ApiKey("", where, f"{where}: {problem}"), where)
-        credentials, family = key_from(self._settings, variable), family_of(base_url, variable)
+        credentials = key_from(self._settings, variable, base_url)
+        family = family_of(base_url, variable)
         return Provider(name, base_url, credentials, f"{where}, {variable}", family=family)
 
     def _base_url(self, entry: Json) -> tuple[str, str]:
@@ -2345,7 +2513,7 @@ class SettingsProviders:
             "OPENAI_BASE_URL": self._settings.variable("OPENAI_BASE_URL") or None,
             "security.auth.baseUrl": dig(self._settings.values, "security", "auth", "baseUrl"),
         }
-        named = next((item for item in stated.items() if item[1] is not None), None)
+        named = next((item for item in stated.items() if item[1] and str(item[1]).strip()), None)
         if named is None:
             return "", "baseUrl is missing, and no host is guessed for a key"
         name, url = named
@@ -2367,16 +2535,8 @@ def environment_provider(settings: CliSettings, base_url: Any, source: str) -> P
     host = host_of(base_url, with_port=True)
     presets = PRESETS.values()
     plan = next((variable for url, variable in presets if host_of(url) == host), "OPENAI_API_KEY")
-    stored = dig(settings.values, "security", "auth", "apiKey")
-    stored_url = dig(settings.values, "security", "auth", "baseUrl")
-    if settings.variable("OPENAI_API_KEY"):
-        credentials = key_from(settings, "OPENAI_API_KEY")
-    elif settings.variable(plan):
-        credentials = key_from(settings, plan)
-    elif as_text(stored) and stored_url == base_url:
-        credentials = ApiKey(stored, "security.auth.apiKey in settings.json")
-    else:
-        credentials = key_from(settings, "OPENAI_API_KEY")
+    is_of_plan = not settings.variable("OPENAI_API_KEY") and settings.variable(plan)
+    credentials = key_from(settings, plan if is_of_plan else "OPENAI_API_KEY", base_url)
     return Provider(preset_of(base_url) or host, base_url, credentials, source)
 
 
@@ -2393,7 +2553,8 @@ def oauth_providers(settings: CliSettings, known: dict[str, OAuthCredentials]) -
     for name in ["oauth_creds.json", *names]:
         path = os.path.join(settings.home, name)
         if path not in known:
-            known[path] = OAuthCredentials(path, settings.oauth_base_url())
+            base_url, forwarding = settings.oauth_base_url(), settings.forwarding()
+            known[path] = OAuthCredentials(path, base_url, forwarding)
         suffix = name[len("oauth_creds") : -len(".json")].strip("._-")
         label = f"oauth-{suffix}" if suffix else "oauth"
         entries: dict[str, Json] = {OAUTH_MODEL: {}}
@@ -2414,7 +2575,8 @@ class Discovery:
         self._options, self._settings = options, settings
         self.settings_files, self.notes = settings.files, settings.notes
         self.problem = "" if options.provider or options.base_url else settings.problem
-        self._listed = [] if self.problem else SettingsProviders(settings).all()
+        listed = SettingsProviders(settings)
+        self._listed, self._flagged = [] if self.problem else listed.all(), listed.flagged
         self._oauth = oauth_providers(settings, known)
         active, note = (None, "") if self.problem else self._choose()
         if active is None and options.provider:
@@ -2424,7 +2586,9 @@ class Discovery:
         self.model = self._default_model(active)
         # None is chosen in the place of one that was meant.
         self.providers = [active, *self._others(active)] if active else []
+        stated = {"generationConfig": dig(settings.values, "model", "generationConfig")}
         for provider in self.providers:
+            provider.defaults = settings.config(stated)
             self.notes += self._unsaved(provider)
 
     def _choose(self) -> tuple[Provider | None, str]:
@@ -2462,20 +2626,33 @@ class Discovery:
 
     def _kind(self) -> Any:
         """Return the kind of login that the CLI uses: selected, or guessed from the environment."""
-        values, variable = self._settings.values, self._settings.variable
-        kind = dig(values, "security", "auth", "selectedType") or dig(values, "selectedAuthType")
+        variable = self._settings.variable
+        kind = dig(self._settings.values, "security", "auth", "selectedType")
         has_model = variable("OPENAI_MODEL") or variable("QWEN_MODEL")
-        if not kind and variable("OPENAI_API_KEY") and variable("OPENAI_BASE_URL") and has_model:
+        if kind:
+            return kind
+        if variable("OPENAI_API_KEY") and variable("OPENAI_BASE_URL") and has_model:
             return "openai"
-        return kind
+        others = {
+            "anthropic": ("ANTHROPIC_API_KEY", "ANTHROPIC_BASE_URL", "ANTHROPIC_MODEL"),
+            "gemini": ("GEMINI_API_KEY", "GEMINI_MODEL"),
+        }
+        return next((other for other, names in others.items() if all(map(variable, names))), None)
 
     def _by_other_kind(self) -> tuple[Provider | None, str] | None:
-        kind = self._kind()
-        if kind not in ("anthropic", "gemini", "vertex-ai"):
+        kind, way_out = self._kind(), "choose another one with --provider NAME"
+        enforced = dig(self._settings.values, "security", "auth", "enforcedType")
+        if enforced and enforced != kind:
+            return None, (
+                f"security.auth.enforcedType in settings.json allows {shorten(str(enforced), 40)} "
+                f"only, and the CLI is set to {shorten(str(kind or 'nothing'), 40)}; {way_out}"
+            )
+        if not kind or kind in ("openai", "qwen-oauth"):
             return None
         return None, (
-            f"the CLI is set to {kind}, which has no OpenAI-compatible endpoint here; choose "
-            "another one with --provider NAME"
+            f"the CLI is set to {shorten(str(kind), 40)} (security.auth.selectedType in "
+            f"settings.json, or the environment), which has no OpenAI-compatible endpoint here; "
+            f"{way_out}"
         )
 
     def _by_oauth(self) -> tuple[Provider | None, str] | None:
@@ -2485,10 +2662,16 @@ class Discovery:
 
     def _by_entry(self) -> tuple[Provider | None, str] | None:
         """Qwen Code, its model resolver: the entry with the wanted id, and model.baseUrl."""
-        model = self._wanted_model()
+        model, is_stored = self._wanted_model()
         stored_url = str(dig(self._settings.values, "model", "baseUrl") or "").rstrip("/")
         having = [provider for provider in self._listed if model in provider.entries]
-        having.sort(key=lambda provider: provider.stated_url != stored_url)
+        if is_stored:
+            having.sort(key=lambda provider: provider.stated_url != stored_url)
+        where = self._flagged.get(model or DEFAULT_MODEL)
+        if where:
+            name = model or DEFAULT_MODEL
+            problem = f"{where}: {name} is no chat model; choose one with /model in `qwen`"
+            return Provider("unnamed", "", ApiKey("", where, problem), where), ""
         return (having[0], "") if having else None
 
     def _by_environment(self) -> tuple[Provider | None, str] | None:
@@ -2496,19 +2679,22 @@ class Discovery:
         if url:
             return environment_provider(self._settings, url, "OPENAI_BASE_URL"), ""
         stored = dig(self._settings.values, "security", "auth", "baseUrl")
-        if stored in (None, ""):
-            return None
-        source = "security.auth.baseUrl in settings.json"
-        return environment_provider(self._settings, stored, source), ""
+        if stored not in (None, ""):
+            source = "security.auth.baseUrl in settings.json"
+            return environment_provider(self._settings, stored, source), ""
+        # The CLI would send this key for such a model to a host that it guesses.
+        is_lone = self._wanted_model()[0] and self._settings.variable("OPENAI_API_KEY")
+        return self._by_lone_key() if is_lone and self._listed else None
 
     def _by_first_entry(self) -> tuple[Provider | None, str] | None:
-        """Return the entry of the CLI's default model, else the first one.
+        """Return the first entry, or that of the CLI's default model if none is named.
 
         It is never another one because that has no key.
         """
         if not self._listed:
             return None
-        having = (provider for provider in self._listed if DEFAULT_MODEL in provider.entries)
+        wanted, _ = self._wanted_model()
+        having = (each for each in self._listed if not wanted and DEFAULT_MODEL in each.entries)
         return next(having, self._listed[0]), ""
 
     def _by_lone_key(self) -> tuple[Provider | None, str]:
@@ -2530,23 +2716,27 @@ class Discovery:
             )
         return None, ""
 
-    def _wanted_model(self) -> str | None:
-        """Return the model that the CLI would use."""
-        stored = dig(self._settings.values, "model", "name") or dig(self._settings.values, "model")
-        if isinstance(stored, str) and stored.startswith("$runtime|"):
-            stored = stored.split("|")[-1]
+    def _wanted_model(self) -> tuple[str, bool]:
+        """Return the model that the CLI would use, and whether settings.json names it."""
+        stored = as_text(dig(self._settings.values, "model", "name"))
+        if stored.startswith("$runtime|") and stored.count("|") > 1:
+            stored = stored.split("|", 2)[2]
+        if self._options.model or stored:
+            return self._options.model or stored, not self._options.model
         variable = self._settings.variable
-        stated = self._options.model or as_text(stored)
-        return stated or variable("OPENAI_MODEL") or variable("QWEN_MODEL") or None
+        return variable("OPENAI_MODEL") or variable("QWEN_MODEL"), False
 
     def _default_model(self, active: Provider | None) -> str:
-        wanted = self._wanted_model()
-        if active is None:
+        wanted, _ = self._wanted_model()
+        if active is None or self._options.model:
             return wanted or DEFAULT_MODEL
-        if active.credentials.kind == "oauth" and not self._options.model:
+        if active.credentials.kind == "oauth":
             # Qwen Code: any other name falls back to it.
             return OAUTH_MODEL
-        return wanted or next(iter(active.model_ids()), DEFAULT_MODEL)
+        if active in self._listed and wanted not in active.entries:
+            # The first entry's own; see _by_first_entry().
+            wanted = DEFAULT_MODEL if not wanted and DEFAULT_MODEL in active.entries else ""
+        return wanted or next(iter(active.model_ids()), active.family.default_model)
 
     def _others(self, active: Provider) -> list[Provider]:
         present = [
@@ -2591,7 +2781,7 @@ class Serving:
             for provider, listed in itertools.zip_longest(discovery.providers, lists, fillvalue=())
             if isinstance(provider, Provider)
         ]
-        if self._known and not self._known[0]:
+        if self._known and not self._known[0] and discovery.model:
             self._known[0] = [discovery.model]
         self._of_active = set(self._known[0]) if self._known else set()
 
@@ -2703,6 +2893,9 @@ class Providers:
         if not discovery.providers:
             raise CredentialError(". ".join([discovery.advice, *discovery.notes]))
         model = self._unaliased(model.strip() if model else "") or discovery.model
+        if not model:
+            message = "the request names no model: name one of /v1/models, or start with --model ID"
+            raise BadRequest(message, param="model")
         targets = self.serving(lists or []).targets(model)
         if self.options.failover:
             return targets
@@ -2718,6 +2911,7 @@ class Providers:
         # Its oauth_creds*.json may come and go.
         self._files.exists(self.home)
         settings = CliSettings(self.home, self._environ, self._folder, self._files)
+        self.forwarding = settings.forwarding()
         return Discovery(self.options, settings, self._known)
 
     def _seed_login(self, is_read_only: bool) -> None:
@@ -3366,12 +3560,15 @@ class Upstream:
 
     _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+\Z")
 
-    def __init__(self) -> None:
+    def __init__(self, forwarding: Forwarding = DIRECT) -> None:
         self._connections = KeepAliveHandler()
         # No redirects, no errors raised: both are judged here.
         self._opener = urllib.request.OpenerDirector()
-        proxies = ForwardProxy(forward_proxies())
-        for handler in (proxies, self._connections, urllib.request.UnknownHandler()):
+        for handler in (
+            ForwardProxy(forwarding),
+            self._connections,
+            urllib.request.UnknownHandler(),
+        ):
             self._opener.add_handler(handler)
 
     def send(
@@ -3415,13 +3612,20 @@ class Upstream:
 
     @classmethod
     def custom_headers(cls, target: Target) -> dict[str, str]:
-        """Return customHeaders of the model's entry in settings.json, without what is no header."""
+        """Return customHeaders of the model's entry in settings.json, without what is no header.
+
+        Numbers and switches are text there, as in the CLI.
+        """
         found = as_object(target.config.get("customHeaders"))
-        return {
-            name: value
+        texts = {
+            name: (value if isinstance(value, str) else json.dumps(value)).strip()
             for name, value in found.items()
-            if isinstance(value, str) and cls._HEADER_NAME.match(name) and value.isprintable()
+            if isinstance(value, (str, int, float))
+            and cls._HEADER_NAME.match(name)
+            and name.lower() not in ("host", "content-type")
         }
+        kept = {name: text for name, text in texts.items() if text.replace("\t", "").isprintable()}
+        return {name: text for name, text in kept.items() if max(text, default="") < "\u0100"}
 
 
 class Call:
@@ -3843,13 +4047,6 @@ class Thinking(NamedTuple):
         return cls(enabled, None if is_off else effort, budget, fields)
 
 
-def as_effort(value: Any) -> str | None:
-    """Return a level of thinking in lower case; None for anything else."""
-    effort = as_text(value).strip().lower()
-    return effort if effort in _EFFORTS else None
-
-
-_EFFORTS = frozenset({"none", "minimal", "low", "medium", "high", "xhigh", "max"})
 # Where a request says whether to think, how hard, and with how many tokens, and how each is read.
 _SPELLINGS: tuple[tuple[str, Callable[[Any], Any]], ...] = (
     (
@@ -3859,7 +4056,7 @@ _SPELLINGS: tuple[tuple[str, Callable[[Any], Any]], ...] = (
     ),
     ("reasoning_effort reasoning.effort think chat_template_kwargs.reasoning_effort", as_effort),
     (
-        "thinking_budget thinking.budget_tokens reasoning.max_tokens "
+        "thinking_budget thinking.budget_tokens reasoning.max_tokens reasoning.budget_tokens "
         "chat_template_kwargs.thinking_budget",
         as_count,
     ),
@@ -3888,7 +4085,7 @@ class Dialect(NamedTuple):
 _SWITCHED = Dialect(
     off={"enable_thinking": False}, on={"enable_thinking": True}, budget="thinking_budget"
 )
-_QWEN38_LEVELS = {"": "xhigh", "high": "xhigh", "max": "xhigh"}
+_QWEN38_LEVELS = {"": "xhigh", "max": "xhigh"}
 DIALECTS = {
     "deepseek": Dialect(
         off={"thinking": {"type": "disabled"}},
@@ -3898,18 +4095,34 @@ DIALECTS = {
     "zai": Dialect(
         off={"thinking": {"type": "disabled"}}, on={"thinking": {"type": "enabled"}}, efforts={}
     ),
+    "openrouter": Dialect(off={"reasoning": {"enabled": False}}),
     "qwen": _SWITCHED._replace(budgets={"low": 4096, "medium": 16_384}),
     "unknown": _SWITCHED._replace(efforts={}),
     "qwen3.8": Dialect(
         off={"reasoning_effort": "none"}, efforts=_QWEN38_LEVELS, budget="thinking_budget"
     ),
-    "own qwen3.8": _SWITCHED._replace(efforts={**_QWEN38_LEVELS, "": ""}),
+    "own qwen3.8": _SWITCHED._replace(efforts={"high": "xhigh", "max": "xhigh"}),
     "deepseek-v4": _SWITCHED._replace(
         efforts={"low": "high", "medium": "high", "xhigh": "max"}, budget=""
     ),
     "deepseek-v4.1": _SWITCHED._replace(efforts={"medium": "high", "xhigh": "max"}, budget=""),
     "low-high-max": Dialect(off={}, efforts={"medium": "high", "xhigh": "max"}),
+    # Profiles that an entry's capabilities.reasoning names. Qwen Code 0.24.4.
+    "openai-effort": Dialect(off={"reasoning_effort": "none"}, efforts={}),
+    "dashscope-effort": Dialect(off={"reasoning_effort": "none"}, efforts={}),
+    "openai-reasoning": Dialect(off={"reasoning": {"enabled": False}}),
+    "deepseek-openai": Dialect(
+        off={"thinking": {"type": "disabled"}}, on={"thinking": {"type": "enabled"}}, efforts={}
+    ),
+    "dashscope-thinking": _SWITCHED,
+    "qwen-chat-template": Dialect(
+        off={"chat_template_kwargs": {"enable_thinking": False}},
+        on={"chat_template_kwargs": {"enable_thinking": True}},
+    ),
 }
+NESTED_DIALECTS = frozenset({"openrouter", "openai-reasoning"})
+# What they say is said in any case.
+SWITCHED_PROFILES = frozenset({"dashscope-thinking", "qwen-chat-template"})
 # Stands for thoughts that a client did not keep; Kimi takes an empty text for none.
 NO_THOUGHTS = "(not kept)"
 # Stands for an image or another part that a model refuses in its history.
@@ -3925,6 +4138,7 @@ MODEL_TRAITS = {
     "kimi": frozenset({"thoughts"}),
     "deepseek": frozenset({"thoughts"}),
     "qwen-long": frozenset({"strings"}),
+    "coder-model": frozenset({"qwen", "limits"}),
 }
 
 
@@ -4328,11 +4542,17 @@ class Rewrite:
         self.config, self.traits = target.config, traits_of(self.family.name, target.model)
         self.shapes = ToolShapes(request, self.traits)
         always = self.family.always_thinks
-        is_mandatory = self.config.get("thinkingMandatory") is True
-        is_always = is_mandatory or bool(always) and always in target.model
+        self.profile = as_object(self.config.get("profile"))
+        is_mandatory = (
+            self.config.get("thinkingMandatory") or self.profile.get("canDisable") is False
+        )
+        is_always = bool(is_mandatory) or bool(always) and always in target.model
         self.mode = "always" if is_always else model_facts(target.model).thinking
+        self.words = self._words()
         self.client_wants_thinking = bool(Thinking.read(request).enabled)
-        self.asked = Thinking()
+        # What comes from the settings entry and goes out as it is written there.
+        self.entry_fields: set[str] = set()
+        self.entry_thinking = Thinking()
         self.notes: list[str] = []
 
     def run(self, api: str) -> tuple[Json, dict[str, str]]:
@@ -4350,21 +4570,32 @@ class Rewrite:
         """samplingParams and extra_body of the settings entry, where the client says nothing."""
         if not self.config:
             return False
-        body, before = self.body, dict(self.body)
-        given = {name: value for name, value in body.items() if value is not None}
+        body, given = self.body, dict(self.body)
         for name in ("samplingParams", "extra_body"):
             body.update(as_object(self.config.get(name)))
-        if self.config.get("reasoning") is False:
-            body["enable_thinking"] = False
+        self.entry_fields = body.keys() - given.keys()
         if Thinking.read(given).fields:
             # What the client says of thinking replaces all that the entry says.
             for name in Thinking.read(body).fields - {"chat_template_kwargs"}:
                 body.pop(name, None)
             self._open_template()
+        else:
+            self._entry_reasoning(self.config.get("reasoning"))
         if any(name in given for name in self.LIMITS):
             body.pop("max_tokens", None)
-        body.update(given)
-        return body != before
+        body.update(without_keys(given, ("model",)))
+        return body != given
+
+    def _entry_reasoning(self, reasoning: Any) -> None:
+        """Think as the settings say: in the endpoint's words, or as it stands there."""
+        if Thinking.read(self.body).enabled is not None:
+            return
+        if self.words:
+            asked = {"enabled": False} if reasoning is False else reasoning
+            self.entry_thinking = Thinking.read({"reasoning": asked})._replace(fields=frozenset())
+        elif isinstance(reasoning, dict) and "messages" in self.body:
+            level = "xhigh" if reasoning.get("effort") == "max" else reasoning.get("effort")
+            self.body["reasoning"] = stated({**reasoning, "effort": level})
 
     def no_nulls(self) -> bool:
         """No null that means 'not set': at the top, in messages, in a JSON schema's frame."""
@@ -4836,21 +5067,39 @@ class Rewrite:
 
     def thinking(self) -> bool:
         """What the client asked about thinking, in the endpoint's words and as far as it can."""
-        own = self.family.name in OWN_DIALECTS
-        if not own and "alibaba" not in self.traits and self.mode == "unknown":
+        if not self.words:
             return False
-        asked, before = Thinking.read(self.body), dict(self.body)
-        if own and asked.enabled is None:
-            return False
+        before = dict(self.body)
+        asked = Thinking.read(without_keys(self.body, self.entry_fields))
         if "alibaba" in self.traits:
             self._open_template()
         for name in asked.fields - {"chat_template_kwargs"}:
             self.body.pop(name, None)
-        if self.family.name == "openrouter":
-            self._ask_openrouter(asked, as_object(before.get("reasoning")))
+        if asked.enabled is None:
+            asked = self.entry_thinking
+        default = as_effort(self.profile.get("defaultEffort"))
+        is_on = default or self.words in SWITCHED_PROFILES
+        if is_on and (asked.enabled is None or self.mode == "always" and not asked.enabled):
+            asked = Thinking(True, default)
+        if self.words in NESTED_DIALECTS and asked.enabled is not None:
+            self._ask_nested(asked, as_object(before.get("reasoning")))
         elif asked.enabled is not None:
             self._ask(asked)
         return self.body != before
+
+    def _words(self) -> str:
+        """Return which of DIALECTS the model is told in; empty where nothing is known of it."""
+        words, family = model_facts(self.model).dialect, self.family.name
+        profile = as_text(self.profile.get("profile"))
+        if profile in DIALECTS:
+            return profile
+        if family in OWN_DIALECTS:
+            return family
+        if "alibaba" in self.traits:
+            return "unknown" if self.mode == "unknown" else words
+        if "qwen" not in self.traits or self.mode == "unknown":
+            return ""
+        return f"own {words}" if f"own {words}" in DIALECTS else words
 
     def _open_template(self) -> None:
         """Take what is said in chat_template_kwargs out of it: DashScope looks at the top."""
@@ -4864,16 +5113,10 @@ class Rewrite:
         else:
             self.body.pop("chat_template_kwargs", None)
 
-    def _dialect(self) -> Dialect:
-        own, words = DIALECTS.get(self.family.name), model_facts(self.model).dialect
-        if own is None and "alibaba" not in self.traits:
-            own = DIALECTS.get(f"own {words}")
-        return own or DIALECTS["unknown" if self.mode == "unknown" else words]
-
     def _ask(self, asked: Thinking) -> None:
-        dialect, effort = self._dialect(), asked.effort or ""
+        dialect, effort = DIALECTS[self.words], asked.effort or ""
         levels = {} if dialect.efforts is None else dialect.efforts
-        level = levels.get(effort, effort)
+        level = self._nearest(levels.get(effort, effort))
         if self.mode == "none":
             if asked.enabled:
                 self.notes.append(f"no thinking, since {self.model} does not")
@@ -4898,12 +5141,20 @@ class Rewrite:
         if self.mode == "always":
             fields = {name: value for name, value in fields.items() if name != "enable_thinking"}
         self.body.update(fields)
-        if "enable_thinking" in fields and "alibaba" not in self.traits:
+        if "enable_thinking" in fields and "alibaba" not in self.traits and not self.profile:
             template = as_object(self.body.get("chat_template_kwargs"))
             switch = {"enable_thinking": fields["enable_thinking"]}
             self.body["chat_template_kwargs"] = {**template, **switch}
 
-    def _ask_openrouter(self, asked: Thinking, reasoning: Json) -> None:
+    def _nearest(self, level: str) -> str:
+        """Return a level, or of those that the settings list for the model the nearest one."""
+        listed = [each for each in as_list(self.profile.get("efforts")) if each in EFFORTS]
+        if level not in EFFORTS or not listed or level in listed:
+            return level
+        wanted = EFFORTS.index(level) + 0.1
+        return str(min(listed, key=lambda each: abs(EFFORTS.index(each) - wanted)))
+
+    def _ask_nested(self, asked: Thinking, reasoning: Json) -> None:
         """Ask in OpenRouter's words, which are nested."""
         kept = {
             name: value
@@ -4912,7 +5163,7 @@ class Rewrite:
         }
         how: Json = {"enabled": bool(asked.enabled)}
         if asked.enabled and asked.effort:
-            how = {"effort": asked.effort}
+            how = {"effort": self._nearest(asked.effort)}
         elif asked.enabled and asked.budget:
             how = {"max_tokens": asked.budget}
         self.body["reasoning"] = {**kept, **how}
@@ -4930,7 +5181,7 @@ class Rewrite:
             return False
         for name in ("thinking_budget", "reasoning_effort", "enable_thinking"):
             self.body.pop(name, None)
-        self._set(self._dialect().off)
+        self._set(DIALECTS[self.words or "qwen"].off)
         return True
 
     def forced_tool(self) -> bool:
@@ -4979,11 +5230,6 @@ def without_nulls(value: Any) -> Any:
         for name, item in value.items()
         if item is not None or name in ("default", "const")
     }
-
-
-def without_keys(value: Json, names: Iterable[str]) -> Json:
-    """Return an object without some of its fields."""
-    return {name: item for name, item in value.items() if name not in names}
 
 
 def parts_of(content: Any) -> list[Json]:
@@ -5059,15 +5305,15 @@ _BOTH = frozenset({"chat", "text"})
 # In this order: the defaults first, thinking behind what the client and the entry say about it.
 RULES = (
     Rule(
-        "entry-defaults",
-        Rewrite.entry_defaults,
-        "Qwen Code, model-providers.md: samplingParams, extra_body",
-        apis=_BOTH,
-    ),
-    Rule(
         "no-nulls",
         Rewrite.no_nulls,
         "pydantic-ai and LangChain JS send null for 'not set'",
+        apis=_BOTH,
+    ),
+    Rule(
+        "entry-defaults",
+        Rewrite.entry_defaults,
+        "Qwen Code, model-providers.md: samplingParams, extra_body",
         apis=_BOTH,
     ),
     Rule(
@@ -5197,7 +5443,6 @@ RULES = (
         "thinking",
         Rewrite.thinking,
         "Model Studio, 'Deep thinking', and each provider's reference",
-        where=_QWEN | OWN_DIALECTS,
     ),
     Rule(
         "forced-tool",
@@ -7234,11 +7479,6 @@ def decode_opaque(value: Any) -> str:
         return ""
 
 
-def stated(fields: Json) -> Json:
-    """Return the fields that are not null."""
-    return {name: value for name, value in fields.items() if value is not None}
-
-
 class ItemMemory:
     """The latest output items, in memory only, for whoever presents the same key.
 
@@ -8965,7 +9205,7 @@ class ProxyServer:
     def __init__(self, options: Options, environ: Mapping[str, str] | None = None):
         self.options, self.access = options, AccessPolicy(options)
         self.providers = Providers(options, environ)
-        self.upstream = Upstream()
+        self.upstream = Upstream(self.providers.forwarding)
         self.is_stopping = False
         self.handlers: set[Handler] = set()
         self.items = ItemMemory()
@@ -9767,11 +10007,12 @@ def cmd_login(options: Options, with_browser: bool) -> int:
     import webbrowser
 
     home = qwen_home(os.environ, options.qwen_home)
-    base_url = CliSettings(home, os.environ, home).oauth_base_url()
+    settings = CliSettings(home, os.environ, home)
+    base_url, forwarding = settings.oauth_base_url(), settings.forwarding()
     path = os.path.join(home, "oauth_creds.json")
     say(f"Note: {FREE_TIER_ENDED}.", "")
     try:
-        device = request_device_code(base_url)
+        device = request_device_code(base_url, forwarding)
         minutes = f"{device.expires_in / 60:.0f} minutes"
         say(f"Open this address and approve the log-in, within {minutes}:", "")
         say(f"    {device.verification_uri}", "")
@@ -9779,7 +10020,7 @@ def cmd_login(options: Options, with_browser: bool) -> int:
             say(f"The code it shows must be {device.user_code}.")
         if with_browser:
             webbrowser.open(device.verification_uri)
-        login = poll_for_login(base_url, device)
+        login = poll_for_login(base_url, device, forwarding=forwarding)
     except ProxyError as error:
         say(f"login failed: {error.message}")
         return 1
@@ -9851,12 +10092,14 @@ def status_facts(providers: Providers, is_offline: bool) -> Json:
         "server": {} if is_offline else server_facts(providers.options),
     }
     for active in discovery.providers[:1]:
-        status, problem, skew = checked_provider(active, discovery.model, is_offline)
+        forwarding = providers.forwarding
+        status, problem, skew = checked_provider(active, discovery.model, is_offline, forwarding)
         described = active.describe()
         facts.update(status=status, problem=problem or None, clock_skew=skew, provider=described)
         if isinstance(active.credentials, OAuthCredentials):
             described["login"].update(login_file_facts(active.credentials.path))
-        facts["forward_proxy"] = proxy_for(described["base_url"] or "") or None
+        host = host_of(described["base_url"] or "", with_port=True)
+        facts["forward_proxy"] = host and forwarding.proxy_for(host) or None
     return facts
 
 
@@ -9865,7 +10108,7 @@ STATUS_TIMEOUT, SERVER_TIMEOUT = 3.0, 1.0
 
 
 def checked_provider(
-    provider: Provider, model: str, is_offline: bool
+    provider: Provider, model: str, is_offline: bool, forwarding: Forwarding
 ) -> tuple[str, str, float | None]:
     """Return ok, no, or not checked, why, and by how many seconds this clock is fast.
 
@@ -9884,7 +10127,7 @@ def checked_provider(
         headers.update(Upstream.custom_headers(Target(provider, model)))
         request = urllib.request.Request(provider.base_url + "/models", headers=headers)
         request.add_header("User-Agent", f"qwen_proxy/{__version__}")
-        with open_before(request, STATUS_TIMEOUT) as response:
+        with open_before(request, STATUS_TIMEOUT, forwarding) as response:
             answer = response.getcode(), response.read(ModelLists.SIZE).decode("utf-8", "replace")
     except ProxyError as error:
         return NO, error.message, None
@@ -9935,7 +10178,7 @@ def server_facts(options: Options) -> Json:
     url = f"http://{f'[{host}]' if ':' in host else host}:{options.port}"
     facts: Json = {"url": f"{url}/v1", "answers": False, "health": None}
     with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
-        with open_before(urllib.request.Request(url + "/health"), SERVER_TIMEOUT, {}) as response:
+        with open_before(urllib.request.Request(url + "/health"), SERVER_TIMEOUT) as response:
             facts["answers"], health = True, loads(response.read(MAX_LINE))
         facts["health"] = health if dig(health, "version") and dig(health, "login") else None
     return facts

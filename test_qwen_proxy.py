@@ -7261,7 +7261,7 @@ STATUS = {  # what /models answers, what the other end is, the verdict, words
         "no",
         "127.0.0.1:9 cannot be asked: connection refused",
     ),
-    "odd key": (None, "odd key", "no", "cannot be asked"),
+    "odd key": (None, "odd key", "no", "holds a character that no key has"),
     "quoted key": (None, "quotes", "no", "is in quotes"),
     "no key": (None, "no key", "no", "OPENAI_API_KEY is not set"),
     "login": (None, "login", "not checked", "2026-04-15"),
@@ -7375,7 +7375,7 @@ def test_a_reader_that_leaves_is_no_error(login, command):  # O4
 def test_a_socks_proxy_is_named(serve, upstream, monkeypatch, capsys, variable, proxy):  # O7
     monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
     monkeypatch.setenv(variable, proxy)
-    upstream.models, is_used = ["m"], variable.lower() == "http_proxy"
+    upstream.models, is_used = ["m"], variable != "ALL_PROXY"
     code = qp.main(["status", "--json", "--base-url", upstream.dashscope, "--model=m"])
     facts = json.loads(capsys.readouterr().out)
     assert code == is_used and bool(facts["forward_proxy"]) == is_used
