@@ -47,6 +47,7 @@ from __future__ import annotations  # qwen_proxy.py needs Python 3.8 or newer
 import argparse
 import atexit
 import base64
+import bisect
 import collections
 import concurrent.futures
 import contextlib
@@ -65,6 +66,7 @@ import itertools
 import json
 import logging
 import logging.handlers
+import operator
 import os
 import platform
 import queue
@@ -425,6 +427,8 @@ class Options(NamedTuple):
     max_body: int = MAX_BODY_MIB
     grace: float = GRACE
     log_level: str = "info"
+    usage_file: str | None = None
+    no_usage: bool = False
     demo: bool = False
 
 
@@ -471,6 +475,10 @@ OPTIONS = {
         "debug shows requests and answers, secrets masked (default: info)",
         choices=("debug", "info", "warning", "error"),
     ),
+    "usage_file": Option(
+        "where counts are kept (default: qwen_proxy.sqlite3 in the CLI's folder)", "FILE"
+    ),
+    "no_usage": Option("keep counts in memory only"),
     "demo": Option("a built-in stand-in answers instead of Qwen: no account needed"),
 }
 
@@ -8128,6 +8136,452 @@ class ChatRouteApi(ChatApi):
             chat = ResponseRequest(body, self._items, self._owner).chat
             return super().check({**chat, "stream_options": {"include_usage": True}})
         return super().check(body)
+
+
+# ------------------------------------------------------------------------------------------------
+# Ledger
+# ------------------------------------------------------------------------------------------------
+
+
+def tokens_of(usage: Json | None) -> tuple[int, ...]:
+    """Return input, cached, output and reasoning tokens of a usage object.
+
+    >>> tokens_of({"prompt_tokens": 9, "prompt_tokens_details": {"cached_tokens": 4}})
+    (9, 4, 0, 0)
+    """
+    counts = (
+        dig(usage, "prompt_tokens"),
+        dig(usage, "prompt_tokens_details", "cached_tokens"),
+        dig(usage, "completion_tokens"),
+        dig(usage, "completion_tokens_details", "reasoning_tokens"),
+    )
+    # More than a thousand million is no count, and the sums must fit into 64 bits.
+    return tuple(int(count) if is_number(count) and 0 < count < 1e9 else 0 for count in counts)
+
+
+@functools.lru_cache(maxsize=256)
+def product_of(user_agent: str) -> str:
+    """Return the name of the program that a User-Agent begins with.
+
+    >>> product_of("codex_cli_rs/0.56.0 (Linux)"), product_of("")
+    ('codex_cli_rs', 'unknown')
+    """
+    match = re.match(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,40}", user_agent)
+    return public(match.group()) if match else "unknown"
+
+
+def counts_path(options: Options, environ: Mapping[str, str]) -> str:
+    """Return where counts are kept: as the option says, else in the CLI's folder."""
+    home = qwen_home(environ, options.qwen_home)
+    return options.usage_file or os.path.join(home, "qwen_proxy.sqlite3")
+
+
+class CountsFile:
+    """The SQLite file of counts: buckets of ten minutes, and of days once they are old.
+
+    It has one table, with a row for each combination of KEYS. Several processes may write to it.
+    """
+
+    # 'qwnp', in the header of the file.
+    APPLICATION_ID, VERSION = 0x71776E70, 1
+    KEYS = ("bucket", "route", "provider", "model", "client", "outcome")
+    TOKENS = ("input_tokens", "cached_tokens", "output_tokens", "reasoning_tokens")
+    SUMS = ("requests", *TOKENS, "first_ms", "whole_ms")
+    # Seconds, and days.
+    BUCKET, DAY, KEEP = 600, 86_400, 90
+    # Wait so long for another process that writes; only the writing thread and readers do.
+    BUSY = 2.0
+    TABLE = (
+        f"CREATE TABLE IF NOT EXISTS buckets ({', '.join(KEYS + SUMS)}, "
+        f"PRIMARY KEY ({', '.join(KEYS)})) WITHOUT ROWID"
+    )
+    ADD = (
+        f"INSERT INTO buckets VALUES ({', '.join('?' * len(KEYS + SUMS))}) "
+        f"ON CONFLICT ({', '.join(KEYS)}) DO UPDATE SET "
+        + ", ".join(f"{name} = {name} + excluded.{name}" for name in SUMS)
+    )
+    # The first second of a day here, of a time and days before it.
+    MIDNIGHT = (
+        "CAST(strftime('%s', date(?, 'unixepoch', 'localtime', ? || ' days'), 'utc') AS INTEGER)"
+    )
+    # Noon, so that a day stays the same one in most other time zones.
+    MERGE = (
+        "DROP TABLE IF EXISTS temp.old",
+        "CREATE TEMP TABLE old AS SELECT CAST(strftime('%s', date(bucket, 'unixepoch', "
+        "'localtime') || ' 12:00', 'utc') AS INTEGER) AS day, "
+        f"{', '.join(KEYS[1:])}, {', '.join(f'sum({name})' for name in SUMS)} FROM buckets "
+        f"WHERE bucket < {MIDNIGHT} GROUP BY day, {', '.join(KEYS[1:])}",
+        f"DELETE FROM buckets WHERE bucket < {MIDNIGHT}",
+        "INSERT INTO buckets SELECT * FROM old",
+    )
+
+    def __init__(self, path: str):
+        self.path = path
+        self._connection: Any = None
+        self._next_merge = 0.0
+
+    def add(self, rows: Iterable[tuple[Any, ...]]) -> None:
+        """Add rows of KEYS and SUMS; raises sqlite3.Error and others, and adds none then."""
+        if not os.path.exists(self.path):
+            self.close()
+        try:
+            connection = self._connection = self._connection or self._open()
+            connection.execute("BEGIN IMMEDIATE")
+            if time.monotonic() > self._next_merge:
+                self._merge(connection)
+            connection.executemany(self.ADD, rows)
+            connection.execute("COMMIT")
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close it; what was not committed is undone."""
+        connection, self._connection = self._connection, None
+        if connection:
+            connection.close()
+
+    def _open(self) -> Any:
+        # Here, since it costs every start some milliseconds, and some Pythons have none.
+        import sqlite3
+
+        os.makedirs(os.path.dirname(os.path.abspath(self.path)), 0o700, exist_ok=True)
+        # SQLite would follow the umask.
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        self.check_regular(self.path)
+        self._connection = connection = sqlite3.connect(
+            self.path, timeout=self.BUSY, isolation_level=None
+        )
+        if self.is_empty(connection):
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.executescript(
+                f"BEGIN IMMEDIATE; {self.TABLE}; PRAGMA user_version = {self.VERSION}; "
+                f"PRAGMA application_id = {self.APPLICATION_ID}; COMMIT"
+            )
+        # With WAL the end of the program loses nothing so, that of the machine the last moments.
+        connection.execute("PRAGMA synchronous = NORMAL")
+        return connection
+
+    @staticmethod
+    def check_regular(path: str) -> None:
+        """Raise ValueError for a pipe, which SQLite would wait for, and for what is no file."""
+        if not os.path.isfile(path):
+            raise ValueError("it is not a regular file")
+
+    @classmethod
+    def is_empty(cls, connection: Any, schema: str = "main") -> bool:
+        """Return whether nothing is in a file yet; raises ValueError for one that is not ours."""
+        number, version, tables = (
+            connection.execute(sql).fetchone()[0]
+            for sql in (
+                f"PRAGMA {schema}.application_id",
+                f"PRAGMA {schema}.user_version",
+                f"SELECT count(*) FROM {schema}.sqlite_master",
+            )
+        )
+        if (tables or version) and number != cls.APPLICATION_ID:
+            raise ValueError("it is another program's")
+        if version > cls.VERSION:
+            raise ValueError("a newer qwen_proxy has written it")
+        return not tables
+
+    def _merge(self, connection: Any) -> None:
+        """Merge old buckets into days.
+
+        Old by the newest bucket, too: a clock that is years ahead must not merge this week.
+        """
+        newest = connection.execute("SELECT max(bucket) FROM buckets").fetchone()[0] or 0
+        for statement in self.MERGE:
+            values = (min(newest, time.time()), -self.KEEP)
+            connection.execute(statement, values[: statement.count("?")])
+        self._next_merge = time.monotonic() + self.DAY
+
+
+# What `usage` and /usage can group by, and what they show of a group. A client that left, 499, is
+# no error.
+GROUPS = {
+    "day": "date(bucket, 'unixepoch', 'localtime')",
+    "model": "model",
+    "provider": "provider",
+    "client": "client",
+}
+MEASURES = {
+    **{name: f"sum({name})" for name in CountsFile.SUMS[:5]},
+    "errors": "sum(requests * (outcome >= 400 AND outcome <> 499))",
+    "tokens_per_second": "round(1000.0 * sum(output_tokens * (outcome < 400)) / "
+    "sum((whole_ms - first_ms) * (outcome < 400)), 1)",
+}
+# The spans of time that plans are sold by.
+WINDOWS = {
+    "last 5 hours": 5 * 3600,
+    "7 days": 7 * CountsFile.DAY,
+    "30 days": 30 * CountsFile.DAY,
+}
+
+
+def read_counts(
+    path: str | None, by: Iterable[str], days: int, rows: Iterable[tuple[Any, ...]] = ()
+) -> Json:
+    """Return the counts of a file, if there is one, and of rows that are in none yet.
+
+    groups are those of the last days, today included; windows those of each provider in WINDOWS.
+    Raises ValueError for a file that is not ours, sqlite3.Error, ImportError.
+    """
+    import sqlite3
+
+    memory = sqlite3.connect(":memory:", timeout=CountsFile.BUSY, uri=True)
+    with contextlib.closing(memory) as connection:
+        connection.execute(CountsFile.TABLE)
+        connection.executemany(CountsFile.ADD, rows)
+        connection.commit()
+        sources = ["SELECT * FROM main.buckets"]
+        if path and os.path.exists(path):
+            CountsFile.check_regular(path)
+            url = urllib.request.pathname2url(os.path.abspath(path))
+            connection.execute("ATTACH ? AS file", (f"file:{url}?mode=ro",))
+            if not CountsFile.is_empty(connection, "file"):
+                sources.append("SELECT * FROM file.buckets")
+        connection.execute(f"CREATE TEMP VIEW counts AS {' UNION ALL '.join(sources)}")
+
+        def select(names: Iterable[str], where: str, *values: float) -> list[Json]:
+            columns = {**{name: GROUPS[name] for name in names}, **MEASURES}
+            places = ", ".join(str(place + 1) for place, _ in enumerate(names))
+            sql = f"SELECT {', '.join(columns.values())} FROM counts WHERE {where}"
+            found = connection.execute(f"{sql} GROUP BY {places} ORDER BY {places}", values)
+            return [dict(zip(columns, row)) for row in found]
+
+        now = time.time()
+        windows = [
+            {"provider": row["provider"], "window": window, **row}
+            for window, seconds in WINDOWS.items()
+            # A bucket that only reaches into the window counts: better too early than too late.
+            for row in select(
+                ["provider"],
+                "bucket > ? AND bucket <= ? AND provider <> ''",
+                now - seconds - CountsFile.BUCKET,
+                now,
+            )
+        ]
+        return {
+            "groups": select(by, f"bucket >= {CountsFile.MIDNIGHT}", now, 1 - days),
+            "windows": sorted(windows, key=lambda row: str(row["provider"])),
+        }
+
+
+class Ledger:
+    """Counts what requests used: since the start in memory, over time in a file; never a text.
+
+    Any thread adds; one thread writes, so that no request waits for the disk. What cannot be
+    written stays in memory.
+    """
+
+    # What asks a model; other routes are counted since the start only.
+    ROUTES = frozenset(
+        f"POST {path}"
+        for path in ("/chat/completions", "/completions", "/embeddings", "/responses")
+    )
+    # Between writes, and after one that failed.
+    PAUSE, RETRY = 0.4, 30.0
+    # Names come from outside: so many of a kind, then 'other'; their length.
+    MOST_NAMES, MAX_NAME = 200, 100
+    # That are not in the file; the oldest give way.
+    MOST_ROWS = 50_000
+    # Of the histograms, in seconds.
+    BOUNDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+    LABELS = ("route", "provider", "model", "status", "le")
+
+    def __init__(self, path: str | None = None):
+        self.path, self.problem = path, ""
+        self._lock, self._file_lock = threading.Lock(), threading.Lock()
+        self._pending: dict[tuple[Any, ...], list[int]] = {}
+        # Of route, provider, model, outcome: SUMS, and both histograms.
+        self._totals: dict[tuple[Any, ...], list[int]] = {}
+        self._names: list[dict[str, str]] = [{}, {}, {}]
+        self._file, self._retry_at = CountsFile(path or ""), 0.0
+        self._news, self._end = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        if path:
+            self._thread.start()
+
+    def add(
+        self,
+        route: str,
+        names: tuple[str, str, str],
+        outcome: int,
+        tokens: tuple[int, ...] = (0, 0, 0, 0),
+        spans: tuple[float | None, ...] = (),
+    ) -> None:
+        """Count a request.
+
+        names are those of the provider, the model and the client; spans are the seconds to the
+        first byte of the answer and to its end, None where there was none.
+        """
+        bucket = int(time.time()) // CountsFile.BUCKET * CountsFile.BUCKET
+        times = [round(1000 * (seconds or 0)) for seconds in spans] or [0, 0]
+        sums = [1, *tokens, *times]
+        size = len(self.BOUNDS) + 1
+        with self._lock:
+            provider, model, client = map(self._bounded, self._names, names)
+            total = self._added(self._totals, (route, provider, model, outcome), sums, 2 * size)
+            for place, seconds in enumerate(spans):
+                if seconds is not None:
+                    bound = bisect.bisect_left(self.BOUNDS, seconds)
+                    total[len(sums) + place * size + bound] += 1
+            if route in self.ROUTES:
+                row = (bucket, route, provider, model, client, outcome)
+                self._added(self._pending, row, sums)
+                if len(self._pending) > self.MOST_ROWS:
+                    del self._pending[next(iter(self._pending))]
+        if not self._news.is_set():
+            self._news.set()
+
+    @staticmethod
+    def _added(
+        rows: dict[tuple[Any, ...], list[int]], key: tuple[Any, ...], sums: list[int], more: int = 0
+    ) -> list[int]:
+        row = rows.get(key) or rows.setdefault(key, [0] * (len(sums) + more))
+        row[: len(sums)] = map(operator.add, row, sums)
+        return row
+
+    def _bounded(self, known: dict[str, str], name: str) -> str:
+        if name not in known and len(known) >= self.MOST_NAMES:
+            return "other"
+        return known.get(name) or known.setdefault(name, public(shorten(name, self.MAX_NAME)))
+
+    # -- the file --------------------------------------------------------------------------------
+
+    def close(self, seconds: float) -> None:
+        """Write what is still to be written, if that takes no longer."""
+        self._end.set()
+        self._news.set()
+        if self.path:
+            self._thread.join(seconds)
+
+    def _run(self) -> None:
+        is_last = False
+        while not is_last:
+            self._news.wait(self.RETRY if self.problem else None)
+            self._end.wait(self.PAUSE)
+            self._news.clear()
+            is_last = self._end.is_set()
+            if self._pending and (is_last or time.monotonic() >= self._retry_at):
+                self._write()
+        self._file.close()
+
+    def _write(self) -> None:
+        with self._file_lock:
+            with self._lock:
+                pending, self._pending = self._pending, {}
+            try:
+                self._file.add([(*key, *sums) for key, sums in pending.items()])
+                self.problem = ""
+            except Exception as error:
+                with self._lock:
+                    for key, sums in pending.items():
+                        self._added(self._pending, key, sums)
+                self._retry_at = time.monotonic() + self.RETRY
+                if not self.problem:
+                    log.warning("%s: %s; usage is counted in memory", self.path, reason_of(error))
+                self.problem = reason_of(error)
+
+    # -- what is told ----------------------------------------------------------------------------
+
+    def report(self, by: Iterable[str] = ("day",), days: int = 30) -> Json:
+        """Return the object of /usage."""
+        counts: Json = {}
+        problem = self.problem
+        # Not in the middle of a write: a count would be in both places, or in none.
+        with self._file_lock:
+            with self._lock:
+                rows = [(*key, *sums) for key, sums in self._pending.items()]
+            # What is in memory is told, too, if the file cannot be read.
+            for path in (self.path, None):
+                try:
+                    counts = counts or read_counts(path, by, days, rows)
+                except Exception as error:
+                    problem = problem or reason_of(error)
+        facts = {"file": self.path, "problem": problem or None, "days": days}
+        return {**facts, "since_start": self.since_start(), "groups": [], "windows": [], **counts}
+
+    def since_start(self) -> Json:
+        """Return the sums since the start."""
+        rows = [
+            (*row[:5], row[0] if outcome >= 400 and outcome != 499 else 0)
+            for (route, _, _, outcome), row in self._snapshot()
+            if route in self.ROUTES
+        ]
+        return dict(zip(MEASURES, map(sum, zip([0] * 6, *rows))))
+
+    def summary(self) -> str:
+        """Return the sums since the start as the last words of the program."""
+        sums = self.since_start()
+        return (
+            f"{sums['requests']:,} requests, {sums['input_tokens']:,}+{sums['output_tokens']:,} "
+            f"tokens ({sums['cached_tokens']:,} cached), {sums['errors']:,} errors"
+        )
+
+    def _snapshot(self) -> list[tuple[tuple[Any, ...], list[int]]]:
+        with self._lock:
+            return [(key, list(row)) for key, row in sorted(self._totals.items())]
+
+    def metrics(self, gauges: Iterable[tuple[str, str, float]]) -> str:
+        """Return the text of /metrics; gauges are name, help and value."""
+        requests: dict[tuple[Any, ...], list[int]] = {}
+        tokens: dict[tuple[Any, ...], list[int]] = {}
+        for (route, provider, model, outcome), row in self._snapshot():
+            self._added(requests, (route, provider, model, f"{outcome // 100}xx"), row)
+            self._added(tokens, (provider, model), row[1:5])
+        text = "Requests, one for each provider that was asked."
+        counts = (("", key, row[0]) for key, row in requests.items())
+        lines = metric("requests_total", "counter", text, self.LABELS, counts)
+        text = "Tokens as the upstream counts them; cached is in input, reasoning in output."
+        counts = (
+            ("", (*key, name.partition("_")[0]), count)
+            for key, row in tokens.items()
+            for name, count in zip(CountsFile.TOKENS, row)
+            if any(row)
+        )
+        lines += metric("tokens_total", "counter", text, ("provider", "model", "kind"), counts)
+        for place, name in enumerate(("first_byte_seconds", "duration_seconds")):
+            text = f"Time to the {'end' if place else 'first byte'} of the answer."
+            samples = self._histogram(requests, place)
+            lines += metric(name, "histogram", text, self.LABELS, samples)
+        for name, text, value in gauges:
+            lines += metric(name, "gauge", text, (), [("", (), value)])
+        return "\n".join(lines) + "\n"
+
+    def _histogram(
+        self, rows: dict[tuple[Any, ...], list[int]], place: int
+    ) -> Iterator[tuple[str, tuple[Any, ...], float]]:
+        bounds = (*self.BOUNDS, "+Inf")
+        start = len(CountsFile.SUMS) + place * len(bounds)
+        for key, row in rows.items():
+            counts = list(itertools.accumulate(row[start : start + len(bounds)]))
+            for bound, count in zip(bounds, counts):
+                yield "_bucket", (*key, bound), count
+            yield "_sum", key, row[5 + place] / 1000
+            yield "_count", key, counts[-1]
+
+
+def metric(
+    name: str,
+    kind: str,
+    text: str,
+    labels: tuple[str, ...],
+    samples: Iterable[tuple[str, tuple[Any, ...], float]],
+) -> list[str]:
+    """Return the lines of a metric in Prometheus' text format; samples are suffix, labels, value.
+
+    >>> metric("n", "gauge", "Help.", ("a",), [("", ('x"y',), 1)])[-1]
+    'qwen_proxy_n{a="x\\\\"y"} 1'
+    """
+    lines = [f"# HELP qwen_proxy_{name} {text}", f"# TYPE qwen_proxy_{name} {kind}"]
+    for suffix, values, value in samples:
+        escaped = (str(each).replace("\\", "\\\\").replace('"', '\\"') for each in values)
+        inner = ",".join(f'{label}="{each}"' for label, each in zip(labels, escaped))
+        lines.append(f"qwen_proxy_{name}{suffix}{f'{{{inner}}}' if inner else ''} {value}")
+    return lines
 
 
 # ------------------------------------------------------------------------------------------------
