@@ -30,7 +30,7 @@ Start reading at Handler.serve, which is the life of a request:
     exchange.open_all   access token ('Credentials'), the request in Qwen's dialect ('Requests'),
                         repair, retry and failover, all before the first byte: 'Upstream'
     relay               bytes to events ('Event streams') to clean chunks ('Answers') to the client
-    exchange.finish     usage and the log line
+    proxy.note          the log line and the counts: 'Ledger'
 
 Each section uses only those above it; 'Event streams' to 'Responses API' do no I/O.
 
@@ -3641,7 +3641,9 @@ class Call:
 
     All that happens here is before the first byte of an answer: one refresh after a 401, some
     repairs of a refused body, some retries, and the next provider. api is one of the classes that
-    ENDPOINTS lists; notes are what was given up or repaired, for the log.
+    ENDPOINTS lists; notes are what was given up or repaired, for the log; answers are those that
+    began, moved are the targets that another one stood in for, with what they answered, and target
+    is the last one that was tried.
     """
 
     # A body may be repaired this often: one reason for a refusal may hide another.
@@ -3670,6 +3672,9 @@ class Call:
         self._prepared_for: Target | None = None
         self._response: UpstreamResponse | None = None
         self.notes: list[str] = []
+        self.target: Target | None = None
+        self.answers: list[Answer] = []
+        self.moved: dict[Target | None, int] = {}
 
     def close(self) -> None:
         """Be done with the answer."""
@@ -3685,6 +3690,7 @@ class Call:
         targets = sorted(targets, key=lambda target: target.provider.cooldown_until > now)
         deadline = now + self.DEADLINE
         for target, following in zip(targets, [*targets[1:], None]):
+            self.target = target
             try:
                 answer = self._open_on(target, deadline, following is None)
                 target.provider.refusal = None
@@ -3693,11 +3699,14 @@ class Call:
                 target.provider.note(error)
                 if not following or not error.moves_on or time.monotonic() > deadline:
                     raise
+                self.moved[target] = error.status
                 provider = target.provider
                 if not isinstance(error, BadRequest):
                     provider.cooldown_until = time.monotonic() + self.COOLDOWN
                 other = following.provider.name
-                log.warning("%s: %s; trying %s", provider.name, error.message, other)
+                rests = provider.cooldown_until > time.monotonic()
+                rest = f"it rests for {self.COOLDOWN} s, " if rests else ""
+                log.warning("%s: %s; %strying %s", provider.name, error.message, rest, other)
         raise ValueError("open() needs a target")
 
     def _open_on(self, target: Target, deadline: float, is_last: bool) -> Answer:
@@ -3755,6 +3764,7 @@ class Call:
                 raise self._refused(response, target)
             decoder = self._api.decoder(self._request, target)
             answer = Answer(response, target, decoder, self._waiter)
+            self.answers.append(answer)
             answer.begin()
             self._response = response
             return answer
@@ -7257,10 +7267,11 @@ class ChatApi:
     def writer(self, request: Json, out: Any, target: Target) -> Any:
         """Return what writes the answer to the client."""
         is_stream = request.get("stream") is True
-        return Writer(out) if is_stream else CollectingWriter(out, self._collector())
+        return Writer(out) if is_stream else CollectingWriter(out, self.collector())
 
     @staticmethod
-    def _collector() -> CompletionCollector:
+    def collector() -> CompletionCollector:
+        """Return what makes one answer of the chunks."""
         return CompletionCollector()
 
 
@@ -7282,7 +7293,8 @@ class TextApi(ChatApi):
         return AnswerDecoder(TextTranslator(request, target))
 
     @staticmethod
-    def _collector() -> CompletionCollector:
+    def collector() -> CompletionCollector:
+        """Return what makes one answer of the chunks."""
         return TextCollector()
 
 
@@ -8896,8 +8908,10 @@ class ClientReader(io.RawIOBase):
 class Exchange:
     """One request of a client, from its head to its log line.
 
-    What came: method, path, headers, key; where it went: target; what was answered: status, usage,
-    error, notes. The log line is made from it. It knows the framing of both directions (RFC 9112).
+    What came: method, path, headers, key; when: started, began (the first byte of the answer),
+    ended; where it went: target, outcomes (of every target that was asked); what was answered:
+    status, tokens (by target), error, notes. The log line and the ledger read it. It knows the
+    framing of both directions (RFC 9112).
     """
 
     # A client's connection between requests; from the first byte of a request to the end of its
@@ -8931,7 +8945,8 @@ class Exchange:
         self._max_body = max_body
         self.method = self.path = self.key = ""
         self.headers: dict[str, str] = {}
-        self.started = time.monotonic()
+        self.started = self.ended = time.monotonic()
+        self.began: float | None = None
         self.is_busy = False
         self.closes = True
         self._is_http_1_0 = self._is_chunked = self._unread = False
@@ -8945,7 +8960,8 @@ class Exchange:
         self._head_sent = False
         self.status = 0
         self.target: Target | None = None
-        self.usage: Json | None = None
+        self.outcomes: dict[Target | None, int] = {}
+        self.tokens: dict[Target | None, tuple[int, ...]] = {}
         self.error: ProxyError | None = None
         self.notes: list[str] = []
 
@@ -9150,8 +9166,8 @@ class Exchange:
     # -- the answer ------------------------------------------------------------------------------
 
     def begin(self, answer: Answer) -> None:
-        """Note who answers; for a stream the head goes out."""
-        self.target = answer.target
+        """Note who answers, and when; for a stream the head goes out."""
+        self.target, self.began = answer.target, time.monotonic()
         self._adopt_request_id(answer.response.headers.get("x-request-id"))
         if not self._head_sent:
             self._more_headers = [("x-qwen-provider", answer.target.provider.name)]
@@ -9212,14 +9228,18 @@ class Exchange:
         else:
             self._write(b"0\r\n\r\n")
 
-    def finish(self, answers: list[Answer]) -> None:
-        """Note the usage, and let the upstream's connections be used again."""
-        used = [answer.decoder.usage or {} for answer in answers]
-        names = ("prompt_tokens", "total_tokens")
-        totals = {name: sum(usage.get(name, 0) for usage in used) for name in names}
-        self.usage = used[0] if len(used) == 1 else totals
-        for answer in answers:
-            answer.response.drain()
+    def tally(self, calls: list[Call]) -> None:
+        """Note what the calls came to, however they ended."""
+        self.notes += [note for call in calls for note in call.notes]
+        self.target = self.target or calls[0].target
+        for call in calls:
+            self.outcomes.update(call.moved)
+            for answer in call.answers:
+                self.outcomes.setdefault(answer.target, 200)
+                if answer.decoder.usage:
+                    used = tokens_of(answer.decoder.usage)
+                    before = self.tokens.get(answer.target, (0, 0, 0, 0))
+                    self.tokens[answer.target] = tuple(map(operator.add, before, used))
 
     def open_all(self, calls: list[Call], targets: list[Target]) -> list[Answer]:
         """Open all calls, a few of them at a time; when one fails, the others end."""
@@ -9264,6 +9284,7 @@ class Exchange:
             error = BadRequest("the request did not arrive in time", 408)
         elif isinstance(error, (ClientGone, OSError)) or not self.is_busy:
             self.closes, self.status = True, 499
+            self.notes.append(self._left())
             return
         elif not isinstance(error, ProxyError):
             self.closes = True
@@ -9280,23 +9301,65 @@ class Exchange:
             self.status = error.status
             self.writer.error(error)
 
+    def _left(self) -> str:
+        """Return when the client left."""
+        if self.began is not None:
+            return f"the client left {time.monotonic() - self.began:.1f} s after the first byte"
+        waited = "while it waited for the first byte" if self.target else "before it was served"
+        return f"the client left {waited}"
+
+    def log_level(self) -> int:
+        """Return how serious it is: an error of ours, one that the client feels, or none."""
+        is_ours = self.status == 500 and type(self.error) is ProxyError
+        is_felt = self.status >= 400 and self.status != 499
+        return logging.ERROR if is_ours else logging.WARNING if is_felt else logging.INFO
+
     def log_line(self) -> str:
         """Return what the log says of it."""
-        if self.error:
-            note = self.error.message
-        elif self.target:
-            note = f"{self.target.model} via {self.target.provider.name}"
-            used = self.usage or {}
-            counts = (used.get("prompt_tokens", "?"), used.get("completion_tokens", "?"))
-            note += f", {counts[0]}+{counts[1]} tokens"
-        else:
-            note = ""
-        path = shorten(self.path.partition("?")[0], 100)
-        seconds = time.monotonic() - self.started
-        line = f"{self.method or '?'} {path or '?'} {self.status or 499} {seconds:.2f}s"
+        seconds, path = self.ended - self.started, shorten(self.path.partition("?")[0], 100)
+        words = [self.method or "?", path or "?", str(self.status)]
+        if self.target:
+            words.append(f"{shorten(self.target.model, 100)} via {self.target.provider.name}")
+        words.append(f"{seconds:.2f}s")
+        if self.began is not None:
+            words.append(f"first {self.began - self.started:.2f}s")
+        if self.tokens:
+            words.append(self._tokens_text())
+        words.append(self.client)
         attempt = self.headers.get("x-stainless-retry-count", "0")
-        again = f" (the client's attempt {attempt[:4]})" if attempt != "0" else ""
-        return f"{line}{' ' + shorten(note, 300) if note else ''}{again}"
+        if attempt != "0":
+            words.append(f"(the client's attempt {attempt[:4]})")
+        notes = dict.fromkeys([*([self.error.message] if self.error else []), *self.notes])
+        return " ".join(words) + (": " + shorten("; ".join(notes), 300) if notes else "")
+
+    def _tokens_text(self) -> str:
+        given, cached, made, thoughts = map(sum, zip(*self.tokens.values()))
+        parts = [(cached, "cached"), (thoughts, "thoughts")]
+        details = ", ".join(f"{count} {name}" for count, name in parts if count)
+        seconds = self.ended - (self.began or self.started)
+        # At once is no speed.
+        speed = f" {made / seconds:.0f}/s" if made and seconds > 0.05 else ""
+        return f"{given}+{made} tokens{f' ({details})' if details else ''}{speed}"
+
+    @property
+    def client(self) -> str:
+        """The client's program, and which key it has."""
+        product = product_of(self.headers.get("user-agent", ""))
+        return f"{product} ({self.key})" if self.key else product
+
+    def count(self, ledger: Ledger) -> None:
+        """Count it: once for each provider that was asked."""
+        path = ""
+        with contextlib.suppress(BadRequest):
+            path = self.route()
+        path = "/models/{id}" if path.startswith("/models/") else path
+        route = f"{self.method} {path}" if self.method in ENDPOINTS.get(path, {}) else "other"
+        first = None if self.began is None else self.began - self.started
+        for target, outcome in {**self.outcomes, self.target: self.status}.items():
+            names = (target.provider.name, target.model) if target else ("", "")
+            tokens = self.tokens.get(target, (0, 0, 0, 0))
+            spans = (first, self.ended - self.started) if target is self.target else ()
+            ledger.add(route, (*names, self.client), outcome, tokens, spans)
 
     def user_agent(self) -> str:
         """Return the client's own name, then ours.
@@ -9336,13 +9399,26 @@ def fault_of_ours(error: BaseException) -> ProxyError:
     return ProxyError(f"an internal error of qwen_proxy ({name}); its log says where")
 
 
-def relay(answer: Answer, writer: Any, place: int = 0) -> None:
-    """Push an answer through to the client, piece by piece as it comes."""
-    answer.deliver(writer.part(place))
+def relay(answer: Answer, writer: Any, place: int = 0, collector: Any = None) -> None:
+    """Push an answer through to the client, piece by piece as it comes.
+
+    With a collector, which is there for --log-level debug, the log shows the whole.
+    """
+    feed = writer.part(place)
+    answer.deliver(functools.partial(feed_both, collector, feed) if collector else feed)
     writer.flush()
     while not answer.is_over:
         answer.pump()
         writer.flush()
+    if collector:
+        log.debug("answer: %s", excerpt(collector.completion(answer.decoder.usage)))
+
+
+def feed_both(collector: CompletionCollector, feed: Callable[[Chunk], None], chunk: Chunk) -> None:
+    """Give a chunk to a collector and to a writer."""
+    if chunk.value["choices"]:
+        collector.feed(chunk.value)
+    feed(chunk)
 
 
 # Path (without /v1), method: the class of an API, or the method of Handler.
@@ -9396,12 +9472,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.exchange = exchange = self._new_exchange()
         try:
             if exchange.read_head():
+                path = exchange.path.partition("?")[0]
+                log.debug("%s %s from %s", exchange.method, path, exchange.client)
                 self.serve(exchange)
         except Exception as error:
             exchange.fail(error)
         finally:
             if exchange.is_busy:
-                log.info("%s", exchange.log_line())
+                self.proxy.note(exchange)
             exchange.is_busy = False
             self.close_connection = exchange.closes or self.proxy.is_stopping
             if self.close_connection:
@@ -9417,13 +9495,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         request = api.check(exchange.read_json())
         targets = proxy.targets(request.get("model"))
         exchange.writer = api.writer(request, exchange, targets[0])
+        is_shown = log.isEnabledFor(logging.DEBUG) and not isinstance(api, EmbeddingsApi)
+        collector = api.collector() if is_shown else None
         with proxy.calls(api, request, targets, exchange) as calls:
             answers = exchange.open_all(calls, targets)
             exchange.begin(answers[0])
             for place, answer in enumerate(answers):
-                relay(answer, exchange.writer, place)
+                relay(answer, exchange.writer, place, collector)
             exchange.writer.close(answers[0].decoder.usage)
-            exchange.finish(answers)
+            for answer in answers:
+                answer.response.drain()
 
     def check_access(self, exchange: Exchange) -> None:
         """Raise ProxyError for a Host, a web page or a declared type that may not pass."""
@@ -9680,6 +9761,8 @@ class ProxyServer:
             where = f"cannot listen on {options.host or 'all addresses'} port {options.port}"
             reason = f"{where}: {reason_of(error)}; choose {ways_out}"
             raise OSError(error.errno, reason) from error
+        # Last, since its thread would outlive a port that is taken.
+        self.ledger = Ledger(options.usage_file)
 
     @property
     def port(self) -> int:
@@ -9756,6 +9839,7 @@ class ProxyServer:
         self._lists.close()
         self.upstream.close()
         LockFile.release_all()
+        self.ledger.close(max(0.5, end - time.monotonic()))
         self._stopped.set()
 
     def _wait_until_idle(self, end: float) -> None:
@@ -9785,9 +9869,17 @@ class ProxyServer:
             yield calls
         finally:
             self._waiters.difference_update(waiters)
-            exchange.notes = [note for call in calls for note in call.notes]
+            exchange.tally(calls)
             for call in calls:
                 call.close()
+
+    def note(self, exchange: Exchange) -> None:
+        """Write the log line of an exchange that is over, and count it."""
+        exchange.ended, exchange.status = time.monotonic(), exchange.status or 499
+        level = exchange.log_level()
+        if log.isEnabledFor(level):
+            log.log(level, "%s", exchange.log_line())
+        exchange.count(self.ledger)
 
     def targets(self, model: Any) -> list[Target]:
         """Return where a model can be had, by the list that /v1/models shows.
@@ -10237,7 +10329,9 @@ class LogListener(logging.handlers.QueueListener):
 def logged_to(stream: Any, level: str) -> Iterator[None]:
     """Write the log to a stream from a thread of its own; whatever ends the program, all of it."""
     writer = logging.StreamHandler(stream)
-    writer.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
+    writer.setFormatter(
+        logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%Y-%m-%d %H:%M:%S")
+    )
     handler = LogQueue()
     listener = LogListener(handler.lines, writer)
     root = logging.getLogger()
@@ -10291,7 +10385,9 @@ def server_for(options: Options, environ: Mapping[str, str] | None = None) -> Pr
     nowhere = os.path.join(tempfile.gettempdir(), folder)
     model = options.model or DEMO_MODEL
     url = DemoServer.start()
-    options = options._replace(base_url=url, provider=None, model=model, qwen_home=nowhere)
+    options = options._replace(
+        base_url=url, provider=None, model=model, qwen_home=nowhere, usage_file=None
+    )
     return ProxyServer(options, {"OPENAI_API_KEY": "demo", "HOME": nowhere})
 
 
@@ -10314,6 +10410,7 @@ def make_server(
     max_connections: int = MAX_CONNECTIONS,
     max_body: int = MAX_BODY_MIB,
     grace: float = GRACE,
+    usage_file: str | None = None,
     demo: bool = False,
     environ: Mapping[str, str] | None = None,
 ) -> ProxyServer:
@@ -10340,6 +10437,7 @@ def make_server(
         max_connections  the next one gets 503
         max_body         MiB of the largest request
         grace            seconds from shutdown() to the end, for running answers
+        usage_file       where counts are kept; in memory only without one
         demo             a built-in stand-in answers instead of Qwen
         environ          stands in for os.environ
 
@@ -10352,8 +10450,10 @@ def make_server(
 
 def cmd_serve(options: Options) -> int:
     """Serve until a signal; running answers get some seconds then, a second signal ends at once."""
+    is_kept = not (options.no_usage or options.demo)
+    path = counts_path(options, os.environ) if is_kept else None
     try:
-        server = server_for(options)
+        server = server_for(options._replace(usage_file=path))
     except (OSError, ValueError) as error:
         say(reason_of(error))
         return 2
@@ -10361,7 +10461,7 @@ def cmd_serve(options: Options) -> int:
         tune_process()
         say(*banner(server))
         server.serve_forever()
-    if not last_words("stopped"):
+    if not last_words(f"stopped after {server.ledger.summary()}"):
         # The interpreter would wait for stderr at its end.
         os._exit(0)
     return 0
