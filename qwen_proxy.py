@@ -9429,6 +9429,8 @@ ENDPOINTS: dict[str, dict[str, Any]] = {
     "/responses": {"POST": ResponsesApi, "GET": "get_responses"},
     "/models": {"GET": "get_models"},
     "/models/{id}": {"GET": "get_model"},
+    "/usage": {"GET": "get_usage"},
+    "/metrics": {"GET": "get_metrics"},
     "/health": {"GET": "get_health"},
     "/favicon.ico": {"GET": "get_icon"},
     "/": {"GET": "get_root"},
@@ -9616,6 +9618,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def get_icon(self, exchange: Exchange) -> None:
         """Answer a browser's GET /favicon.ico: there is none."""
         exchange.send(204, [], b"")
+
+    def get_usage(self, exchange: Exchange) -> None:
+        """Answer GET /usage, with ?by= and ?days= as the options of the command."""
+        query = dict(urllib.parse.parse_qsl(exchange.path.partition("?")[2]))
+        by = list(dict.fromkeys(query.get("by", "day").split(",")))
+        days = query.get("days", "30")
+        if not set(by) <= set(GROUPS) or not re.match(r"[1-9][0-9]{0,3}\Z", days):
+            groups = ", ".join(GROUPS)
+            raise BadRequest(f"by must be of {groups}, and days a number from 1 to 9999")
+        exchange.send_json(200, self.proxy.ledger.report(by, int(days)))
+
+    def get_metrics(self, exchange: Exchange) -> None:
+        """Answer GET /metrics."""
+        text = self.proxy.ledger.metrics(self.proxy.gauges())
+        content_type = "text/plain; version=0.0.4; charset=utf-8"
+        exchange.send(200, [("Content-Type", content_type)], text.encode())
 
     def get_root(self, exchange: Exchange) -> None:
         """Answer GET /."""
@@ -9956,6 +9974,17 @@ class ProxyServer:
             "login": {name: login[name] for name in names if name in login},
             "last_refusal": next(filter(None, (provider.refusal for provider in asked)), None),
         }
+
+    def gauges(self) -> list[tuple[str, str, float]]:
+        """Return what /metrics shows of this moment: name, help, value."""
+        health = self.health()
+        expiry = health["login"].get("expires_at")
+        name, text = "login_expiry_timestamp_seconds", "When the access token expires."
+        return [
+            ("in_flight", "Requests that wait for the upstream.", health["in_flight"]),
+            ("start_time_seconds", "When the server started.", round(self._started, 3)),
+            *([(name, text, expiry)] if expiry else []),
+        ]
 
 
 def checked_options(values: Mapping[str, Any]) -> Options:
