@@ -7,13 +7,15 @@ The login that the Qwen Code CLI keeps on this machine becomes an OpenAI-compati
     python3 qwen_proxy.py --demo           a built-in stand-in answers, no account needed
     python3 qwen_proxy.py login            log in with the browser (writes oauth_creds.json)
     python3 qwen_proxy.py status           what would happen to a request now, and why
+    python3 qwen_proxy.py usage            what was used: requests and tokens by day and plan window
 
 What it touches
     reads     ~/.qwen/oauth_creds*.json, settings.json, trustedFolders.json and .env (QWEN_HOME
               moves them), ~/.env, the system settings of Qwen Code, .qwen/settings.json of a
               trusted working directory and the nearest .env in it or above
     writes    ~/.qwen/oauth_creds.json (mode 0600) when the access token is refreshed, and while it
-              does so ~/.qwen/oauth_creds.lock and a temporary file beside it; nothing else
+              does so ~/.qwen/oauth_creds.lock and a temporary file beside it; counts of what was
+              used, ~/.qwen/qwen_proxy.sqlite3 (mode 0600; --no-usage: none); nothing else
     connects  to chat.qwen.ai for log-in and refresh, and to the base URL of the provider in use,
               over the forward proxy of the environment if there is one; see 'Constants'
     listens   on 127.0.0.1 and ::1, port 8080, unless told otherwise
@@ -10149,12 +10151,13 @@ class DemoServer(http.server.ThreadingHTTPServer):
 # Command line
 # ------------------------------------------------------------------------------------------------
 
-COMMANDS = ("serve", "login", "status")
+COMMANDS = ("serve", "login", "status", "usage")
 HELP = """\
 commands:
   serve                       listen on --port and answer (the default)
   login                       log in with the browser; only for the OAuth tier that has ended
   status                      what would happen to a request now, and why; spends no quota
+  usage                       what was used: requests and tokens by day and plan window
 
 examples:
   DASHSCOPE_API_KEY=YOUR_KEY python3 qwen_proxy.py --provider dashscope-intl
@@ -10179,7 +10182,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser for all commands; `serve` is the default one."""
     parser = argparse.ArgumentParser(
         prog="qwen_proxy.py",
-        usage="qwen_proxy.py [serve|login|status] [options]",
+        usage="qwen_proxy.py [serve|login|status|usage] [options]",
         description="Serve Qwen's models as an OpenAI-compatible API on localhost, with the login "
         "of the Qwen Code CLI.",
         epilog=HELP.format(
@@ -10192,10 +10195,14 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("serve")
     for name, option in OPTIONS.items():
         add_option(group, name, option)
-    others = parser.add_argument_group("login and status")
+    others = parser.add_argument_group("login, status and usage")
     others.add_argument("--no-browser", action="store_true", help="login: print the address only")
-    others.add_argument("--json", action="store_true", help="status: print JSON")
+    others.add_argument("--json", action="store_true", help="status, usage: print JSON")
     others.add_argument("--offline", action="store_true", help="status: ask nobody")
+    days = "usage: how far back, today included (default: 30)"
+    others.add_argument("--days", type=int, metavar="N", default=30, help=days)
+    by = "usage: what a line counts (default: day)"
+    others.add_argument("--by", choices=tuple(GROUPS), default="day", help=by)
     return parser
 
 
@@ -10283,6 +10290,8 @@ def main(argv: list[str] | None = None) -> int:
         try:
             if command == "login":
                 return cmd_login(options, not parsed.no_browser)
+            if command == "usage":
+                return cmd_usage(options, parsed.by, max(1, parsed.days), parsed.json)
             if command == "status":
                 return cmd_status(options, parsed.json, parsed.offline)
             return cmd_serve(options)
@@ -10653,6 +10662,43 @@ def tell(text: str) -> None:
     except OSError:
         # The interpreter would try once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def cmd_usage(options: Options, by: str, days: int, as_json: bool) -> int:
+    """Print what was used, from the file, whether a server runs or not."""
+    path = counts_path(options, os.environ)
+    try:
+        counts = read_counts(path, [by], days)
+    except Exception as error:
+        say(f"{path} cannot be read: {reason_of(error)}")
+        return 1
+    if as_json:
+        tell(json.dumps({"file": path, "days": days, **counts}, indent=2))
+        return 0
+    lines = usage_table((by,), counts["groups"])
+    tell("\n".join([*lines, *usage_table(("provider", "window"), counts["windows"])]))
+    return 0
+
+
+def usage_table(names: tuple[str, ...], rows: list[Json]) -> list[str]:
+    """Return the lines of a table, with an empty one at its end; names are the columns of text."""
+    columns = {
+        "requests": "requests",
+        "input_tokens": "tokens in",
+        "cached_tokens": "cached",
+        "output_tokens": "out",
+        "errors": "errors",
+        "tokens_per_second": "tokens/s",
+    }
+    lines = [[*names, *columns.values()]]
+    for row in rows:
+        texts = [public(row[name] or "none") for name in names]
+        lines.append(texts + [f"{row[name] or 0:,.0f}" for name in columns])
+    widths = [max(map(len, cells)) for cells in zip(*lines)]
+    template = "  ".join(
+        f"{{:{'<' if place < len(names) else '>'}{width}}}" for place, width in enumerate(widths)
+    )
+    return [template.format(*line).rstrip() for line in lines] + [""]
 
 
 def status_facts(providers: Providers, is_offline: bool) -> Json:
