@@ -4856,6 +4856,704 @@ def test_a_responses_body_on_the_chat_route_is_understood(key_server):
 
 
 # ----------------------------------------------------------------------------------------------------
+# Ledger
+# ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture()
+def counted(serve, upstream, monkeypatch, home):
+    """A proxy that counts into a file, in front of the fake's DashScope endpoint."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-key-123456")
+    monkeypatch.setattr(qp.Ledger, "PAUSE", 0.02)
+    monkeypatch.setattr(qp.Ledger, "RETRY", 0.2)
+    monkeypatch.setattr(qp.Call, "RETRY_DELAY", 0.01)
+    monkeypatch.setattr(qp.CountsFile, "BUSY", 0.2)
+
+    def start(path=home / "c.sqlite3", **options):
+        options.setdefault("base_url", upstream.dashscope)
+        return serve(model="qwen3-max", usage_file=path and str(path), **options)
+
+    return start
+
+
+def until(is_true):
+    end = time.monotonic() + WAIT
+    while not is_true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def text_at(server, path):
+    status, _, body = ask(server, method="GET", path=path)
+    assert status == 200, body
+    return body.decode()
+
+
+def usage(server, query=""):
+    return json.loads(text_at(server, "/usage" + query))
+
+
+def requests_of(server):
+    return usage(server)["since_start"]["requests"]
+
+
+def in_file(path, sql="SELECT coalesce(sum(requests), 0), sum(input_tokens) FROM buckets"):
+    """The first row of a query; none before the table is there."""
+    with contextlib.closing(sqlite3.connect(str(path))) as connection:
+        tables = connection.execute("SELECT * FROM sqlite_master").fetchall()
+        return connection.execute(sql).fetchone() if tables else (None, None)
+
+
+RICH = {
+    "prompt_tokens": 900,
+    "completion_tokens": 213,
+    "total_tokens": 1113,
+    "prompt_tokens_details": {"cached_tokens": 512},
+    "completion_tokens_details": {"reasoning_tokens": 96},
+}
+WILD = {
+    "prompt_tokens": 9,
+    "completion_tokens": -3,
+    "prompt_tokens_details": {"cached_tokens": 1e300},
+    "completion_tokens_details": {"reasoning_tokens": "many"},
+}
+BROKEN_OFF = [*HELLO[:2], chunk({}, usage=USAGE), CUT]
+LINE_WHO = r"qwen3-max via 127\.0\.0\.1:\d+ \d\.\d\ds"
+LINE_FIRST = r" first \d\.\d\ds"
+ASKED = {"messages": HI}
+# Name: what the upstream answers, route, body; then status, tokens (input, cached, output, reasoning),
+# level and line of the log.
+COUNTED = {
+    "streamed": (
+        [stream(*HELLO)],
+        "/chat/completions",
+        {**ASKED, "stream": True},
+        200,
+        (9, 0, 3, 0),
+        "I",
+        LINE_WHO + LINE_FIRST + r" 9\+3 tokens codex_cli_rs$",
+    ),
+    "collected": (
+        [stream(*HELLO)],
+        "/chat/completions",
+        ASKED,
+        200,
+        (9, 0, 3, 0),
+        "I",
+        LINE_WHO + LINE_FIRST + r" 9\+3 tokens codex_cli_rs$",
+    ),
+    "details": (
+        [stream(*HELLO[:5], chunk(usage=RICH), DONE)],
+        "/chat/completions",
+        ASKED,
+        200,
+        (900, 512, 213, 96),
+        "I",
+        r"900\+213 tokens \(512 cached, 96 thoughts\) codex_cli_rs$",
+    ),
+    "wild counts": (
+        [stream(*HELLO[:5], chunk(usage=WILD), DONE)],
+        "/chat/completions",
+        ASKED,
+        200,
+        (9, 0, 0, 0),
+        "I",
+        r"9\+0 tokens codex_cli_rs$",
+    ),
+    "nothing counted": (
+        [stream(*HELLO[:5], DONE)],
+        "/chat/completions",
+        ASKED,
+        200,
+        (0, 0, 0, 0),
+        "I",
+        LINE_WHO + LINE_FIRST + " codex_cli_rs$",
+    ),
+    "text": (
+        [stream(*TEXT)],
+        "/completions",
+        {"prompt": "x"},
+        200,
+        (9, 0, 3, 0),
+        "I",
+        r"9\+3 tokens",
+    ),
+    "responses": (
+        [stream(*HELLO)],
+        "/responses",
+        {"input": "x"},
+        200,
+        (9, 0, 3, 0),
+        "I",
+        r"9\+3 tokens",
+    ),
+    "embeddings": (
+        [],
+        "/embeddings",
+        {"input": ["a"] * 25, "model": "text-embedding-v4"},
+        200,
+        (25, 0, 0, 0),
+        "I",
+        r"text-embedding-v4 via .* 25\+0 tokens codex_cli_rs$",
+    ),
+    "no embeddings": (
+        [],
+        "/embeddings",
+        {"input": []},
+        400,
+        (0, 0, 0, 0),
+        "W",
+        r"400 \d\.\d\ds codex_cli_rs: model must be named",
+    ),
+    "refused": (
+        [refusal("no such thing", 400)],
+        "/chat/completions",
+        ASKED,
+        400,
+        (0, 0, 0, 0),
+        "W",
+        LINE_WHO + " codex_cli_rs: no such thing$",
+    ),
+    "exhausted": (
+        [refusal("hour allocated quota exceeded", 429, "insufficient_quota")],
+        "/chat/completions",
+        ASKED,
+        429,
+        (0, 0, 0, 0),
+        "W",
+        "429 " + LINE_WHO + " codex_cli_rs: ",
+    ),
+    "down": (
+        [reply(503, b"")] * 3,
+        "/chat/completions",
+        ASKED,
+        503,
+        (0, 0, 0, 0),
+        "W",
+        "503 " + LINE_WHO,
+    ),
+    "cut": (
+        [stream(*HELLO[:2], CUT)],
+        "/chat/completions",
+        {**ASKED, "stream": True},
+        502,
+        (0, 0, 0, 0),
+        "W",
+        "502 " + LINE_WHO + LINE_FIRST + " codex_cli_rs: the upstream broke off",
+    ),
+    "cut but counted": (
+        [stream(*BROKEN_OFF)],
+        "/chat/completions",
+        {**ASKED, "stream": True},
+        502,
+        (9, 0, 3, 0),
+        "W",
+        r"502 .* 9\+3 tokens codex_cli_rs: the upstream broke off",
+    ),
+    "no JSON": (
+        [],
+        "/chat/completions",
+        b"{",
+        400,
+        (0, 0, 0, 0),
+        "W",
+        r"400 \d\.\d\ds codex_cli_rs: the body is not valid JSON",
+    ),
+    "given up": (
+        [stream(*HELLO)],
+        "/chat/completions",
+        {
+            **ASKED,
+            "model": "qwen3.7-plus",
+            "tools": [{"type": "function", "function": {"name": "f"}}],
+            "tool_choice": "required",
+        },
+        200,
+        (9, 0, 3, 0),
+        "I",
+        "codex_cli_rs: no thinking, since a tool call is forced$",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_each_outcome_is_counted_everywhere_alike(counted, upstream, home, caplog, name):
+    caplog.set_level(logging.INFO, "qwen_proxy")
+    script, path, body, status, tokens, level, line = COUNTED[name]
+    server = counted()
+    upstream.script.extend(copy.deepcopy(script))
+    headers = {"User-Agent": "codex_cli_rs/0.56.0 (Linux)"}
+    answered, _, received = ask(server, body, path="/v1" + path, headers=headers)
+    assert answered == (200 if b"data: " in received else status)
+    until(lambda: requests_of(server) == 1)
+    errors = int(status >= 400)
+    expected = (1, *tokens, errors)
+    report = usage(server, "?by=client,day")
+    names = list(qp.MEASURES)[:6]
+    for found in (report["since_start"], *report["groups"]):
+        assert tuple(found[each] for each in names) == expected
+    assert [group["client"] for group in report["groups"]] == ["codex_cli_rs"]
+    metrics = text_at(server, "/metrics")
+    assert re.search(
+        rf'requests_total{{route="POST {path}",.*status="{status // 100}xx"}} 1\n', metrics
+    )
+    for kind, count in zip(("input", "cached", "output", "reasoning"), tokens):
+        assert not count or re.search(rf'tokens_total{{.*kind="{kind}"}} {count}\n', metrics)
+    said = [record for record in caplog.records if f"POST /v1{path}" in record.getMessage()]
+    assert len(said) == 1 and said[0].levelname[0] == level
+    assert re.search(
+        rf"POST /v1{path} {status} .*" if line[0] == "?" else line, said[0].getMessage()
+    )
+    server.shutdown(0)
+    counts = in_file(
+        home / "c.sqlite3", f"SELECT outcome, {', '.join(qp.CountsFile.SUMS[:5])} FROM buckets"
+    )
+    assert counts == (status, 1, *tokens)
+    assert in_file(home / "c.sqlite3", "PRAGMA integrity_check") == ("ok",)
+
+
+@pytest.mark.parametrize(
+    "pieces, words",
+    [
+        ([threading.Event()], "the client left while it waited for the first byte"),
+        ([*HELLO[:2], threading.Event()], r"the client left \d\.\d s after the first byte"),
+        (
+            [*HELLO[:2], chunk({}, usage=USAGE), threading.Event()],
+            r" 9\+3 tokens .*the client left",
+        ),
+    ],
+)
+def test_a_client_that_leaves_is_no_error(counted, upstream, caplog, pieces, words):
+    caplog.set_level(logging.INFO, "qwen_proxy")
+    server = counted(None)
+    upstream.script.append(stream(*pieces))
+    with send(server, stream=True) as client:
+        upstream.wait_for_request()
+        assert len(pieces) == 1 or client.recv(1)
+        time.sleep(0.1)
+    until(lambda: requests_of(server) == 1)
+    found = usage(server)["since_start"]
+    assert (found["errors"], found["input_tokens"]) == (0, 9 if "tokens" in words else 0)
+    line = next(one for one in caplog.records if " 499 " in one.getMessage())
+    assert line.levelname == "INFO" and re.search(words, line.getMessage())
+
+
+def test_faults_of_ours_are_errors_in_the_log(counted, caplog, monkeypatch):
+    monkeypatch.setattr(qp, "parse_json", lambda body: 1 // 0)
+    server = counted(None)
+    assert chat(server)[0] == 500
+    until(lambda: requests_of(server) == 1)
+    assert [one.levelname for one in caplog.records if " 500 " in one.getMessage()] == ["ERROR"]
+
+
+def test_debug_shows_the_start_of_a_request_what_is_sent_and_the_whole_answer(
+    counted, upstream, caplog
+):
+    caplog.set_level(logging.DEBUG, "qwen_proxy")
+    server = counted(None)
+    words = chunk({"content": " sk-abcdefghijkl " + "y" * 500})
+    for stream_ in (False, True):
+        caplog.clear()
+        upstream.script.append(stream(*HELLO[:4], words, *HELLO[4:]))
+        chat(server, stream=stream_)
+        until(lambda: "answer: " in caplog.text)
+        said = [record.getMessage() for record in caplog.records if record.levelname == "DEBUG"]
+        assert said[0] == "POST /v1/chat/completions from unknown"
+        assert any(line.startswith("rules: ") and '"content": "Hi"' in line for line in said)
+        assert "Hello, wörld" in said[-1] and '"prompt_tokens": 9' in said[-1]
+        assert "sk-abcdefghijkl" not in caplog.text and "y" * 250 not in caplog.text
+
+
+def test_each_provider_that_was_asked_counts(counted, home, upstream, second):
+    settings(home, upstream, {"id": "qwen3-max"}, {"id": "qwen3-max", "baseUrl": second.dashscope})
+    server = counted(base_url=None, failover=True)
+    upstream.script.append(EXHAUSTED)
+    assert chat(server)[0] == 200
+    until(lambda: requests_of(server) == 2)
+    found = {
+        group["provider"]: (group["requests"], group["input_tokens"], group["errors"])
+        for group in usage(server, "?by=provider")["groups"]
+    }
+    assert found == {
+        f"127.0.0.1:{upstream.port}": (1, 0, 1),
+        f"127.0.0.1:{second.port}": (1, 9, 0),
+    }
+
+
+def a_pipe(path):
+    os.mkfifo(str(path))
+
+
+def a_database(path, *statements):
+    with contextlib.closing(sqlite3.connect(str(path))) as connection:
+        for statement in statements:
+            connection.execute(statement)
+        connection.commit()
+
+
+OURS = f"PRAGMA application_id = {qp.CountsFile.APPLICATION_ID}"
+# What stands in place of the file, and what the warning says.
+UNUSABLE = {
+    "a directory": (pathlib.Path.mkdir, "not a regular file"),
+    "a pipe": (a_pipe, "not a regular file"),
+    "a device": (lambda path: path.symlink_to("/dev/full"), "not a regular file"),
+    "a link to nothing": (lambda path: path.symlink_to("/nowhere/at/all"), "not a regular file"),
+    "no database": (lambda path: path.write_bytes(b"x" * 5000), "not a database"),
+    "cut off": (
+        lambda path: path.write_bytes(b"SQLite format 3\0" + b"\xff" * 50),
+        "not a database",
+    ),
+    "foreign": (lambda path: a_database(path, "CREATE TABLE buckets (x)"), "another program's"),
+    "newer": (lambda path: a_database(path, OURS, "PRAGMA user_version = 2"), "a newer qwen_proxy"),
+    "another table": (
+        lambda path: a_database(path, OURS, "CREATE TABLE buckets (x)"),
+        "no such column",
+    ),
+    "no sqlite3": (None, "sqlite3"),
+}
+
+
+@posix
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_a_file_that_cannot_be_used_costs_one_warning_and_no_request(
+    counted, home, caplog, monkeypatch, name
+):
+    make, words = UNUSABLE[name]
+    path = home / "c.sqlite3"
+    if make:
+        make(path)
+    else:
+        monkeypatch.setitem(sys.modules, "sqlite3", None)
+    before = path.read_bytes() if path.is_file() else b""
+    server = counted()
+    for _ in range(3):
+        started = time.monotonic()
+        assert chat(server)[0] == 200 and time.monotonic() - started < 2
+        time.sleep(0.3)
+    until(lambda: requests_of(server) == 3 and caplog.records)
+    report = usage(server)
+    assert words in report["problem"]
+    assert not make or report["groups"][0]["requests"] == 3
+    assert "requests_total" in text_at(server, "/metrics")
+    server.shutdown(0)
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(said) == 1 and words in said[0] and str(path) in said[0]
+    assert (path.read_bytes() if path.is_file() else b"") == before
+
+
+def test_counts_wait_for_a_file_that_is_locked_and_for_one_that_was_deleted(counted, home, caplog):
+    path, server = home / "c.sqlite3", counted()
+    assert chat(server)[0] == 200
+    until(lambda: path.exists() and in_file(path)[0] == 1)
+    with contextlib.closing(sqlite3.connect(str(path), isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        started = time.monotonic()
+        assert chat(server)[0] == 200 and time.monotonic() - started < 1
+        until(lambda: "locked" in caplog.text)
+        assert usage(server)["groups"][0]["requests"] == 2 and in_file(path)[0] == 1
+    assert chat(server)[0] == 200
+    until(lambda: in_file(path)[0] == 3)
+    for end in ("", "-wal", "-shm"):
+        os.unlink(str(path) + end)
+    assert chat(server)[0] == 200
+    until(lambda: path.exists() and in_file(path)[0] == 1)
+    assert caplog.text.count("counted in memory") == 1
+
+
+LOAD = """
+import sys, time, qwen_proxy
+ledger = qwen_proxy.Ledger(sys.argv[1])
+ledger.PAUSE, count = 0.01, int(sys.argv[2])
+for number in range(count):
+    ledger.add("POST /chat/completions", ("p", "m%d" % (number % 3), "c"), 200, (1, 0, 2, 0), (0.1, 0.2))
+    if number % 50 == 0:
+        print(number, flush=True)
+        time.sleep(0.005)
+ledger.close(30)
+"""
+
+
+def load(path, count):
+    command = [sys.executable, "-c", LOAD, str(path), str(count)]
+    return subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_several_processes_and_a_reader_share_one_file(home):
+    path = home / "c.sqlite3"
+    processes = [load(path, 2000) for _ in range(3)]
+    seen = []
+    while any(process.poll() is None for process in processes):
+        groups = qp.read_counts(str(path), ["day"], 2)["groups"]
+        seen.append(sum(group["requests"] for group in groups))
+    said = [process.communicate()[1] for process in processes]
+    assert said == [b""] * 3 and seen == sorted(seen)
+    assert in_file(path) == (6000, 6000) and stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@posix
+@pytest.mark.parametrize("after", [50, 400, 1500])
+def test_a_killed_writer_leaves_a_good_file(home, after):
+    path, process = home / "c.sqlite3", load(home / "c.sqlite3", 1_000_000)
+    with process.stdout:
+        while int(process.stdout.readline()) < after:
+            pass
+        process.kill()
+    process.communicate()
+    if path.exists():
+        counts = qp.read_counts(str(path), ["model"], 2)["groups"]
+        assert all(group["requests"] * 2 == group["output_tokens"] for group in counts)
+        assert in_file(path, "PRAGMA integrity_check") in (("ok",), (None, None))
+    ledger = qp.Ledger(str(path))
+    ledger.add("POST /embeddings", ("p", "last", "c"), 200)
+    ledger.close(WAIT)
+    assert in_file(path, "SELECT requests FROM buckets WHERE model = 'last'") == (1,)
+
+
+DAY = 86_400
+# Where the clock goes between three starts, in days, and how many buckets are left of the last 85
+# days; the file has one of each hour of the last 200 days.
+JUMPS = {
+    "steady": ((0, 0, 0), 85 * 24),
+    "years ahead": ((0, 7000, 7000), 85),
+    "ahead and back": ((0, 7000, 0), 85 * 24),
+    "years back": ((0, -15_000, -15_000), 85 * 24),
+    "back and ahead": ((0, -400, 0), 85 * 24),
+}
+
+
+@pytest.mark.parametrize("name", JUMPS)
+def test_old_buckets_become_days_and_no_clock_does_harm(home, monkeypatch, name):
+    path, real = str(home / "c.sqlite3"), time.time()
+    rows = [
+        (int(real) - hour * 3600, "POST /x", "p", "m", "c", 200, 1, 2, 0, 3, 0, 4, 5)
+        for hour in range(1, 4800)
+    ]
+    counts = qp.CountsFile(path)
+    counts._next_merge = float("inf")
+    counts.add(rows)
+    counts.close()
+    jumps, left = JUMPS[name]
+    for days in jumps:
+        monkeypatch.setattr(time, "time", lambda: real + days * DAY)
+        ledger = qp.Ledger(path)
+        ledger.add("POST /completions", ("p", "m", "c"), 200, (1, 1, 1, 1), (1, 2))
+        ledger.close(WAIT)
+        assert ledger.problem == ""
+    assert in_file(path) == (4799 + 3, 2 * 4799 + 3)
+    recent = "SELECT count(*) FROM buckets WHERE route = 'POST /x' AND bucket >= "
+    assert in_file(path, recent + str(int(real) - 85 * DAY))[0] == left
+    old = in_file(
+        path,
+        "SELECT count(*), sum(requests) FROM buckets WHERE bucket < " + str(int(real) - 92 * DAY),
+    )
+    assert old[0] < 130 and (old[1] >= 107 * 24)
+
+
+def fill_counts(path, *rows):
+    """Write rows of: seconds ago, provider, model, client, outcome, requests, tokens."""
+    now, counts = int(time.time()), qp.CountsFile(str(path))
+    counts.add(
+        (
+            now - ago,
+            "POST /chat/completions",
+            *names,
+            requests,
+            *tokens,
+            requests * 500,
+            requests * 2500,
+        )
+        for ago, *names, requests, tokens in rows
+    )
+    counts.close()
+
+
+FILLED = (
+    (
+        0,
+        "coding",
+        "qwen3.7-plus",
+        "codex_cli_rs",
+        200,
+        1200,
+        (4_000_000, 1_500_000, 132_000, 40_000),
+    ),
+    (0, "coding", "qwen3.7-plus", "codex_cli_rs", 429, 7, (0, 0, 0, 0)),
+    (0, "coding", "glm-5", "aider", 499, 2, (50, 0, 9, 0)),
+    (2 * DAY, "coding", "glm-5", "aider", 200, 10, (1000, 0, 500, 0)),
+    (20 * DAY, "openrouter", "a/b", "curl", 200, 1, (10, 0, 20, 0)),
+    (100 * DAY, "old", "x", "y", 200, 1, (10, 0, 20, 0)),
+    (-3 * DAY, "ahead", "x", "y", 200, 1, (10, 0, 20, 0)),
+    (0, "", "", "curl", 401, 3, (0, 0, 0, 0)),
+)
+USAGE_TABLES = {
+    "client --days 1": [
+        "client        requests  tokens in     cached      out  errors  tokens/s",
+        "aider                2         50          0        9       0         0",
+        "codex_cli_rs     1,207  4,000,000  1,500,000  132,000       7        55",
+        "curl                 3          0          0        0       3         0",
+        "y                    1         10          0       20       0        10",
+    ],
+    "provider --days 200": [
+        "provider    requests  tokens in     cached      out  errors  tokens/s",
+        "none               3          0          0        0       3         0",
+        "ahead              1         10          0       20       0        10",
+        "coding         1,219  4,001,050  1,500,000  132,509       7        55",
+        "old                1         10          0       20       0        10",
+        "openrouter         1         10          0       20       0        10",
+    ],
+}
+WINDOW_TABLE = [
+    "provider    window        requests  tokens in     cached      out  errors  tokens/s",
+    "coding      last 5 hours     1,209  4,000,050  1,500,000  132,009       7        55",
+    "coding      7 days           1,219  4,001,050  1,500,000  132,509       7        55",
+    "coding      30 days          1,219  4,001,050  1,500,000  132,509       7        55",
+    "openrouter  30 days              1         10          0       20       0        10",
+]
+
+
+@pytest.mark.parametrize("arguments", USAGE_TABLES)
+def test_usage_prints_tables(home, capsys, arguments):
+    fill_counts(home / "qwen_proxy.sqlite3", *FILLED)
+    assert qp.main(["usage", "--by", *arguments.split()]) == 0
+    assert capsys.readouterr().out.splitlines() == [*USAGE_TABLES[arguments], "", *WINDOW_TABLE, ""]
+
+
+def test_usage_as_json_and_by_day(home, capsys):
+    fill_counts(home / "qwen_proxy.sqlite3", *FILLED)
+    assert qp.main(["usage", "--json", "--days", "30"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    today = time.strftime("%Y-%m-%d")
+    assert [group["requests"] for group in report["groups"]] == [1, 10, 1212, 1]
+    assert report["groups"][2]["day"] == today and report["groups"][2]["reasoning_tokens"] == 40_000
+    assert [row["window"] for row in report["windows"]] == [
+        "last 5 hours",
+        "7 days",
+        "30 days",
+        "30 days",
+    ]
+
+
+@pytest.mark.parametrize(
+    "make, code, words",
+    [
+        (lambda path: None, 0, "requests"),
+        (lambda path: path.write_bytes(b""), 0, "requests"),
+        (lambda path: path.write_bytes(b"x" * 5000), 1, "cannot be read: file is not a database"),
+        (lambda path: a_database(path, "CREATE TABLE x (y)"), 1, "another program's"),
+        (pathlib.Path.mkdir, 1, "cannot be read"),
+    ],
+)
+def test_usage_of_what_is_no_file_of_counts(home, capsys, make, code, words):
+    make(home / "qwen_proxy.sqlite3")
+    before = sorted(os.listdir(str(home)))
+    assert qp.main(["usage"]) == code and words in "".join(capsys.readouterr())
+    assert sorted(os.listdir(str(home))) == before
+
+
+def test_usage_reads_while_a_server_writes(counted, home, capsys):
+    server = counted(home / "qwen_proxy.sqlite3")
+    for number in range(3):
+        assert chat(server)[0] == 200
+        until(
+            lambda: (
+                (home / "qwen_proxy.sqlite3").exists()
+                and in_file(home / "qwen_proxy.sqlite3")[0] == number + 1
+            )
+        )
+        assert qp.main(["usage", "--by", "model"]) == 0
+        assert re.search(rf"^qwen3-max +{number + 1} ", capsys.readouterr().out, re.M)
+
+
+@pytest.mark.parametrize(
+    "options, environ, name",
+    [
+        ([], {}, "home/.qwen/qwen_proxy.sqlite3"),
+        (["--usage-file", "my.sqlite3"], {}, "my.sqlite3"),
+        ([], {"QWEN_PROXY_USAGE_FILE": "my.sqlite3"}, "my.sqlite3"),
+        (["--no-usage"], {}, ""),
+        ([], {"QWEN_PROXY_NO_USAGE": "1"}, ""),
+        (["--demo"], {}, ""),
+    ],
+)
+def test_where_counts_are_kept_and_the_last_line(login, upstream, tmp_path, options, environ, name):
+    process = Process("--port", "0", *options, **environ)
+    try:
+        assert chat(process)[0] == 200
+        until(lambda: requests_of(process) == 1)
+        assert usage(process)["groups"][0]["requests"] == 1
+    finally:
+        process.popen.terminate()
+        assert process.popen.wait(WAIT) == 0
+    process.reader.join(WAIT)
+    assert re.match(
+        r"stopped after 1 requests, \d+\+\d+ tokens \(0 cached\), 0 errors", process.lines[-1]
+    )
+    assert re.search(
+        r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d I POST /v1/chat", "".join(process.lines), re.M
+    )
+    found = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.sqlite3")]
+    assert found == ([name] if name else [])
+
+
+def test_a_server_of_another_program_writes_no_file(key_server, home):
+    assert chat(key_server)[0] == 200
+    until(lambda: requests_of(key_server) == 1)
+    assert os.listdir(str(home)) == [] and usage(key_server)["file"] is None
+
+
+def test_names_from_outside_are_bounded_escaped_and_masked(counted, home):
+    qp.keep_secret("open-sesame-4711")
+    server = counted()
+    for name in ['a"b\\c\nd', "open-sesame-4711", "x" * 400, "\x1b[31m", *map(str, range(300))]:
+        server.ledger.add("POST /completions", ("p", name, name), 200, (1, 0, 0, 0), (0.1, 0.3))
+    text = text_at(server, "/metrics")
+    models = set(re.findall(r'model="((?:[^"\\]|\\.)*)"', text))
+    assert len(models) == qp.Ledger.MOST_NAMES + 1 and "other" in models
+    assert max(map(len, models)) <= 100 and r"a\"b\\c\\nd" in models and r"\\x1b[31m" in models
+    for line in text.splitlines():
+        assert re.match(
+            r'# (HELP|TYPE) \w+ .+$|\w+(\{(\w+="([^"\\]|\\.)*",?)+\})? [0-9.e+-]+$', line
+        )
+    server.shutdown(0)
+    data = b"".join(each.read_bytes() for each in home.iterdir())
+    assert b"open-sesame" not in data and b"sk-good" not in data and b"Hi" not in data
+
+
+def test_metrics_are_histograms_and_gauges(login, upstream, counted):
+    server = counted(None, base_url=None)
+    for seconds in (0.05, 0.1, 0.2, 400):
+        server.ledger.add(
+            "POST /completions", ("p", "m", "c"), 200, (1, 0, 0, 0), (seconds, seconds)
+        )
+    server.ledger.add("POST /completions", ("p", "m", "c"), 200, (1, 0, 0, 0), (None, 3))
+    text = text_at(server, "/metrics")
+    found = re.findall(
+        r'(first_byte|duration)_seconds_bucket{.*le="(0.1|0.25|300|\+Inf)"} (\d+)', text
+    )
+    assert [int(count) for *_, count in found] == [2, 3, 3, 4, 2, 3, 4, 5]
+    assert re.search(r"duration_seconds_sum{.*} 403.35\n", text)
+    assert re.search(r"first_byte_seconds_count{.*} 4\n", text)
+    assert re.search(r"\nqwen_proxy_in_flight 0\n", text)
+    assert re.search(r"\nqwen_proxy_login_expiry_timestamp_seconds \d{10}\n", text)
+
+
+@pytest.mark.parametrize("path", ["/usage?by=color", "/usage?days=0", "/usage?days=x"])
+def test_usage_of_a_query_that_cannot_be_meant_is_400(key_server, path):
+    assert ask(key_server, method="GET", path=path)[0] == 400
+
+
+@pytest.mark.parametrize("path", ["/usage", "/metrics"])
+def test_counts_want_the_key_where_there_is_one(counted, path):
+    server = counted(None, api_key=["one-key", "two-key"])
+    assert ask(server, method="GET", path=path)[0] == 401
+    headers = {"Authorization": "Bearer two-key", "User-Agent": "curl/8"}
+    assert ask(server, {"messages": HI}, headers=headers)[0] == 200
+    until(lambda: server.ledger.since_start()["requests"] == 1)
+    status, _, body = ask(server, method="GET", path="/usage?by=client", headers=headers)
+    assert status == 200 and json.loads(body)["groups"][0]["client"] == "curl (key 2)"
+
+
+# ----------------------------------------------------------------------------------------------------
 # Server
 # ----------------------------------------------------------------------------------------------------
 
@@ -7034,7 +7732,8 @@ def test_a_signal_ends_a_stream_with_a_word_and_leaves_no_lock(home, upstream, n
         assert send_signals(process, name) == 0
         received = reader.read()
     assert b"shutting_down" in received and received.endswith(b"\n\n\r\n0\r\n\r\n")
-    assert b"[DONE]" not in received and os.listdir(home) == ["oauth_creds.json"]
+    assert b"[DONE]" not in received
+    assert sorted(os.listdir(home)) == ["oauth_creds.json", "qwen_proxy.sqlite3"]
 
 
 @posix
