@@ -30,6 +30,7 @@ import shlex
 import signal
 import socket
 import socketserver
+import sqlite3
 import ssl
 import stat
 import struct
@@ -4876,13 +4877,6 @@ def counted(serve, upstream, monkeypatch, home):
     return start
 
 
-def until(is_true):
-    end = time.monotonic() + WAIT
-    while not is_true():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 def text_at(server, path):
     status, _, body = ask(server, method="GET", path=path)
     assert status == 200, body
@@ -6177,7 +6171,7 @@ def test_connections_share_a_processor_and_the_rest_of_the_program_is_free(key_s
 
 def test_make_server_takes_the_options_and_their_checks():  # U9
     arguments = list(inspect.signature(qp.make_server).parameters)
-    assert {*arguments, "log_level"} == {*qp.OPTIONS, "environ"}
+    assert {*arguments, "log_level", "no_usage"} == {*qp.OPTIONS, "environ"}
     listed = re.findall(r"^ {4}(\w+) +\S", inspect.cleandoc(qp.make_server.__doc__), re.M)
     assert listed == arguments
     odd = [("base_url", "foo"), ("timeout", 0), ("port", "8080"), ("retries", -1), ("alias", "x")]
@@ -7581,7 +7575,7 @@ def test_a_log_that_nobody_reads_does_not_keep_the_program_from_ending(home):
     "arguments, words",
     [
         (["--port", "99999"], "--port must be"),
-        (["--nonsense"], "there is no option --nonsense; see --help"),
+        (["--xyzzy"], "there is no option --xyzzy; see --help"),
         (["--dem"], "did you mean --demo?"),
         (["--prot=8080"], "did you mean --port?"),
         (["--offlin"], "did you mean --offline?"),
