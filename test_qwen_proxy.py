@@ -336,6 +336,10 @@ class FakeQwen:
             for tool in request.get("tools", [])
         ):
             return refusal("function parameters is empty (2013)")
+        if any(tool["function"]["name"] == "search" for tool in request.get("tools", [])):
+            return refusal("Tool names are not allowed to be [search]")
+        if not any(message["role"] == "user" for message in request["messages"]):
+            return refusal("The input messages do not contain elements with the role of user.")
         most = 32768 if request["model"].startswith("glm-5") else 262144
         if not 0 < request.get("thinking_budget", 1) <= most or {
             "thinking_budget",
@@ -779,8 +783,7 @@ def push(decoder, pieces):
 def collect(chunks):
     collector = qp.CompletionCollector()
     for value in chunks:
-        if value["choices"]:
-            collector.feed(value)
+        collector.feed(value)
     return collector.completion(
         next((value["usage"] for value in chunks if value.get("usage")), None)
     )
@@ -2967,14 +2970,37 @@ no access, in a stream | stream(event({"error": {"code": "Model.AccessDenied", "
 a fault, client 12 | reply(500, {"error": {"message": "boom", "code": "internal_error"}}) | 502 internal_error | boom
 """)
 
+ASKED = {"chat": {"messages": HI}, "responses": {"input": "Hi"}, "text": {"prompt": "Hi"}}
+
+
+def too_long(message, status=400):
+    return reply(status, {"error": {"message": message, "code": status}})
+
+
+REFUSALS += table(r"""
+too long, llama.cpp, opencode #45834 | too_long("request (66202 tokens) exceeds the available context size (65536 tokens), try increasing it") | 400 context_length_exceeded | 66202
+too long, llama.cpp of 2025 | too_long("the request exceeds the available context size. try increasing the context size", 500) | 400 context_length_exceeded | exceeds
+too long, llama.cpp, while it answers | too_long("Context size has been exceeded.", 500) | 400 context_length_exceeded | exceeded
+too long, SGLang | too_long("Requested token count exceeds the model's maximum context length of 202752 tokens.") | 400 context_length_exceeded | 202752
+too long, SGLang, the input | too_long("The input (262200 tokens) is longer than the model's context length (262144 tokens).") | 400 context_length_exceeded | 262200
+too long, vLLM | too_long("This model's maximum context length is 262144 tokens. However, you requested 0 output tokens") | 400 context_length_exceeded | 262144
+too long, vLLM, media | too_long("The decoder prompt (length 5000) is longer than the maximum model length of 4096.") | 400 context_length_exceeded | 5000
+too long, Ollama | too_long("prompt too long; exceeded max context length by 100918 tokens") | 400 context_length_exceeded | 100918
+too long, llama.cpp, in a stream | stream(event({"error": {"message": "Context size has been exceeded.", "code": 500}})) | 400 context_length_exceeded | exceeded
+too long, but not the context | refusal("String value length (30000000) exceeds the maximum allowed (28000000)") | 413 request_too_large | 28000000
+too many, but not the context | refusal("The length of tools exceeds the limit") | 400 invalid_parameter_error | tools
+""")
+
 
 @pytest.mark.parametrize("answer, expected, words", REFUSALS)
 def test_refusals_become_clear_statuses(key_server, upstream, answer, expected, words):
     key_server.options = key_server.options._replace(retries=0)
-    for is_stream in (False, True):
+    routes = ("chat", "responses") if "chunk(" in answer else ("chat", "responses", "text")
+    for route, is_stream in itertools.product(routes, (False, True)):
         upstream.script.append(eval(answer, globals()))
-        status, headers, body = chat(key_server, stream=is_stream)
-        error = body["error"]
+        asked = {**ASKED[route], "stream": is_stream}
+        status, headers, body = ask(key_server, asked, path=ENDPOINTS[route])
+        body, error = json.loads(body), json.loads(body)["error"]
         assert f"{status} {error['code']}" == expected
         assert headers["Content-Type"] == "application/json"
         assert set(error) == {"message", "type", "param", "code"}
@@ -3001,19 +3027,37 @@ schema | The model qwen3-max: json_schema is not supported | response_format=JSO
 logprobs | For model qwen3-max, logprobs is not supported | logprobs=True, top_logprobs=2 | logprobs=None, top_logprobs=None | without
 tool_choice | tool_choice: required is not supported | **CALL_PLEASE | tool_choice="auto" | with
 """)
+REPAIRS += table(r"""
+no thoughts, claude-code-router #1227 | thinking is enabled but reasoning_content is missing in assistant tool call message | model="glm-5.1", own=True, messages=LOOP | messages=LOOP, **SILENT | without thinking
+no thoughts, Kimi | thinking is enabled but reasoning_content is missing in assistant tool call message | model="kimi-k2.6", messages=LOOP | messages=THOUGHTFUL, enable_thinking=False | without thinking
+no thoughts, thinks | thinking is enabled but reasoning_content is missing in assistant tool call message | model="glm-5", enable_thinking=True, messages=LOOP | messages=THOUGHTFUL, enable_thinking=True | with a word
+an answer begun, llama.cpp #20861 | Assistant response prefill is incompatible with enable_thinking. | model="Qwen/Qwen3-8B", own=True, messages=[*HI, assistant("Once")] | **SILENT | without thinking
+an answer begun, mastra #15518 | Assistant response prefill is incompatible with enable_thinking. | model="gemma4:26b", own=True, messages=[*HI, assistant("Once")] | **SILENT | without thinking
+parts, cherry-studio #9352 | Input should be a valid string: input.messages.0.content | own=True, routes=["chat"], messages=[user(parts("a", "b", **CACHED))] | messages=[user("a\nb")] | with text parts joined
+a picture long ago | image input is not supported | own=True, messages=LOOK | messages=UNSEEN | without media
+a picture long ago, in other words | The error info is [Unexpected item type in content.] | own=True, messages=LOOK | messages=UNSEEN | without media
+a picture long ago, qwen-code #1888 | Invalid value: file. Supported values are: 'text','image_url' and 'video'. | own=True, messages=LOOK | messages=UNSEEN | without media
+always thinks | The value of the enable_thinking parameter is restricted to True. | model="glm-5.9", enable_thinking=False | enable_thinking=True | with thinking
+""")
 
 
 @pytest.mark.parametrize("message, request_, repaired, words", REPAIRS)
 def test_named_refusals_are_repaired_once(
-    key_server, upstream, caplog, message, request_, repaired, words
+    key_server, upstream, serve, caplog, message, request_, repaired, words
 ):
     caplog.set_level(logging.INFO, "qwen_proxy")
-    upstream.script.extend([refusal(message)] if message else [])
-    assert chat(key_server, **fields(request_))[0] == 200
-    last, expected = upstream.bodies()[-1], fields(repaired)
-    assert {name: last.get(name) for name in expected} == expected
-    assert len(upstream.bodies()) == (2 if words else 1)
-    assert f"retrying {words}" in caplog.text if words else "retrying" not in caplog.text
+    server, request_, expected = key_server, fields(request_), fields(repaired)
+    if request_.pop("own", False):
+        server = serve(base_url=upstream.origin + "/own/v1", model="some-model")
+    for route in request_.pop("routes", ("chat", "responses")):
+        upstream.script.extend([refusal(message)] if message else [])
+        asked = request_ if route == "chat" else as_response(**request_)
+        assert ask(server, {"messages": HI, **asked}, path=ENDPOINTS[route])[0] == 200
+        last = upstream.bodies()[-1]
+        assert {name: last.get(name) for name in expected} == expected
+        assert len(upstream.bodies()) == (2 if words else 1)
+        assert f"retrying {words}" in caplog.text if words else "retrying" not in caplog.text
+        upstream.requests.clear()
 
 
 def test_a_body_that_no_repair_changes_is_not_sent_again(key_server, upstream):
@@ -3363,16 +3407,67 @@ def test_large_event_arrives_in_one_piece():
 # ----------------------------------------------------------------------------------------------------
 
 
-def to_upstream(request, model="qwen3-max", family="dashscope", config=None):
+def to_upstream(request, model="qwen3-max", family="dashscope", config=None, api=qp.ChatRouteApi):
+    """The body that goes out for a request, and the rules that fired."""
     provider = qp.Provider(
         "t", "http://h/v1", None, "t", {model: config or {}}, qp.FAMILIES[family]
     )
-    request = {"messages": HI, **request}
-    before = json.dumps(request)
-    body, fired = qp.Rewrite(request, qp.Target(provider, model)).run("chat")
+    request = request if {"input", "prompt"} & set(request) else {"messages": HI, **request}
+    before, api = json.dumps(request), api(qp.ItemMemory())
+    body, fired = api.to_upstream(api.check(request), qp.Target(provider, model))
     # The client's request is not changed: failover needs it again.
     assert json.dumps(request) == before
-    return body, fired
+    return json.loads(qp.encode_json(body, is_request=True)), fired
+
+
+def flat(entry):
+    """A tool, a call, a choice or a format as the Responses API has it."""
+    kind = dig(entry, "type")
+    return {"type": kind, **entry[kind]} if dig(entry, kind) else entry
+
+
+def item_part(part):
+    kind = part["type"]
+    if kind == "image_url":
+        return {"type": "input_image", "image_url": part[kind]["url"]}
+    return {"type": "input_file", **part[kind]} if kind == "file" else part
+
+
+def items_of(role, content=None, tool_calls=(), tool_call_id=None):
+    """The items of a message."""
+    content = [*map(item_part, content)] if isinstance(content, list) else content
+    if role == "tool":
+        return [{"type": "function_call_output", "call_id": tool_call_id, "output": content}]
+    kinds = {"function": "function_call", "custom": "custom_tool_call"}
+    calls = [{**flat(x), "type": kinds[x["type"]], "call_id": x["id"]} for x in tool_calls]
+    return [{"role": role, "content": content}, *calls] if content or not calls else calls
+
+
+def as_response(
+    messages=HI, tools=None, tool_choice=None, max_tokens=None, reasoning_effort=None, **more
+):
+    """A chat request in the words of the Responses API."""
+    wanted = more.pop("response_format", None)
+    words = {
+        "input": [item for message in messages for item in items_of(**message)],
+        "tools": tools and [*map(flat, tools)],
+        "tool_choice": flat(tool_choice),
+        "max_output_tokens": max_tokens,
+        "reasoning": reasoning_effort and {"effort": reasoning_effort},
+        "text": wanted and {"format": flat(wanted)},
+    }
+    return {**qp.stated(words), **more}
+
+
+def spellings(given, is_everywhere):
+    """A request and the route that it takes, and the same in the words of the Responses API."""
+    if "prompt" in given:
+        return [(qp.TextApi, given)]
+    chat = [] if "input" in given else [(qp.ChatRouteApi, given)]
+    if chat and not is_everywhere:
+        return chat
+    words = as_response(**given) if chat else given
+    return [*chat, (qp.ResponsesApi, words), (qp.ChatRouteApi, words)]
 
 
 EVERYTHING = json.loads(r"""{
@@ -3589,22 +3684,247 @@ a user's parts, GLM | glm-5.1 | messages=[user(parts("a", "b")), *HI]
 """)
 
 
+def old_call(arguments, **more):
+    """A conversation with a call of these arguments."""
+    return [*HI, call("c", arguments=arguments, **more), result("c", "ok")]
+
+
+def odd(arguments):
+    """The arguments of a call that are no object, as they are sent."""
+    return json.dumps({"malformed_arguments": arguments}, separators=(",", ":"))
+
+
+def hear(data, **more):
+    """A question about sound, with the data of OpenAI's part."""
+    return [user([*parts("What?"), {"type": "input_audio", "input_audio": {"data": data, **more}}])]
+
+
+def lite(*tools, more=()):
+    """An input with its tools in an item, as Codex sends it."""
+    return [{"type": "additional_tools", "role": "developer", "tools": list(tools)}, *more, *HI]
+
+
+SILENT = {**NO_THOUGHTS, "chat_template_kwargs": NO_THOUGHTS}
+ALOUD = {**THINKS, "chat_template_kwargs": THINKS}
+KEEP = {"chat_template_kwargs": {"preserve_thinking": True}}
+BEGIN, LOOP = user("Please begin."), old_call("{}")
+TWICE = json.dumps('{"a": 3}')
+KEPT_THOUGHTS, NOT_KEPT = {"reasoning_content": "Hm"}, {"reasoning_content": "(not kept)"}
+THOUGHTFUL = [*HI, {**call("c"), **NOT_KEPT}, result("c", "ok")]
+WAV = "data:audio/wav;base64,UklGRg=="
+AUDIO_URL = {"type": "audio_url", "audio_url": {"url": WAV}}
+PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+LEFT_OUT = {"type": "text", "text": "(left out: the model cannot take it)"}
+LOOK = [user([*parts("look"), PICTURE]), assistant("I see."), user("And now?")]
+UNSEEN = [user([*parts("look"), LEFT_OUT]), *LOOK[1:]]
+LARK = {"syntax": "lark", "definition": "start: hunk"}
+FLAT = {"type": "custom", "name": "patch", "format": {"type": "grammar", **LARK}}
+GRAMMAR = {"type": "grammar", "grammar": LARK}
+NESTED_TOOL = {"type": "custom", "custom": {"name": "patch", "format": GRAMMAR}}
+TEXT_INPUT = {"type": "string", "description": "It must match this grammar:\nstart: hunk"}
+ONE_TEXT = {"type": "object", "required": ["input"], "properties": {"input": TEXT_INPUT}}
+PATCH, EXEC = (
+    function(name, description="", parameters=ONE_TEXT) for name in ("patch", "functions__exec")
+)
+SPACE = {"type": "namespace", "name": "functions", "tools": [flat(G), {**FLAT, "name": "exec"}]}
+OFFERED = [function("functions__g", parameters=EMPTY), EXEC]
+CUSTOM_CALL = {"id": "c", "type": "custom", "custom": {"name": "patch", "input": "*** Begin"}}
+SEARCH, SEARCH_TOOL = (function(name, parameters=EMPTY) for name in ("search", "search_tool"))
+PATCHED = [*HI, assistant(None, tool_calls=[CUSTOM_CALL]), result("c", "ok")]
+SENT_PATCH = old_call('{"input": "*** Begin"}', name="patch")
+
+REQUESTS += table(r"""
+off in vLLM's way, own server | Qwen/Qwen3-8B@other; everywhere | chat_template_kwargs=NO_THOUGHTS | **SILENT
+the same beside more of it | Qwen/Qwen3-8B@other; everywhere | chat_template_kwargs={**NO_THOUGHTS, "x": 1}
+    | enable_thinking=False, chat_template_kwargs={**NO_THOUGHTS, "x": 1}
+the same in extra_body | Qwen/Qwen3-8B@other | extra_body={"chat_template_kwargs": NO_THOUGHTS} | **SILENT
+the same, ModelScope | Qwen/Qwen3-8B@modelscope; everywhere | chat_template_kwargs=NO_THOUGHTS | **SILENT
+the same, another model | zai-org/GLM-4.7@other | chat_template_kwargs=NO_THOUGHTS | chat_template_kwargs=NO_THOUGHTS
+the same, text | Qwen/Qwen3-8B@other | prompt="x", chat_template_kwargs=NO_THOUGHTS | prompt="x", chat_template_kwargs=NO_THOUGHTS
+on, own server | Qwen/Qwen3-8B@other; everywhere | enable_thinking=True | **ALOUD
+effort none, own server | Qwen/Qwen3-8B@other; everywhere | reasoning_effort="none" | **SILENT
+effort high, own server | Qwen/Qwen3-8B@other; everywhere | reasoning_effort="high" | **ALOUD
+Anthropic's off, own server | Qwen/Qwen3-8B@other | thinking={"type": "disabled"} | **SILENT
+forced tool, own server | Qwen/Qwen3-8B@other; everywhere | tools=[F], tool_choice="required" | tools=[F], tool_choice="required", **SILENT
+JSON, own server | Qwen/Qwen3-8B@other; everywhere | response_format=JSON_OBJECT | response_format=JSON_OBJECT, **SILENT
+entry, off, own server | Qwen/Qwen3-8B@other; everywhere | entry={"reasoning": False} | **SILENT
+
+switch as text, open-webui #16682 | qwen3.7-plus; everywhere | enable_thinking="false" | enable_thinking=False
+switch as number, own server | Qwen/Qwen3-8B@other; everywhere | enable_thinking=0 | **SILENT
+switch on as text, own server | Qwen/Qwen3-8B@other; everywhere | enable_thinking="True" | **ALOUD
+switch as text in the template | qwen3.7-plus; everywhere | chat_template_kwargs={"enable_thinking": "false"} | enable_thinking=False
+switch as text, OpenRouter's | qwen3.7-plus | reasoning={"enabled": "false"} | enable_thinking=False
+switch as text, the entry's | qwen3.7-plus; everywhere | entry={"extra_body": {"enable_thinking": "false"}} | enable_thinking=False
+budget as text | qwen3.7-plus; everywhere | thinking_budget="1024" | thinking_budget=1024, **THINKS
+budget as text, Anthropic's | qwen3.7-plus | thinking={"type": "enabled", "budget_tokens": "99"} | thinking_budget=99, **THINKS
+limit with a point | | max_completion_tokens=100.0 | max_tokens=100
+limit as text | ; everywhere | max_tokens="100" | max_tokens=100
+limit as text, text | qwen-coder-turbo | prompt="x", max_tokens="100" | prompt="x", max_tokens=100
+sampling as text | ; everywhere | temperature="0.5", top_k="3" | temperature=0.5, top_k=3
+neither switch nor number | qwen3.7-plus@coding; everywhere | enable_thinking="perhaps", thinking_budget="much", seed="x"
+    | enable_thinking="perhaps", thinking_budget="much", seed="x"
+half a token, no limit | qwen3.7-plus@coding | thinking_budget=10.5, max_tokens="many" | thinking_budget=10.5, max_tokens="many"
+no effort, no switch in the template | qwen3.7-plus | reasoning_effort=3, chat_template_kwargs={"enable_thinking": "auto"}
+    | reasoning_effort=3, chat_template_kwargs={"enable_thinking": "auto"}
+
+arguments encoded twice, koog #2096 | ; everywhere | messages=old_call(TWICE) | messages=old_call('{"a":3}')
+arguments encoded thrice, own server | any@other; everywhere | messages=old_call(json.dumps(TWICE)) | messages=old_call('{"a":3}')
+arguments null | ; everywhere | messages=old_call("null") | messages=LOOP
+arguments null, twice | any@other; everywhere | messages=old_call('"null"') | messages=LOOP
+arguments a list | ; everywhere | messages=old_call("[]") | messages=old_call(odd("[]"))
+arguments a text | any@other; everywhere | messages=old_call('"Paris"') | messages=old_call(odd('"Paris"'))
+arguments in blanks of their own | ; everywhere | messages=old_call('{"a":  3}') | messages=old_call('{"a":  3}')
+function_call, arguments encoded twice | | messages=[*HI, assistant(None, function_call={"name": "f", "arguments": TWICE}),
+    message("function", "ok", name="f")] | messages=[*HI, call("call_legacy_1", arguments='{"a":3}'), {**result("call_legacy_1", "ok"), "name": "f"}]
+
+system alone, dify #33152 | ; everywhere | messages=[system("a")] | messages=[user("a")]
+developer alone | Qwen/Qwen3-8B@other; everywhere | messages=[message("developer", "a")] | messages=[user("a")]
+two systems, vllm #36432 | ; everywhere | messages=[system("a"), system("b")] | messages=[system("a"), user("b")]
+system and developer | Qwen/Qwen3-8B@other; everywhere | messages=[system("a"), message("developer", "b")] | messages=[system("a"), user("b")]
+instructions and developer | | input=[message("developer", "b")], instructions="a" | messages=[system("a"), user("b")]
+system and assistant | ; everywhere | messages=[system("a"), assistant("b")] | messages=[system("a"), BEGIN, assistant("b")]
+assistant alone | Qwen/Qwen3-8B@other; everywhere | messages=[assistant("b")] | messages=[BEGIN, assistant("b")]
+a call and its result only | ; everywhere | messages=LOOP[1:] | messages=[BEGIN, *LOOP[1:]]
+system, a call and its result | Qwen/Qwen3-8B@other; everywhere | messages=[system("a"), *LOOP[1:]] | messages=[system("a"), BEGIN, *LOOP[1:]]
+assistant, then a user | ; everywhere | messages=[system("a"), assistant("b"), *HI] | messages=[system("a"), assistant("b"), *HI]
+system alone, in parts | | messages=[system(parts("a"))] | messages=[user(parts("a"))]
+system alone, another maker's | any/model@other; everywhere | messages=[system("a")] | messages=[system("a")]
+
+bare base64, eino-ext #620 | qwen3-omni-flash; everywhere | messages=hear("UklGRg==", format="wav") | messages=hear("data:;base64,UklGRg==", format="wav")
+sound by a data URL | qwen3-omni-flash; everywhere | messages=hear(WAV, format="wav") | messages=hear(WAV, format="wav")
+audio_url, pydantic-ai #3596 | qwen3-omni-flash | messages=[user([*parts("What?"), AUDIO_URL])] | messages=hear(WAV)
+bare base64, own server | Qwen/Qwen3-Omni@other; everywhere | messages=hear("UklGRg==") | messages=hear("UklGRg==")
+audio_url, own server | Qwen/Qwen3-Omni@other | messages=[user([AUDIO_URL])] | messages=[user([AUDIO_URL])]
+bare base64 in a result | qwen3-omni-flash | messages=[*LOOP[:2], result("c", hear("UklGRg==")[0]["content"])]
+    | contents=["Hi", "", "What?", hear("data:;base64,UklGRg==")[0]["content"][1:]]
+
+no thoughts, Kimi, claude-code-router #1227 | kimi-k2.6@token; everywhere | messages=LOOP | messages=THOUGHTFUL
+no thoughts, Kimi, own server | moonshotai/Kimi-K2.5@other; everywhere | messages=LOOP | messages=THOUGHTFUL
+no thoughts, DeepSeek, crush #2696 | deepseek-v4-pro; everywhere | messages=LOOP | messages=THOUGHTFUL
+no thoughts, DeepSeek's own host | deepseek-v4-pro@deepseek; everywhere | messages=LOOP | messages=[*HI, {**call("c"), "reasoning_content": ""}, result("c", "ok")]
+thoughts of its own, Kimi | kimi-k2.6@token | messages=[*HI, {**call("c"), **KEPT_THOUGHTS}, result("c", "ok")]
+    | messages=[*HI, {**call("c"), **KEPT_THOUGHTS}, result("c", "ok")]
+no thoughts, Qwen | qwen3.7-plus@token; everywhere | messages=LOOP | messages=LOOP
+
+custom tool, flat, Cursor | qwen3-coder-plus; everywhere | tools=[FLAT] | tools=[PATCH]
+custom tool, nested, OpenAI's reference | qwen3-coder-plus; everywhere | tools=[F, NESTED_TOOL] | tools=[F, PATCH]
+custom tool of a Response | any@other | input="Hi", tools=[FLAT] | tools=[PATCH]
+custom tool, chosen, flat | qwen3-coder-plus | tools=[FLAT], tool_choice={"type": "custom", "name": "patch"} | tools=[PATCH], tool_choice=function("patch")
+custom tool, chosen, nested | qwen3-coder-plus; everywhere | tools=[NESTED_TOOL], tool_choice={"type": "custom", "custom": {"name": "patch"}}
+    | tools=[PATCH], tool_choice=function("patch")
+custom call in the history, OpenAI's | qwen3-coder-plus; everywhere | tools=[NESTED_TOOL], messages=PATCHED | tools=[PATCH], messages=SENT_PATCH
+custom call in the history, Cursor's | any@other | tools=[FLAT], messages=[*HI, call("c", name="patch", arguments="*** Begin"), result("c", "ok")]
+    | tools=[PATCH], messages=SENT_PATCH
+allowed tools | qwen3-coder-plus | tools=[F, G], tool_choice={"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [function()]}}
+    | tools=[F], tool_choice="required"
+
+parts of text, qwen-long, cherry-studio #9352 | qwen-long; everywhere | messages=[user(parts("a", "b"))] | messages=[user("a\nb")]
+parts of a system message, qwen-long | qwen-long-latest | messages=[system(parts("a", "b")), *HI] | messages=[system("a\nb"), *HI]
+one of two systems in parts, qwen-long | qwen-long | messages=[system("a"), system(parts("b")), *HI] | contents=["a\nb", "Hi"]
+parts of a result, qwen-long | qwen-long; everywhere | messages=[*LOOP[:2], result("c", parts("a", "b"))] | messages=[*LOOP[:2], result("c", "a\nb")]
+parts with a mark, qwen-long | qwen-long | messages=[user(parts("a", "b", **CACHED))] | messages=[user("a\nb")]
+text beside a picture | qwen3.7-plus; everywhere | messages=LOOK[:1] | messages=LOOK[:1]
+
+a picture long ago, oh-my-pi #1859 | qwen3.7-max; everywhere | messages=LOOK | messages=UNSEEN, rule="unseen-media"
+a picture long ago, a plan | qwen3-coder-plus@coding; everywhere | messages=LOOK | messages=UNSEEN
+a picture of a tool, long ago | qwen3.7-max | messages=[*LOOP[:2], result("c", LOOK[0]["content"]), assistant("."), *HI]
+    | contents=["Hi", "", parts("look", LEFT_OUT["text"]), ".", "Hi"]
+a picture long ago, it sees | kimi-k2.5@coding; everywhere | messages=LOOK | messages=LOOK
+a picture long ago, who knows | some-model@other; everywhere | messages=LOOK | messages=LOOK
+""")
+for schema in ("{}", "[]", "None", '""', '{"type": "object"}', '{"type": "string"}'):
+    REQUESTS += table(f"""
+parameters {schema}, crawl4ai #2207 | MiniMax-M2.5@coding; everywhere | tools=[function(parameters={schema})] | tools=[F]
+parameters {schema}, own server | MiniMaxAI/MiniMax-M2.5@other; everywhere | tools=[function(parameters={schema})] | tools=[F]
+parameters {schema} of functions | MiniMax-M2.5@token | functions=[dict(name="f", parameters={schema})] | tools=[F]
+parameters {schema}, Anthropic's | MiniMax-M2.5@token | tools=[dict(name="f", input_schema={schema})] | tools=[F]
+""")
+REQUESTS += table(r"""
+properties null | MiniMax-M2.5@coding; everywhere | tools=[function(parameters={"type": "object", "properties": None})] | tools=[F]
+properties a list | MiniMax-M2.5@coding; everywhere | tools=[function(parameters={"type": "object", "properties": []})] | tools=[F]
+properties without a type | MiniMax-M2.5@coding; everywhere | tools=[function(parameters={"properties": {"a": {}}})]
+    | tools=[function(parameters={"type": "object", "properties": {"a": {}}})]
+a reference | MiniMax-M2.5@coding; everywhere | tools=[function(parameters={"$ref": "#/x"})] | tools=[function(parameters={"$ref": "#/x"})]
+
+effort low, Qwen3.8, Qwen3.8 #217 | Qwen/Qwen3.8-27B@other; everywhere | reasoning_effort="low" | reasoning_effort="low", **ALOUD
+effort medium, Qwen3.8 | Qwen/Qwen3.8-27B@other; everywhere | reasoning_effort="medium" | reasoning_effort="medium", **ALOUD
+effort high, Qwen3.8 | Qwen/Qwen3.8-27B@other; everywhere | reasoning_effort="high" | reasoning_effort="xhigh", **ALOUD
+effort none, Qwen3.8 | Qwen/Qwen3.8-27B@other; everywhere | reasoning_effort="none" | **SILENT
+effort high, Qwen3.8-max | qwen3.8-max; everywhere | reasoning_effort="high" | reasoning_effort="xhigh"
+effort medium, Qwen3.8-max of a plan | qwen3.8-max@token; everywhere | reasoning_effort="medium" | reasoning_effort="medium"
+effort low, DeepSeek V4 | deepseek-v4-pro@token; everywhere | reasoning_effort="low" | reasoning_effort="high", **THINKS
+effort max, DeepSeek V4 | deepseek-v4-pro@token; everywhere | reasoning_effort="max" | reasoning_effort="max", **THINKS
+effort xhigh, DeepSeek V4.1 | deepseek-v4.1-flash; everywhere | reasoning_effort="xhigh" | reasoning_effort="max", **THINKS
+effort none, DeepSeek V4 | deepseek-v4-pro; everywhere | reasoning_effort="none" | **NO_THOUGHTS
+effort low, Kimi K3 | kimi-k3; everywhere | reasoning_effort="low" | reasoning_effort="low"
+effort medium, Kimi K3 | kimi-k3; everywhere | reasoning_effort="medium" | reasoning_effort="high"
+effort xhigh, GLM 5.3 | glm-5.3@token; everywhere | reasoning_effort="xhigh" | reasoning_effort="max"
+effort none, GLM 5.3 | glm-5.3@token; everywhere | reasoning_effort="none" |
+off, Kimi K3 | kimi-k3; everywhere | enable_thinking=False | rule="thinking"
+JSON, GLM 5.3 | glm-5.3@token; everywhere | response_format=JSON_OBJECT | rule="json-output"
+effort max, DeepSeek's own host | deepseek-v4-pro@deepseek; everywhere | reasoning_effort="max" | thinking={"type": "enabled"}, reasoning_effort="max"
+effort none, DeepSeek's own host | deepseek-v4-pro@deepseek; everywhere | reasoning_effort="none" | thinking={"type": "disabled"}
+effort max, Z.AI | glm-5.3@zai; everywhere | reasoning_effort="max" | thinking={"type": "enabled"}, reasoning_effort="max"
+entry's effort, DeepSeek V4 | deepseek-v4-pro@token; everywhere | entry={"extra_body": {"reasoning_effort": "max"}} | reasoning_effort="max", **THINKS
+
+preserve_thinking in the template, goose #8939 | qwen3.7-plus; everywhere | **KEEP | preserve_thinking=True
+preserve_thinking beside the switch | qwen3.7-plus@token; everywhere | chat_template_kwargs={"preserve_thinking": True, **THINKS} | preserve_thinking=True, **THINKS
+preserve_thinking beside more | qwen3.7-plus | chat_template_kwargs={"preserve_thinking": True, "x": 1} | preserve_thinking=True, chat_template_kwargs={"x": 1}
+preserve_thinking in extra_body | qwen3.7-plus | extra_body=KEEP | preserve_thinking=True
+preserve_thinking twice | qwen3.7-plus; everywhere | preserve_thinking=False, **KEEP | preserve_thinking=False
+preserve_thinking, the entry's | qwen3.7-plus; everywhere | entry={"extra_body": KEEP} | preserve_thinking=True
+preserve_thinking, own server | Qwen/Qwen3-8B@other; everywhere | **KEEP | **KEEP
+
+half an emoji, eliza #18079 | ; everywhere | messages=[user("Hi \ud83d")] | messages=[user("Hi \ufffd")]
+half an emoji in a result | ; everywhere | messages=[*LOOP[:2], result("c", "\ud83d")] | messages=[*LOOP[:2], result("c", "\ufffd")]
+half an emoji in arguments | ; everywhere | messages=old_call(r'{"a": "\ud83d"}') | messages=old_call('{"a":"\ufffd"}')
+half an emoji in a description | ; everywhere | tools=[function(description="\ud83d", parameters=EMPTY)] | tools=[function(description="\ufffd", parameters=EMPTY)]
+half an emoji in a prompt | qwen-coder-turbo | prompt="\ud83d" | prompt="\ufffd"
+
+no parts | ; everywhere | messages=[*HI, assistant("a"), user([])] | messages=[*HI, assistant("a"), user("")]
+no parts of a system message | | messages=[system([]), *HI] | messages=[system(""), *HI]
+no parts beside a call | any@other | messages=[*HI, call("c", content=[]), result("c", [])] | messages=[*LOOP[:2], result("c", "")]
+
+tool called search, forgecode #1580 | qwen3-coder-plus; everywhere | tools=[F, SEARCH], tool_choice=function("search"),
+    messages=[*HI, call("c", name="search"), result("c", "ok")]
+    | tools=[F, SEARCH_TOOL], tool_choice=function("search_tool"), messages=[*HI, call("c", name="search_tool"), result("c", "ok")]
+tool called search, a plan | kimi-k2.6@token; everywhere | tools=[SEARCH] | tools=[SEARCH_TOOL]
+tool called search, its new name is taken | qwen3-coder-plus@coding; everywhere | tools=[SEARCH_TOOL, SEARCH]
+    | tools=[SEARCH_TOOL, function("search_tool2", parameters=EMPTY)]
+tool called search, functions | qwen3-coder-plus | functions=[SEARCH["function"]] | tools=[SEARCH_TOOL]
+tool called search, OpenRouter | qwen/qwen3-coder-plus@openrouter; everywhere | tools=[SEARCH] | tools=[SEARCH]
+
+tools in an item, Codex 0.144 | qwen3-coder-plus | input=lite(SPACE) | tools=OFFERED
+tools in an item, own server | any@other | input=lite(SPACE) | tools=OFFERED
+tools in an item, no namespace | qwen3.7-plus@coding | input=lite(flat(G)) | tools=[G]
+tools in an item beside others | qwen3-coder-plus | input=lite(SPACE), tools=[flat(F)] | tools=[F, *OFFERED]
+tools in an item, tools empty | qwen3-coder-plus | input=lite(SPACE), tools=[] | tools=OFFERED
+tools in two items, one of them twice | qwen3-coder-plus | input=lite(flat(G), more=lite(flat(G), FLAT)[:1]) | tools=[G, PATCH]
+tools in an item, one chosen | qwen3-coder-plus | input=lite(SPACE), tool_choice={"type": "function", "name": "g", "namespace": "functions"}
+    | tools=OFFERED, tool_choice=function("functions__g")
+tools in an item, forced | qwen3-coder-plus | input=lite(flat(G)), tool_choice="required" | tools=[G], tool_choice="required"
+""")
+
+
 @pytest.mark.parametrize("target, given, sent", REQUESTS)
 def test_requests(target, given, sent):
+    target, _, everywhere = target.partition("; ")
     model, _, family = target.partition("@")
     given, sent, family = fields(given), fields(sent), family or "dashscope"
     entry, rule = given.pop("entry", None), sent.pop("rule", None)
-    body, fired = to_upstream(given, model or "qwen3-max", family, entry)
-    assert rule is None or rule in fired
-    ids = [[call["id"] for call in turn.get("tool_calls", [])] for turn in body["messages"]]
-    assert all(len(set(found)) == len(found) for found in ids)
-    if family in ("portal", "dashscope"):
-        assert json.dumps(body).count("cache_control") <= 4
-        path = "/v1/" if family == "portal" else "/compatible-mode/v1/"
-        assert FakeQwen.refuse_chat(path, body, b"") is None
-    body["contents"] = [message["content"] for message in body["messages"]]
-    always = {"model", "stream", "stream_options", "messages", "contents"} - set(sent)
-    assert {name: value for name, value in body.items() if name not in always} == sent
+    for api, asked in spellings(given, everywhere):
+        body, fired = to_upstream(asked, model or "qwen3-max", family, entry, api)
+        assert rule is None or rule in fired
+        messages = body.get("messages", [])
+        ids = [[call["id"] for call in turn.get("tool_calls", [])] for turn in messages]
+        assert all(len(set(found)) == len(found) for found in ids)
+        if family in ("portal", "dashscope") and messages:
+            assert json.dumps(body).count("cache_control") <= 4
+            path = "/v1/" if family == "portal" else "/compatible-mode/v1/"
+            assert FakeQwen.refuse_chat(path, body, b"") is None
+        body["contents"] = [message["content"] for message in messages]
+        always = {"model", "stream", "stream_options", "messages", "contents"} - set(sent)
+        assert {name: value for name, value in body.items() if name not in always} == sent
 
 
 FORCED = {"model": "qwq-plus", "tools": [F], "tool_choice": "required"}
@@ -3620,6 +3940,32 @@ def test_what_a_request_does_not_get_is_said(key_server, upstream, caplog):  # c
     ):
         assert chat(key_server, **{**FORCED, "model": model})[0] == 200 and words in caplog.text
     assert "f" in upstream.bodies()[0]["messages"][0]["content"]
+
+
+# What a request does not get, and words for it at info and in the notes of the exchange.
+LEFT_OUT_OF = table(r"""
+fields of OpenAI | model="qwen3.7-plus", logit_bias={"1": 1}, verbosity="low", store=True | logit_bias; verbosity; store
+fields of other servers | model="qwen3.7-plus", min_p=0.1, num_ctx=9 | min_p; num_ctx
+top_p 0 | model="qwen3.7-plus", top_p=0 | top_p
+thinking, never thinks | model="qwen3-coder-plus", enable_thinking=True | no thinking, since qwen3-coder-plus
+effort, never thinks | model="qwen3-coder-plus", reasoning_effort="high" | no thinking, since qwen3-coder-plus
+off, always thinks | model="kimi-k3", enable_thinking=False | thinking stays on, since kimi-k3
+a budget, knows none | model="deepseek-v4-pro", thinking_budget=9 | no limit on thinking
+a strict tool | model="qwen3-max", tools=[function(strict=True)] | strict of tools
+a picture long ago | model="qwen3.7-max", messages=LOOK | 1 media parts
+a result without a call | model="qwen3-max", messages=[*HI, result("x", "y")] | 1 tool results
+thoughts for none | model="qwen3-coder-plus", messages=[*HI, assistant("a", reasoning_content="Hm"), *HI] | the thoughts of 1
+""")
+
+
+@pytest.mark.parametrize("given, words", LEFT_OUT_OF)
+def test_what_is_left_out_is_named_in_log_and_notes(key_server, caplog, monkeypatch, given, words):
+    caplog.set_level(logging.INFO, "qwen_proxy")
+    notes = []
+    monkeypatch.setattr(qp.Exchange, "log_line", lambda self: notes.append(str(self.notes)) or "")
+    assert chat(key_server, **fields(given))[0] == 200 and until(lambda: notes)
+    for text in words.split("; "):
+        assert text in caplog.text and text in notes[0]
 
 
 def test_extra_body_sent_as_it_is_written_is_merged(key_server, upstream, caplog):
@@ -3939,6 +4285,64 @@ garbage | *DELTAS, b"data: {not json\n\n" | error=(502, "upstream_cut")
 """)
 
 
+def cut_emoji(text):
+    """A delta whose text has half an emoji in the place of @."""
+    return chunk({"content": text}).replace(b"@", rb"\ud83d")
+
+
+def sound(**audio):
+    return chunk({"audio": audio})
+
+
+INFO = {"search_info": {"search_results": [{"index": 1, "url": "https://x"}]}}
+FIRST_A, REST_A = '{"a"', ": 1}"
+BOTH_CALLED = {**CALLED, "calls": [("f", {"a": 1}), ("g", {"a": 1})]}
+ONE_CALLED = {**CALLED, "calls": [("f", {"a": 1})]}
+BY_ID = [("c1", "f", FIRST_A), ("c2", "g", FIRST_A), ("c1", "", REST_A), ("c2", "", REST_A)]
+
+DIRTY += table(r"""
+{} and then the arguments, openai-agents-js #712 | tool(0, "c", "f", "{}"), tool(0, "", None, '{"a": 1}'), *END | **ONE_CALLED
+{} and then pieces | tool(0, "c", "f", "{}"), tool(0, "", None, FIRST_A), tool(0, "", None, REST_A), *END | **ONE_CALLED
+{} with id and name on each | tool(0, "c", "f", "{ }"), tool(0, "c", "f", '{"a": 1}'), *END | **ONE_CALLED
+{} as an object | tool(0, "c", "f", {}), tool(0, "", None, '{"a": 1}'), *END | **ONE_CALLED
+{} behind the name | tool(0, "c", "f", ""), tool(0, "", None, "{}"), tool(0, "", None, '{"a": 1}'), *END | **ONE_CALLED
+null and then the arguments | tool(0, "c", "f", "null"), tool(0, "", None, '{"a": 1}'), *END | **ONE_CALLED
+{} in two pieces, and no more | tool(0, "c", "f", "{"), tool(0, "", None, "}"), *END | calls=[("f", {})], **CALLED
+{} twice, two calls | tool(0, "c", "f", "{}"), tool(0, "", None, '{"a": 1}'), tool(1, "d", "g", "{}"), tool(1, "", None, '{"a": 1}'), *END | **BOTH_CALLED
+
+usage is the end, opencrabs #694 | *DELTAS, chunk(usage=USAGE) |
+usage without choices is the end | *DELTAS, event({"id": "x", "usage": USAGE}) |
+usage is the end, a call | tool(0, "c", "f", '{"a": 1}'), chunk(usage=USAGE) | **ONE_CALLED
+usage is the end, a call that is cut | tool(0, "c", "f", FIRST_A), chunk(usage=USAGE) | calls=[("f", FIRST_A)], content=None, finish_reason="length"
+usage on a text is no end | *texts("Hel", usage=USAGE) | error=(502, "upstream_cut")
+usage before the text is no end | chunk(usage=USAGE), *DELTAS | error=(502, "upstream_cut")
+
+search_info on the finish chunk | *DELTAS, *stop(**INFO), | usage=None, more=INFO
+search_info on the usage chunk | *DELTAS, chunk({}, "stop"), chunk(usage=USAGE, **INFO), DONE | more=INFO
+search_info beside an empty delta | *DELTAS, chunk({}, **INFO), *END | more=INFO
+search_info first | delta(role="assistant", content=""), *texts("Hello, wörld", **INFO), *END | more=INFO
+search_info behind the finish chunk | *DELTAS, chunk({}, "stop"), chunk({"content": ""}, **INFO), chunk(usage=USAGE), DONE | more=INFO
+
+two calls by turns, LlamaIndex | tool(0, "c", "f"), tool(1, "d", "g"), tool(0, "", None, FIRST_A), tool(1, "", None, FIRST_A), tool(0, "", None, REST_A),
+    tool(1, "", None, REST_A), *END | **BOTH_CALLED
+the second whole before the first | tool(0, "c", "f", FIRST_A), tool(1, "d", "g", '{"a": 1}'), tool(0, "", None, REST_A), *END | **BOTH_CALLED
+by turns, by id alone | *[calling(bare_call(name, text, id=id)) for id, name, text in BY_ID], *END | **BOTH_CALLED
+by turns, in one event | calling((0, "c", "f", FIRST_A), (1, "d", "g", FIRST_A)), calling((0, "", None, REST_A), (1, "", None, REST_A)), *END | **BOTH_CALLED
+by turns, three | *[tool(n, f"c{n}", "f", FIRST_A) for n in range(3)], *[tool(n, "", None, REST_A) for n in range(3)], *END | calls=[("f", {"a": 1})] * 3, **CALLED
+by turns, the first without arguments | tool(0, "c", "f"), tool(1, "d", "g", '{"a": 1}'), *END | calls=[("f", {}), ("g", {"a": 1})], **CALLED
+
+half an emoji | cut_emoji("Hi @"), *END | content="Hi \ufffd"
+half an emoji in thoughts | cut_emoji("<think>@</think>x"), *END | content="x", reasoning="\ufffd"
+
+sound by turns | sound(transcript="Hel"), sound(data="AA"), sound(transcript="lo"), sound(data="BB"), *END
+    | content="", more={"audio": {"data": "AABB", "transcript": "Hello"}}
+sound with id and end | sound(id="a1", data="AA"), sound(id="a1", data="BB"), sound(expires_at=9), *END
+    | content="", more={"audio": {"id": "a1", "data": "AABB", "expires_at": 9}}
+sound beside text | delta(content="He", audio={"data": "AA"}), delta(content="llo", audio={"data": "BB"}), *END | content="Hello", more={"audio": {"data": "AABB"}}
+any other object | delta(extra={"a": 1, "in": {"b": 2}}), delta(extra={"in": {"c": 3}}), *END | content="", more={"extra": {"a": 1, "in": {"b": 2, "c": 3}}}
+""")
+
+
 def pieces_of(cell):
     return eval(f"[{cell}]", globals())
 
@@ -4008,6 +4412,8 @@ def check_completion(completion, expected):
         "usage": completion.get("usage"),
         "ids": ids if "ids" in expected else None,
     }
+    if "more" in expected:
+        found["more"] = {name: {**completion, **message}.get(name) for name in expected["more"]}
     usual = {"content": "Hello, wörld", "finish_reason": "stop", "calls": [], "usage": USAGE}
     assert found == {**dict.fromkeys(found), **usual, **expected}
 
@@ -4031,7 +4437,7 @@ def test_dirty_answers_come_out_clean_wherever_the_bytes_are_cut(pieces, expecte
         assert clean == expected["error"]
     else:
         check_canonical(clean)
-        check_completion(collect(clean), expected)
+        check_completion(json.loads(qp.encode_json(collect(clean))), expected)
         assert sum("usage" in value for value in clean) <= 1
         assert not any("usage" in value for value in outcome([whole_answer], {**asked, "n": 1}))
     size = len(whole_answer)
@@ -4063,6 +4469,95 @@ def test_dirty_answers_reach_the_client_clean_streamed_and_not(
     chunks = [json.loads(value) for value in data]
     check_canonical(chunks)
     check_completion(collect(chunks), expected)
+
+
+@pytest.mark.parametrize("pieces, expected", DIRTY)
+def test_dirty_answers_are_responses_one_item_after_the_other(pieces, expected):
+    whole_answer = b"".join(piece for piece in pieces_of(pieces) if piece is not CUT)
+    expected = {"content": "Hello, wörld", "calls": [], "reasoning": None, **fields(expected)}
+    asked = as_response(**expected.pop("asked", {}))
+    if "error" in expected:
+        with pytest.raises(qp.UpstreamError) as caught:
+            events_of_response([whole_answer], **asked)
+        assert (caught.value.status, caught.value.code) == expected["error"]
+        return
+    events = events_of_response([whole_answer], **asked)
+    places = [event["output_index"] for event in events if "output_index" in event]
+    response, found = events[-1]["response"], collections.defaultdict(list)
+    for item in response["output"]:
+        said = [part["text"] for part in item.get("content") or item.get("summary", [])]
+        arguments = loaded(item.get("arguments", "null"))
+        found[item["type"]].append("".join(said) if said else (item.get("name"), arguments))
+    assert places == sorted(places)
+    assert "".join(found["message"]) == (expected["content"] or "")
+    assert "".join(found["reasoning"]) == (expected["reasoning"] or "")
+    assert found["function_call"] == expected["calls"]
+    is_cut = expected.get("finish_reason") in ("length", "content_filter")
+    assert response["status"] == ("incomplete" if is_cut else "completed")
+
+
+# Calls come back in the envelope in which their tools came: the route and the request, the name and
+# the arguments that the upstream calls with, and what the client gets of it.
+RETURNED = table(r"""
+search, forgecode #1580 | chat | tools=[SEARCH] | "search_tool", "{}" | function("search", arguments="{}")
+search, of functions | chat | functions=[SEARCH["function"]] | "search_tool", "{}" | {"name": "search", "arguments": "{}"}
+search, of a Response | responses | tools=[flat(SEARCH)] | "search_tool", "{}" | {"type": "function_call", "name": "search", "arguments": "{}"}
+search, of a Response for chat | chat | input="Hi", tools=[flat(SEARCH)] | "search_tool", "{}" | function("search", arguments="{}")
+custom tool, flat, codex-proxy #707 | chat | tools=[FLAT] | "patch", '{"input": "*** Begin"}' | function("patch", arguments="*** Begin")
+custom tool, nested | chat | tools=[NESTED_TOOL] | "patch", '{"input": "*** Begin"}' | {"type": "custom", "custom": {"name": "patch", "input": "*** Begin"}}
+custom tool, called with bare text | chat | tools=[NESTED_TOOL] | "patch", "*** Begin" | {"type": "custom", "custom": {"name": "patch", "input": "*** Begin"}}
+custom tool of a Response | responses | tools=[FLAT] | "patch", '{"input": "*** Begin"}' | {"type": "custom_tool_call", "name": "patch", "input": "*** Begin"}
+custom tool of a Response for chat | chat | input="Hi", tools=[FLAT] | "patch", '{"input": "*** Begin"}' | function("patch", arguments="*** Begin")
+function beside a custom tool | chat | tools=[F, NESTED_TOOL] | "f", '{"input": "x"}' | function(arguments='{"input": "x"}')
+tool in an item, Codex 0.144 | responses | input=lite(SPACE) | "functions__g", "{}" | {"type": "function_call", "name": "g", "namespace": "functions", "arguments": "{}"}
+custom tool in an item | responses | input=lite(SPACE) | "functions__exec", '{"input": "ls"}' | {"type": "custom_tool_call", "name": "exec", "namespace": "functions", "input": "ls"}
+tool in an item beside its namesake | responses | input=lite(SPACE), tools=[flat(G)] | "g", "{}" | {"type": "function_call", "name": "g", "arguments": "{}"}
+""")
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize("route, given, called, expected", RETURNED)
+def test_calls_come_back_as_their_tools_came(
+    key_server, upstream, route, given, called, expected, is_stream
+):
+    given, (name, arguments) = fields(given), eval(called)
+    start = {} if "input" in given else ASKED[route]
+    for cut in (0, len(arguments) // 2):
+        first, rest = tool(0, "c", name, arguments[:cut]), tool(0, "", None, arguments[cut:])
+        upstream.script.append(stream(first, rest, *END))
+        asked = {"model": "qwen3-coder-plus", "stream": is_stream, **start, **given}
+        body = ask(key_server, asked, path=ENDPOINTS[route])[2].decode()
+        found = [json.loads(x) for x in re.findall(r"^data: ({.*)", body, re.M)]
+        if route == "responses":
+            found = (found[-1]["response"] if is_stream else json.loads(body))["output"][0]
+            assert found.get("namespace") == eval(expected).get("namespace")
+        else:
+            found = (collect(found) if is_stream else json.loads(body))["choices"][0]["message"]
+            found = found.get("function_call") or found["tool_calls"][0]
+        assert {**found, **eval(expected)} == found
+        assert name in [entry["function"]["name"] for entry in upstream.bodies()[-1]["tools"]]
+
+
+TEXT_ANSWERS = table(r"""
+usage is the end, opencrabs #694 | *TEXT[:2], text_chunk("", choices=[], usage=USAGE) | usage=USAGE
+search_info on the finish chunk | *TEXT[:2], text_chunk("", "stop", **INFO), DONE | **INFO
+search_info on the usage chunk | *TEXT[:3], text_chunk("", choices=[], usage=USAGE, **INFO), DONE | usage=USAGE, **INFO
+search_info beside an empty text | *TEXT[:2], text_chunk("", **INFO), *TEXT[2:] | **INFO
+half an emoji | *TEXT[:2], text_chunk("\ud83d"), *TEXT[2:] | text="def f():\ufffd"
+""")
+
+
+@pytest.mark.parametrize("pieces, expected", TEXT_ANSWERS)
+def test_text_answers_keep_what_comes_with_them(key_server, upstream, pieces, expected):
+    upstream.script.extend([stream(*pieces_of(pieces))] * 2)
+    _, data = complete(key_server, stream=True, stream_options={"include_usage": True})
+    assert data.pop() == "[DONE]"
+    for chunks in ([complete(key_server)[1]], [json.loads(value) for value in data]):
+        choices = [choice for value in chunks for choice in value["choices"]]
+        found = {name: value for chunk in chunks for name, value in chunk.items()}
+        found["text"] = "".join(choice["text"] for choice in choices)
+        assert choices[-1]["finish_reason"] == "stop"
+        assert {**found, "text": found["text"], **{"text": "def f():", **fields(expected)}} == found
 
 
 THOUGHTS = [delta(reasoning_content="ü"), delta(content="ö"), *stop("length")]
@@ -5804,6 +6299,13 @@ a role | responses | {"input": [{"role": "robot", "content": "x"}]} | robot
 a file | responses | {"input": [user([{"type": "input_file", "file_id": "f"}])]} | input_file
 content of an item | responses | {"input": [user(5)]} | content
 """)
+BAD_REQUESTS += table(r"""
+a picture for a text model, oh-my-pi #1859 | chat | {"model": "qwen3.7-max", "messages": [*HI, LOOK[0]]} | messages[1] holds an image
+the same, of a Response | responses | {"model": "qwen3.7-max", **as_response([*HI, LOOK[0]])} | messages[1] holds an image
+a PDF, qwen-code #1888 | chat | {"model": "qwen3.7-plus", "messages": [user([{"type": "file", "file": {"file_data": "x"}}])]} | messages[0] holds a file
+a response before, chat | chat | {"input": "Hi", "previous_response_id": "resp_1"} | Previous response with id 'resp_1' not found.
+a response before, streamed | responses | {"input": "Hi", "previous_response_id": "é", "stream": True} | Previous response with id 'é' not found.
+""")
 ENDPOINTS = {
     "chat": CHAT,
     "text": "/v1/completions",
@@ -5818,6 +6320,17 @@ def test_bad_requests_are_refused_with_a_word(key_server, upstream, path, body, 
     error = json.loads(answer)["error"]
     assert (status, error["type"]) == (400, "invalid_request_error") and "report" not in str(error)
     assert words in error["message"] and upstream.requests == []
+
+
+@pytest.mark.parametrize("asked", ["QWEN3-MAX", "Qwen3-Max", "qwen/Qwen3-Max"])
+def test_a_model_is_found_in_any_case(key_server, upstream, asked):
+    upstream.models = [asked.lower(), "MiniMax-M2.5"]
+    status, found = get(key_server, "/v1/models/" + urllib.parse.quote(asked, ""))
+    assert status == 200 and found["id"].lower() == asked.lower()
+    for route, request in ASKED.items():
+        ask(key_server, {**request, "model": asked}, path=ENDPOINTS[route])
+    sent = [json.loads(body)["model"] for _, _, body in upstream.requests if body]
+    assert sent == [asked.lower()] * 3
 
 
 def test_plans_without_an_endpoint_say_so(login, upstream, serve):
