@@ -901,6 +901,16 @@ def as_effort(value: Any) -> str | None:
     return effort if effort in EFFORTS else None
 
 
+def as_decimal(value: Any) -> Any:
+    """Return a number, also one as text; None for anything else.
+
+    >>> as_decimal("0.5"), as_decimal("-Infinity")
+    (0.5, None)
+    """
+    number = loads(value) if isinstance(value, str) else value
+    return number if is_number(number) and abs(number) < 1e15 else None
+
+
 def is_number(value: Any) -> bool:
     """Return whether a JSON value is a number; True and False are none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -4433,6 +4443,7 @@ UNSEEN = {
 }
 # Names that a tool must not have there. Model Studio, 'Function calling'.
 RESERVED_TOOLS = frozenset({"search"})
+_LEGAL_TOOL = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
 
 
 class ToolShapes:
@@ -4452,12 +4463,15 @@ class ToolShapes:
             names.add(as_text(name))
             if is_custom(tool):
                 self.custom[as_text(name)] = envelope
-        reserved = names & RESERVED_TOOLS if "alibaba" in traits else frozenset()
-        self.sent = {name: self._free_name(name, names) for name in reserved}
+        self.sent: dict[str, str] = {}
+        for name in sorted(names) if "alibaba" in traits else ():
+            if name in RESERVED_TOOLS or name and not _LEGAL_TOOL.match(name):
+                self.sent[name] = self._free_name(name, names | {*self.sent.values()})
         self._original = {sent: name for name, sent in self.sent.items()}
 
     @staticmethod
     def _free_name(name: str, names: set[str]) -> str:
+        name = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:50]
         others = (f"{name}_tool{number}" for number in ("", *range(2, len(names) + 3)))
         return next(other for other in others if other not in names)
 
@@ -4485,12 +4499,14 @@ class ToolShapes:
         """Return the function call for a call of a custom tool in the history."""
         function = dig(call, "function")
         if dig(call, "type") == "custom":
-            custom = as_object(call.get("custom", call))
-            name, text = custom.get("name"), as_text(custom.get("input"))
+            custom = as_object(call.get("custom") or function or call)
+            name, text = custom.get("name"), custom.get("input", custom.get("arguments"))
         elif as_text(dig(function, "name")) in self.custom:
-            name, text = function["name"], custom_input(as_text(function.get("arguments")))
+            name, text = function["name"], custom_input(function.get("arguments"))
         else:
             return call
+        text = "" if text is None else text
+        text = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
         arguments = json.dumps({"input": text}, ensure_ascii=False)
         function = {"name": name, "arguments": arguments}
         return {"id": call.get("id"), "type": "function", "function": function}
@@ -4501,10 +4517,11 @@ def is_custom(tool: Any) -> bool:
     return dig(tool, "type") == "custom" and "input_schema" not in tool
 
 
-def custom_input(arguments: str) -> str:
-    """Return the one string that a custom tool is called with."""
-    found = dig(loads(arguments), "input")
-    return found if isinstance(found, str) else arguments
+def custom_input(arguments: Any) -> Any:
+    """Return the one string that a custom tool is called with, or what is there instead of it."""
+    value = loads(arguments) if isinstance(arguments, str) else arguments
+    found = dig(value, "input")
+    return found if isinstance(found, str) else "" if value == {} else arguments
 
 
 class Rewrite:
@@ -4522,10 +4539,15 @@ class Rewrite:
         "service_tier store verbosity web_search_options"
     ).split()
     # Open WebUI sends custom parameters as text.
-    NUMBERS = (
-        "temperature top_p top_k presence_penalty frequency_penalty repetition_penalty seed n "
-        "top_logprobs"
-    ).split()
+    READERS: tuple[tuple[Callable[[Any], Any], str], ...] = (
+        (
+            as_decimal,
+            "temperature top_p presence_penalty frequency_penalty repetition_penalty "
+            "repeat_penalty",
+        ),
+        (as_count, "top_k seed n top_logprobs"),
+        (as_switch, "logprobs parallel_tool_calls enable_search preserve_thinking tool_stream"),
+    )
     # What these mean to OpenAI is what happens here anyway.
     DEFAULTS: Json = {"n": 1, "modalities": ["text"], "store": False, "service_tier": "auto"}
     # By the type of a part: what the model must take.
@@ -4639,6 +4661,20 @@ class Rewrite:
 
     # -- messages --------------------------------------------------------------------------------
 
+    def part_shapes(self) -> bool:
+        """Parts of other APIs in chat completions' shape; thoughts among them become thoughts."""
+        changed = False
+        for message in self.body["messages"]:
+            content = as_list(message.get("content"))
+            thoughts = [part for part in content if part.get("type") == "thinking"]
+            parts = [chat_part(part) for part in content if part.get("type") != "thinking"]
+            if thoughts and message["role"] == "assistant":
+                texts = [as_text(part.get("thinking")) for part in thoughts]
+                message.setdefault("reasoning_content", "".join(texts))
+            if parts != content:
+                message["content"], changed = parts, True
+        return changed
+
     def unseen_media(self) -> bool:
         """Media that the model cannot take: refused in the user's latest message.
 
@@ -4646,6 +4682,9 @@ class Rewrite:
         """
         messages, sees = self.body["messages"], model_facts(self.model).sees
         latest = max((n for n, each in enumerate(messages) if each["role"] == "user"), default=-1)
+        first = latest
+        while first > 0 and messages[first - 1]["role"] == "user":
+            first -= 1
         count = 0
         for place, message in enumerate(messages if sees is not None else ()):
             parts = as_list(message.get("content"))
@@ -4653,7 +4692,7 @@ class Rewrite:
             unseen = [kind for kind in kinds if kind and kind not in as_text(sees).split()]
             if not unseen:
                 continue
-            if place == latest:
+            if first <= place <= latest:
                 raise BadRequest(
                     f"messages[{place}] holds {UNSEEN[unseen[0]].format(model=self.model)}",
                     param=f"messages.{place}.content",
@@ -4686,7 +4725,7 @@ class Rewrite:
         data = audio.get("data")
         if not isinstance(data, str):
             return part
-        data = data if re.match(r"(data|https?|oss|file):", data) else f"data:;base64,{data}"
+        data = data if re.match(r"(?i)(data|https?|oss|file):", data) else f"data:;base64,{data}"
         rest = {name: item for name, item in part.items() if name != "audio_url"}
         return {**rest, "type": "input_audio", "input_audio": {**audio, "data": data}}
 
@@ -4857,7 +4896,7 @@ class Rewrite:
             message
             for message in self.body["messages"]
             if message["role"] == "assistant"
-            and "reasoning_content" not in message
+            and not message.get("reasoning_content")
             and ("deepseek" in self.traits or message.get("tool_calls"))
         ]
         for message in missing:
@@ -4931,10 +4970,14 @@ class Rewrite:
         return before != {name: self.body[name] for name in self.LIMITS if name in self.body}
 
     def numbers(self) -> bool:
-        """Numbers that came as text are numbers, where the text is one."""
-        texts = {name: self.body.get(name) for name in self.NUMBERS}
-        found = {name: loads(text) for name, text in texts.items() if isinstance(text, str)}
-        read = {name: value for name, value in found.items() if is_number(value)}
+        """Numbers and switches that came in another spelling, where it is clear."""
+        found = {
+            name: reader(self.body[name])
+            for reader, names in self.READERS
+            for name in names.split()
+            if type(self.body.get(name)) in (str, float)
+        }
+        read = stated({name: value for name, value in found.items() if value != self.body[name]})
         self.body.update(read)
         return bool(read)
 
@@ -4993,7 +5036,8 @@ class Rewrite:
         }
         offered = self.body["tools"]
         kept = [tool for tool in offered if dig(tool, "function", "name") in names]
-        self.body["tools"], self.body["tool_choice"] = kept or offered, allowed.get("mode", "auto")
+        self.body["tools"] = kept or offered
+        self.body["tool_choice"] = allowed.get("mode") or "auto"
 
     def _tool(self, tool: Any) -> Any:
         """Return a tool with parameters and without nulls; without `strict` where it is unknown."""
@@ -5020,6 +5064,7 @@ class Rewrite:
     @staticmethod
     def _schema(parameters: Any) -> Json:
         """Return the schema of a function's parameters: that of an object, with properties."""
+        parameters = loads(parameters) if isinstance(parameters, str) else parameters
         schema = as_object(without_nulls(parameters))
         properties = schema.get("properties")
         if isinstance(properties, dict):
@@ -5028,7 +5073,7 @@ class Rewrite:
         if schema.get("type", "object") != "object":
             schema = {}
         # A reference or a choice of schemas has no properties of its own.
-        if not schema.keys() - {"type", "title", "description", "properties", "required"}:
+        if not schema.keys() & {"$ref", "allOf", "anyOf", "oneOf"}:
             schema = {**schema, "type": "object", "properties": {}}
         return schema
 
@@ -5252,6 +5297,41 @@ def without_nulls(value: Any) -> Any:
     }
 
 
+# Parts that are nothing but text, in any API's words, and the field that holds it.
+TEXT_PARTS = {
+    "input_text": "text",
+    "output_text": "text",
+    "text": "text",
+    "summary_text": "text",
+    "reasoning_text": "text",
+    "refusal": "refusal",
+}
+
+
+def chat_part(part: Json) -> Json:
+    """Return a part of a message as chat completions have it; as it is where it is unknown.
+
+    Those of the Responses API and of Anthropic's messages stand in histories that clients keep.
+    """
+    kind, image, source = as_text(part.get("type")), part.get("image_url"), part.get("source")
+    if kind in TEXT_PARTS and kind != "text":
+        mark = {"cache_control": part.get("cache_control")}
+        return {"type": "text", "text": as_text(part.get(TEXT_PARTS[kind])), **stated(mark)}
+    if kind == "image" and isinstance(source, dict):
+        data = f"data:{source.get('media_type')};base64,{source.get('data')}"
+        return {"type": "image_url", "image_url": {"url": source.get("url") or data}}
+    if kind == "input_image" and image:
+        detail = {"detail": part["detail"]} if part.get("detail") else {}
+        image = image if isinstance(image, dict) else {"url": image}
+        return {"type": "image_url", "image_url": {**detail, **image}}
+    if kind == "input_file" and (part.get("file_data") or part.get("file_url")):
+        names = ("filename", "file_data", "file_url")
+        return {"type": "file", "file": {name: part[name] for name in names if part.get(name)}}
+    if kind == "input_audio" and "input_audio" not in part:
+        return {"type": kind, "input_audio": without_keys(part, ("type",))}
+    return part
+
+
 def parts_of(content: Any) -> list[Json]:
     """Return a message's content as parts."""
     if isinstance(content, list):
@@ -5335,6 +5415,11 @@ RULES = (
         Rewrite.entry_defaults,
         "Qwen Code, model-providers.md: samplingParams, extra_body",
         apis=_BOTH,
+    ),
+    Rule(
+        "part-shapes",
+        Rewrite.part_shapes,
+        "OpenAI reference, Responses and refusals; Anthropic reference, Messages",
     ),
     Rule(
         "unseen-media",
@@ -5766,6 +5851,9 @@ def check_messages(messages: Any) -> None:
 # Pure: the upstream's events in, clean chunks out; a refusal's text in, an UpstreamError out.
 
 
+STATUS = re.compile(r"[45]\d\d\Z")
+
+
 class Refusal(NamedTuple):
     """What an upstream's refusal says, whichever of its shapes it has."""
 
@@ -5812,7 +5900,8 @@ class Refusal(NamedTuple):
         codes = [
             str(item)
             for item in (error.get("code"), error.get("type"))
-            if isinstance(item, (str, int)) and item != ""
+            # A status is no code.
+            if isinstance(item, (str, int)) and item != "" and not STATUS.match(str(item))
         ]
         # One with a blank in it is a message.
         code = next((each for each in codes if re.fullmatch(r"\S{1,60}", each)), "")
@@ -5861,12 +5950,14 @@ ERROR_RULES = (
     ErrorRule(
         (), r"data_?inspection_?failed|inappropriate content", 400, _BAD_REQUEST, "content_filter"
     ),
+    ErrorRule((), r"max_(completion_)?tokens\W.{0,60}too large", 400, _BAD_REQUEST, None),
     ErrorRule(
         (),
         r"range of input length|context_length_exceeded|exceed_context_size"
         r"|(input|prompt) (length|is)[^.]{0,40} (exceeds|too long)"
         r"|(maximum|model's|available|greater than the) (context|model) (length|size|window)"
         r"|longer than the (model's |maximum )*(context|model) length|max context length"
+        r"|context the overflows|model token limit|context limit|number of tokens allowed"
         r"|context (length|size|window) (has been )?exceeded",
         400,
         _BAD_REQUEST,
@@ -6296,7 +6387,7 @@ class ToolCall:
 
     MAX_NAME = 256
     # Arguments that say nothing.
-    EMPTY = ("{}", "null")
+    EMPTY = ("{}", "null", "[]", '""')
     # Bytes of memory besides its arguments, about.
     COST = 2048
 
@@ -6466,7 +6557,7 @@ class ToolCalls:
             return [delta]
         self._named[call.index][1].append(delta)
         deltas: list[Json] = []
-        while self._current < call.index and self._named[self._current][0].is_whole():
+        while self._current < call.index and self._named[self._current][0].arguments.is_whole():
             deltas += self._ended(self._current)
             self._current += 1
         if self._current == call.index:
@@ -6540,7 +6631,8 @@ class ChoiceState:
         self.has_role = self.has_ended = False
         # The upstream's; ours goes out at the end, as more may follow it.
         self.finish_reason: str | None = None
-        self.finish_extra: Json = {}
+        # Fields of choices that brought no delta, for the next one.
+        self.extra: Json = {}
 
     def passes_text(self) -> bool:
         """Return whether content can go through as it is."""
@@ -6623,7 +6715,7 @@ class ChunkTranslator:
             # [DONE] without a reason: it is whole, and opencode loops without one.
             if not state.has_ended:
                 reason = state.finish_reason or "stop"
-                outputs = self._finish(index, state, reason, state.finish_extra)
+                outputs = self._finish(index, state, reason)
                 for output in outputs[:-1]:
                     self.sink(Chunk(self._chunk([output])))
                 self._send(self._chunk(outputs[-1:]))
@@ -6743,11 +6835,9 @@ class ChunkTranslator:
             name: value for name, value in choice.items() if name not in own and value is not None
         }
         outputs = self._deltas(index, state, delta, extra)
-        if as_text(finish_reason) not in ("", "null"):
-            # Some upstreams send several.
-            if state.finish_reason in (None, "stop"):
-                state.finish_reason = finish_reason
-            state.finish_extra = {} if outputs else extra
+        # Some upstreams send several.
+        if as_text(finish_reason) not in ("", "null") and state.finish_reason in (None, "stop"):
+            state.finish_reason = finish_reason
         return outputs
 
     @staticmethod
@@ -6836,12 +6926,15 @@ class ChunkTranslator:
             deltas[:1] = [{**head, **first}]
             state.has_role = True
         outputs = [{"index": index, "delta": delta, "finish_reason": None} for delta in deltas]
-        if outputs:
-            outputs[-1].update(extra)
+        state.extra.update(extra)
+        if outputs and state.extra:
+            outputs[-1].update(state.extra)
+            state.extra = {}
         return outputs
 
-    def _finish(self, index: int, state: ChoiceState, reason: str, extra: Json) -> list[Json]:
+    def _finish(self, index: int, state: ChoiceState, reason: str) -> list[Json]:
         """Return what was kept back, then the finish chunk."""
+        extra, state.extra = state.extra, {}
         reasoning = state.reasoning.close()
         thoughts, content = state.filter.feed(state.content.close())
         last_thoughts, last_content = state.filter.close()
@@ -6863,7 +6956,8 @@ class ChunkTranslator:
         called = tools.named()
         if not called:
             return "length" if reason == "length" else "stop"
-        if not called[-1].arguments.is_whole() or reason == "length" and not was_whole:
+        are_whole = all(call.arguments.is_whole() for call in called)
+        if not are_whole or reason == "length" and not was_whole:
             return "length"
         return "function_call" if self._is_legacy else "tool_calls"
 
@@ -6890,7 +6984,7 @@ class TextTranslator(ChunkTranslator):
         }
         return None if choice == right else [{**choice, **right}]
 
-    def _finish(self, index: int, state: ChoiceState, reason: str, extra: Json) -> list[Json]:
+    def _finish(self, index: int, state: ChoiceState, reason: str) -> list[Json]:
         state.has_ended = True
         return [{"index": index, "text": "", "finish_reason": reason, "logprobs": None}]
 
@@ -7086,7 +7180,7 @@ class CompletionCollector:
         for name, value in part.items():
             if name == "logprobs" and isinstance(value, dict):
                 self._budget.take(value)
-                logprobs = choice.fields.setdefault("logprobs", {})
+                logprobs = choice.fields["logprobs"] = as_object(choice.fields.get("logprobs"))
                 for kind, values in value.items():
                     logprobs.setdefault(kind, []).extend(as_list(values))
             elif name not in ("index", "delta", "text", "message") and value is not None:
@@ -7620,15 +7714,6 @@ class ResponseRequest:
         "background conversation prompt max_tool_calls top_logprobs service_tier "
         "safety_identifier prompt_cache_retention stream_options context_management".split()
     )
-    # Parts that are nothing but text, and the field that holds it.
-    TEXT_PARTS = {
-        "input_text": "text",
-        "output_text": "text",
-        "text": "text",
-        "summary_text": "text",
-        "reasoning_text": "text",
-        "refusal": "refusal",
-    }
 
     def __init__(self, request: Any, memory: ItemMemory, owner: str = ""):
         self.asked: Json = check_object(request)
@@ -7798,19 +7883,12 @@ class ResponseRequest:
 
     @classmethod
     def _part(cls, part: Any) -> Json:
-        kind, image = dig(part, "type"), dig(part, "image_url")
-        if as_text(kind) in cls.TEXT_PARTS:
-            return {"type": "text", "text": as_text(part.get(cls.TEXT_PARTS[kind]))}
-        if kind == "input_image" and image:
-            detail = {"detail": part["detail"]} if part.get("detail") else {}
-            image = image if isinstance(image, dict) else {"url": image}
-            return {"type": "image_url", "image_url": {**detail, **image}}
-        if kind == "input_file" and (part.get("file_data") or part.get("file_url")):
-            names = ("filename", "file_data", "file_url")
-            file = {name: part[name] for name in names if part.get(name)}
-            return {"type": "file", "file": file}
-        if kind == "input_audio":
-            return {"type": "input_audio", "input_audio": part.get("input_audio")}
+        kind = dig(part, "type")
+        if kind == "text":
+            return {"type": "text", "text": as_text(part.get("text"))}
+        found = chat_part(part) if isinstance(kind, str) else part
+        if found is not part or kind == "input_audio":
+            return as_object(found)
         raise BadRequest(
             f"a part of type {shorten(str(kind), 60)!r} cannot be sent; files and images must be "
             "in the request itself, since none are stored",
@@ -7820,6 +7898,8 @@ class ResponseRequest:
     def _options(self) -> Json:
         """Return tools, length, effort and format as chat completions have them."""
         effort, wanted = dig(self.asked, "reasoning", "effort"), dig(self.asked, "text", "format")
+        # OpenRouter's shapes.
+        switch = {name: dig(self.asked, "reasoning", name) for name in ("enabled", "max_tokens")}
         kind = as_text(dig(wanted, "type"))
         names = ("name", "description", "schema", "strict")
         formats = {
@@ -7833,6 +7913,7 @@ class ResponseRequest:
             {
                 "max_tokens": self.asked.get("max_output_tokens"),
                 "reasoning_effort": effort if isinstance(effort, str) else None,
+                "reasoning": stated(switch) or None,
                 "response_format": formats.get(kind),
                 **({} if self.is_compaction else self.tools.fields(self.asked.get("tool_choice"))),
             }

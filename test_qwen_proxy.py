@@ -3754,7 +3754,7 @@ switch as number, own server | Qwen/Qwen3-8B@other; everywhere | enable_thinking
 switch on as text, own server | Qwen/Qwen3-8B@other; everywhere | enable_thinking="True" | **ALOUD
 switch as text in the template | qwen3.7-plus; everywhere | chat_template_kwargs={"enable_thinking": "false"} | enable_thinking=False
 switch as text, OpenRouter's | qwen3.7-plus | reasoning={"enabled": "false"} | enable_thinking=False
-switch as text, the entry's | qwen3.7-plus; everywhere | entry={"extra_body": {"enable_thinking": "false"}} | enable_thinking=False
+switch of the entry, as written | qwen3.7-plus; everywhere | entry={"extra_body": {"enable_thinking": False}} | enable_thinking=False
 budget as text | qwen3.7-plus; everywhere | thinking_budget="1024" | thinking_budget=1024, **THINKS
 budget as text, Anthropic's | qwen3.7-plus | thinking={"type": "enabled", "budget_tokens": "99"} | thinking_budget=99, **THINKS
 limit with a point | | max_completion_tokens=100.0 | max_tokens=100
@@ -3850,7 +3850,7 @@ effort low, Qwen3.8, Qwen3.8 #217 | Qwen/Qwen3.8-27B@other; everywhere | reasoni
 effort medium, Qwen3.8 | Qwen/Qwen3.8-27B@other; everywhere | reasoning_effort="medium" | reasoning_effort="medium", **ALOUD
 effort high, Qwen3.8 | Qwen/Qwen3.8-27B@other; everywhere | reasoning_effort="high" | reasoning_effort="xhigh", **ALOUD
 effort none, Qwen3.8 | Qwen/Qwen3.8-27B@other; everywhere | reasoning_effort="none" | **SILENT
-effort high, Qwen3.8-max | qwen3.8-max; everywhere | reasoning_effort="high" | reasoning_effort="xhigh"
+effort high, Qwen3.8-max | qwen3.8-max; everywhere | reasoning_effort="high" | reasoning_effort="high"
 effort medium, Qwen3.8-max of a plan | qwen3.8-max@token; everywhere | reasoning_effort="medium" | reasoning_effort="medium"
 effort low, DeepSeek V4 | deepseek-v4-pro@token; everywhere | reasoning_effort="low" | reasoning_effort="high", **THINKS
 effort max, DeepSeek V4 | deepseek-v4-pro@token; everywhere | reasoning_effort="max" | reasoning_effort="max", **THINKS
@@ -3865,7 +3865,7 @@ JSON, GLM 5.3 | glm-5.3@token; everywhere | response_format=JSON_OBJECT | rule="
 effort max, DeepSeek's own host | deepseek-v4-pro@deepseek; everywhere | reasoning_effort="max" | thinking={"type": "enabled"}, reasoning_effort="max"
 effort none, DeepSeek's own host | deepseek-v4-pro@deepseek; everywhere | reasoning_effort="none" | thinking={"type": "disabled"}
 effort max, Z.AI | glm-5.3@zai; everywhere | reasoning_effort="max" | thinking={"type": "enabled"}, reasoning_effort="max"
-entry's effort, DeepSeek V4 | deepseek-v4-pro@token; everywhere | entry={"extra_body": {"reasoning_effort": "max"}} | reasoning_effort="max", **THINKS
+entry's effort, DeepSeek V4 | deepseek-v4-pro@token; everywhere | entry={"reasoning": {"effort": "max"}} | reasoning_effort="max", **THINKS
 
 preserve_thinking in the template, goose #8939 | qwen3.7-plus; everywhere | **KEEP | preserve_thinking=True
 preserve_thinking beside the switch | qwen3.7-plus@token; everywhere | chat_template_kwargs={"preserve_thinking": True, **THINKS} | preserve_thinking=True, **THINKS
@@ -5409,14 +5409,14 @@ WILD = {
 BROKEN_OFF = [*HELLO[:2], chunk({}, usage=USAGE), CUT]
 LINE_WHO = r"qwen3-max via 127\.0\.0\.1:\d+ \d\.\d\ds"
 LINE_FIRST = r" first \d\.\d\ds"
-ASKED = {"messages": HI}
+COUNTED = {"messages": HI}
 # Name: what the upstream answers, route, body; then status, tokens (input, cached, output, reasoning),
 # level and line of the log.
 COUNTED = {
     "streamed": (
         [stream(*HELLO)],
         "/chat/completions",
-        {**ASKED, "stream": True},
+        {**COUNTED, "stream": True},
         200,
         (9, 0, 3, 0),
         "I",
@@ -5425,7 +5425,7 @@ COUNTED = {
     "collected": (
         [stream(*HELLO)],
         "/chat/completions",
-        ASKED,
+        COUNTED,
         200,
         (9, 0, 3, 0),
         "I",
@@ -5434,7 +5434,7 @@ COUNTED = {
     "details": (
         [stream(*HELLO[:5], chunk(usage=RICH), DONE)],
         "/chat/completions",
-        ASKED,
+        COUNTED,
         200,
         (900, 512, 213, 96),
         "I",
@@ -5443,7 +5443,7 @@ COUNTED = {
     "wild counts": (
         [stream(*HELLO[:5], chunk(usage=WILD), DONE)],
         "/chat/completions",
-        ASKED,
+        COUNTED,
         200,
         (9, 0, 0, 0),
         "I",
@@ -5452,7 +5452,7 @@ COUNTED = {
     "nothing counted": (
         [stream(*HELLO[:5], DONE)],
         "/chat/completions",
-        ASKED,
+        COUNTED,
         200,
         (0, 0, 0, 0),
         "I",
@@ -5497,7 +5497,7 @@ COUNTED = {
     "refused": (
         [refusal("no such thing", 400)],
         "/chat/completions",
-        ASKED,
+        COUNTED,
         400,
         (0, 0, 0, 0),
         "W",
@@ -5506,7 +5506,7 @@ COUNTED = {
     "exhausted": (
         [refusal("hour allocated quota exceeded", 429, "insufficient_quota")],
         "/chat/completions",
-        ASKED,
+        COUNTED,
         429,
         (0, 0, 0, 0),
         "W",
@@ -5515,7 +5515,7 @@ COUNTED = {
     "down": (
         [reply(503, b"")] * 3,
         "/chat/completions",
-        ASKED,
+        COUNTED,
         503,
         (0, 0, 0, 0),
         "W",
@@ -5524,7 +5524,7 @@ COUNTED = {
     "cut": (
         [stream(*HELLO[:2], CUT)],
         "/chat/completions",
-        {**ASKED, "stream": True},
+        {**COUNTED, "stream": True},
         502,
         (0, 0, 0, 0),
         "W",
@@ -5533,7 +5533,7 @@ COUNTED = {
     "cut but counted": (
         [stream(*BROKEN_OFF)],
         "/chat/completions",
-        {**ASKED, "stream": True},
+        {**COUNTED, "stream": True},
         502,
         (9, 0, 3, 0),
         "W",
@@ -5552,7 +5552,7 @@ COUNTED = {
         [stream(*HELLO)],
         "/chat/completions",
         {
-            **ASKED,
+            **COUNTED,
             "model": "qwen3.7-plus",
             "tools": [{"type": "function", "function": {"name": "f"}}],
             "tool_choice": "required",
