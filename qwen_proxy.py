@@ -7322,8 +7322,8 @@ class ChatApi:
     accept = "text/event-stream"
     name = "chat"
 
-    def __init__(self, items: Any = None, owner: str = ""):
-        self._items, self._owner = items, owner
+    def __init__(self, memory: Any = None, owner: str = ""):
+        self._memory, self._owner = memory, owner
 
     def check(self, body: Any) -> Json:
         """Return the request in a client's body; raises BadRequest."""
@@ -7491,8 +7491,8 @@ class EmbeddingsApi(ChatApi):
     # Texts in one request. Model Studio, 'Text embedding'; langchain4j #1140 for v1 and v2.
     BATCHES = (("text-embedding-v[12]*", 25), ("qwen3.7-text-embedding*", 20), ("*", 10))
 
-    def __init__(self, items: Any = None, owner: str = ""):
-        super().__init__(items, owner)
+    def __init__(self, memory: Any = None, owner: str = ""):
+        super().__init__(memory, owner)
         # 2048 vectors of 2048 numbers are 280 MiB.
         self._budget = Budget(3 * Budget.LIMIT)
 
@@ -7574,7 +7574,8 @@ class EmbeddingsApi(ChatApi):
 # Responses API
 # ------------------------------------------------------------------------------------------------
 # Pure: a request to /v1/responses in, a chat request out; chat chunks in, events of a response out.
-# OpenAI reference, Responses; no response is stored, so a request holds the whole conversation.
+# OpenAI reference, Responses. What is remembered is what came from client and model, before any
+# rule for Qwen.
 
 # Before what encrypted_content carries for us to the next request.
 OPAQUE = "qwen_proxy:"
@@ -7595,33 +7596,120 @@ def decode_opaque(value: Any) -> str:
         return ""
 
 
-class ItemMemory:
-    """The latest output items, in memory only, for whoever presents the same key.
+FORGETS = "This server keeps the latest responses in memory and forgets them when it restarts."
 
-    Unless it is told `store: false`, the AI SDK sends an answer back as {"type": "item_reference",
-    "id": ...} (@ai-sdk/openai, convertToOpenAIResponsesInput).
+
+class StoredResponse(NamedTuple):
+    """A response without its output, the items that the model was given, its output, all JSON."""
+
+    response: bytes
+    context: tuple[bytes, ...]
+    output: tuple[bytes, ...]
+
+
+class ResponseMemory:
+    """The latest responses, in memory only, for whoever presents the same key.
+
+    An item that several responses share is there once, such as the beginning of a conversation. The
+    oldest responses give way. An item of an output is found by its id, too: unless it is told
+    `store: false`, the AI SDK sends an answer back as {"type": "item_reference", "id": ...}
+    (@ai-sdk/openai, convertToOpenAIResponsesInput).
     """
 
-    LIMIT = 4_194_304
+    LIMIT = 67_108_864
+    # Bytes of memory of a response and of an item besides their JSON, and of one more use of an
+    # item, about.
+    COST, ITEM_COST, USE_COST = 1024, 256, 8
 
     def __init__(self, limit: int = LIMIT):
-        self._limit, self._size, self._lock = limit, 0, threading.Lock()
-        self._items: collections.OrderedDict[tuple[str, str], bytes] = collections.OrderedDict()
+        self.size, self._limit, self._lock = 0, limit, threading.Lock()
+        self._responses: collections.OrderedDict[tuple[str, str], StoredResponse]
+        self._responses = collections.OrderedDict()
+        # The JSON of an item: the one object that stands for it, and how often it is used.
+        self._items: dict[bytes, list[Any]] = {}
+        self._by_id: dict[tuple[str, str], bytes] = {}
 
-    def keep(self, items: list[Json], owner: str = "") -> None:
-        """Remember some items; the oldest ones give way to them."""
+    def keep(self, response: Json, context: list[Json], owner: str = "") -> None:
+        """Remember a response to the items of its context."""
+        head = encode_json({**response, "output": []})
+        given, output = [*map(encode_json, context)], [*map(encode_json, response["output"])]
         with self._lock:
-            for item in items:
-                self._items[owner, item["id"]] = encoded = encode_json(item)
-                self._size += len(encoded)
-            while self._size > self._limit:
-                self._size -= len(self._items.popitem(last=False)[1])
+            uses = [self._use(item) for item in (*given, *output)]
+            stored = StoredResponse(head, tuple(uses[: len(given)]), tuple(uses[len(given) :]))
+            self._responses[owner, response["id"]] = stored
+            for item, encoded in zip(response["output"], stored.output):
+                self._by_id[owner, item["id"]] = encoded
+            self.size += len(head) + self.COST
+            while self.size > self._limit:
+                self._forget(next(iter(self._responses)))
 
-    def get(self, item_id: str, owner: str = "") -> Json | None:
-        """Return the owner's item of that id, if it is still here."""
-        with self._lock:
-            encoded = self._items.get((owner, item_id))
+    def get(self, response_id: str, owner: str = "") -> Json | None:
+        """Return the owner's response of that id, if it is still here."""
+        stored = self._responses.get((owner, response_id))
+        return stored and {
+            **json.loads(stored.response),
+            "output": [*map(json.loads, stored.output)],
+        }
+
+    def context(self, response_id: str, owner: str = "") -> list[Json] | None:
+        """Return the items that the model was given for a response."""
+        stored = self._responses.get((owner, response_id))
+        return None if stored is None else [*map(json.loads, stored.context)]
+
+    def conversation(self, response_id: str, owner: str = "") -> list[Json] | None:
+        """Return the items up to a response, its output included."""
+        stored = self._responses.get((owner, response_id))
+        return None if stored is None else [*map(json.loads, (*stored.context, *stored.output))]
+
+    def item(self, item_id: str, owner: str = "") -> Json | None:
+        """Return the owner's item of that id, of the output of a response that is still here."""
+        encoded = self._by_id.get((owner, item_id))
         return as_object(json.loads(encoded)) if encoded else None
+
+    def delete(self, response_id: str, owner: str = "") -> bool:
+        """Forget a response; returns whether it was here."""
+        with self._lock:
+            is_here = (owner, response_id) in self._responses
+            if is_here:
+                self._forget((owner, response_id))
+            return is_here
+
+    def _use(self, encoded: bytes) -> bytes:
+        """Count one more use of an item; returns the object that stands for it."""
+        entry = self._items.get(encoded)
+        if entry is None:
+            entry = self._items[encoded] = [encoded, 0]
+            self.size += len(encoded) + self.ITEM_COST
+        entry[1] += 1
+        self.size += self.USE_COST
+        return bytes(entry[0])
+
+    def _forget(self, key: tuple[str, str]) -> None:
+        stored = self._responses.pop(key)
+        self.size -= len(stored.response) + self.COST
+        for encoded in stored.output:
+            self._by_id.pop((key[0], as_text(json.loads(encoded).get("id"))), None)
+        for encoded in (*stored.context, *stored.output):
+            entry = self._items[encoded]
+            entry[1] -= 1
+            self.size -= self.USE_COST
+            if not entry[1]:
+                del self._items[encoded]
+                self.size -= len(encoded) + self.ITEM_COST
+
+
+def listed_items(items: list[Json]) -> list[Json]:
+    """Return items of an input as OpenAI lists them, each with an id, type, parts and status."""
+    listed = []
+    for place, item in enumerate(items):
+        whole = {"type": "message", "status": "completed", **item}
+        content = whole.get("content")
+        if isinstance(content, str):
+            kind = "output_text" if whole.get("role") == "assistant" else "input_text"
+            whole["content"] = [{"type": kind, "text": content}]
+        prefix = as_object(OUTPUT_ITEMS.get(as_text(whole["type"]))).get("prefix", "item_")
+        listed.append({"id": f"{prefix}{place:024x}", **whole})
+    return listed
 
 
 class ResponseTools:
@@ -7697,7 +7785,8 @@ class ResponseTools:
 class ResponseRequest:
     """A request to /v1/responses, and the chat request for it.
 
-    asked: the request as it came; chat: the chat request; tools: those that it offers;
+    asked: the request as it came; items: of the whole conversation; chat: the chat request; tools:
+    those that it offers;
     is_compaction: the client wants the conversation summarised. Raises BadRequest for what is
     forgotten or cannot be meant.
     """
@@ -7715,36 +7804,36 @@ class ResponseRequest:
         "safety_identifier prompt_cache_retention stream_options context_management".split()
     )
 
-    def __init__(self, request: Any, memory: ItemMemory, owner: str = ""):
+    def __init__(self, request: Any, memory: ResponseMemory, owner: str = ""):
         self.asked: Json = check_object(request)
         self.tools = ResponseTools()
-        items = self._items(functools.partial(memory.get, owner=owner))
-        self.is_compaction = bool(items) and dig(items[-1], "type") == "compaction_trigger"
+        self.items = self._read_items(memory, owner)
+        self.is_compaction = dig(self.items[-1], "type") == "compaction_trigger"
         self.tools.add(self.asked.get("tools"))
-        messages = self._read_messages(items)
+        messages = self._read_messages(self.items)
         if self.is_compaction:
             messages.append({"role": "user", "content": self.COMPACTION})
         same = {name: self.asked[name] for name in self.asked if name not in self.ONLY_HERE}
         self.chat = stated({**same, "messages": messages, **self._options()})
 
-    def _items(self, remembered: Callable[[str], Json | None]) -> list[Any]:
-        """Return the items of the input, what their item_references stand for included."""
-        previous = self.asked.get("previous_response_id")
-        if previous:
+    def _read_items(self, memory: ResponseMemory, owner: str) -> list[Any]:
+        """Return the items of the conversation: of the previous response, then of the input."""
+        for name in ("background", "prompt", "conversation"):
+            if self.asked.get(name):
+                message = f"{name} is not supported: this server keeps responses in memory only"
+                raise BadRequest(message, param=name)
+        items, previous = self.asked.get("input"), self.asked.get("previous_response_id")
+        items = [{"role": "user", "content": items}] if isinstance(items, str) else items
+        if not isinstance(items, list) or not items and not previous:
+            raise BadRequest("input must be a string or a list of items", param="input")
+        before = memory.conversation(as_text(previous), owner) if previous else []
+        if before is None:
             raise BadRequest(
-                f"Previous response with id '{shorten(str(previous), 60)}' not found. Nothing is "
-                "stored here: send the whole conversation as input.",
+                f"Previous response with id '{shorten(str(previous), 60)}' not found. {FORGETS}",
                 code="previous_response_not_found",
                 param="previous_response_id",
             )
-        for name in ("background", "prompt", "conversation"):
-            if self.asked.get(name):
-                raise BadRequest(f"{name} is not supported: nothing is stored here", param=name)
-        items = self.asked.get("input")
-        items = [{"role": "user", "content": items}] if isinstance(items, str) else items
-        if not isinstance(items, list) or not items:
-            raise BadRequest("input must be a string or a list of items", param="input")
-        return self._resolved(items, remembered)
+        return before + self._resolved(items, functools.partial(memory.item, owner=owner))
 
     @staticmethod
     def _resolved(items: list[Any], remembered: Callable[[str], Json | None]) -> list[Any]:
@@ -8014,9 +8103,11 @@ class ResponsesWriter(Writer):
         "metadata": {},
         "parallel_tool_calls": True,
         "presence_penalty": 0.0,
+        "previous_response_id": None,
         "prompt_cache_key": None,
         "prompt_cache_retention": None,
         "safety_identifier": None,
+        "store": True,
         "temperature": 1.0,
         "tool_choice": "auto",
         "tools": [],
@@ -8027,7 +8118,7 @@ class ResponsesWriter(Writer):
     # What only OpenAI has.
     NULL = (
         "access_programs conversation image input_transformations max_tool_calls moderation "
-        "previous_response_id prompt prompt_cache_diagnostics prompt_cache_options tool_usage"
+        "prompt prompt_cache_diagnostics prompt_cache_options tool_usage"
     ).split()
 
     def __init__(self, out: Any, request: ResponseRequest, model: str, keep: Any):
@@ -8078,11 +8169,10 @@ class ResponsesWriter(Writer):
         self._end()
         is_cut = self._finish_reason in ("length", "content_filter")
         response = self._response("incomplete" if is_cut else "completed", usage)
-        if self._request.asked.get("store") is not False:
-            self._keep(response["output"])
         if self.is_stream:
             self._end_stream(response)
         else:
+            self._store(response)
             self._out.send_json(200, response)
 
     def error(self, error: ProxyError) -> None:
@@ -8101,7 +8191,12 @@ class ResponsesWriter(Writer):
         self._emit("error", **failure, param=None, error=inner)
         self._end_stream({**self._response("failed"), "error": failure})
 
+    def _store(self, response: Json) -> None:
+        if response["store"] is not False:
+            self._keep(response)
+
     def _end_stream(self, response: Json) -> None:
+        self._store(response)
         self._emit(f"response.{response['status']}", response=response)
         self.flush()
         self._out.end_stream()
@@ -8135,7 +8230,6 @@ class ResponsesWriter(Writer):
             "output": [] if status == "in_progress" else list(map(self._whole, self._items)),
             "reasoning": {name: dig(asked, "reasoning", name) for name in ("effort", "summary")},
             "service_tier": "default",
-            "store": False,
             "text": {
                 "format": dig(asked, "text", "format") or {"type": "text"},
                 "verbosity": dig(asked, "text", "verbosity") or "medium",
@@ -8206,7 +8300,7 @@ class ResponsesApi(ChatApi):
 
     def check(self, body: Any) -> Json:
         """Return the chat request for a request to /v1/responses; raises BadRequest."""
-        self._request = ResponseRequest(body, self._items, self._owner)
+        self._request = ResponseRequest(body, self._memory, self._owner)
         kinds = {kind for kind in self._request.tools.others if not kind.startswith("web_search")}
         if kinds:
             text = shorten(", ".join(sorted(kinds)), 200)
@@ -8215,7 +8309,8 @@ class ResponsesApi(ChatApi):
 
     def writer(self, request: Json, out: Any, target: Target) -> Writer:
         """Return what writes the answer to the client."""
-        keep = functools.partial(self._items.keep, owner=self._owner)
+        items = self._request.items
+        keep = functools.partial(self._memory.keep, context=items, owner=self._owner)
         return ResponsesWriter(out, self._request, target.model, keep)
 
 
@@ -8228,7 +8323,7 @@ class ChatRouteApi(ChatApi):
     def check(self, body: Any) -> Json:
         """Return the chat request; raises BadRequest."""
         if isinstance(body, dict) and "messages" not in body and "input" in body:
-            chat = ResponseRequest(body, self._items, self._owner).chat
+            chat = ResponseRequest(body, self._memory, self._owner).chat
             return super().check({**chat, "stream_options": {"include_usage": True}})
         return super().check(body)
 
@@ -9141,6 +9236,10 @@ class Exchange:
             path = "/" + path[3:].lstrip("/")
         return path.rstrip("/") or "/"
 
+    def query(self, name: str) -> str:
+        """Return a parameter of the query; empty for one that is not there."""
+        return dict(urllib.parse.parse_qsl(self.path.partition("?")[2])).get(name, "")
+
     def read_json(self) -> Any:
         """Return the JSON of the body; raises BadRequest."""
         body = self._decoded(self._read_body(self._max_body))
@@ -9510,6 +9609,8 @@ ENDPOINTS: dict[str, dict[str, Any]] = {
     "/completions": {"POST": TextApi},
     "/embeddings": {"POST": EmbeddingsApi},
     "/responses": {"POST": ResponsesApi, "GET": "get_responses"},
+    "/responses/{id}": {"GET": "get_response", "DELETE": "delete_response"},
+    "/responses/{id}/input_items": {"GET": "get_input_items"},
     "/models": {"GET": "get_models"},
     "/models/{id}": {"GET": "get_model"},
     "/usage": {"GET": "get_usage"},
@@ -9609,11 +9710,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_preflight(exchange)
             return None
         route = exchange.route()
-        if route.startswith("/responses/"):
-            message = "responses are not stored here (store is false): send the whole conversation"
-            raise BadRequest(f"{message} as input", 404, "response_not_found")
-        model = route[len("/models/") :] if route.startswith("/models/") else ""
-        route = "/models/{id}" if model else route
+        route, name = self._without_id(route)
         methods = ENDPOINTS.get(route)
         if methods is None:
             raise self._unknown_route(exchange)
@@ -9627,10 +9724,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
             exchange.key = self.proxy.access.check_key(exchange.headers)
         endpoint = methods[method]
         if isinstance(endpoint, str):
-            getattr(self, endpoint)(exchange, *([urllib.parse.unquote(model)] if model else []))
+            getattr(self, endpoint)(exchange, *([urllib.parse.unquote(name)] if name else []))
             return None
-        api: ChatApi = endpoint(self.proxy.items, exchange.key)
+        api: ChatApi = endpoint(self.proxy.memory, exchange.key)
         return api
+
+    @staticmethod
+    def _without_id(route: str) -> tuple[str, str]:
+        """Return the route as ENDPOINTS has it, and the id in it; the id of a model may hold /."""
+        before, slash, rest = route[1:].partition("/")
+        if not rest or before not in ("models", "responses"):
+            return route, ""
+        name, tail = rest, ""
+        if before == "responses" and rest.endswith("/input_items"):
+            tail = "/input_items"
+            name = rest[: -len(tail)]
+        is_id = before == "models" or "/" not in name
+        return (f"/{before}/{{id}}{tail}", name) if is_id else (route, "")
 
     @staticmethod
     def _unknown_route(exchange: Exchange) -> BadRequest:
@@ -9648,12 +9758,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def send_preflight(exchange: Exchange) -> None:
         """Answer OPTIONS."""
         if not exchange.cors:
-            exchange.send(204, [("Allow", "GET, POST, OPTIONS")], b"")
+            exchange.send(204, [("Allow", "GET, POST, DELETE, OPTIONS")], b"")
             return
         asks = "access-control-request-"
         vary = "Origin, Access-Control-Request-Headers, Access-Control-Request-Private-Network"
         headers = [
-            ("Access-Control-Allow-Methods", "GET, POST, OPTIONS"),
+            ("Access-Control-Allow-Methods", "GET, POST, DELETE, OPTIONS"),
             ("Access-Control-Max-Age", "600"),
             ("Access-Control-Allow-Origin", exchange.headers["origin"]),
             ("Vary", vary),
@@ -9674,12 +9784,62 @@ class Handler(http.server.BaseHTTPRequestHandler):
         on 404.
         """
         if "websocket" not in exchange.headers.get("upgrade", "").lower():
-            message, headers = "responses are not stored here", [("Allow", "POST, OPTIONS")]
+            message, headers = "responses have no list", [("Allow", "POST, OPTIONS")]
             code = "method_not_allowed"
             raise BadRequest(f"{message}; POST to /v1/responses", 405, code, headers=headers)
         message, headers = "there are no WebSockets here", [("Upgrade", "HTTP/1.1")]
         code = "upgrade_not_supported"
         raise BadRequest(f"{message}; POST to /v1/responses", 426, code, headers=headers)
+
+    def get_response(self, exchange: Exchange, response_id: str) -> None:
+        """Answer GET /v1/responses/{id}."""
+        if as_switch(exchange.query("stream")):
+            message = "a response that is stored is not streamed here; ask without stream=true"
+            raise BadRequest(message, param="stream")
+        response = self.proxy.memory.get(response_id, exchange.key)
+        exchange.send_json(200, self._found(response, response_id))
+
+    def delete_response(self, exchange: Exchange, response_id: str) -> None:
+        """Answer DELETE /v1/responses/{id}."""
+        is_deleted = self.proxy.memory.delete(response_id, exchange.key)
+        self._found(is_deleted or None, response_id)
+        exchange.send_json(200, {"id": response_id, "object": "response", "deleted": True})
+
+    def get_input_items(self, exchange: Exchange, response_id: str) -> None:
+        """Answer GET /v1/responses/{id}/input_items, a page of them, the latest first."""
+        found = self.proxy.memory.context(response_id, exchange.key)
+        items = listed_items(self._found(found, response_id))
+        limit, order = as_count(exchange.query("limit") or 20), exchange.query("order") or "desc"
+        if limit is None or not 1 <= limit <= 100:
+            raise BadRequest("limit must be between 1 and 100", param="limit")
+        if order not in ("asc", "desc"):
+            raise BadRequest("order must be asc or desc", param="order")
+        items = items[::-1] if order == "desc" else items
+        after = exchange.query("after")
+        places = [place for place, item in enumerate(items) if item["id"] == after]
+        if after and not places:
+            raise BadRequest(f"there is no item {shorten(after, 60)!r}", param="after")
+        start = places[0] + 1 if places else 0
+        page = items[start : start + limit]
+        ends = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {}
+        exchange.send_json(
+            200,
+            {
+                "object": "list",
+                "data": page,
+                "first_id": None,
+                "last_id": None,
+                **ends,
+                "has_more": start + limit < len(items),
+            },
+        )
+
+    @staticmethod
+    def _found(value: Any, response_id: str) -> Any:
+        if value is None:
+            message = f"Response with id '{shorten(response_id, 60)}' not found. {FORGETS}"
+            raise BadRequest(message, 404, "response_not_found")
+        return value
 
     def get_models(self, exchange: Exchange) -> None:
         """Answer GET /v1/models."""
@@ -9704,9 +9864,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def get_usage(self, exchange: Exchange) -> None:
         """Answer GET /usage, with ?by= and ?days= as the options of the command."""
-        query = dict(urllib.parse.parse_qsl(exchange.path.partition("?")[2]))
-        by = list(dict.fromkeys(query.get("by", "day").split(",")))
-        days = query.get("days", "30")
+        by = list(dict.fromkeys((exchange.query("by") or "day").split(",")))
+        days = exchange.query("days") or "30"
         if not set(by) <= set(GROUPS) or not re.match(r"[1-9][0-9]{0,3}\Z", days):
             groups = ", ".join(GROUPS)
             raise BadRequest(f"by must be of {groups}, and days a number from 1 to 9999")
@@ -9844,7 +10003,7 @@ class ProxyServer:
         self.upstream = Upstream(self.providers.forwarding)
         self.is_stopping = False
         self.handlers: set[Handler] = set()
-        self.items = ItemMemory()
+        self.memory = ResponseMemory()
         for warning in self.access.warnings():
             log.warning("%s", warning)
         self._waiters: set[Waiter] = set()

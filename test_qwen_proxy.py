@@ -3413,7 +3413,7 @@ def to_upstream(request, model="qwen3-max", family="dashscope", config=None, api
         "t", "http://h/v1", None, "t", {model: config or {}}, qp.FAMILIES[family]
     )
     request = request if {"input", "prompt"} & set(request) else {"messages": HI, **request}
-    before, api = json.dumps(request), api(qp.ItemMemory())
+    before, api = json.dumps(request), api(qp.ResponseMemory())
     body, fired = api.to_upstream(api.check(request), qp.Target(provider, model))
     # The client's request is not changed: failover needs it again.
     assert json.dumps(request) == before
@@ -4625,7 +4625,7 @@ def response_writer(asked):
 
 def events_of_response(pieces, **request):
     """The events for an upstream's stream, without any socket."""
-    asked = qp.ResponseRequest({"input": "Hi", **request}, qp.ItemMemory())
+    asked = qp.ResponseRequest({"input": "Hi", **request}, qp.ResponseMemory())
     writer, events = response_writer(asked)
     writer.start()
     for value in translate(pieces, asked.chat):
@@ -4801,7 +4801,7 @@ def test_response_has_every_required_field_streamed_and_not(key_server, upstream
         response["object"],
         response["parallel_tool_calls"],
         response["model"],
-    ) == (False, "response", False, "qwen3-max")
+    ) == (True, "response", False, "qwen3-max")
     _, events = respond(key_server, stream=True, **asked)
     assert all(name == event["type"] for name, event in events)
     streamed = events[-1][1]["response"]
@@ -5093,7 +5093,7 @@ def test_tools_in_an_item_are_not_offered_for_a_compaction(key_server, upstream)
 def test_search_is_left_out_with_a_word_where_there_is_none(caplog):
     caplog.set_level(logging.INFO, "qwen_proxy")
     chat_request = qp.ResponseRequest(
-        {"input": "Hi", "tools": [{"type": "web_search"}]}, qp.ItemMemory()
+        {"input": "Hi", "tools": [{"type": "web_search"}]}, qp.ResponseMemory()
     ).chat
     body, fired = to_upstream(chat_request, "qwen3.7-plus", "coding")
     assert "no web search" in fired["web-search"] and not {
@@ -5125,7 +5125,7 @@ def test_tool_choice_of_responses(choice, sent):
     tools = [*CALL_TOOLS, {"type": "function", "name": "other"}]
     asked, _ = to_upstream(
         qp.ResponseRequest(
-            {"input": "Hi", "tools": tools, "tool_choice": choice}, qp.ItemMemory()
+            {"input": "Hi", "tools": tools, "tool_choice": choice}, qp.ResponseMemory()
         ).chat
     )
     got = asked.get("tool_choice")
@@ -5181,6 +5181,102 @@ def test_thoughts_are_carried_in_encrypted_content_when_asked_for(key_server, up
     assert upstream.bodies()[1]["messages"][0]["reasoning_content"] == "Hmm"
 
 
+def roles_of(upstream, place=-1):
+    return [message["role"] for message in upstream.bodies()[place]["messages"]]
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_conversation_goes_on_by_the_id_of_a_response(key_server, upstream, is_stream):
+    def turn(*script, **request):
+        upstream.script.append(stream(*script, *END))
+        status, answer = respond(key_server, stream=is_stream, **request)
+        assert status == 200
+        return answer[-1][1]["response"] if is_stream else answer
+
+    called = chunk(tool_call(0, "c1", "get_weather", '{"city": "Paris"}'))
+    first = turn(called, input="Weather?", instructions="Be brief.", tools=CALL_TOOLS)
+    assert first["store"] is True and first["previous_response_id"] is None
+    output = {"type": "function_call_output", "call_id": "c1", "output": "sunny"}
+    second = turn(*DELTAS, input=[output], previous_response_id=first["id"])
+    assert second["previous_response_id"] == first["id"]
+    # Neither instructions nor tools are inherited.
+    assert roles_of(upstream) == ["user", "assistant", "tool"]
+    assert "tools" not in upstream.bodies()[-1]
+    turn(*DELTAS, input="And tomorrow?", previous_response_id=second["id"])
+    assert roles_of(upstream) == ["user", "assistant", "tool", "assistant", "user"]
+    branch = turn(*DELTAS, input="Forget it.", previous_response_id=second["id"], store=False)
+    assert roles_of(upstream)[-1] == "user" and len(roles_of(upstream)) == 5
+    assert get(key_server, f"/v1/responses/{second['id']}") == (200, second)
+    assert get(key_server, f"/v1/responses/{branch['id']}")[0] == 404
+    listed = get(key_server, f"/v1/responses/{second['id']}/input_items")[1]
+    kinds = [item["type"] for item in listed["data"]]
+    assert kinds == ["function_call_output", "function_call", "message"]
+    assert listed["data"][2]["content"] == [{"type": "input_text", "text": "Weather?"}]
+    assert all(item["id"] for item in listed["data"]) and listed["has_more"] is False
+    status, _, body = ask(key_server, method="DELETE", path=f"/v1/responses/{first['id']}")
+    deleted = {"id": first["id"], "object": "response", "deleted": True}
+    assert status == 200 and json.loads(body) == deleted
+    assert get(key_server, f"/v1/responses/{first['id']}")[0] == 404
+    # What was continued from it has the whole conversation.
+    turn(*DELTAS, input="Well?", previous_response_id=second["id"])
+    assert len(roles_of(upstream)) == 5
+
+
+def test_the_items_of_an_input_come_in_pages(key_server, upstream):
+    texts = [f"text {number}" for number in range(5)]
+    items = [{"role": "user", "content": text} for text in texts]
+    path = f"/v1/responses/{respond(key_server, input=items)[1]['id']}/input_items"
+
+    def page(query):
+        listed = get(key_server, f"{path}?{query}")[1]
+        found = [item["content"][0]["text"] for item in listed["data"]]
+        assert (listed["first_id"], listed["last_id"]) == (
+            (listed["data"][0]["id"], listed["data"][-1]["id"]) if found else (None, None)
+        )
+        return found, listed["last_id"], listed["has_more"]
+
+    found, last, has_more = page("limit=2&order=asc")
+    assert found == texts[:2] and has_more
+    found, last, has_more = page(f"limit=3&order=asc&after={last}")
+    assert found == texts[2:] and not has_more and page(f"order=asc&after={last}")[0] == []
+    assert page("")[0] == texts[::-1]
+    for query, word in [("limit=0", "limit"), ("limit=x", "limit"), ("order=up", "order")]:
+        assert get(key_server, f"{path}?{query}")[1]["error"]["param"] == word
+    assert get(key_server, f"{path}?after=none")[0] == 400
+
+
+def test_a_response_that_broke_off_can_be_continued(key_server, upstream):
+    upstream.script.append(stream(*DELTAS))
+    _, events = respond(key_server, stream=True)
+    failed = events[-1][1]["response"]
+    assert failed["status"] == "failed"
+    assert get(key_server, f"/v1/responses/{failed['id']}")[1] == failed
+    upstream.script.append(stream(*DELTAS, chunk({}, "length"), DONE))
+    _, cut = respond(key_server, input="Go on.", previous_response_id=failed["id"])
+    assert cut["status"] == "incomplete" and roles_of(upstream) == ["user", "assistant", "user"]
+    assert respond(key_server, input="More.", previous_response_id=cut["id"])[0] == 200
+
+
+def test_responses_are_remembered_for_each_key(serve, login, upstream):
+    server = serve(api_key=["key-a-123456", "key-b-123456"])
+
+    def asked(key, path="/v1/responses", body=None, method="POST"):
+        headers = {"Authorization": f"Bearer {key}"}
+        status, _, answer = ask(server, body, method=method, path=path, headers=headers)
+        return status, json.loads(answer)
+
+    _, response = asked("key-a-123456", body={"input": "Hi"})
+    after = {"input": "Hi", "previous_response_id": response["id"]}
+    path = f"/v1/responses/{response['id']}"
+    for key, statuses_ in ("key-b-123456", [404, 404, 404, 400]), ("key-a-123456", [200] * 4):
+        got = [asked(key, f"{path}/input_items", method="GET")[0]]
+        got += [asked(key, path, method=method)[0] for method in ("GET",)]
+        got += [asked(key, path, method="DELETE")[0]] if key == "key-b-123456" else [200]
+        assert [*got, asked(key, body=after)[0]] == statuses_
+    status, answer = asked("key-a-123456", f"{path}?stream=true", method="GET")
+    assert status == 400 and answer["error"]["param"] == "stream"
+
+
 def references(response):
     return [{"type": "item_reference", "id": item["id"]} for item in response["output"]]
 
@@ -5221,14 +5317,31 @@ def test_an_item_that_the_client_wanted_not_stored_is_not_kept(key_server, upstr
     )
 
 
-def test_the_memory_of_items_has_a_limit():
-    memory = qp.ItemMemory(limit=100)
-    memory.keep([{"id": str(number), "text": "x" * 30} for number in range(20)])
-    assert memory.get("19") == {"id": "19", "text": "x" * 30} and memory.get("17") is None
-    memory.keep([{"id": "large", "text": "x" * 200}])
-    assert memory.get("large") is None and memory.get("19") is None
-    memory.keep([{"id": "small"}])
-    assert memory.get("small") == {"id": "small"} and memory.get(5) is None
+def stored(number, *texts, size=30):
+    output = [{"id": f"i{number}", "text": str(number) * size}]
+    return {"id": f"r{number}", "output": output}, [{"text": text} for text in texts]
+
+
+def test_the_memory_of_responses_has_a_limit():
+    memory = qp.ResponseMemory(limit=4000)
+    for number in range(20):
+        memory.keep(*stored(number))
+    assert memory.item("i19")["text"] == "19" * 30 and memory.item("i15") is None
+    assert memory.get("r19")["output"] == [memory.item("i19")] and memory.get("r15") is None
+    memory.keep(*stored(20, size=9000))
+    assert memory.get("r20") is memory.item("i20") is memory.get("r19") is None
+    assert memory.size == 0 and memory.item(5) is None
+
+
+def test_a_shared_beginning_is_remembered_once():
+    memory, texts = qp.ResponseMemory(), [f"turn {number} " + "x" * 1000 for number in range(200)]
+    for number in range(200):
+        memory.keep(*stored(number, *texts[:number]))
+    assert memory.size < 200 * (1000 + 3000) + 8 * 200 * 200
+    assert len(memory.conversation("r199")) == 200
+    for number in range(200):
+        assert memory.delete(f"r{number}") and not memory.delete(f"r{number}")
+    assert memory.size == 0 and not memory._items and not memory._by_id
 
 
 def test_an_item_is_referred_to_once(key_server, upstream):
@@ -5250,7 +5363,7 @@ def test_a_compaction_without_a_summary_has_failed(key_server, upstream):
 @pytest.mark.parametrize(
     "request_, words",
     [
-        ({"previous_response_id": "resp_1"}, "send the whole conversation"),
+        ({"previous_response_id": "resp_1"}, "not found"),
         ({"conversation": "conv_1"}, "conversation is not"),
         ({"input": None}, "input must be"),
         ({"input": []}, "input must be"),
@@ -6285,7 +6398,7 @@ a null | embeddings | {"model": "m", "input": ["a", None]} | input[1]
 too many texts | embeddings | {"model": "m", "input": ["a"] * 2049} | 2048
 format | embeddings | {"model": "m", "input": "a", "encoding_format": "int8"} | float or base64
 a list for embeddings | embeddings | [] | JSON object
-a response before | responses | {"input": "Hi", "previous_response_id": "resp_1"} | send the whole conversation
+a response before | responses | {"input": "Hi", "previous_response_id": "resp_1"} | forgets them when it restarts
 a conversation | responses | {"input": "Hi", "conversation": "conv_1"} | conversation is not
 in the background | responses | {"input": "Hi", "background": True} | background
 input null | responses | {"input": None} | input must be
@@ -7417,7 +7530,7 @@ def answered(*deltas, **fields):
 
 
 def responded(items, **fields):
-    return lambda: qp.ResponseRequest({"input": items, **fields}, qp.ItemMemory())
+    return lambda: qp.ResponseRequest({"input": items, **fields}, qp.ResponseMemory())
 
 
 def one_event(choices):
@@ -7879,7 +7992,7 @@ def test_odd_response_and_embedding_requests_are_served_or_refused_by_name():
     for _ in range(1500):
         try:
             asked = qp.ResponseRequest(
-                mutated(request, random_, random_.randrange(1, 4)), qp.ItemMemory()
+                mutated(request, random_, random_.randrange(1, 4)), qp.ResponseMemory()
             )
             qp.ChatApi().check(asked.chat)
             body, _ = to_upstream(asked.chat, "qwen3.7-plus")
@@ -7942,7 +8055,7 @@ def test_odd_answers_come_out_whole_or_as_an_error(name):
     outcomes = collections.Counter()
     for _ in range(600):
         pieces = odd_answer(FUZZED_STREAMS[name], random_)
-        asked = qp.ResponseRequest({"input": "x"}, qp.ItemMemory())
+        asked = qp.ResponseRequest({"input": "x"}, qp.ResponseMemory())
         writer, events = response_writer(asked)
         writer.start()
         try:
