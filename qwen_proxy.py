@@ -70,7 +70,6 @@ import logging
 import logging.handlers
 import operator
 import os
-import platform
 import queue
 import random
 import re
@@ -2239,8 +2238,8 @@ class CliSettings:
     """
 
     FOLDERS = {
-        "Darwin": "/Library/Application Support/QwenCode",
-        "Windows": "C:\\ProgramData\\qwen-code",
+        "darwin": "/Library/Application Support/QwenCode",
+        "win32": "C:\\ProgramData\\qwen-code",
     }
 
     def __init__(
@@ -2371,7 +2370,7 @@ class CliSettings:
         return found
 
     def _system_file(self, name: str, variable: str) -> str:
-        folder = self.FOLDERS.get(platform.system(), "/etc/qwen-code")
+        folder = self.FOLDERS.get(sys.platform, "/etc/qwen-code")
         return self.environ.get(variable) or os.path.join(folder, name)
 
     def _project_dotenv(self, folder: str) -> list[str]:
