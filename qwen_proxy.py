@@ -3863,7 +3863,8 @@ class ModelLists:
         waited_for = [
             future for key, future in zip(keys, futures) if future and key not in self._lists
         ]
-        concurrent.futures.wait(waited_for, seconds)
+        if waited_for:
+            concurrent.futures.wait(waited_for, seconds)
         return [self._lists.get(key, self._empty) for key in keys]
 
     def close(self) -> None:
@@ -6328,7 +6329,7 @@ class LongText:
         self._parts.append(text)
         self.size += len(text)
         if self._budget:
-            self._budget.take(text)
+            self._budget.count(len(text))
 
     def __str__(self) -> str:
         if len(self._parts) > 1:
