@@ -2997,39 +2997,25 @@ class Waiter:
         interval: float = KEEP_ALIVE_INTERVAL,
         heartbeat: Callable[[], None] | None = None,
     ):
-        self._client, self.timeout, self._interval = client, timeout, interval
-        self._heartbeat, self._lock, self._is_stopping = heartbeat, threading.Lock(), False
-        self._selector = Selector()
+        self.timeout, self._interval, self._heartbeat = timeout, interval, heartbeat
+        self._lock, self._is_stopping, self._selector = threading.Lock(), False, Selector()
         self._upstream: socket.socket | None = None
-        self._waits_for = 0
+        self._waits_for, self._next_look = 0, 0.0
         self._last_sign = self._last_progress = time.monotonic()
-        self._next_look = self._last_sign + min(self.LOOK, interval / 2)
         if client is not None:
             self._selector.register(client, selectors.EVENT_READ)
 
     def for_reading(self, upstream: socket.socket) -> None:
         """Return when the upstream can be read."""
-        self._wait(upstream, selectors.EVENT_READ, "sent")
+        self._expect(upstream, selectors.EVENT_READ, "sent")
 
     def for_writing(self, upstream: socket.socket) -> None:
         """Return when the upstream takes bytes."""
-        self._wait(upstream, selectors.EVENT_WRITE, "taken")
+        self._expect(upstream, selectors.EVENT_WRITE, "taken")
 
     def sleep(self, seconds: float) -> None:
         """Wait before another attempt."""
-        end = time.monotonic() + seconds
-        self._attend(None, 0)
-        while True:
-            self.look()
-            remaining = end - time.monotonic()
-            if remaining <= 0:
-                return
-            if self._client is not None:
-                if self._selector.select(min(self.LOOK, remaining)):
-                    self._look_at_client()
-            else:
-                # Windows refuses to wait for nothing.
-                time.sleep(min(self.LOOK, remaining))
+        self._wait(None, 0, seconds)
 
     def look(self) -> None:
         """Look at the shutdown, at the client, and at the sign of life that may be due to it."""
@@ -3073,29 +3059,36 @@ class Waiter:
                 with contextlib.suppress(OSError):
                     socket.socket.shutdown(self._upstream, socket.SHUT_RDWR)
 
-    def _wait(self, upstream: socket.socket, event: int, verb: str) -> None:
+    def _expect(self, upstream: socket.socket, event: int, verb: str) -> None:
+        if not self._wait(upstream, event, self.timeout):
+            raise UpstreamError(
+                f"the upstream has {verb} nothing for {self.timeout:g} s; try again, or allow "
+                "more with --timeout",
+                504,
+                "upstream_timeout",
+            )
+
+    def _wait(self, upstream: socket.socket | None, event: int, seconds: float) -> bool:
+        """Return whether the upstream is ready; False after so many seconds."""
         self._attend(upstream, event)
-        now = time.monotonic()
-        deadline = now + self.timeout
+        deadline = time.monotonic() + seconds
         while True:
+            now = time.monotonic()
             if now >= self._next_look or self._is_stopping:
                 self.look()
             if now >= deadline:
-                raise UpstreamError(
-                    f"the upstream has {verb} nothing for {self.timeout:g} s; try again, or allow "
-                    "more with --timeout",
-                    504,
-                    "upstream_timeout",
-                )
-            is_ready = False
-            for key, _ in self._selector.select(max(0, min(deadline, self._next_look) - now)):
-                if key.fileobj is upstream:
-                    is_ready = True
-                else:
-                    self._look_at_client()
-            if is_ready and not self._is_stopping:
-                return
-            now = time.monotonic()
+                return False
+            pause = max(0, min(deadline, self._next_look) - now)
+            if upstream is None and not self._selector.get_map():
+                # Windows refuses to select from nothing.
+                time.sleep(pause)
+                continue
+            ready = [key.fileobj for key, _ in self._selector.select(pause)]
+            for each in ready:
+                if each is not upstream:
+                    self._look_at_client(each)
+            if upstream in ready and not self._is_stopping:
+                return True
 
     def _attend(self, upstream: socket.socket | None, event: int) -> None:
         if self._upstream is upstream and self._waits_for == event:
@@ -3106,10 +3099,7 @@ class Waiter:
         if upstream is not None:
             self._selector.register(upstream, event)
 
-    def _look_at_client(self) -> None:
-        client = self._client
-        if client is None:
-            return
+    def _look_at_client(self, client: Any) -> None:
         try:
             if not client.recv(1, socket.MSG_PEEK):
                 raise ClientGone
@@ -3119,7 +3109,6 @@ class Waiter:
             raise ClientGone from None
         # It has sent its next request ahead: no end can be seen behind that.
         self._selector.unregister(client)
-        self._client = None
 
 
 class Connection:
