@@ -3761,7 +3761,10 @@ class Call:
         )
         try:
             if not 200 <= response.status < 300:
-                raise self._refused(response, target)
+                text = response.read(MAX_ERROR_BODY).decode("utf-8", "replace")
+                name, shown = target.provider.name, shorten(text, 2000)
+                log.debug("HTTP %d from %s: %s", response.status, name, shown)
+                raise self._api.refusal(response.status, text, response.headers, target)
             decoder = self._api.decoder(self._request, target)
             answer = Answer(response, target, decoder, self._waiter)
             self.answers.append(answer)
@@ -3779,8 +3782,8 @@ class Call:
             raise BadRequest(message, code="unsupported_endpoint", moves_on=True)
         self._body, fired = self._api.to_upstream(self._request, target)
         self._prepared_for = target
-        self.notes += filter(None, fired.values())
         for given_up in filter(None, fired.values()):
+            self.notes.append(given_up)
             log.info("%s: %s", target.model, given_up)
         if log.isEnabledFor(logging.DEBUG):
             rules, text = ", ".join(fired) or "none", excerpt(self._body)
@@ -3792,13 +3795,6 @@ class Call:
             self.notes.append(how)
             log.info("upstream rejected the request (%s); retrying %s", error.message, how)
         return bool(how)
-
-    def _refused(self, response: UpstreamResponse, target: Target) -> UpstreamError:
-        text = response.read(MAX_ERROR_BODY).decode("utf-8", "replace")
-        name = target.provider.name
-        log.debug("HTTP %d from %s: %s", response.status, name, shorten(text, 2000))
-        error: UpstreamError = self._api.refusal(response.status, text, response.headers, target)
-        return error
 
 
 def excerpt(value: Any, longest: int = 200) -> str:
@@ -3838,22 +3834,20 @@ class ModelLists:
         self._lists: dict[tuple[str, str], list[str]] = {}
         # One object: what is made from lists is made again when one of them is another object.
         self._empty: list[str] = []
+        # The latest request for each list, and when the next one is due.
+        self._asked: dict[tuple[str, str], concurrent.futures.Future[None]] = {}
         self._due: dict[tuple[str, str], float] = {}
-        self._running: dict[tuple[str, str], concurrent.futures.Future[None]] = {}
         self._waiters: set[Waiter] = set()
 
     def get(self, providers: list[Provider], seconds: float) -> list[list[str]]:
         """Return the list of each provider, after at most so long; with 0 no upstream is asked."""
         keys = [(provider.name, provider.host()) for provider in providers]
-        futures = [
-            self._refresh(provider, key) if seconds and provider.family.has_list else None
-            for provider, key in zip(providers, keys)
-        ]
-        waited_for = [
-            future for key, future in zip(keys, futures) if future and key not in self._lists
-        ]
-        if waited_for:
-            concurrent.futures.wait(waited_for, seconds)
+        if seconds:
+            for provider, key in zip(providers, keys):
+                if provider.family.has_list:
+                    self._refresh(provider, key)
+            missing = [key for key in keys if key in self._asked and key not in self._lists]
+            concurrent.futures.wait([self._asked[key] for key in missing], seconds)
         return [self._lists.get(key, self._empty) for key in keys]
 
     def close(self) -> None:
@@ -3862,18 +3856,12 @@ class ModelLists:
             waiter.stop()
         self._executor.shutdown(wait=False)
 
-    def _refresh(
-        self, provider: Provider, key: tuple[str, str]
-    ) -> concurrent.futures.Future[None] | None:
-        with self._lock:
-            if key in self._running:
-                return self._running[key]
-            if time.monotonic() < self._due.get(key, 0.0):
-                return None
-            self._due[key] = time.monotonic() + self.AGE
-            with contextlib.suppress(RuntimeError):
-                self._running[key] = self._executor.submit(self._ask, provider, key)
-            return self._running.get(key)
+    def _refresh(self, provider: Provider, key: tuple[str, str]) -> None:
+        with self._lock, contextlib.suppress(RuntimeError):
+            is_running = key in self._asked and not self._asked[key].done()
+            if not is_running and time.monotonic() >= self._due.get(key, 0.0):
+                self._due[key] = time.monotonic() + self.AGE
+                self._asked[key] = self._executor.submit(self._ask, provider, key)
 
     def _ask(self, provider: Provider, key: tuple[str, str]) -> None:
         ids: list[str] = []
@@ -3881,12 +3869,10 @@ class ModelLists:
             ids = self._listed(provider)
         except (ProxyError, ShuttingDown) as error:
             log.debug("%s has no list of models: %s", provider.name, error)
-        with self._lock:
-            if ids:
-                self._lists[key] = ids
-            else:
-                self._due[key] = time.monotonic() + self.AGE_FAILED
-            self._running.pop(key, None)
+        if ids:
+            self._lists[key] = ids
+        else:
+            self._due[key] = time.monotonic() + self.AGE_FAILED
 
     def _listed(self, provider: Provider) -> list[str]:
         access_token = provider.credentials.access_token()
@@ -3895,11 +3881,10 @@ class ModelLists:
         self._waiters.add(waiter)
         try:
             target = Target(provider, "")
-            response = self._upstream.send(target, "/models", None, access_token, waiter, headers)
-            try:
+            with contextlib.closing(
+                self._upstream.send(target, "/models", None, access_token, waiter, headers)
+            ) as response:
                 listed = loads(response.read(self.SIZE)) if response.status == 200 else None
-            finally:
-                response.close()
         finally:
             self._waiters.discard(waiter)
         ids = (dig(entry, "id") for entry in as_list(dig(listed, "data")))
