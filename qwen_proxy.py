@@ -3050,6 +3050,10 @@ class Waiter:
         with self._lock:
             self._attend(None, 0)
 
+    def close(self) -> None:
+        """Be done with it: a selector that is not closed waits for the garbage collector."""
+        self._selector.close()
+
     def stop(self) -> None:
         """End the wait with ShuttingDown; from any thread."""
         with self._lock:
@@ -3887,6 +3891,7 @@ class ModelLists:
                 listed = loads(response.read(self.SIZE)) if response.status == 200 else None
         finally:
             self._waiters.discard(waiter)
+            waiter.close()
         ids = (dig(entry, "id") for entry in as_list(dig(listed, "data")))
         return [name for name in ids if isinstance(name, str) and name]
 
@@ -9042,6 +9047,11 @@ class ClientReader(io.RawIOBase):
         self._selector = Selector()
         self._selector.register(connection, selectors.EVENT_READ)
 
+    def close(self) -> None:
+        """Be done with it: a selector that is not closed waits for the garbage collector."""
+        self._selector.close()
+        super().close()
+
     def readable(self) -> bool:
         return True
 
@@ -9640,7 +9650,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         finally:
             if exchange.is_busy:
                 self.proxy.note(exchange)
-            exchange.is_busy = False
+            # It leads back to the exchange, which would wait for the garbage collector.
+            exchange.is_busy, exchange.writer = False, None
             self.close_connection = exchange.closes or self.proxy.is_stopping
             if self.close_connection:
                 exchange.linger()
@@ -10104,8 +10115,10 @@ class ProxyServer:
         finally:
             self._waiters.difference_update(waiters)
             exchange.tally(calls)
-            for call in calls:
+            for call, waiter in zip(calls, waiters):
                 call.close()
+                waiter.close()
+            exchange.waiters = []
 
     def note(self, exchange: Exchange) -> None:
         """Write the log line of an exchange that is over, and count it."""

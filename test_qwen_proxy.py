@@ -12,6 +12,7 @@ import copy
 import doctest
 import errno
 import functools
+import gc
 import gzip
 import hashlib
 import http.client
@@ -7704,6 +7705,23 @@ def test_without_file_descriptors_the_accepting_thread_pauses(key_server, monkey
     monkeypatch.setattr(time, "sleep", pauses.append)
     assert ask(key_server, method="GET", path="/health")[0] == 200
     assert len(pauses) >= 3
+
+
+def test_a_request_leaves_nothing_to_the_garbage_collector(key_server, upstream):  # B8
+    """Cycles cost 3 MiB until the collector runs, and its time."""
+    for is_stream in (False, True):
+        assert chat(key_server, stream=is_stream)[0] == 200
+        gc.collect()
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        try:
+            for _ in range(3):
+                assert chat(key_server, stream=is_stream)[0] == 200
+            gc.collect()
+            left = {type(each) for each in gc.garbage if type(each).__module__ == qp.__name__}
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+        assert left == set()
 
 
 def test_a_long_list_of_models_is_built_once(key_server, upstream, monkeypatch):  # B8
