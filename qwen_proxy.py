@@ -3510,6 +3510,10 @@ class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
             return self._context
 
 
+def nowhere(chunk: Any) -> None:
+    """Take a chunk of an answer that is over."""
+
+
 class Answer:
     """An upstream's answer: its response, and the decoder that makes chunks of the bytes.
 
@@ -3684,6 +3688,9 @@ class Call:
         """Be done with the answer."""
         if self._response:
             self._response.close()
+        for answer in self.answers:
+            # It leads back to the answer, which would wait for the garbage collector.
+            answer.decoder.sink = nowhere
 
     def open(self, targets: list[Target]) -> Answer:
         """Return the first answer that one of the targets gives, begun.
@@ -6646,7 +6653,7 @@ class ChunkTranslator:
     _DECODER = json.JSONDecoder(parse_constant=lambda name: None)
 
     def __init__(self, request: Json, target: Target):
-        self.sink: Callable[[Chunk], None] = lambda chunk: None
+        self.sink: Callable[[Chunk], None] = nowhere
         self.model, self.family = target.model, target.provider.family
         self.wants_usage = bool(dig(request, "stream_options", "include_usage"))
         self._is_legacy = bool(request.get("functions")) and not request.get("tools")
@@ -7384,7 +7391,7 @@ class EmbeddingsDecoder:
     is_done = False
 
     def __init__(self, count: int, family: Family, budget: Budget):
-        self.sink: Callable[[Any], None] = lambda found: None
+        self.sink: Callable[[Any], None] = nowhere
         self.usage: Json | None = None
         self._body, self._count, self._family, self._budget = bytearray(), count, family, budget
 
