@@ -4042,25 +4042,23 @@ class Thinking(NamedTuple):
         """
         if not any(name in body for name in THINKING_FIELDS):
             return cls()
-        found = [
-            [
-                (path[0], value)
-                for path in (field.split(".") for field in paths.split())
-                for value in [reader(dig(body, *path))]
-                if value is not None
-            ]
-            for paths, reader in _SPELLINGS
-        ]
-        enabled, effort, budget = (values[0][1] if values else None for values in found)
-        is_off = effort in ("none", "minimal")
+        fields: set[str] = set()
+        enabled, effort, budget = (cls._first(body, *spelling, fields) for spelling in _SPELLINGS)
         if enabled is None and effort is not None:
-            enabled = not is_off
+            enabled = effort not in ("none", "minimal")
         if enabled is None and budget is not None:
             # -1 is as much as the model likes.
             enabled = budget != 0
-        fields = frozenset(name for values in found for name, _ in values)
-        budget = budget if (budget or 0) > 0 else None
-        return cls(enabled, None if is_off else effort, budget, fields)
+        effort = None if effort in ("none", "minimal") else effort
+        return cls(enabled, effort, budget if (budget or 0) > 0 else None, frozenset(fields))
+
+    @staticmethod
+    def _first(body: Json, paths: str, reader: Callable[[Any], Any], fields: set[str]) -> Any:
+        """Return what the first of the paths says that can be read; fields gets all that can."""
+        found = [(path, reader(dig(body, *path.split(".")))) for path in paths.split()]
+        read = [(path, value) for path, value in found if value is not None]
+        fields.update(path.partition(".")[0] for path, _ in read)
+        return read[0][1] if read else None
 
 
 # Where a request says whether to think, how hard, and with how many tokens, and how each is read.
@@ -4667,30 +4665,34 @@ class Rewrite:
         A word stands for them in earlier ones, as in Qwen Code, so that a conversation can go on.
         """
         messages, sees = self.body["messages"], model_facts(self.model).sees
-        latest = max((n for n, each in enumerate(messages) if each["role"] == "user"), default=-1)
-        first = latest
-        while first > 0 and messages[first - 1]["role"] == "user":
-            first -= 1
+        if sees is None:
+            return False
+        last = max((n for n, each in enumerate(messages) if each["role"] == "user"), default=-1)
         count = 0
-        for place, message in enumerate(messages if sees is not None else ()):
+        for place in range(len(messages) - 1, -1, -1):
+            message = messages[place]
             parts = as_list(message.get("content"))
-            kinds = [self.MEDIA.get(as_text(part.get("type"))) for part in parts]
-            unseen = [kind for kind in kinds if kind and kind not in as_text(sees).split()]
-            if not unseen:
-                continue
-            if first <= place <= latest:
-                raise BadRequest(
-                    f"messages[{place}] holds {UNSEEN[unseen[0]].format(model=self.model)}",
-                    param=f"messages.{place}.content",
-                )
-            message["content"] = [
-                {"type": "text", "text": NO_MEDIA} if kind in unseen else part
-                for kind, part in zip(kinds, parts)
-            ]
+            unseen = [part for part in parts if self._is_unseen(part, sees)]
+            if unseen and place == last:
+                what = UNSEEN[self.MEDIA[unseen[0]["type"]]].format(model=self.model)
+                where = f"messages.{place}.content"
+                raise BadRequest(f"messages[{place}] holds {what}", param=where)
+            # Several messages in a row are one question.
+            last -= place == last and place > 0 and messages[place - 1]["role"] == "user"
+            if unseen:
+                word = {"type": "text", "text": NO_MEDIA}
+                message["content"] = [
+                    word if self._is_unseen(part, sees) else part for part in parts
+                ]
             count += len(unseen)
         if count:
             self.notes.append(f"left out: {count} media parts of earlier messages")
         return count > 0
+
+    @classmethod
+    def _is_unseen(cls, part: Json, sees: str) -> bool:
+        kind = cls.MEDIA.get(as_text(part.get("type")))
+        return kind is not None and kind not in sees.split()
 
     def audio_data(self) -> bool:
         """Sound is input_audio with a URL; OpenAI has bare base64."""
@@ -5299,23 +5301,31 @@ def chat_part(part: Json) -> Json:
 
     Those of the Responses API and of Anthropic's messages stand in histories that clients keep.
     """
-    kind, image, source = as_text(part.get("type")), part.get("image_url"), part.get("source")
+    kind = as_text(part.get("type"))
     if kind in TEXT_PARTS and kind != "text":
         mark = {"cache_control": part.get("cache_control")}
         return {"type": "text", "text": as_text(part.get(TEXT_PARTS[kind])), **stated(mark)}
-    if kind == "image" and isinstance(source, dict):
-        data = f"data:{source.get('media_type')};base64,{source.get('data')}"
-        return {"type": "image_url", "image_url": {"url": source.get("url") or data}}
-    if kind == "input_image" and image:
-        detail = {"detail": part["detail"]} if part.get("detail") else {}
-        image = image if isinstance(image, dict) else {"url": image}
-        return {"type": "image_url", "image_url": {**detail, **image}}
+    if kind in ("image", "input_image"):
+        return image_part(part)
     if kind == "input_file" and (part.get("file_data") or part.get("file_url")):
         names = ("filename", "file_data", "file_url")
         return {"type": "file", "file": {name: part[name] for name in names if part.get(name)}}
     if kind == "input_audio" and "input_audio" not in part:
         return {"type": kind, "input_audio": without_keys(part, ("type",))}
     return part
+
+
+def image_part(part: Json) -> Json:
+    """Return an image of the Responses API or Anthropic's as chat completions have it."""
+    image, source = part.get("image_url"), part.get("source")
+    if isinstance(source, dict):
+        data = f"data:{source.get('media_type')};base64,{source.get('data')}"
+        return {"type": "image_url", "image_url": {"url": source.get("url") or data}}
+    if not image:
+        return part
+    detail = {"detail": part["detail"]} if part.get("detail") else {}
+    image = image if isinstance(image, dict) else {"url": image}
+    return {"type": "image_url", "image_url": {**detail, **image}}
 
 
 def parts_of(content: Any) -> list[Json]:
@@ -6398,7 +6408,7 @@ class ToolCall:
 
         id, type and name come once and first, then nothing but arguments.
         """
-        if self._is_closed or arguments and self._is_all(name, arguments):
+        if self._is_closed or self._is_all(name, arguments):
             # The whole call once more.
             arguments = ""
         self._repeats_name = self._repeats_name or bool(name and self.name)
@@ -6406,12 +6416,9 @@ class ToolCall:
         # Some send {} first and then the arguments.
         is_replaced = self._has_none() and fresh.lstrip()[:1] == "{"
         fresh = fresh if is_replaced else self._kept + fresh
-        is_first = not self.name and bool(name)
-        self.name = self.name or name
+        is_first, self.name = not self.name and bool(name), self.name or name
         # Arguments before the name are of no use to the client yet.
-        start = "".join(fresh[:20].split())
-        is_empty = any(empty.startswith(start) for empty in self.EMPTY)
-        is_kept = not self.name or not self.arguments.size and is_empty
+        is_kept = not self.name or not self.arguments.size and self._may_be_empty(fresh)
         self._kept, fresh = (fresh, "") if is_kept else ("", fresh)
         if not self.name:
             return None
@@ -6419,13 +6426,20 @@ class ToolCall:
         if is_first:
             self.index = self._number()
             return self._head(fresh)
-        is_custom = self.name in self._shapes.custom
-        has_news = fresh and not is_custom
+        return self._more("" if self.name in self._shapes.custom else fresh)
+
+    def _more(self, fresh: str) -> Json | None:
+        has_news = bool(fresh and self.name)
         return {"index": self.index, "function": {"arguments": fresh}} if has_news else None
 
     def is_whole(self) -> bool:
         """Return whether its arguments are whole as they came."""
         return self._has_none() or self.arguments.is_whole()
+
+    @classmethod
+    def _may_be_empty(cls, arguments: str) -> bool:
+        start = "".join(arguments[:20].split())
+        return any(empty.startswith(start) for empty in cls.EMPTY)
 
     def _has_none(self) -> bool:
         return "".join(self._kept[:20].split()) in self.EMPTY
@@ -6474,11 +6488,12 @@ class ToolCall:
         if self.name in self._shapes.custom:
             text = custom_input(str(self.arguments))
             return {"index": self.index, **self._custom(text)}
-        has_news = bool(fresh and self.name)
-        return {"index": self.index, "function": {"arguments": fresh}} if has_news else None
+        return self._more(fresh)
 
     def _is_all(self, name: str, arguments: str) -> bool:
         """Return whether these are all of the arguments once more, perhaps in other blanks."""
+        if not arguments:
+            return False
         if len(arguments) == self.arguments.size and arguments == str(self.arguments):
             return self.arguments.is_whole()
         if not name or arguments.lstrip()[:1] != "{":
