@@ -17,7 +17,7 @@ What it touches
               does so ~/.qwen/oauth_creds.lock and a temporary file beside it; counts of what was
               used, ~/.qwen/qwen_proxy.sqlite3 (mode 0600; --no-usage: none); nothing else
     connects  to chat.qwen.ai for log-in and refresh, and to the base URL of the provider in use,
-              over the forward proxy of the environment if there is one; see 'Constants'
+              over the forward proxy of the settings or environment if there is one
     listens   on 127.0.0.1 and ::1, port 8080, unless told otherwise
 
 What it never does: telemetry, update checks, prompts on disk, running tools for the model, trying a
@@ -7805,6 +7805,15 @@ class ResponseRequest:
         "safety_identifier prompt_cache_retention stream_options context_management".split()
     )
 
+    # Fields without a counterpart, and what of theirs means nothing.
+    LOST: Mapping[str, tuple[Any, ...]] = {
+        "context_management": (None, []),
+        "max_tool_calls": (None,),
+        "service_tier": (None, "auto", "default"),
+        "top_logprobs": (None, 0),
+        "truncation": (None, "disabled"),
+    }
+
     def __init__(self, request: Any, memory: ResponseMemory, owner: str = ""):
         self.asked: Json = check_object(request)
         self.tools = ResponseTools()
@@ -7816,6 +7825,16 @@ class ResponseRequest:
             messages.append({"role": "user", "content": self.COMPACTION})
         same = {name: self.asked[name] for name in self.asked if name not in self.ONLY_HERE}
         self.chat = stated({**same, "messages": messages, **self._options()})
+
+    def given_up(self) -> str:
+        """Return what of the request has no counterpart, for the log."""
+        kinds = {kind for kind in self.tools.others if not kind.startswith("web_search")}
+        lost = [name for name, nothing in self.LOST.items() if self.asked.get(name) not in nothing]
+        words = [f"left out: {', '.join(lost)}"] if lost else []
+        if kinds:
+            text = shorten(", ".join(sorted(kinds)), 200)
+            words.append(f"left out, since only OpenAI runs them: tools of type {text}")
+        return "; ".join(words)
 
     def _read_items(self, memory: ResponseMemory, owner: str) -> list[Any]:
         """Return the items of the conversation: of the previous response, then of the input."""
@@ -8302,11 +8321,12 @@ class ResponsesApi(ChatApi):
     def check(self, body: Any) -> Json:
         """Return the chat request for a request to /v1/responses; raises BadRequest."""
         self._request = ResponseRequest(body, self._memory, self._owner)
-        kinds = {kind for kind in self._request.tools.others if not kind.startswith("web_search")}
-        if kinds:
-            text = shorten(", ".join(sorted(kinds)), 200)
-            log.info("left out, since only OpenAI runs them: tools of type %s", text)
         return super().check(self._request.chat)
+
+    def to_upstream(self, request: Json, target: Target) -> tuple[Json, dict[str, str]]:
+        """Return the body for the upstream, and the rules that changed it; see Rewrite.run()."""
+        body, fired = super().to_upstream(request, target)
+        return body, {**fired, "responses": self._request.given_up()}
 
     def writer(self, request: Json, out: Any, target: Target) -> Writer:
         """Return what writes the answer to the client."""
