@@ -4196,6 +4196,8 @@ class History:
         self._legacy_calls = self._count = 0
         # The names of the rules that changed something.
         self.fired: set[str] = set()
+        # The results of each call id that has one: Codex's notify() sends more for a call.
+        self._answered: dict[str, list[Json]] = {}
         # Results without a call.
         self.lost = 0
 
@@ -4350,9 +4352,26 @@ class History:
         if not isinstance(call_id, str):
             self.fired.add("tool-pairs")
             self._said, self.lost = [], self.lost + 1
-        elif not self._match(call_id, message, -1, self._said):
+        elif self._match(call_id, message, -1, self._said):
+            self._answered[call_id] = [message]
+        elif call_id in self._answered:
+            self._answered[call_id].append(message)
+        else:
             self._early.append((message, self._said))
             self._said = []
+
+    def _join(self, results: list[Json]) -> None:
+        """Join further results of a call to its first one; a repeated one adds nothing."""
+        first = results[0].get("content")
+        contents: list[Any] = [
+            first,
+            *(each.get("content") for each in results[1:] if each.get("content") != first),
+        ]
+        self.fired.add("tool-pairs")
+        if all(isinstance(content, str) for content in contents):
+            results[0]["content"] = "\n".join(contents)
+        else:
+            results[0]["content"] = [part for each in contents for part in parts_of(each)]
 
     def _match(self, call_id: str, result: Json, place: int, said: list[Turn]) -> bool:
         """Give a result to a call of its id; place -1 is the nearest turn before it, 0 the first.
@@ -4376,6 +4395,9 @@ class History:
         return True
 
     def _messages(self) -> list[Json]:
+        for results in self._answered.values():
+            if len(results) > 1:
+                self._join(results)
         for message, said in self._early:
             self.lost += not self._match(as_text(message["tool_call_id"]), message, 0, said)
             self.fired.add("tool-pairs")
@@ -5310,6 +5332,8 @@ def chat_part(part: Json) -> Json:
     if kind == "input_file" and (part.get("file_data") or part.get("file_url")):
         names = ("filename", "file_data", "file_url")
         return {"type": "file", "file": {name: part[name] for name in names if part.get(name)}}
+    if kind == "input_audio" and "audio_url" in part:
+        return {"type": "audio_url", "audio_url": part["audio_url"]}
     if kind == "input_audio" and "input_audio" not in part:
         return {"type": kind, "input_audio": without_keys(part, ("type",))}
     return part
@@ -7732,6 +7756,10 @@ class ResponseTools:
         """Offer the tools of a list, or of a namespace; the last of those of one name counts."""
         for tool in as_list(tools):
             kind, name = str(dig(tool, "type")), dig(tool, "name")
+            if kind == "tool_search" and tool.get("execution") == "client":
+                # Codex has its deferred tools found by this one, those of MCP among them.
+                self.told[kind] = {"type": "tool_search_call"}
+                kind, name = "function", kind
             if kind == "namespace" and namespace is None:
                 self.add(tool.get("tools"), as_text(name))
             elif kind in ("function", "custom") and isinstance(name, str):
@@ -7933,7 +7961,8 @@ class ResponseRequest:
         return {"role": role, "content": content}
 
     def _call(self, item: Json) -> Json:
-        name = self.tools.flat(as_text(item.get("name")), item.get("namespace"))
+        called = "tool_search" if item["type"] == "tool_search_call" else as_text(item.get("name"))
+        name = self.tools.flat(called, item.get("namespace"))
         call: Json = {"id": item.get("call_id") or item.get("id"), "type": "function"}
         if item["type"] == "custom_tool_call":
             call.update(type="custom", name=name, input=item.get("input"))
@@ -7946,6 +7975,21 @@ class ResponseRequest:
         is_plain = isinstance(content, (str, list))
         content = content if is_plain else json.dumps(content, ensure_ascii=False)
         return {"role": "tool", "tool_call_id": item.get("call_id"), "content": content}
+
+    def _found_tools(self, item: Json) -> Json:
+        """Offer the tools that the client found, and name them to the model."""
+        found = ResponseTools()
+        for tools in (found, self.tools):
+            tools.add(item.get("tools"))
+        content = f"Found, and can be called now: {', '.join(found.offered) or 'nothing'}"
+        return {"role": "tool", "tool_call_id": item.get("call_id"), "content": content}
+
+    def _configure(self, item: Json) -> None:
+        """Take over effort or format; the last ones count."""
+        for name in ("reasoning", "text"):
+            if isinstance(item.get(name), dict):
+                changed = {**as_object(self.asked.get(name)), **item[name]}
+                self.asked = {**self.asked, name: changed}
 
     def _reasoning(self, item: Json) -> Json | None:
         parts = as_list(item.get("content")) or as_list(item.get("summary"))
@@ -7970,6 +8014,9 @@ class ResponseRequest:
         "message": _message,
         "function_call": _call,
         "custom_tool_call": _call,
+        "tool_search_call": _call,
+        "tool_search_output": _found_tools,
+        "configuration_update": _configure,
         "function_call_output": _output,
         "custom_tool_call_output": _output,
         "reasoning": _reasoning,
@@ -8077,6 +8124,11 @@ OUTPUT_ITEMS: Mapping[str, Json] = {
             "custom_tool_call_input.done": {"input": "$text"},
         },
     },
+    "tool_search_call": {
+        "prefix": "tsc_",
+        "first": {"status": "in_progress", "call_id": "", "execution": "client", "arguments": {}},
+        "whole": {"status": "$status", "arguments": "$object"},
+    },
     "compaction": {"prefix": "cmp_", "first": {}, "whole": {}},
 }
 
@@ -8135,6 +8187,8 @@ class ResponsesWriter(Writer):
         "truncation": "disabled",
         "user": None,
     }
+    # Open Responses demands these of a function.
+    FUNCTION: Mapping[str, Any] = dict.fromkeys(("description", "parameters", "strict"))
     # What only OpenAI has.
     NULL = (
         "access_programs conversation image input_transformations max_tool_calls moderation "
@@ -8205,7 +8259,8 @@ class ResponsesWriter(Writer):
         code = error.code if error.code in self.CODES else "server_error"
         message = error.error_object()["message"]
         if code == "rate_limit_exceeded":
-            message += f". Please try again in {max(1, int(error.retry_after or 5))}s."
+            seconds = max(1, int(error.retry_after or 5))
+            message = f"{message.rstrip('.')}. Please try again in {seconds}s."
         failure = {"code": code, "message": message}
         inner = {**failure, "type": error.type, "param": None}
         self._emit("error", **failure, param=None, error=inner)
@@ -8259,6 +8314,10 @@ class ResponsesWriter(Writer):
             **dict.fromkeys(self.NULL),
             **self.REPEATED,
             **stated({name: asked.get(name) for name in self.REPEATED}),
+            "tools": [
+                {**self.FUNCTION, **tool} if dig(tool, "type") == "function" else tool
+                for tool in as_list(asked.get("tools"))
+            ],
         }
 
     def _whole(self, item: OutputItem) -> Json:
@@ -8266,6 +8325,7 @@ class ResponsesWriter(Writer):
         text = str(item.text)
         status = "incomplete" if self._finish_reason == "length" else "completed"
         values = {"$text": text, "$status": "in_progress" if item.is_open else status}
+        values["$object"] = loads(text, {}) if item.item["type"] == "tool_search_call" else {}
         whole = {**item.item, **fill(item.kind["whole"], values)}
         included = as_list(self._request.asked.get("include"))
         if whole["type"] == "reasoning" and "reasoning.encrypted_content" in included:

@@ -4786,7 +4786,7 @@ def test_response_has_every_required_field_streamed_and_not(key_server, upstream
             "truncation",
         )
     } == {
-        name: asked[name]
+        name: {**asked, "tools": [{"description": None, **CALL_TOOLS[0]}]}[name]
         for name in (
             "metadata",
             "instructions",
@@ -5083,6 +5083,51 @@ def test_tools_in_an_item_of_the_input_are_offered_and_called_by_their_namespace
     assert [tool["function"]["name"] for tool in body["tools"]] == offered
     replayed = [call["function"]["name"] for call in body["messages"][1]["tool_calls"]]
     assert replayed == offered[-2:]
+
+
+def test_tools_that_the_client_searches_for_are_found_and_called(key_server, upstream):
+    """Codex defers its MCP tools behind a tool_search that it runs itself."""
+    search = {"type": "tool_search", "execution": "client", "parameters": {"type": "object"}}
+    upstream.script.append(stream(chunk(tool_call(0, "c1", "tool_search", '{"q": "x"}')), *END))
+    _, events = respond(key_server, stream=True, tools=[search])
+    call = events[-1][1]["response"]["output"][0]
+    assert (call["type"], call["execution"], call["call_id"]) == (
+        "tool_search_call",
+        "client",
+        "c1",
+    )
+    assert call["arguments"] == {"q": "x"} and call["status"] == "completed"
+    space = {"type": "namespace", "name": "mcp", "tools": [function_named("forecast")]}
+    found = {"type": "tool_search_output", "call_id": "c1", "tools": [space]}
+    assert respond(key_server, input=[*HI, call, found], tools=[search])[0] == 200
+    body = upstream.bodies()[1]
+    names = [tool["function"]["name"] for tool in body["tools"]]
+    assert names == ["tool_search", "mcp__forecast"]
+    assert body["messages"][1]["tool_calls"][0]["function"]["name"] == "tool_search"
+    assert "mcp__forecast" in body["messages"][2]["content"]
+
+
+def test_an_item_that_changes_effort_and_format_counts(key_server, upstream):
+    items = [{"type": "configuration_update", "reasoning": {"effort": "low"}}, *HI]
+    status, _ = respond(key_server, input=items, model="qwen3.7-plus", reasoning={"effort": "high"})
+    assert status == 200 and upstream.bodies()[0]["thinking_budget"] == 4096
+
+
+@pytest.mark.parametrize(
+    "results, joined",
+    [
+        (["one", "two"], "one\ntwo"),
+        (["one", "one"], "one"),
+        (["one", "two", "one", "three"], "one\ntwo\nthree"),
+        (["one", parts("two")], parts("one", "two")),
+    ],
+)
+def test_further_results_of_a_call_are_joined_to_the_first(results, joined):
+    """Codex's notify() sends them under the same id."""
+    messages = [*HI, call("c1"), *(result("c1", each) for each in results)]
+    body, fired = to_upstream({"messages": messages})
+    assert [message.get("content") for message in body["messages"][2:]] == [joined]
+    assert "left out" not in fired["history"]
 
 
 def test_tools_in_an_item_are_not_offered_for_a_compaction(key_server, upstream):
