@@ -194,8 +194,7 @@ FAMILIES = {
             r"(^|\.)coding(-intl)?\.dashscope\.aliyuncs\.com$",
             "BAILIAN_CODING_PLAN_API_KEY",
             frozenset({"alibaba", "qwen", "limits", "openai-only"}),
-            # Coding Plan FAQ: its /models cannot be relied on. Qwen Code 0.24.4, model-providers.
-            has_list=False,
+            # Its /models answers here and there only (Coding Plan FAQ; hermes-agent #110993).
             models=(
                 "qwen3.7-plus",
                 "qwen3.6-plus",
