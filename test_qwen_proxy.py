@@ -1,6 +1,9 @@
-"""Tests of qwen_proxy: real sockets on loopback, a fake of Qwen's endpoints as strict as the real ones.
+"""Tests of qwen_proxy: real sockets on loopback, a fake of Qwen's endpoints as strict as they are.
 
-Same sections, same order as the program. Nothing here leaves the machine; HOME and QWEN_HOME are temporary.
+Same sections, same order as the program. Most cases are rows of a few tables, named with the
+clients that need them: REQUESTS (what a client sends, what the upstream gets), FRAMES and DIRTY
+(what an upstream sends, what the client gets), REFUSALS, REPAIRS, BAD_REQUESTS, WIRE (bytes and
+statuses). Nothing here leaves the machine; HOME and QWEN_HOME are temporary.
 """
 
 import argparse
@@ -69,19 +72,20 @@ def reply(status=200, body=b"", content_type="application/json", headers=()):
 
 def stream(*pieces, status=200):
     """A chunked answer of these pieces; an Event among them is waited for, CUT breaks off."""
-    return Reply(
-        status,
-        [("Content-Type", "text/event-stream"), ("Transfer-Encoding", "chunked")],
-        list(pieces),
-    )
+    headers = [("Content-Type", "text/event-stream"), ("Transfer-Encoding", "chunked")]
+    return Reply(status, headers, list(pieces))
+
+
+def event(value, **more):
+    """An event of exactly this JSON: nothing of chunk()'s good manners."""
+    return b"data: " + json.dumps({**value, **more}, ensure_ascii=False).encode() + b"\n\n"
 
 
 def chunk(delta=None, finish_reason=None, **more):
     """One event as DashScope writes it: choices first, id last, usage null."""
+    choice = {"delta": delta, "index": 0, "logprobs": None, "finish_reason": finish_reason}
     value = {
-        "choices": []
-        if delta is None
-        else [{"delta": delta, "index": 0, "logprobs": None, "finish_reason": finish_reason}],
+        "choices": [] if delta is None else [choice],
         "object": "chat.completion.chunk",
         "usage": None,
         "created": 1790000000,
@@ -89,47 +93,28 @@ def chunk(delta=None, finish_reason=None, **more):
         "model": "qwen3.7-plus",
         "id": "chatcmpl-1",
     }
-    value.update(more)
-    return b"data: " + json.dumps(value, ensure_ascii=False).encode() + b"\n\n"
+    return event(value, **more)
+
+
+def texts(*said, name="content", **more):
+    return [chunk({name: text}, **more) for text in said]
 
 
 USAGE = {"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 12}
 DONE = b"data: [DONE]\n\n"
 END = [chunk({"content": ""}, "stop"), chunk(usage=USAGE), DONE]
-HELLO = (
-    chunk({"content": "", "role": "assistant"}),
-    chunk({"content": "Hel"}),
-    chunk({"content": "lo, "}),
-    chunk({"content": "wörld"}),
-    chunk({"content": ""}, "stop"),
-    chunk(usage=USAGE),
-    DONE,
-)
+HELLO = (chunk({"content": "", "role": "assistant"}), *texts("Hel", "lo, ", "wörld"), *END)
 
 
 def text_chunk(text, finish_reason=None, **more):
-    return (
-        b"data: "
-        + json.dumps(
-            {
-                "id": "cmpl-1",
-                "object": "text_completion",
-                "created": 1790000000,
-                "model": "qwen-coder-turbo",
-                "choices": [
-                    {"index": 0, "text": text, "logprobs": None, "finish_reason": finish_reason}
-                ],
-                "usage": None,
-                **more,
-            }
-        ).encode()
-        + b"\n\n"
-    )
+    choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": finish_reason}
+    value = {"id": "cmpl-1", "object": "text_completion", "created": 1790000000}
+    value.update({"model": "qwen-coder-turbo", "choices": [choice], "usage": None})
+    return b"data: " + json.dumps({**value, **more}).encode() + b"\n\n"
 
 
 TEXT = (
-    text_chunk("def "),
-    text_chunk("f():"),
+    *map(text_chunk, ("def ", "f():")),
     text_chunk("", "stop"),
     text_chunk("", choices=[], usage=USAGE),
     DONE,
@@ -137,36 +122,55 @@ TEXT = (
 
 
 def tool_call(index, call_id, name=None, arguments=""):
-    function = {"arguments": arguments}
-    if name is not None:
-        function["name"] = name
-    return {
-        "content": None,
-        "tool_calls": [{"index": index, "id": call_id, "type": "function", "function": function}],
-    }
+    function = {"arguments": arguments, **({} if name is None else {"name": name})}
+    call = {"index": index, "id": call_id, "type": "function", "function": function}
+    return {"content": None, "tool_calls": [call]}
+
+
+def tool(*call, reason=None):
+    """The delta of a call: its index, id, name and arguments."""
+    return chunk(tool_call(*call), reason)
 
 
 CALLS = (
     chunk({"content": None, "role": "assistant", "reasoning_content": "I must look."}),
-    chunk(tool_call(0, "call_a", "get_weather", None)),
-    chunk(tool_call(0, "", None, '{"city"')),
-    chunk(tool_call(0, "", None, ': "Paris"}')),
-    chunk(tool_call(1, "call_b", "get_time", "")),
-    chunk(tool_call(1, "", None, "{}")),
-    chunk({"content": ""}, "stop"),
-    chunk(usage=USAGE),
-    DONE,
+    tool(0, "call_a", "get_weather", None),
+    tool(0, "", None, '{"city"'),
+    tool(0, "", None, ': "Paris"}'),
+    tool(1, "call_b", "get_time", ""),
+    tool(1, "", None, "{}"),
+    *END,
 )
 
 
 def refusal(message, status=400, code="invalid_parameter_error", type="invalid_request_error"):
-    return reply(
-        status,
-        {
-            "error": {"message": message, "type": type, "param": None, "code": code},
-            "request_id": "r-1",
-        },
-    )
+    error = {"message": message, "type": type, "param": None, "code": code}
+    return reply(status, {"error": error, "request_id": "r-1"})
+
+
+REFUSED_CLIENT = {"error": "invalid_client", "error_description": "Invalid client credentials"}
+# What the endpoints say, by their own words.
+INVALID = "<400> InternalError.Algo.InvalidParameter: "
+WRONG_TYPE = INVALID + "a field has the wrong type"
+NO_TEXTS = INVALID + "contents is neither str nor list of str.: input.contents"
+TOO_MANY_TEXTS = (
+    INVALID + "Value error, batch size is invalid, it should not be larger than 10.: input.contents"
+)
+ROLES = "is not one of ['system', 'assistant', 'user', 'tool', 'function'] - 'messages.['{}].role'"
+NO_CALL = (
+    INVALID
+    + 'messages with role "tool" must be a response to a preceeding message with "tool_calls".'
+)
+NO_JSON = 'The "function.arguments" parameter of the code model must be in JSON format.'
+UNANSWERED = (
+    'An assistant message with "tool_calls" must be followed by tool messages responding to each '
+    '"tool_call_id". The following tool_call_ids did not have response messages: '
+)
+BUDGET = "The thinking_budget parameter must be a positive integer and not greater than "
+NO_WORD = (
+    "'messages' must contain the word 'json' in some form, to use 'response_format' of type "
+    "'json_object'."
+)
 
 
 class FakeQwen:
@@ -227,25 +231,11 @@ class FakeQwen:
         if path.endswith("/oauth2/device/code"):
             return self.device_answer(dict(urllib.parse.parse_qsl(body.decode())))
         if path.endswith("/v1/models") and self.models is not None:
-            return (
-                self.models()
-                if callable(self.models)
-                else reply(
-                    200,
-                    {
-                        "object": "list",
-                        "data": [
-                            {
-                                "id": name,
-                                "object": "model",
-                                "created": 1790000000,
-                                "owned_by": "system",
-                            }
-                            for name in self.models
-                        ],
-                    },
-                )
-            )
+            if callable(self.models):
+                return self.models()
+            facts = {"object": "model", "created": 1790000000, "owned_by": "system"}
+            listed = [{"id": name, **facts} for name in self.models]
+            return reply(200, {"object": "list", "data": listed})
         if path.endswith("/v1/embeddings"):
             return self.refuse_key(path, headers) or self.embeddings(json.loads(body))
         if path.endswith("/v1/completions"):
@@ -263,41 +253,25 @@ class FakeQwen:
     @staticmethod
     def embeddings(request):
         """text-embedding-v4: ten texts at most, floats only. The vector says which text it is."""
-        texts = request["input"] if isinstance(request["input"], list) else [request["input"]]
-        if not all(isinstance(text, str) for text in texts):
-            return refusal(
-                "<400> InternalError.Algo.InvalidParameter: contents is neither str nor list of str.: input.contents"
-            )
-        if len(texts) > 10:
-            return refusal(
-                "<400> InternalError.Algo.InvalidParameter: Value error, batch size is invalid, it should not be larger "
-                "than 10.: input.contents"
-            )
+        given = request["input"] if isinstance(request["input"], list) else [request["input"]]
+        if not all(isinstance(text, str) for text in given):
+            return refusal(NO_TEXTS)
+        if len(given) > 10:
+            return refusal(TOO_MANY_TEXTS)
         if request.get("encoding_format") != "float" or "user" in request:
             return refusal("encoding_format must be float")
-        return reply(
-            200,
-            {
-                "object": "list",
-                "model": request["model"],
-                "id": "r-1",
-                "data": [
-                    {"object": "embedding", "index": index, "embedding": [len(text) / 2, 0.25]}
-                    for index, text in enumerate(texts)
-                ][::-1],
-                "usage": {"prompt_tokens": len(texts), "total_tokens": len(texts)},
-            },
-        )
+        data = [
+            {"object": "embedding", "index": index, "embedding": [len(text) / 2, 0.25]}
+            for index, text in enumerate(given)
+        ]
+        usage = {"prompt_tokens": len(given), "total_tokens": len(given)}
+        answer = {"object": "list", "model": request["model"], "id": "r-1", "usage": usage}
+        return reply(200, {**answer, "data": data[::-1]})
 
     @staticmethod
     def refuse_text(request):
-        if (
-            request.get("stream") is not True
-            or "suffix" in request
-            or any(value is None for value in request.values())
-        ):
-            return refusal("unknown field")
-        return None
+        is_known = request.get("stream") is True and "suffix" not in request
+        return None if is_known and None not in request.values() else refusal("unknown field")
 
     def wait_for_request(self, count=1):
         with self.arrived:
@@ -308,65 +282,49 @@ class FakeQwen:
         try:
             return self.refuse_key(path, headers) or self.refuse_chat(path, json.loads(body), body)
         except (TypeError, AttributeError, KeyError):
-            return refusal("<400> InternalError.Algo.InvalidParameter: a field has the wrong type")
+            return refusal(WRONG_TYPE)
 
     def refuse_key(self, path, headers):
         if not headers.get("User-Agent"):
-            return reply(
-                405, {"error": "Coding Plan is currently only available for Coding Agents"}
-            )
+            words = "Coding Plan is currently only available for Coding Agents"
+            return reply(405, {"error": words})
         key = headers.get("Authorization", "").replace("Bearer ", "")
-        if key not in self.access_tokens and not key.startswith("sk-good"):
-            text = (
-                "invalid access token or token expired"
-                if path.startswith("/v1")
-                else "Incorrect API key provided."
-            )
-            return refusal(text, 401, "invalid_api_key")
-        return None
+        if key in self.access_tokens or key.startswith("sk-good"):
+            return None
+        is_portal = path.startswith("/v1")
+        words = (
+            "invalid access token or token expired" if is_portal else "Incorrect API key provided."
+        )
+        return refusal(words, 401, "invalid_api_key")
 
     @staticmethod
     def refuse_chat(path, request, body):
+        """The first thing that is wrong, as a refusal; a wrong type is an error of Python's own."""
         if len(body) > 6_291_456:
             return refusal("Exceeded limit on max bytes to request body : 6291456")
-        if not request["messages"]:
+        messages, tools = request["messages"], request.get("tools", [])
+        if not messages:
             return refusal("[] is too short - 'messages'")
-        if any(
-            not re.match(r"[A-Za-z0-9_-]{1,64}$", tool["function"]["name"])
-            or "parameters" not in tool["function"]
-            for tool in request.get("tools", [])
-        ):
-            return refusal("function parameters is empty (2013)")
-        if any(tool["function"]["name"] == "search" for tool in request.get("tools", [])):
-            return refusal("Tool names are not allowed to be [search]")
-        if not any(message["role"] == "user" for message in request["messages"]):
+        for tool_ in (tool_["function"] for tool_ in tools):
+            if not re.match(r"[A-Za-z0-9_-]{1,64}$", tool_["name"]) or "parameters" not in tool_:
+                return refusal("function parameters is empty (2013)")
+            if tool_["name"] == "search":
+                return refusal("Tool names are not allowed to be [search]")
+        if "user" not in [message["role"] for message in messages]:
             return refusal("The input messages do not contain elements with the role of user.")
         most = 32768 if request["model"].startswith("glm-5") else 262144
-        if not 0 < request.get("thinking_budget", 1) <= most or {
-            "thinking_budget",
-            "reasoning_effort",
-        } <= set(request):
-            return refusal(
-                f"The thinking_budget parameter must be a positive integer and not greater than {most}"
-            )
-        messages, thinking = (
-            request["messages"],
-            request.get("enable_thinking", bool(re.match("qwen3.7|qwen4", request["model"]))),
-        )
+        is_double = {"thinking_budget", "reasoning_effort"} <= set(request)
+        if not 0 < request.get("thinking_budget", 1) <= most or is_double:
+            return refusal(BUDGET + str(most))
         pending = []
         for index, message in enumerate(messages):
             if message["role"] not in ("system", "assistant", "user", "tool", "function"):
-                return refusal(
-                    f"{message['role']} is not one of ['system', 'assistant', 'user', 'tool', 'function'] - 'messages.['{index}].role'"
-                )
+                return refusal(f"{message['role']} {ROLES.format(index)}")
             if "content" not in message:
                 return refusal(f"Field required: input.messages.{index}.content")
             if message["role"] == "tool":
                 if message.get("tool_call_id") not in pending:
-                    return refusal(
-                        '<400> InternalError.Algo.InvalidParameter: messages with role "tool" must be a response to a '
-                        'preceeding message with "tool_calls".'
-                    )
+                    return refusal(NO_CALL)
                 pending.remove(message["tool_call_id"])
             elif pending:
                 break
@@ -375,30 +333,22 @@ class FakeQwen:
                 try:
                     json.loads(call["function"]["arguments"])
                 except ValueError:
-                    return refusal(
-                        'The "function.arguments" parameter of the code model must be in JSON format.'
-                    )
+                    return refusal(NO_JSON)
         if pending:
-            return refusal(
-                'An assistant message with "tool_calls" must be followed by tool messages responding to each '
-                '"tool_call_id". The following tool_call_ids did not have response messages: '
-                + pending[0]
-            )
-        if path.startswith("/v1/") and (
-            messages[0]["role"] != "system"
-            or not isinstance(messages[0]["content"], list)
-            or not any("cache_control" in part for part in messages[0]["content"])
-        ):
+            return refusal(UNANSWERED + pending[0])
+        system, content = messages[0]["role"] == "system", messages[0]["content"]
+        is_marked = isinstance(content, list) and any("cache_control" in part for part in content)
+        if path.startswith("/v1/") and not (system and is_marked):
             return refusal("bad request")
-        if thinking and request.get("tool_choice", "auto") not in ("auto", "none"):
+        thinks = bool(re.match("qwen3.7|qwen4", request["model"]))
+        thinks = request.get("enable_thinking", thinks)
+        if thinks and request.get("tool_choice", "auto") not in ("auto", "none"):
             return refusal('tool_choice is one of the strings that should be ["none", "auto"]')
         if dig(request, "response_format", "type") == "json_object":
-            if thinking:
+            if thinks:
                 return refusal("Json mode response is not supported when enable_thinking is true")
             if "json" not in json.dumps(messages).lower():
-                return refusal(
-                    "'messages' must contain the word 'json' in some form, to use 'response_format' of type 'json_object'."
-                )
+                return refusal(NO_WORD)
         if not 1 <= request.get("max_tokens", 1) <= 65536:
             return refusal("Range of max_tokens should be [1, 65536]")
         if request.get("temperature", 0) >= 2:
@@ -407,10 +357,7 @@ class FakeQwen:
             return refusal(
                 "This model only support stream mode, please enable the stream parameter"
             )
-        if (
-            any(name in request for name in ("functions", "metadata", "store"))
-            or request.get("tools") == []
-        ):
+        if {"functions", "metadata", "store"} & set(request) or request.get("tools") == []:
             return refusal("unknown field")
         return None
 
@@ -422,23 +369,16 @@ class FakeQwen:
             if form.get("grant_type") == qp.DEVICE_GRANT:
                 return self.device_answers.popleft()
             if form.get("client_id") != qp.CLIENT_ID:
-                return reply(
-                    401,
-                    {"error": "invalid_client", "error_description": "Invalid client credentials"},
-                )
+                return reply(401, REFUSED_CLIENT)
             used = form.get("refresh_token")
             if used not in self.refresh_tokens:
                 self.reused.append(used)
-                return reply(
-                    400, {"error": "invalid_request", "error_description": "Invalid refresh token"}
-                )
+                words = "Invalid refresh token"
+                return reply(400, {"error": "invalid_request", "error_description": words})
             number = len(self.refreshes) + 2
             self.refreshes.append(used)
-            answer = {
-                "access_token": f"at_{number}",
-                "token_type": "Bearer",
-                "expires_in": self.expires_in,
-            }
+            answer = {"access_token": f"at_{number}", "token_type": "Bearer"}
+            answer["expires_in"] = self.expires_in
             if self.rotates:
                 self.refresh_tokens = {f"rt_{number}"}
                 answer["refresh_token"] = f"rt_{number}"
@@ -448,30 +388,19 @@ class FakeQwen:
     def device_answer(self, form):
         self.challenge = form.get("code_challenge")
         if form.get("client_id") != qp.CLIENT_ID or form.get("code_challenge_method") != "S256":
-            return reply(
-                401, {"error": "invalid_client", "error_description": "Invalid client credentials"}
-            )
-        return reply(
-            200,
-            {
-                "device_code": "dc_1",
-                "user_code": "ABCD-EFGH",
-                "verification_uri": self.origin + "/authorize",
-                "verification_uri_complete": self.origin
-                + "/authorize?user_code=ABCD-EFGH&client=qwen-code",
-                "expires_in": 900,
-            },
-        )
+            return reply(401, REFUSED_CLIENT)
+        uri = self.origin + "/authorize"
+        answer = {"device_code": "dc_1", "user_code": "ABCD-EFGH", "expires_in": 900}
+        answer["verification_uri"] = uri
+        answer["verification_uri_complete"] = uri + "?user_code=ABCD-EFGH&client=qwen-code"
+        return reply(200, answer)
 
     def play(self, handler, answer):
         handler.send_response_only(answer.status)
         handler.send_header("Date", handler.date_time_string())
         framed = any(name == "Transfer-Encoding" for name, _ in answer.headers)
-        body = (
-            b""
-            if framed
-            else b"".join(piece for piece in answer.pieces if isinstance(piece, bytes))
-        )
+        whole = b"".join(piece for piece in answer.pieces if isinstance(piece, bytes))
+        body = b"" if framed else whole
         for name, value in answer.headers:
             handler.send_header(name, value)
         if not framed and not any(name == "Content-Length" for name, _ in answer.headers):
@@ -500,9 +429,8 @@ class FakeQwen:
         """Wait for the event; False, and self.gone set, when the proxy has closed the connection meanwhile."""
         end = time.monotonic() + WAIT
         while not event.is_set() and time.monotonic() < end:
-            if select.select([handler.connection], [], [], 0.02)[0] and self.has_left(
-                handler.connection
-            ):
+            connection = handler.connection
+            if select.select([connection], [], [], 0.02)[0] and self.has_left(connection):
                 handler.close_connection = True
                 self.gone.set()
                 return False
@@ -516,11 +444,7 @@ class FakeQwen:
             return True
 
     def bodies(self):
-        return [
-            json.loads(body)
-            for path, _, body in self.requests
-            if path.endswith("/chat/completions")
-        ]
+        return [json.loads(body) for path, _, body in self.requests if path.endswith(CHAT)]
 
 
 HI = [{"role": "user", "content": "Hi"}]
@@ -581,9 +505,19 @@ def table(text):
     return [pytest.param(*cells, id=name) for name, *cells in rows]
 
 
+def value_of(cell, **names):
+    """What a cell says in Python, with the names of this file."""
+    return eval(cell, {**globals(), **names})
+
+
 def fields(cell):
-    """What is written as the arguments of a call: n=2, stop=["a"]."""
-    return eval(f"dict({cell})", globals())
+    """A cell that is written like the arguments of a call: n=2, stop=["a"]."""
+    return value_of(f"dict({cell})")
+
+
+def pieces_of(cell):
+    """A cell that is written like the pieces of an answer: *HELLO, CUT."""
+    return value_of(f"[{cell}]")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -595,9 +529,8 @@ def fields(cell):
 def home(tmp_path, monkeypatch):
     """A HOME with an empty ~/.qwen; no variable of the real one leaks in."""
     for name in list(os.environ):
-        if name.startswith(
-            ("QWEN_", "OPENAI_", "DASHSCOPE_", "BAILIAN_", "OPENROUTER_", "MODELSCOPE_")
-        ) or name.lower().endswith("_proxy"):
+        ours = "QWEN_ OPENAI_ DASHSCOPE_ BAILIAN_ OPENROUTER_ MODELSCOPE_".split()
+        if name.startswith(tuple(ours)) or name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
     folder = tmp_path / "home" / ".qwen"
     folder.mkdir(parents=True)
@@ -620,18 +553,10 @@ def upstream(monkeypatch):
 
 def write_login(home, upstream, expires_in=3600, name="oauth_creds.json", **fields):
     path, temporary = home / name, home / (name + ".new")  # as the CLI: atomically
-    temporary.write_text(
-        json.dumps(
-            {
-                "access_token": "at_1",
-                "refresh_token": "rt_1",
-                "token_type": "Bearer",
-                "resource_url": upstream.origin,
-                "expiry_date": int((time.time() + expires_in) * 1000),
-                **fields,
-            }
-        )
-    )
+    value = {"access_token": "at_1", "refresh_token": "rt_1", "token_type": "Bearer"}
+    value["resource_url"] = upstream.origin
+    value["expiry_date"] = int((time.time() + expires_in) * 1000)
+    temporary.write_text(json.dumps({**value, **fields}))
     temporary.chmod(0o600)
     os.replace(str(temporary), str(path))
     return path
@@ -663,6 +588,13 @@ def serve():
 
 
 @pytest.fixture()
+def keyed(serve, upstream, monkeypatch):
+    """Start servers with a key, in front of the fake's DashScope endpoint or at base_url=."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
+    return lambda **options: serve(**{"base_url": upstream.dashscope, "model": "m", **options})
+
+
+@pytest.fixture()
 def key_server(serve, upstream, monkeypatch):
     """A proxy in front of the fake's DashScope endpoint."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-good-key-123456")
@@ -674,9 +606,8 @@ def ask(server, body=None, method="POST", path="/v1/chat/completions", headers=N
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=WAIT)
     try:
         data = body if isinstance(body, (bytes, type(None))) else json.dumps(body).encode()
-        connection.request(
-            method, path, data, {"Content-Type": "application/json", **(headers or {})}
-        )
+        headers = {"Content-Type": "application/json", **(headers or {})}
+        connection.request(method, path, data, headers)
         response = connection.getresponse()
         return response.status, response.headers, response.read()
     finally:
@@ -685,7 +616,7 @@ def ask(server, body=None, method="POST", path="/v1/chat/completions", headers=N
 
 def chat(server, stream=False, **more):
     """A chat request: (status, headers, JSON) or, streamed, (status, headers, list of data strings)."""
-    body = {"messages": [{"role": "user", "content": "Hi"}], "stream": stream, **more}
+    body = {"messages": HI, "stream": stream, **more}
     status, headers, answer = ask(server, body)
     if not headers["Content-Type"].startswith("text/event-stream"):
         return status, headers, json.loads(answer)
@@ -728,36 +659,31 @@ def statuses(received):
     return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+) ", received)]
 
 
-def until(condition):
-    """Wait for the condition; whether it came true in time."""
+def until(is_true):
+    """Wait for what must come true in time."""
     end = time.monotonic() + WAIT
-    while not condition() and time.monotonic() < end:
+    while not is_true():
+        assert time.monotonic() < end
         time.sleep(0.01)
-    return condition()
+    return True
 
 
 def raw(server, request, family=socket.AF_INET):
     """Send bytes as they are; everything that comes back until the connection ends."""
-    with socket.create_connection(
-        ("127.0.0.1" if family == socket.AF_INET else "::1", server.port), timeout=WAIT
-    ) as connection:
+    address = "127.0.0.1" if family == socket.AF_INET else "::1"
+    with socket.create_connection((address, server.port), timeout=WAIT) as connection:
         connection.sendall(request)
-        received = b""
-        while True:
-            try:
-                piece = connection.recv(65536)
-            except ConnectionResetError:
-                return received
-            if not piece:
-                return received
-            received += piece
+        with contextlib.suppress(ConnectionResetError):
+            received = b""
+            for piece in iter(lambda: connection.recv(65536), b""):
+                received += piece
+        return received
 
 
 def translate(pieces, request=None, model="qwen3.7-plus", family="dashscope"):
     """The chunks of an answer, translated without any socket."""
-    provider = qp.Provider(
-        "test", "http://127.0.0.1/compatible-mode/v1", None, "test", family=qp.FAMILIES[family]
-    )
+    url = "http://127.0.0.1/compatible-mode/v1"
+    provider = qp.Provider("test", url, None, "test", family=qp.FAMILIES[family])
     request = request or {"stream_options": {"include_usage": True}}
     decoder, chunks = qp.AnswerDecoder(qp.ChunkTranslator(request, qp.Target(provider, model))), []
     decoder.sink = lambda chunk: chunks.append(chunk.value)
@@ -785,15 +711,13 @@ def collect(chunks):
     collector = qp.CompletionCollector()
     for value in chunks:
         collector.feed(value)
-    return collector.completion(
-        next((value["usage"] for value in chunks if value.get("usage")), None)
-    )
+    usages = [value["usage"] for value in chunks if value.get("usage")]
+    return collector.completion(usages[0] if usages else None)
 
 
 def text_in(chunks, name="content"):
-    return "".join(
-        choice["delta"].get(name) or "" for value in chunks for choice in value["choices"]
-    )
+    choices = [choice for value in chunks for choice in value["choices"]]
+    return "".join(choice["delta"].get(name) or "" for choice in choices)
 
 
 IS_ROOT, NOBODY = hasattr(os, "geteuid") and os.geteuid() == 0, 65534
@@ -896,31 +820,23 @@ def comments_until(server, gate, count):
 def test_imports_are_of_the_standard_library_only():
     names = set()
     for node in ast.walk(ast.parse(SOURCE)):
-        names |= (
-            {alias.name.split(".")[0] for alias in node.names}
-            if isinstance(node, ast.Import)
-            else set()
-        )
-        names |= {node.module.split(".")[0]} if isinstance(node, ast.ImportFrom) else set()
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module.split(".")[0])
     assert names and names <= set(sys.stdlib_module_names) | {"__future__"}
 
 
 def hosts_in_constants():
     start = SOURCE.index("# Constants\n")
-    return set(
-        re.findall(
-            r'(?:https://|")((?:[\w-]+\.)+(?:ai|cn|com))\b',
-            SOURCE[start : SOURCE.index("# Errors and small tools\n", start)],
-        )
-    )
+    constants = SOURCE[start : SOURCE.index("# Errors and small tools\n", start)]
+    return set(re.findall(r'(?:https://|")((?:[\w-]+\.)+(?:ai|cn|com))\b', constants))
 
 
 def test_every_host_in_the_file_is_a_constant():
     code = "".join(line.partition("#")[0] + "\n" for line in SOURCE.splitlines())
-    assert (
-        set(re.findall(r"https?://([\w-]+\.[\w.-]*\w)", code)) - {"127.0.0.1"}
-        <= hosts_in_constants()
-    )
+    hosts = set(re.findall(r"https?://([\w-]+\.[\w.-]*\w)", code))
+    assert hosts - {"127.0.0.1"} <= hosts_in_constants()
 
 
 def readme():
@@ -947,13 +863,8 @@ def test_doctests_pass():
 
 def test_import_starts_nothing_and_needs_no_home():
     code = "import threading, qwen_proxy; print(threading.active_count())"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=HERE,
-        env={"PATH": ""},
-        capture_output=True,
-        timeout=WAIT,
-    )
+    more = {"cwd": HERE, "env": {"PATH": ""}, "capture_output": True, "timeout": WAIT}
+    done = subprocess.run([sys.executable, "-c", code], **more)
     assert (done.stdout.strip(), done.stderr) == (b"1", b"")
 
 
@@ -966,31 +877,15 @@ def test_no_secret_reaches_log_answers_or_status(
     upstream.refresh_tokens = {secrets[1]}
     upstream.token_script.append(refusal("no such token MARK-refresh-1", 400))
     server = serve(api_key=[secrets[2]])
-    said = [
-        ask(
-            server,
-            {"messages": [{"role": "user", "content": "x"}]},
-            headers={"Authorization": "Bearer " + key},
-        )
-        for key in (secrets[2], "wrong")
-    ]
-    said += [
-        ask(server, method="GET", path="/health"),
-        ask(server, method="GET", path="/v1/models"),
-    ]
+    said = [fetch(server, Authorization="Bearer " + key)[1] for key in (secrets[2], "wrong")]
+    said += [fetch(server, path, "GET")[1] for path in ("/health", "/v1/models")]
     monkeypatch.setenv("OPENAI_API_KEY", secrets[3])
     upstream.script.append(refusal("your key sk-MARKprovider1 is bad", 401))
     keyed = serve(base_url=upstream.dashscope, model="m")
     upstream.access_tokens.add(secrets[3])
-    said.append(ask(keyed, {"messages": [{"role": "user", "content": "x"}]}))
+    said.append(fetch(keyed)[1])
     qp.main(["status", "--json"])
-    output = capsys.readouterr()
-    everything = (
-        caplog.text
-        + output.out
-        + output.err
-        + "".join(str(headers) + body.decode() for _, headers, body in said)
-    )
+    everything = "".join([caplog.text, *capsys.readouterr(), *said])
     assert "status" in everything or "usable" in everything
     assert [secret for secret in secrets if secret in everything] == []
 
@@ -1140,18 +1035,12 @@ def test_an_answer_of_an_upstream_shows_no_secret(odd_key_server, upstream, trac
     for said in (everything(KEY), *forms_of(KEY).values()):  # H5
         shown = told(odd_key_server, upstream, line, said, route)
         assert traces(KEY, shown) == set()
-        assert (
-            "because" in shown or "because" not in said or "error_finish" in line or "HELLO" in line
-        )
+        is_answer = "error_finish" in line or "HELLO" in line
+        assert "because" in shown or "because" not in said or is_answer
 
 
 def test_a_code_has_no_blank_and_at_most_60_characters(odd_key_server, upstream):  # H5
-    for code, kept in (
-        ("A.b/" + "x" * 56, True),
-        ("x" * 61, False),
-        ("a b", False),
-        ("a\t", False),
-    ):
+    for code, kept in (("A.b/" + "x" * 56, 1), ("x" * 61, 0), ("a b", 0), ("a\t", 0)):
         for line in ('400 {"error": {"message": "m", "code": JSON}}', '403 {"code": JSON}'):
             shown = json.loads(told(odd_key_server, upstream, line, code).partition("\n\n")[2])
             assert shown["error"]["code"] == (code if kept else None)
@@ -1327,46 +1216,42 @@ def test_userinfo_of_an_address_is_in_no_host_and_no_words(
 # ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "text, words",
-    [
-        ("", "not JSON"),
-        ("[]", "not a JSON object"),
-        ('{"access_token": "a"}', "refresh_token"),
-        ('{"access_token":"a","refresh_token":"b","token_type":"Bearer"}', "expiry_date"),
-        (
-            '{"access_token":"a","refresh_token":"b","token_type":"Bearer","expiry_date":true}',
-            "expiry_date",
-        ),
-        (
-            '{"access_token":"a","refresh_token":"b","token_type":"Bearer","expiry_date":"soon"}',
-            "expiry_date",
-        ),
-        (
-            '{"access_token":"","refresh_token":"b","token_type":"Bearer","expiry_date":1}',
-            "access_token",
-        ),
-    ],
-)
+INCOMPLETE = table("""
+nothing | | not JSON
+a list | [] | not a JSON object
+one token | {"access_token": "a"} | refresh_token
+no date | {"access_token":"a","refresh_token":"b","token_type":"Bearer"} | expiry_date
+true | {"access_token":"a","refresh_token":"b","token_type":"Bearer","expiry_date":true} | expiry_date
+a word | {"access_token":"a","refresh_token":"b","token_type":"Bearer","expiry_date":"x"} | expiry_date
+empty token | {"access_token":"","refresh_token":"b","token_type":"Bearer","expiry_date":1} | access_token
+""")
+
+
+@pytest.mark.parametrize("text, words", INCOMPLETE)
 def test_incomplete_login_is_named(text, words):
     with pytest.raises(qp.CredentialError, match=words):
         qp.Login.parse(text)
 
 
-@pytest.mark.parametrize(
-    "resource_url, base_url",
-    [
-        ("portal.qwen.ai", "https://portal.qwen.ai/v1"),
-        ("https://x.y/", "https://x.y/v1"),
-        ("http://127.0.0.1:1/v1", "http://127.0.0.1:1/v1"),
-    ],
-)
-def test_base_url_of_resource_url(resource_url, base_url):
-    assert qp.base_url_of(resource_url) == base_url
+def test_base_url_of_resource_url():
+    assert qp.base_url_of("portal.qwen.ai") == "https://portal.qwen.ai/v1"
+    assert qp.base_url_of("https://x.y/") == "https://x.y/v1"
+    assert qp.base_url_of("http://127.0.0.1:1/v1") == "http://127.0.0.1:1/v1"
+
+
+def credentials_of(path, upstream):
+    return qp.OAuthCredentials(str(path), upstream.origin)
+
+
+@pytest.fixture()
+def stale(home, upstream):
+    """A login that must be refreshed: its file, its credentials."""
+    path = write_login(home, upstream, expires_in=0)
+    return path, credentials_of(path, upstream)
 
 
 def test_fresh_token_is_used_without_refresh(login, upstream):
-    assert qp.OAuthCredentials(str(login), upstream.origin).access_token() == "at_1"
+    assert credentials_of(login, upstream).access_token() == "at_1"
     assert upstream.requests == []
 
 
@@ -1378,7 +1263,7 @@ def test_refresh_30_seconds_before_expiry_keeps_unknown_fields_and_mode(
     path = write_login(home, upstream, expires_in=29, note={"of": "another program"})
     path.chmod(0o644)
     before = path.stat().st_mtime_ns
-    assert qp.OAuthCredentials(str(path), upstream.origin).access_token() == "at_2"
+    assert credentials_of(path, upstream).access_token() == "at_2"
     fields = json.loads(path.read_text())
     assert (fields["refresh_token"], fields["note"]) == ("rt_2", {"of": "another program"})
     assert fields["resource_url"] == upstream.origin
@@ -1390,22 +1275,20 @@ def test_refresh_30_seconds_before_expiry_keeps_unknown_fields_and_mode(
 def test_refresh_without_a_new_refresh_token_keeps_the_old_one(home, upstream):
     upstream.rotates = False
     path = write_login(home, upstream, expires_in=-5)
-    qp.OAuthCredentials(str(path), upstream.origin).access_token()
+    credentials_of(path, upstream).access_token()
     assert json.loads(path.read_text())["refresh_token"] == "rt_1"
 
 
 def test_forced_refresh_names_the_rejected_token_and_spares_a_newer_one(login, upstream):
-    credentials = qp.OAuthCredentials(str(login), upstream.origin)
+    credentials = credentials_of(login, upstream)
     assert credentials.access_token(rejected="at_0") == "at_1"
     assert credentials.access_token(rejected="at_1") == "at_2"
     assert credentials.access_token(rejected="at_1") == "at_2"
     assert upstream.refreshes == ["rt_1"]
 
 
-def test_one_refresh_for_twenty_threads(home, upstream):
-    credentials = qp.OAuthCredentials(
-        str(write_login(home, upstream, expires_in=0)), upstream.origin
-    )
+def test_one_refresh_for_twenty_threads(upstream, stale):
+    _, credentials = stale
     results, barrier = [], threading.Barrier(20)
 
     def run():
@@ -1418,13 +1301,10 @@ def test_one_refresh_for_twenty_threads(home, upstream):
     assert (results, upstream.refreshes) == (["at_2"] * 20, ["rt_1"])
 
 
-def test_login_refreshed_by_another_process_while_waiting_for_the_lock_is_adopted(home, upstream):
-    path = write_login(home, upstream, expires_in=0)
-    credentials, lock, result = (
-        qp.OAuthCredentials(str(path), upstream.origin),
-        home / "oauth_creds.lock",
-        [],
-    )
+def test_login_refreshed_by_another_process_while_waiting_for_the_lock_is_adopted(
+    home, upstream, stale
+):
+    (_, credentials), lock, result = stale, home / "oauth_creds.lock", []
     lock.write_text("somebody")
     thread = threading.Thread(target=lambda: result.append(credentials.access_token()))
     thread.start()
@@ -1510,22 +1390,15 @@ def test_lock_waits_no_longer_than_stale_when_the_clock_jumped(home, monkeypatch
 HTML = reply(403, b"<html><title>aliyun_waf</title></html>", "text/html")
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [
-        HTML,
-        reply(400, b"<html>", "text/html"),
-        reply(500, {"error": "x"}),
-        reply(200, b"{cut"),
-        reply(200, {"error": "server_error"}),
-        reply(429, {"error": "slow"}),
-        reply(200, {"access_token": None}),
-    ],
-)
-def test_trouble_at_the_token_endpoint_is_no_verdict(home, upstream, answer, monkeypatch):
-    path = write_login(home, upstream, expires_in=0)
+TROUBLES = [HTML, reply(400, b"<html>", "text/html"), reply(500, {"error": "x"})]
+TROUBLES += [reply(200, b"{cut"), reply(200, {"error": "server_error"})]
+TROUBLES += [reply(429, {"error": "slow"}), reply(200, {"access_token": None})]
+
+
+@pytest.mark.parametrize("answer", TROUBLES)
+def test_trouble_at_the_token_endpoint_is_no_verdict(upstream, stale, answer, monkeypatch):
+    path, credentials = stale
     before = path.read_text()
-    credentials = qp.OAuthCredentials(str(path), upstream.origin)
     upstream.token_script.append(answer)
     with pytest.raises(qp.UpstreamError) as caught:
         credentials.access_token()
@@ -1535,10 +1408,9 @@ def test_trouble_at_the_token_endpoint_is_no_verdict(home, upstream, answer, mon
 
 
 @pytest.mark.parametrize("status", [400, 401])
-def test_refused_refresh_token_is_dead_until_the_file_changes(home, upstream, status):
-    path = write_login(home, upstream, expires_in=0)
+def test_refused_refresh_token_is_dead_until_the_file_changes(home, upstream, stale, status):
+    path, credentials = stale
     before = path.read_text()
-    credentials = qp.OAuthCredentials(str(path), upstream.origin)
     upstream.token_script.append(reply(status, {"error": "invalid_request"}))
     for _ in range(3):
         with pytest.raises(qp.CredentialError, match="/auth"):
@@ -1557,11 +1429,11 @@ def test_refused_refresh_adopts_what_another_process_wrote_meanwhile(home, upstr
         return reply(400, {"error": "invalid_request"})
 
     upstream.token_script.append(another_was_faster)
-    assert qp.OAuthCredentials(str(path), upstream.origin).access_token() == "at_other"
+    assert credentials_of(path, upstream).access_token() == "at_other"
 
 
 def test_new_login_is_picked_up(home, upstream, login):
-    credentials = qp.OAuthCredentials(str(login), upstream.origin)
+    credentials = credentials_of(login, upstream)
     credentials.access_token()
     write_login(home, upstream, access_token="at_new_login")
     assert credentials.access_token() == "at_new_login"
@@ -1569,7 +1441,7 @@ def test_new_login_is_picked_up(home, upstream, login):
 
 @pytest.mark.parametrize("spoil", ["delete", "garbage", "directory"])
 def test_login_in_memory_outlives_the_file(login, upstream, spoil):
-    credentials = qp.OAuthCredentials(str(login), upstream.origin)
+    credentials = credentials_of(login, upstream)
     credentials.access_token()
     login.unlink()
     if spoil == "garbage":
@@ -1579,49 +1451,34 @@ def test_login_in_memory_outlives_the_file(login, upstream, spoil):
     assert credentials.access_token() == "at_1" and credentials.problem
 
 
-def test_unwritable_file_is_said_and_served_from_memory(home, upstream, monkeypatch):
-    path = write_login(home, upstream, expires_in=0)
-    credentials = qp.OAuthCredentials(str(path), upstream.origin)
+def refuse_to_write(*arguments):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
-    def refuse(*arguments):
-        raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(qp.LoginFile, "write", refuse)
-    assert credentials.access_token() == "at_2" and "read-only" in credentials.problem
-    assert (
-        credentials.access_token() == "at_2"
-        and json.loads(path.read_text())["access_token"] == "at_1"
-    )
+def test_unwritable_file_is_said_and_served_from_memory(home, stale, monkeypatch):
+    path, credentials = stale
+    monkeypatch.setattr(qp.LoginFile, "write", refuse_to_write)
+    assert credentials.access_token() == "at_2" and "no space" in credentials.problem.lower()
+    assert credentials.access_token() == "at_2"
+    assert json.loads(path.read_text())["access_token"] == "at_1"
     assert os.listdir(str(home)) == ["oauth_creds.json"]
 
 
-def test_what_could_not_be_written_is_written_later(home, upstream, monkeypatch):
-    path, real = write_login(home, upstream, expires_in=0), os.replace
-    credentials = qp.OAuthCredentials(str(path), upstream.origin)
+def test_what_could_not_be_written_is_written_later(home, upstream, stale, monkeypatch):
+    (path, credentials), real = stale, os.replace
     monkeypatch.setattr(qp.OAuthCredentials, "SAVE_PAUSE", 0)
-    monkeypatch.setattr(
-        qp.os,
-        "replace",
-        lambda *arguments: (_ for _ in ()).throw(OSError(28, "No space left on device")),
-    )
-    assert [credentials.access_token(), credentials.access_token()] == [
-        "at_2",
-        "at_2",
-    ] and "no space" in credentials.problem.lower()
+    monkeypatch.setattr(qp.os, "replace", refuse_to_write)
+    assert [credentials.access_token(), credentials.access_token()] == ["at_2"] * 2
+    assert "no space" in credentials.problem.lower()
     monkeypatch.setattr(qp.os, "replace", real)
     assert credentials.access_token() == "at_2" and not credentials.problem
     assert json.loads(path.read_text())["refresh_token"] == "rt_2" and len(upstream.refreshes) == 1
     assert os.listdir(str(home)) == ["oauth_creds.json"]
 
 
-def test_what_could_not_be_written_gives_way_to_a_new_login(home, upstream, monkeypatch):
-    path, real = write_login(home, upstream, expires_in=0), os.replace
-    credentials = qp.OAuthCredentials(str(path), upstream.origin)
-    monkeypatch.setattr(
-        qp.os,
-        "replace",
-        lambda *arguments: (_ for _ in ()).throw(OSError(28, "No space left on device")),
-    )
+def test_what_could_not_be_written_gives_way_to_a_new_login(home, upstream, stale, monkeypatch):
+    (path, credentials), real = stale, os.replace
+    monkeypatch.setattr(qp.os, "replace", refuse_to_write)
     assert credentials.access_token() == "at_2"
     monkeypatch.setattr(qp.os, "replace", real)
     monkeypatch.setattr(qp.OAuthCredentials, "SAVE_PAUSE", 0)
@@ -1635,14 +1492,12 @@ def test_a_client_that_leaves_does_not_lead_to_a_refresh_without_the_lock(home, 
     (home / "oauth_creds.lock").write_text("somebody else's")
     watch = qp.Waiter(None, 5, 0, lambda: (_ for _ in ()).throw(BrokenPipeError(32, "Broken pipe")))
     with pytest.raises(qp.ClientGone):
-        qp.OAuthCredentials(str(path), upstream.origin).access_token(pause=watch.sleep)
+        credentials_of(path, upstream).access_token(pause=watch.sleep)
     assert upstream.refreshes == [] and (home / "oauth_creds.lock").read_text() == "somebody else's"
 
 
-def test_a_failure_that_many_share_keeps_nobodys_frames(home, upstream):
-    credentials = qp.OAuthCredentials(
-        str(write_login(home, upstream, expires_in=0)), upstream.origin
-    )
+def test_a_failure_that_many_share_keeps_nobodys_frames(upstream, stale):
+    _, credentials = stale
     upstream.token_script.append(HTML)
     seen = []
     for _ in range(3):
@@ -1655,10 +1510,9 @@ def test_a_failure_that_many_share_keeps_nobodys_frames(home, upstream):
 
 def test_half_a_surrogate_pair_in_the_file_is_kept(home, upstream):
     path = write_login(home, upstream, expires_in=0, note="\ud83d")
-    assert qp.OAuthCredentials(str(path), upstream.origin).access_token() == "at_2"
-    assert json.loads(path.read_text())["note"] == "\ud83d" and os.listdir(str(home)) == [
-        "oauth_creds.json"
-    ]
+    assert credentials_of(path, upstream).access_token() == "at_2"
+    assert json.loads(path.read_text())["note"] == "\ud83d"
+    assert os.listdir(str(home)) == ["oauth_creds.json"]
 
 
 def test_a_lock_that_cannot_be_written_does_not_stay(home, monkeypatch):
@@ -1719,29 +1573,23 @@ def test_processes_racing_on_single_use_refresh_tokens(home, upstream):
 
 @pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
 def test_kill_in_the_middle_of_a_refresh_harms_nobody(home, upstream):
-    path, never, asked = (
-        write_login(home, upstream, expires_in=0),
-        threading.Event(),
-        threading.Event(),
-    )
+    path, asked = write_login(home, upstream, expires_in=0), threading.Event()
     before = path.read_text()
 
     def hang(form):
         asked.set()
-        return Reply(200, [("Content-Type", "application/json")], [never])
+        return Reply(200, [("Content-Type", "application/json")], [threading.Event()])
 
     upstream.token_script.append(hang)
-    process = subprocess.Popen(
-        [sys.executable, "-c", RACER, HERE, str(path), upstream.origin, "60"],
-        stdout=subprocess.DEVNULL,
-    )
+    arguments = [sys.executable, "-c", RACER, HERE, str(path), upstream.origin, "60"]
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
     assert asked.wait(WAIT)
     process.kill()
     process.wait(WAIT)
     lock = home / "oauth_creds.lock"
     assert path.read_text() == before and lock.exists()
     os.utime(str(lock), (time.time() - 36, time.time() - 36))
-    assert qp.OAuthCredentials(str(path), upstream.origin).access_token() == "at_2"
+    assert credentials_of(path, upstream).access_token() == "at_2"
     assert not lock.exists()
 
 
@@ -1837,7 +1685,7 @@ def test_a_login_is_renamed_over_or_written_in_place_and_by_descriptor(
     before, sync, synced, seen = path.stat(), os.fsync, [], []
     monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.fstat(fd).st_ino) or sync(fd))
     break_(monkeypatch, name, number, seen)
-    credentials = qp.OAuthCredentials(str(path), upstream.origin)
+    credentials = credentials_of(path, upstream)
     assert credentials.access_token() == "at_2" and not credentials.problem
     fields, after = json.loads(path.read_text()), path.stat()
     assert (fields["refresh_token"], fields["note"]) == ("rt_2", {"of": "another program"})
@@ -1849,8 +1697,7 @@ def test_a_login_is_renamed_over_or_written_in_place_and_by_descriptor(
 
 @as_root
 @pytest.mark.parametrize(
-    "moment, link",
-    [("fsync", os.link), ("fchown", os.symlink), ("busy", os.symlink)],
+    "moment, link", [("fsync", os.link), ("fchown", os.symlink), ("busy", os.symlink)]
 )
 def test_a_file_swapped_in_the_middle_of_a_refresh_changes_no_other(
     home, upstream, tmp_path, monkeypatch, moment, link
@@ -1874,7 +1721,7 @@ def test_a_file_swapped_in_the_middle_of_a_refresh_changes_no_other(
 
     monkeypatch.setattr(os, name, swap)
     with contextlib.suppress(qp.ProxyError):
-        qp.OAuthCredentials(str(path), upstream.origin).access_token()
+        credentials_of(path, upstream).access_token()
     assert facts_of(others) == before
 
 
@@ -1914,7 +1761,7 @@ def test_no_file_but_a_login_of_the_owner_of_the_link_is_written_through_it(
     home, upstream, tmp_path, caplog, content, steps, owners
 ):
     path, there = write_login(home, upstream, expires_in=0), tmp_path / "there"  # H7
-    credentials = qp.OAuthCredentials(str(path), upstream.origin)
+    credentials = credentials_of(path, upstream)
     credentials.login()
     path.unlink()
     there.mkdir()
@@ -1937,7 +1784,7 @@ def test_a_link_to_a_login_of_its_owner_stays_a_link(home, upstream, tmp_path, s
     there.mkdir()
     target = write_login(there, upstream, expires_in=0)
     make_link(path, there, steps, owner and [owner] * 3)
-    assert qp.OAuthCredentials(str(path), upstream.origin).access_token() == "at_2"
+    assert credentials_of(path, upstream).access_token() == "at_2"
     assert path.is_symlink() and json.loads(target.read_text())["refresh_token"] == "rt_2"
     assert owner in (None, target.stat().st_uid) and len([*home.iterdir(), *there.iterdir()]) == 3
 
@@ -1948,7 +1795,7 @@ def test_a_disk_that_takes_no_more_leaves_the_login_whole(home, upstream, monkey
 
     path = write_login(home, upstream, expires_in=0)
     before, (soft, hard) = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    credentials = qp.OAuthCredentials(str(path), upstream.origin)
+    credentials = credentials_of(path, upstream)
     break_(monkeypatch, "open", errno.EROFS, [])
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before), hard))
     try:
@@ -1972,12 +1819,9 @@ WRITABLE = {
 def test_what_cannot_be_saved_is_said_beforehand(upstream, monkeypatch, main, name):  # H8
     folder_mode, file_mode, owner, is_saved = WRITABLE[name]
     with tempfile.TemporaryDirectory() as top:  # pytest's own folders are closed to nobody
-        for variable in (
-            "HOME",
-            "QWEN_CODE_SYSTEM_SETTINGS_PATH",
-            "QWEN_CODE_SYSTEM_DEFAULTS_PATH",
-        ):
-            monkeypatch.setenv(variable, top if variable == "HOME" else top + "/none")
+        monkeypatch.setenv("HOME", top)
+        for name_ in ("SETTINGS", "DEFAULTS"):
+            monkeypatch.setenv(f"QWEN_CODE_SYSTEM_{name_}_PATH", top + "/none")
         monkeypatch.chdir(top)
         folder = pathlib.Path(top) / ".qwen"
         folder.mkdir()
@@ -1988,7 +1832,7 @@ def test_what_cannot_be_saved_is_said_beforehand(upstream, monkeypatch, main, na
         os.setresuid(NOBODY, NOBODY, 0)
         try:
             said = [main("status")[1], main("--port=0")[1]]
-            credentials = qp.OAuthCredentials(str(path), upstream.origin)
+            credentials = credentials_of(path, upstream)
             assert credentials.access_token("at_1") == "at_2"
         finally:
             os.setresuid(0, 0, 0)
@@ -2027,12 +1871,9 @@ def test_what_is_no_file_holds_no_start_up(home, upstream, tmp_path, line):  # H
 
 @posix
 @pytest.mark.parametrize("name, kind", [("json", "pipe"), ("json", "link"), ("lock", "pipe")])
-def test_what_is_no_file_holds_no_refresh_up(home, upstream, monkeypatch, name, kind):  # H18
+def test_what_is_no_file_holds_no_refresh_up(home, stale, monkeypatch, name, kind):  # H18
     monkeypatch.setattr(qp.LockFile, "STALE", 0.3)
-    credentials, result = (
-        qp.OAuthCredentials(str(write_login(home, upstream, 0)), upstream.origin),
-        [],
-    )
+    (_, credentials), result = stale, []
     credentials.login()
     with contextlib.suppress(FileNotFoundError):
         (home / ("oauth_creds." + name)).unlink()
@@ -2054,7 +1895,7 @@ def test_only_our_own_old_temporary_files_are_swept(home, upstream, name, kind, 
     path, then = write_login(home, upstream, expires_in=0), time.time() - age
     make(home / name, kind)
     os.utime(home / name, (then, then), follow_symlinks=False)
-    assert qp.OAuthCredentials(str(path), upstream.origin).access_token() == "at_2"
+    assert credentials_of(path, upstream).access_token() == "at_2"
     assert sorted(os.listdir(home)) == sorted([path.name] + [name] * stays)
 
 
@@ -2065,29 +1906,16 @@ def test_pkce_challenge_is_the_hash_of_the_verifier():
 
 
 PENDING = reply(400, {"error": "authorization_pending", "error_description": "wait"})
-SUCCESS = reply(
-    200,
-    {
-        "access_token": "at_9",
-        "refresh_token": "rt_9",
-        "token_type": "Bearer",
-        "expires_in": 21600,
-        "resource_url": "portal.qwen.ai",
-    },
-)
+TOKENS = {"access_token": "at_9", "refresh_token": "rt_9", "token_type": "Bearer"}
+SUCCESS = reply(200, {**TOKENS, "expires_in": 21600, "resource_url": "portal.qwen.ai"})
+POLLS = [([SUCCESS], [2]), ([PENDING, SUCCESS], [2, 2])]
+POLLS += [([reply(429, {"error": "slow_down"}), SUCCESS], [2, 3])]
+POLLS += [([reply(400, {"error": "slow_down"}), PENDING, SUCCESS], [2, 3, 2])]
+POLLS += [([reply(200, {"access_token": None}), SUCCESS], [2, 2])]
+POLLS += [([HTML._replace(status=503), SUCCESS], [2, 2])]
 
 
-@pytest.mark.parametrize(
-    "answers, slept",
-    [
-        ([SUCCESS], [2]),
-        ([PENDING, SUCCESS], [2, 2]),
-        ([reply(429, {"error": "slow_down"}), SUCCESS], [2, 3]),
-        ([reply(400, {"error": "slow_down"}), PENDING, SUCCESS], [2, 3, 2]),
-        ([reply(200, {"access_token": None}), SUCCESS], [2, 2]),
-        ([HTML._replace(status=503), SUCCESS], [2, 2]),
-    ],
-)
+@pytest.mark.parametrize("answers, slept", POLLS)
 def test_device_authorization_waits_until_approved(upstream, answers, slept):
     upstream.device_answers.extend(answers)
     device, pauses = qp.request_device_code(upstream.origin), []
@@ -2098,22 +1926,17 @@ def test_device_authorization_waits_until_approved(upstream, answers, slept):
     assert base64.urlsafe_b64encode(digest).rstrip(b"=").decode() == upstream.challenge
 
 
-@pytest.mark.parametrize(
-    "answer, words",
-    [
-        (reply(400, {"error": "access_denied"}), "refused"),
-        (reply(400, {"error": "expired_token"}), "expired"),
-        (reply(401, {"error": "x"}), "expired"),
-        (reply(429, {"error": "too_many"}), "429"),
-        (HTML, "403"),
-    ],
-)
+VERDICTS = [(reply(400, {"error": "access_denied"}), "refused"), (HTML, "403")]
+VERDICTS += [(reply(400, {"error": "expired_token"}), "expired")]
+VERDICTS += [(reply(401, {"error": "x"}), "expired"), (reply(429, {"error": "too_many"}), "429")]
+
+
+@pytest.mark.parametrize("answer, words", VERDICTS)
 def test_device_authorization_that_fails_says_why(upstream, answer, words):
     upstream.device_answers.append(answer)
+    device = qp.request_device_code(upstream.origin)
     with pytest.raises(qp.CredentialError, match=words):
-        qp.poll_for_login(
-            upstream.origin, qp.request_device_code(upstream.origin), lambda seconds: None
-        )
+        qp.poll_for_login(upstream.origin, device, lambda seconds: None)
 
 
 ODD_TOKENS = [("expires_in", value) for value in (float("inf"), 10**400, True, "3600")]
@@ -2137,7 +1960,7 @@ def test_an_odd_answer_leaves_the_login_or_a_good_one(home, upstream, monkeypatc
     answer = reply(200, {**json.loads(SUCCESS.pieces[0]), **odd})
     upstream.token_script.append(answer)
     try:
-        assert qp.OAuthCredentials(str(path), upstream.origin).access_token() == "at_9"
+        assert credentials_of(path, upstream).access_token() == "at_9"
         assert_good(path)
     except qp.ProxyError:
         assert path.read_text() == before
@@ -2200,30 +2023,37 @@ DRIPS = {
 ENOUGH = 250  # bytes: more than two seconds' worth, where 0.3 are allowed
 
 
-class Dripper:
-    """Answers requests with the beginning of an answer, then one byte at a time; counts those."""
+class NoiseUpstream:
+    """Begins an answer and goes on for ever, until the other side leaves: then `left` is set."""
 
-    def __init__(self, kind):
-        self.start, self.drip, self.sent = (*DRIPS[kind], 0)
-        self.listener, self.pace = socket.create_server(("127.0.0.1", 0)), threading.Event()
-        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+    def __init__(self, start, *noise, pace=0.002, most=10**9):
+        self.start, self.noise, self.pace, self.most, self.sent = start, noise, pace, most, 0
+        self.listener, self.never = socket.create_server(("127.0.0.1", 0)), threading.Event()
+        self.left, self.is_flowing, self.url = (
+            threading.Event(),
+            threading.Event(),
+            url_of(self.listener),
+        )
         threading.Thread(target=self.run, daemon=True).start()
 
     def run(self):
         with contextlib.suppress(OSError):
             while True:
                 self.answer(self.listener.accept()[0])
+                self.left.set()
 
     def answer(self, connection):
         with connection, contextlib.suppress(OSError):
             connection.recv(65536)
             connection.sendall(self.start)
-            for byte in itertools.cycle(self.drip):
-                if self.sent >= ENOUGH:
+            for piece in itertools.cycle(self.noise):
+                if self.sent >= self.most:
                     return
-                connection.sendall(bytes([byte]))
+                connection.sendall(piece)
                 self.sent += 1
-                self.pace.wait(0.01)
+                if self.sent == 20:
+                    self.is_flowing.set()
+                self.never.wait(self.pace)
 
 
 DRIPPED = [("token", kind) for kind in DRIPS]
@@ -2235,7 +2065,8 @@ def test_who_drips_is_left(home, upstream, serve, monkeypatch, capsys, place, ki
     for name in ("CONNECT_TIMEOUT", "STATUS_TIMEOUT"):
         monkeypatch.setattr(qp, name, 0.3)
     monkeypatch.setattr(qp.OAuthCredentials, "TIMEOUT", 0.3)
-    dripper = Dripper(kind)
+    start, drip = DRIPS[kind]
+    dripper = NoiseUpstream(start, *(b"%c" % byte for byte in drip), pace=0.01, most=ENOUGH)
     with dripper.listener:
         if place == "token":
             path = write_login(home, upstream, expires_in=0)
@@ -2260,77 +2091,60 @@ def test_who_drips_is_left(home, upstream, serve, monkeypatch, capsys, place, ki
 
 SETTINGS = """\ufeff// written by hand
 { "$version": %d, /* keys */ "env": {"BAILIAN_CODING_PLAN_API_KEY": "sk-sp-invented"},
-  "modelProviders": {"openai": %s, "gemini": [{"id": "gemini-x"}], "mine": [{"id": "m", "baseUrl": "http://h/v1", "envKey": "MY_KEY"}]},
+  "modelProviders": {"openai": %s, "gemini": [{"id": "gemini-x"}],
+    "mine": [{"id": "m", "baseUrl": "http://h/v1", "envKey": "MY_KEY"}]},
   "providerProtocol": {"mine": "openai"},
   "security": {"auth": {"selectedType": "openai"}}, "model": {"name": "qwen3.7-plus"} }"""
-ENTRIES = json.dumps(
-    [
-        {
-            "id": "qwen3.6-plus",
-            "baseUrl": "${HOST}/compatible-mode/v1",
-            "envKey": "DASHSCOPE_API_KEY",
-        },
-        {
-            "id": "qwen3.7-plus",
-            "baseUrl": "https://coding-intl.dashscope.aliyuncs.com/v1",
-            "envKey": "BAILIAN_CODING_PLAN_API_KEY",
-            "generationConfig": {"contextWindowSize": 5, "extra_body": {"enable_thinking": True}},
-        },
-        {"id": "old", "wireApi": "responses", "baseUrl": "http://h/v1"},
-        {"id": "tts", "voiceOnly": True},
-        {"no": "id"},
-        "junk",
-    ]
-)
+ENTRIES = """[
+    {"id": "qwen3.6-plus", "baseUrl": "${HOST}/compatible-mode/v1", "envKey": "DASHSCOPE_API_KEY"},
+    {"id": "qwen3.7-plus", "baseUrl": "https://coding-intl.dashscope.aliyuncs.com/v1",
+      "envKey": "BAILIAN_CODING_PLAN_API_KEY",
+      "generationConfig": {"contextWindowSize": 5, "extra_body": {"enable_thinking": true}}},
+    {"id": "old", "wireApi": "responses", "baseUrl": "http://h/v1"},
+    {"id": "tts", "voiceOnly": true}, {"no": "id"}, "junk"]"""
 
 
 def catalogue(home, options=None, **environ):
-    environ = {
-        "HOME": str(home.parent),
-        "QWEN_CODE_SYSTEM_SETTINGS_PATH": "/none",
-        "QWEN_CODE_SYSTEM_DEFAULTS_PATH": "/none",
-        **environ,
-    }
+    nowhere = {f"QWEN_CODE_SYSTEM_{name}_PATH": "/none" for name in ("SETTINGS", "DEFAULTS")}
+    environ = {"HOME": str(home.parent), **nowhere, **environ}
     return qp.Providers(options or qp.Options(), environ)
+
+
+def write_entries(home, version=4, form="%s", text=SETTINGS):
+    (home / "settings.json").write_text(text % (version, form % ENTRIES), encoding="utf-8")
 
 
 @pytest.mark.parametrize("version, form", [(3, "%s"), (4, "%s"), (5, '{"models": %s}')])
 def test_settings_give_providers_and_the_active_one(home, version, form):
-    (home / "settings.json").write_text(SETTINGS % (version, form % ENTRIES), encoding="utf-8")
+    write_entries(home, version, form)
     discovery = catalogue(home, HOST="http://gateway:1").current()
     assert [provider.name for provider in discovery.providers] == ["coding-intl", "gateway:1", "h"]
     active, other, mine = discovery.providers
-    assert (active.credentials.access_token(), active.family.name, discovery.model) == (
-        "sk-sp-invented",
-        "coding",
-        "qwen3.7-plus",
-    )
+    assert (active.credentials.access_token(), active.family.name) == ("sk-sp-invented", "coding")
+    assert discovery.model == "qwen3.7-plus"
     assert active.entries["qwen3.7-plus"]["extra_body"] == {"enable_thinking": True}
-    assert (other.base_url, other.family.name) == (
-        "http://gateway:1/compatible-mode/v1",
-        "dashscope",
-    )
+    assert other.base_url == "http://gateway:1/compatible-mode/v1"
+    assert other.family.name == "dashscope"
     assert "DASHSCOPE_API_KEY is not set" in other.problem() and "MY_KEY" in mine.problem()
 
 
 def test_key_precedence_environment_dotenv_settings(home):
-    (home / "settings.json").write_text(SETTINGS % (4, ENTRIES), encoding="utf-8")
-    assert catalogue(home).current().providers[0].credentials.access_token() == "sk-sp-invented"
+    write_entries(home)
+
+    def key(**environ):
+        return catalogue(home, **environ).current().providers[0].credentials.access_token()
+
+    assert key() == "sk-sp-invented"
     (home / ".env").write_text('export BAILIAN_CODING_PLAN_API_KEY="sk-sp-dotenv" # mine\n')
-    assert catalogue(home).current().providers[0].credentials.access_token() == "sk-sp-dotenv"
+    assert key() == "sk-sp-dotenv"
     (home.parent / ".env").write_text("BAILIAN_CODING_PLAN_API_KEY=sk-sp-second\n")
-    assert catalogue(home).current().providers[0].credentials.access_token() == "sk-sp-dotenv"
-    from_environment = catalogue(home, BAILIAN_CODING_PLAN_API_KEY="sk-sp-env").current()
-    assert from_environment.providers[0].credentials.access_token() == "sk-sp-env"
-    empty = catalogue(home, BAILIAN_CODING_PLAN_API_KEY="").current()
-    assert empty.providers[0].credentials.access_token() == "sk-sp-dotenv"
+    assert key() == "sk-sp-dotenv"
+    assert key(BAILIAN_CODING_PLAN_API_KEY="sk-sp-env") == "sk-sp-env"
+    assert key(BAILIAN_CODING_PLAN_API_KEY="") == "sk-sp-dotenv"
 
 
 def test_missing_variable_is_never_filled_with_another_key(home):
-    (home / "settings.json").write_text(
-        SETTINGS.replace('BAILIAN_CODING_PLAN_API_KEY": "sk', 'UNUSED": "sk') % (4, ENTRIES),
-        encoding="utf-8",
-    )
+    write_entries(home, text=SETTINGS.replace('BAILIAN_CODING_PLAN_API_KEY": "sk', 'UNUSED": "sk'))
     provider = catalogue(home, OPENAI_API_KEY="sk-openai-key").current().providers[0]
     with pytest.raises(qp.CredentialError, match="BAILIAN_CODING_PLAN_API_KEY is not set"):
         provider.credentials.access_token()
@@ -2341,41 +2155,31 @@ def test_broken_settings_are_said_and_skipped(home):
     assert "settings.json is ignored" in catalogue(home).current().notes[0]
 
 
-@pytest.mark.parametrize(
-    "environ, name, words",
-    [
-        ({"OPENROUTER_API_KEY": "sk-or-1"}, "openrouter", ""),
-        ({"DASHSCOPE_API_KEY": "sk-1"}, None, "--provider dashscope-intl"),
-        ({"OPENAI_API_KEY": "sk-1"}, None, "--base-url"),
-        ({"OPENAI_API_KEY": "sk-1", "OPENAI_BASE_URL": "http://h:1/v1"}, "h:1", ""),
-        (
-            {
-                "BAILIAN_CODING_PLAN_API_KEY": "sk-sp-1",
-                "OPENAI_BASE_URL": "https://coding.dashscope.aliyuncs.com/v1",
-            },
-            "coding",
-            "",
-        ),
-        ({}, None, ""),
-    ],
-)
+# The variables that are set, the name of the provider, and what is said.
+LONE_KEYS = table("""
+OpenRouter | OPENROUTER_API_KEY="sk-or-1" | openrouter |
+DashScope of which region | DASHSCOPE_API_KEY="sk-1" | | --provider dashscope-intl
+OpenAI | OPENAI_API_KEY="sk-1" | | --base-url
+OpenAI and an address | OPENAI_API_KEY="sk-1", OPENAI_BASE_URL="http://h:1/v1" | h:1 |
+a plan | BAILIAN_CODING_PLAN_API_KEY="sk-sp-1",
+    OPENAI_BASE_URL="https://coding.dashscope.aliyuncs.com/v1" | coding |
+none | | |
+""")
+
+
+@pytest.mark.parametrize("environ, name, words", LONE_KEYS)
 def test_a_lone_key_is_enough_if_its_host_is_certain(home, environ, name, words):
-    discovery = catalogue(home, **environ).current()
+    discovery = catalogue(home, **fields(environ)).current()
     assert [provider.name for provider in discovery.providers] == ([name] if name else [])
     assert words in discovery.advice
 
 
-@pytest.mark.parametrize("name", sorted(qp.PRESETS))
-def test_presets(home, name):
-    base_url, variable = qp.PRESETS[name]
-    provider = (
-        catalogue(home, qp.Options(provider=name), **{variable: "sk-x"}).current().providers[0]
-    )
-    assert (provider.name, provider.base_url, provider.credentials.access_token()) == (
-        name,
-        base_url,
-        "sk-x",
-    )
+def test_presets(home):
+    for name, (base_url, variable) in qp.PRESETS.items():
+        found = catalogue(home, qp.Options(provider=name), **{variable: "sk-x"}).current()
+        provider = found.providers[0]
+        assert (provider.name, provider.base_url) == (name, base_url)
+        assert provider.credentials.access_token() == "sk-x"
 
 
 def test_unknown_provider_is_named(home):
@@ -2384,24 +2188,23 @@ def test_unknown_provider_is_named(home):
 
 
 def test_provider_of_the_command_line_is_never_overruled(home):
-    (home / "settings.json").write_text(SETTINGS % (4, ENTRIES), encoding="utf-8")
+    write_entries(home)
     for options in (qp.Options(base_url="http://chosen:1/v1"), qp.Options(provider="openrouter")):
         names = catalogue(home, options, HOST="http://gateway:1", OPENAI_API_KEY="sk-1")
-        assert [
-            target.provider for target in names.targets("qwen3.7-plus")
-        ] == names.current().providers[:1]
+        found = [target.provider for target in names.targets("qwen3.7-plus")]
+        assert found == names.current().providers[:1]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        '{"env":["a"]}',
-        '{"modelProviders":[1]}',
-        '{"security":{"auth":{"baseUrl":5,"selectedType":"openai"}}}',
-        '{"modelProviders":{"openai":[{"id":"x","baseUrl":"http://[::1"}]}}',
-        '{"model":{"name":{}}}',
-    ],
-)
+ODD_SETTINGS = """
+{"env":["a"]}
+{"modelProviders":[1]}
+{"security":{"auth":{"baseUrl":5,"selectedType":"openai"}}}
+{"modelProviders":{"openai":[{"id":"x","baseUrl":"http://[::1"}]}}
+{"model":{"name":{}}}
+"""
+
+
+@pytest.mark.parametrize("text", ODD_SETTINGS.split())
 def test_odd_settings_do_not_stop_the_start(home, text):
     (home / "settings.json").write_text(text)
     for provider in catalogue(home).current().providers:
@@ -2413,35 +2216,21 @@ def test_oauth_file_is_active_when_nothing_is_selected(home, upstream, login):
     assert (discovery.providers[0].name, discovery.model) == ("oauth", "coder-model")
 
 
-@pytest.mark.parametrize(
-    "environ, expected",
-    [
-        ({"QWEN_HOME": "/a/b"}, "/a/b"),
-        ({"QWEN_HOME": "~/q"}, "{home}/q"),
-        ({"QWEN_HOME": "~"}, "{home}"),
-        ({}, "{home}/.qwen"),
-    ],
-)
-def test_qwen_home_as_the_cli_resolves_it(home, environ, expected):
-    environ["HOME"] = str(home.parent)
+HOMES = [("/a/b", "/a/b"), ("~/q", "{home}/q"), ("~", "{home}"), (None, "{home}/.qwen")]
+
+
+@pytest.mark.parametrize("qwen_home, expected", HOMES)
+def test_qwen_home_as_the_cli_resolves_it(home, qwen_home, expected):
+    environ = {"HOME": str(home.parent), **({"QWEN_HOME": qwen_home} if qwen_home else {})}
     assert qp.qwen_home(environ) == expected.format(home=home.parent)
 
 
 def test_qwen_cli_auth_seeds_the_file_once(home, upstream):
-    seed = json.dumps(
-        {
-            "access_token": "at_seed",
-            "refresh_token": "rt_seed",
-            "token_type": "Bearer",
-            "expiry_date": 9e12,
-        }
-    )
+    seed = json.dumps({**TOKENS, "access_token": "at_seed", "expiry_date": 9e12})
     catalogue(home, QWEN_CLI_AUTH=seed)
     path = home / "oauth_creds.json"
-    assert (
-        json.loads(path.read_text())["access_token"] == "at_seed"
-        and stat.S_IMODE(path.stat().st_mode) == 0o600
-    )
+    assert json.loads(path.read_text())["access_token"] == "at_seed"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
     write_login(home, upstream)
     catalogue(home, QWEN_CLI_AUTH=seed)
     assert json.loads(path.read_text())["access_token"] == "at_1"
@@ -2457,7 +2246,7 @@ def test_files_of_an_untrusted_directory_are_not_read(home, tmp_path):
 
 
 def test_aliases_and_explicit_providers(home):
-    (home / "settings.json").write_text(SETTINGS % (4, ENTRIES), encoding="utf-8")
+    write_entries(home)
     names = catalogue(home, qp.Options(alias=("gpt-*=qwen3.6-plus",)), HOST="http://gateway:1")
     assert names.targets("gpt-4o")[0].provider.name == "gateway:1"
     assert names.targets(None)[0].model == "qwen3.7-plus"
@@ -2897,9 +2686,8 @@ def test_unreachable_upstream_is_502(serve, upstream, monkeypatch):
                 assert "cannot be reached" in body["error"]["message"]
 
 
-def test_silent_upstream_is_504(serve, upstream, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
-    server = serve(base_url=upstream.dashscope, model="m", timeout=0.3)
+def test_silent_upstream_is_504(keyed, upstream):
+    server = keyed(timeout=0.3)
     upstream.script.append(stream(threading.Event()))
     assert chat(server)[0] == 504
     assert upstream.gone.wait(WAIT)
@@ -2932,12 +2720,12 @@ def test_useless_login_is_refreshed_once_and_called_ended(login, upstream, serve
 RATE_LIMIT = "Requests rate limit exceeded, please try again later."
 INSPECTION = "Input data may contain inappropriate content."
 STANDING = "Access denied, please make sure your account is in good standing."
-INPUT_LENGTH = (
-    "<400> InternalError.Algo.InvalidParameter: Range of input length should be [1, 983616]"
-)
+INPUT_LENGTH = INVALID + "Range of input length should be [1, 983616]"
 NESTED = {"message": '{"request_id":"r0","code":"C3","message":"m3"}', "code": "x"}
-FRAME = b'id:1\nevent:error\n:HTTP_STATUS/400\ndata:{"request_id":"r-1","code":"InvalidParameter","message":"m5"}\n\n'
-FINISH = 'id:1\nevent:error\n:HTTP_STATUS/429\ndata:{"code":"X","message":"Free allocated quota exceeded."}'
+FRAME = (
+    b'id:1\nevent:error\n:HTTP_STATUS/%d\ndata:{"request_id":"r-1","code":"%s","message":"%s"}\n\n'
+)
+FINISH = (FRAME % (429, b"X", b"Free allocated quota exceeded.")).decode().strip()
 
 # What an upstream answers, and the client gets, streamed or not: status and code; words of the
 # message and lines of the head, "; " between them.
@@ -2963,7 +2751,7 @@ a page of 429 | reply(429, b"<html><title>Slow down</title></html>", "text/html"
 a page of 502 | reply(502, b"<html><title>busy</title></html>", "text/html") | 503 html | busy
 empty | reply(200, b"", "text/event-stream") | 502 upstream_cut | empty
 an error of 200 | reply(200, {"error": {"message": "m4", "code": "Throttling.AllocationQuota"}}) | 429 rate_limit_exceeded | m4
-a frame | stream(FRAME) | 400 InvalidParameter | m5
+a frame | stream(FRAME % (400, b"InvalidParameter", b"m5")) | 400 InvalidParameter | m5
 error_finish | stream(chunk({"content": FINISH}, "error_finish")) | 429 insufficient_quota | Free allocated
 too long, in a stream | stream(event({"error": {"message": INPUT_LENGTH}})) | 400 context_length_exceeded | 983616
 busy, in a stream | stream(event({"error": {"code": "ModelServingError", "message": "Too many requests"}})) | 503 ModelServingError | Too many
@@ -2998,7 +2786,7 @@ def test_refusals_become_clear_statuses(key_server, upstream, answer, expected, 
     key_server.options = key_server.options._replace(retries=0)
     routes = ("chat", "responses") if "chunk(" in answer else ("chat", "responses", "text")
     for route, is_stream in itertools.product(routes, (False, True)):
-        upstream.script.append(eval(answer, globals()))
+        upstream.script.append(value_of(answer))
         asked = {**ASKED[route], "stream": is_stream}
         status, headers, body = ask(key_server, asked, path=ENDPOINTS[route])
         body, error = json.loads(body), json.loads(body)["error"]
@@ -3079,15 +2867,11 @@ class RawUpstream:
     STALL = b"(stall)"
 
     def __init__(self):
-        self.script, self.accepted, self.listener = (
-            collections.deque(),
-            0,
-            socket.create_server(("127.0.0.1", 0)),
-        )
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.script, self.accepted, self.url = collections.deque(), 0, url_of(self.listener)
         self.late, self.sent_late, self.reads = b"", threading.Event(), True
         self.has_been_read = threading.Event()  # set by a test that waits for self.late
         self.ended = threading.Semaphore(0)  # released for each connection that has ended
-        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}/compatible-mode/v1"
         threading.Thread(target=self.run, daemon=True).start()
 
     def run(self):
@@ -3135,10 +2919,9 @@ class RawUpstream:
 
 
 @pytest.fixture()
-def raw_upstream(serve, monkeypatch):
+def raw_upstream(keyed):
     fake = RawUpstream()
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
-    fake.server = serve(base_url=fake.url, model="m", retries=0, timeout=2)
+    fake.server = keyed(base_url=fake.url, retries=0, timeout=2)
     yield fake
     fake.listener.close()
 
@@ -3204,12 +2987,11 @@ a refusal that is cut | CUT_401 | 401 invalid_api_key
 
 
 @pytest.mark.parametrize("answer, expected", FRAMES)
-def test_frames_end_in_time_and_leave_nothing_behind(serve, monkeypatch, answer, expected):
-    fake, answer = RawUpstream(), eval(answer, globals())
+def test_frames_end_in_time_and_leave_nothing_behind(keyed, answer, expected):
+    fake, answer = RawUpstream(), value_of(answer)
     expected = (expected.split(", ") * 2)[:2]
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
     timeout = 0.4 if STALL in answer else 5
-    server = serve(base_url=fake.url, model="m", retries=0, timeout=timeout)
+    server = keyed(base_url=fake.url, retries=0, timeout=timeout)
     threads = threading.active_count()
     fake.script.extend([answer, answer, HEAD + b"\r\n" + SSE])
     with contextlib.closing(fake.listener):
@@ -3226,7 +3008,7 @@ def test_frames_end_in_time_and_leave_nothing_behind(serve, monkeypatch, answer,
             assert [str(status), error["error"]["code"]] == expected[1].split()
         assert chat(server)[2]["choices"][0]["message"]["content"] == "Hello, wörld"
         assert all(fake.ended.acquire(timeout=WAIT) for _ in range(3))  # no connection is left open
-    assert until(lambda: threading.active_count() <= threads)
+    until(lambda: threading.active_count() <= threads)
 
 
 @pytest.mark.parametrize(
@@ -3316,16 +3098,15 @@ def test_a_refusal_during_the_upload_is_heard(raw_upstream):
     assert (status, body["error"]["code"]) == (413, "request_too_large")
 
 
-def test_a_client_that_leaves_is_noticed_while_the_upstream_takes_nothing(serve, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
+def test_a_client_that_leaves_is_noticed_while_the_upstream_takes_nothing(keyed):
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = serve(base_url=url_of(listener), model="m", retries=0)
+        server = keyed(base_url=url_of(listener), retries=0)
         with socket.create_connection(("127.0.0.1", server.port)) as client:
             client.sendall(post(json.dumps({"messages": [user("x" * 20_000_000)]}).encode()))
             upstream_end, _ = listener.accept()
             assert len(server.handlers) == 1
         with upstream_end:  # open, but not read from
-            assert until(lambda: not server.handlers)
+            until(lambda: not server.handlers)
 
 
 def test_blank_lines_before_the_first_event_are_not_kept():
@@ -3367,25 +3148,18 @@ def test_the_password_of_a_forward_proxy_does_not_reach_the_upstream(upstream):
 # ----------------------------------------------------------------------------------------------------
 
 TRICKY = (
-    '\ufeff: comment\r\n\r\ndata:{"a":1}\r\n\r\nid:1\nevent:x\ndata: one\ndata: twö\u2028\n\n\n\rdata: c\r\rretry:5\n\ndata\n\n'
+    '\ufeff: comment\r\n\r\ndata:{"a":1}\r\n\r\nid:1\nevent:x\ndata: one\ndata: twö\u2028\n\n\n\r'
+    "data: c\r\rretry:5\n\ndata\n\n"
     ':HTTP_STATUS/429\nevent:error\ndata:{}\n\n{"bare":1}\n\ndata: last'
 ).encode()
-TRICKY_EVENTS = [
-    (b'{"a":1}', "", 0),
-    ("one\ntwö\u2028".encode(), "x", 0),
-    (b"c", "", 0),
-    (b"", "", 0),
-    (b"{}", "error", 429),
-    (b'{"bare":1}', "", 0),
-    (b"last", "", 0),
-]
+TRICKY_EVENTS = [(b'{"a":1}', "", 0), ("one\ntwö\u2028".encode(), "x", 0), (b"c", "", 0)]
+TRICKY_EVENTS += [(b"", "", 0), (b"{}", "error", 429), (b'{"bare":1}', "", 0), (b"last", "", 0)]
 
 
 def events_of(pieces):
     decoder = qp.EventDecoder()
-    return [tuple(event) for piece in pieces for event in decoder.feed(piece)] + [
-        tuple(event) for event in decoder.close()
-    ]
+    found = [event for piece in pieces for event in decoder.feed(piece)]
+    return [tuple(event) for event in found + decoder.close()]
 
 
 def test_events_are_the_same_however_the_bytes_are_cut():
@@ -3393,14 +3167,6 @@ def test_events_are_the_same_however_the_bytes_are_cut():
     for cut in range(len(TRICKY) + 1):
         assert events_of([TRICKY[:cut], TRICKY[cut:]]) == TRICKY_EVENTS
     assert events_of([TRICKY[at : at + 1] for at in range(len(TRICKY))]) == TRICKY_EVENTS
-
-
-def test_large_event_arrives_in_one_piece():
-    event = b"data: " + b"x" * 3_000_000 + b"\n\n"
-    decoder, found = qp.EventDecoder(), []
-    for at in range(0, len(event), 8192):
-        found += decoder.feed(event[at : at + 8192])
-    assert [len(event.data) for event in found] == [3_000_000]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -3544,7 +3310,6 @@ a strict tool, client 29 | | tools=[function(strict=True, description=None)] | t
 a schema, client 29 | | tools=[function(parameters={"$schema": "s", **ODD_SCHEMA})]
     | tools=[function(parameters={"$schema": "s", **CLEAN_SCHEMA})]
 web search | | web_search_options={} | enable_search=True, rule="web-search"
-web search of a Response, OpenRouter | x/y@openrouter | web_search_options={} |
 functions | | functions=[{"name": "f", "parameters": {}}], function_call={"name": "f"}
     | tools=[F], tool_choice=function(), rule="legacy-functions"
 functions, automatic | | functions=[{"name": "f"}], function_call="auto" | tools=[F], tool_choice="auto"
@@ -3976,7 +3741,6 @@ def test_extra_body_sent_as_it_is_written_is_merged(key_server, upstream, caplog
     assert fields("seed=3, top_k=2, temperature=0.5").items() <= sent.items()
     assert "extra_body" not in sent and "extra_body is merged: seed" in caplog.text
     assert json.loads(data[-2])["usage"] == USAGE
-    assert chat(key_server, extra_body={"tools": 5})[0] == 400
 
 
 def test_headers_of_the_client_and_of_the_entry(home, upstream, serve):
@@ -4002,12 +3766,6 @@ def test_a_text_completion_is_not_repaired_in_words(key_server, upstream):
     upstream.script.append(refusal(words))
     request = {"prompt": "x", "enable_thinking": True, **JSON_PLEASE}
     assert ask(key_server, request, path="/v1/completions")[0] == 400
-
-
-def test_nothing_but_orphans_is_refused_by_name(key_server, upstream):
-    status, _, body = chat(key_server, messages=[result("c", "x")], response_format=JSON_OBJECT)
-    assert status == 400 and "only tool results" in body["error"]["message"]
-    assert upstream.requests == []
 
 
 def test_half_a_surrogate_pair_is_no_character():
@@ -4043,11 +3801,6 @@ def test_unchanged_chunks_go_out_as_the_bytes_that_came(key_server, upstream):
     assert chat(key_server, stream=True)[2][2] == (odd % words[2]).decode()
 
 
-def event(value, **more):
-    """An event of exactly this JSON: nothing of chunk()'s good manners."""
-    return b"data: " + json.dumps({**value, **more}, ensure_ascii=False).encode() + b"\n\n"
-
-
 def again(events, **more):
     """The events with other values for some of their names."""
     return [data if data == DONE else event(json.loads(data[6:]), **more) for data in events]
@@ -4066,10 +3819,6 @@ def delta(finish_reason=None, **names):
     return chunk(names, finish_reason)
 
 
-def texts(*said, name="content", **more):
-    return [chunk({name: text}, **more) for text in said]
-
-
 def end(reason="stop", **usage):
     return [chunk({}, reason), chunk(usage={**USAGE, **usage}), DONE]
 
@@ -4077,11 +3826,6 @@ def end(reason="stop", **usage):
 def stop(reason="stop", **more):
     """An end without usage, unless it is more=."""
     return [chunk({}, reason, **more), DONE]
-
-
-def tool(*call, reason=None):
-    """The delta of a call: its index, id, name and arguments."""
-    return chunk(tool_call(*call), reason)
 
 
 def calling(*calls, reason=None):
@@ -4106,8 +3850,9 @@ def whole(content="Hello, wörld", finish_reason="stop", message=None, **more):
     return json.dumps(value, ensure_ascii=False).encode()
 
 
-DELTAS = texts("Hel", "lo, ", "wörld")
-NATIVE = b'id:1\nevent:error\n:HTTP_STATUS/429\ndata:{"request_id":"r-1","code":"Throttling.AllocationQuota","message":"%s"}\n\n'
+WORDS = ("Hel", "lo, ", "wörld")
+DELTAS = texts(*WORDS)
+NATIVE = FRAME % (429, b"Throttling.AllocationQuota", b"%s")
 MINUTE = b"Allocated quota exceeded, please increase your quota limit."
 FREE = b"Free allocated quota exceeded."
 ERROR_FINISH = (NATIVE % FREE).decode().strip()
@@ -4140,14 +3885,14 @@ thoughts of both names | delta(role="assistant", content=None, reasoning_content
 model of another name | *again(HELLO, model="glm-4.7") |
 usage before the finish | *DELTAS, chunk(usage=USAGE), *stop() |
 usage on the finish chunk | *DELTAS, *stop(usage=USAGE) |
-usage on every chunk, client 8 | *texts("Hel", "lo, ", "wörld", usage={**USAGE, "completion_tokens": 1}), *stop(usage=USAGE) |
+usage on every chunk, client 8 | *texts(*WORDS, usage={**USAGE, "completion_tokens": 1}), *stop(usage=USAGE) |
 usage in floats, a part missing | *DELTAS, delta("stop"), chunk(usage={"prompt_tokens": 9.0, "completion_tokens": 3.0}), DONE |
 usage without a total | *DELTAS, *end(prompt_tokens=9.0, total_tokens=None) |
 usage empty, client 9 | *DELTAS, *stop(usage={}) | usage=None
 cached tokens at the top | *DELTAS, *end(cached_tokens=4)
     | usage={**USAGE, "cached_tokens": 4, "prompt_tokens_details": {"cached_tokens": 4}}
-finish reason as the word null | *[delta("null", content=text) for text in ("Hel", "lo, ", "wörld")], *END |
-finish reason empty | *[delta("", content=text) for text in ("Hel", "lo, ", "wörld")], *END |
+finish reason as the word null | *[delta("null", content=text) for text in WORDS], *END |
+finish reason empty | *[delta("", content=text) for text in WORDS], *END |
 several finish chunks | *DELTAS, delta("stop"), *END |
 several finish chunks with text | HELLO[0], delta("stop", content="Hel"), delta("stop", content="lo"), DONE | content="Hello", usage=None
 text in the finish chunk | *DELTAS[:2], delta("stop", content="wörld"), chunk(usage=USAGE), DONE |
@@ -4212,8 +3957,8 @@ id a number, created a float | *again(DELTAS, id=7, created=1790000000.5), *END 
 no delta | event({"choices": [{"index": 0, "finish_reason": None}]}), *HELLO |
 delta null | event({"choices": [{"index": 0, "delta": None, "finish_reason": ""}]}), *HELLO |
 no role | *DELTAS, *END |
-role empty on every delta | *[delta(role="", content=text) for text in ("Hel", "lo, ", "wörld")], *END |
-role on every delta | *[delta(role="assistant", content=text) for text in ("Hel", "lo, ", "wörld")], *END |
+role empty on every delta | *[delta(role="", content=text) for text in WORDS], *END |
+role on every delta | *[delta(role="assistant", content=text) for text in WORDS], *END |
 delta and message, client 9 | *[event({"choices": [{"index": 0, "delta": x, "message": x}]}) for x in ({"content": "Hello, "}, {"content": "wörld"})], *END |
 
 a whole completion | whole() |
@@ -4344,10 +4089,6 @@ any other object | delta(extra={"a": 1, "in": {"b": 2}}), delta(extra={"in": {"c
 """)
 
 
-def pieces_of(cell):
-    return eval(f"[{cell}]", globals())
-
-
 @pytest.fixture()
 def same_ids(monkeypatch):
     """Ids that are made up are the same in every run."""
@@ -4442,7 +4183,7 @@ def test_dirty_answers_come_out_clean_wherever_the_bytes_are_cut(pieces, expecte
         assert sum("usage" in value for value in clean) <= 1
         assert not any("usage" in value for value in outcome([whole_answer], {**asked, "n": 1}))
     size = len(whole_answer)
-    for cut in range(0, size + 1, 1 if size < 4000 else size // 9):
+    for cut in range(0, size + 1, 1 if size < 1500 else 3 if size < 4000 else size // 9):
         assert outcome([whole_answer[:cut], whole_answer[cut:]]) == clean
 
 
@@ -4521,7 +4262,7 @@ tool in an item beside its namesake | responses | input=lite(SPACE), tools=[flat
 def test_calls_come_back_as_their_tools_came(
     key_server, upstream, route, given, called, expected, is_stream
 ):
-    given, (name, arguments) = fields(given), eval(called)
+    given, (name, arguments) = fields(given), value_of(called)
     start = {} if "input" in given else ASKED[route]
     for cut in (0, len(arguments) // 2):
         first, rest = tool(0, "c", name, arguments[:cut]), tool(0, "", None, arguments[cut:])
@@ -4531,11 +4272,11 @@ def test_calls_come_back_as_their_tools_came(
         found = [json.loads(x) for x in re.findall(r"^data: ({.*)", body, re.M)]
         if route == "responses":
             found = (found[-1]["response"] if is_stream else json.loads(body))["output"][0]
-            assert found.get("namespace") == eval(expected).get("namespace")
+            assert found.get("namespace") == value_of(expected).get("namespace")
         else:
             found = (collect(found) if is_stream else json.loads(body))["choices"][0]["message"]
             found = found.get("function_call") or found["tool_calls"][0]
-        assert {**found, **eval(expected)} == found
+        assert {**found, **value_of(expected)} == found
         assert name in [entry["function"]["name"] for entry in upstream.bodies()[-1]["tools"]]
 
 
@@ -4577,11 +4318,6 @@ def test_a_stream_that_ends_anywhere_is_an_error_unless_it_had_finished(pieces):
         assert cut > finished and reasons[-1] in ("stop", "tool_calls", "length")
 
 
-def test_equal_chunks_are_passed_on_as_they_come():
-    increments = qp.Increments()
-    assert [increments.feed("xxxxxxxx") for _ in range(3)] == ["xxxxxxxx"] * 3
-
-
 ODD_EMBEDDINGS = [
     '{"data":[{"index":null,"embedding":[1e300]}],"usage":{"prompt_tokens":"x","total_tokens":[]}}',
     '{"data":[{"embedding":[1.0]}],"usage":{"total_tokens":3}}',
@@ -4611,6 +4347,10 @@ def test_odd_embeddings_are_no_500(answer, is_base64):
 # ----------------------------------------------------------------------------------------------------
 
 
+def asked_for_response(**request):
+    return qp.ResponseRequest({"input": "Hi", **request}, qp.ResponseMemory())
+
+
 def response_writer(asked):
     """A writer that has no socket, and the list of the events that it writes."""
     events = []
@@ -4621,14 +4361,14 @@ def response_writer(asked):
     out = argparse.Namespace(write_events=write, end_stream=lambda: None)
     writer = qp.ResponsesWriter(out, asked, "qwen3.7-plus", lambda items: None)
     writer.is_stream = True
+    writer.start()
     return writer, events
 
 
 def events_of_response(pieces, **request):
     """The events for an upstream's stream, without any socket."""
-    asked = qp.ResponseRequest({"input": "Hi", **request}, qp.ResponseMemory())
+    asked = asked_for_response(**request)
     writer, events = response_writer(asked)
-    writer.start()
     for value in translate(pieces, asked.chat):
         writer.feed(qp.Chunk(value))
     writer.close(USAGE)
@@ -4637,104 +4377,61 @@ def events_of_response(pieces, **request):
 
 def respond(server, stream=False, **request):
     """A request to /v1/responses: (status, object), or streamed (status, list of (name, event))."""
-    status, headers, body = ask(
-        server, {"input": "Hi", "stream": stream, **request}, path="/v1/responses"
-    )
+    request = {"input": "Hi", "stream": stream, **request}
+    status, headers, body = ask(server, request, path="/v1/responses")
     if not headers["Content-Type"].startswith("text/event-stream"):
         return status, json.loads(body)
-    blocks = [block.split("\n") for block in body.decode().split("\n\n")[:-1]]
-    return status, [
-        (name[len("event: ") :], json.loads(data[len("data: ") :])) for name, data in blocks
-    ]
+    found = re.findall(r"event: (.*)\ndata: (.*)\n\n", body.decode())
+    return status, [(name, json.loads(data)) for name, data in found]
 
 
 THINK_TEXT_CALLS = [
-    chunk({"reasoning_content": "Hm"}),
-    chunk({"reasoning_content": "m"}),
+    *texts("Hm", "m", name="reasoning_content"),
     *DELTAS,
-    chunk({"reasoning_content": "Again"}),
+    *texts("Again", name="reasoning_content"),
     *CALLS[1:],
 ]
-CALL_TOOLS = [
-    {
-        "type": "function",
-        "name": "get_weather",
-        "parameters": {"type": "object", "properties": {}},
-        "strict": True,
-    }
-]
+CALL_TOOLS = [{"type": "function", "name": "get_weather", "parameters": EMPTY, "strict": True}]
+IN_ORDER = """
+created in_progress output_item.added reasoning_summary_part.added reasoning_summary_text.delta
+reasoning_summary_text.delta reasoning_summary_text.done reasoning_summary_part.done
+output_item.done output_item.added content_part.added output_text.delta output_text.delta
+output_text.delta output_text.done content_part.done output_item.done output_item.added
+reasoning_summary_part.added reasoning_summary_text.delta reasoning_summary_text.done
+reasoning_summary_part.done output_item.done output_item.added function_call_arguments.delta
+function_call_arguments.delta function_call_arguments.done output_item.done output_item.added
+function_call_arguments.delta function_call_arguments.done output_item.done completed
+"""
 
 
 def test_response_events_come_in_the_order_that_all_clients_take():
     events = events_of_response([b"".join(THINK_TEXT_CALLS)])
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
-    thoughts = ["output_item.added", "reasoning_summary_part.added", "reasoning_summary_text.delta"]
-    ended = ["reasoning_summary_text.done", "reasoning_summary_part.done", "output_item.done"]
-    assert [event["type"][len("response.") :] for event in events] == [
-        "created",
-        "in_progress",
-        *thoughts,
-        "reasoning_summary_text.delta",
-        *ended,
-        "output_item.added",
-        "content_part.added",
-        *["output_text.delta"] * 3,
-        "output_text.done",
-        "content_part.done",
-        "output_item.done",
-        *thoughts,
-        *ended,
-        "output_item.added",
-        "function_call_arguments.delta",
-        "function_call_arguments.delta",
-        "function_call_arguments.done",
-        "output_item.done",
-        "output_item.added",
-        "function_call_arguments.delta",
-        "function_call_arguments.done",
-        "output_item.done",
-        "completed",
-    ]
+    assert [event["type"][len("response.") :] for event in events] == IN_ORDER.split()
     added = [event for event in events if event["type"] == "response.output_item.added"]
     assert [event["output_index"] for event in added] == [0, 1, 2, 3, 4]
 
 
 def test_every_delta_names_its_item_and_the_done_item_is_whole():
     events = events_of_response([b"".join(THINK_TEXT_CALLS)])
-    done = {
-        event["item"]["id"]: event["item"]
-        for event in events
-        if event["type"] == "response.output_item.done"
-    }
+    ended = [event["item"] for event in events if event["type"] == "response.output_item.done"]
+    done = {item["id"]: item for item in ended}
     for event in events:
         if event["type"].endswith(".delta"):
-            assert (
-                event["item_id"] in done
-                and isinstance(event["delta"], str)
-                and "output_index" in event
-            )
-    assert [item["type"] for item in done.values()] == [
-        "reasoning",
-        "message",
-        "reasoning",
-        "function_call",
-        "function_call",
-    ]
+            assert event["item_id"] in done and "output_index" in event
+            assert isinstance(event["delta"], str)
     reasoning, message, _, weather, clock = done.values()
+    kinds = ["reasoning", "message", "reasoning", "function_call", "function_call"]
+    assert [item["type"] for item in ended] == kinds
     assert reasoning["summary"] == [{"type": "summary_text", "text": "Hmm"}]
     assert (message["role"], message["status"]) == ("assistant", "completed")
-    assert message["content"] == [
-        {"type": "output_text", "text": "Hello, wörld", "annotations": [], "logprobs": []}
-    ]
-    assert (
-        weather["call_id"],
-        weather["name"],
-        json.loads(weather["arguments"]),
-        weather["status"],
-    ) == ("call_a", "get_weather", {"city": "Paris"}, "completed")
-    assert clock["arguments"] == "{}"
+    text = {"type": "output_text", "text": "Hello, wörld", "annotations": [], "logprobs": []}
+    assert message["content"] == [text]
+    facts = fields('call_id="call_a", name="get_weather", status="completed"')
+    assert facts.items() <= weather.items()
+    assert json.loads(weather["arguments"]) == {"city": "Paris"} and clock["arguments"] == "{}"
     final = events[-1]["response"]
-    assert final["output"] == list(done.values()) and final["status"] == "completed"
+    assert final["output"] == ended and final["status"] == "completed"
     assert final["usage"] == {
         "input_tokens": 9,
         "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
@@ -4744,82 +4441,31 @@ def test_every_delta_names_its_item_and_the_done_item_is_whole():
     }
 
 
+KEPT_FIELDS = fields("""
+    metadata={"a": "b"}, instructions="Be brief.", temperature=0, max_output_tokens=99, user="me",
+    tools=CALL_TOOLS, parallel_tool_calls=False, truncation="auto"
+""")
+
+
 def test_response_has_every_required_field_streamed_and_not(key_server, upstream):
     upstream.script.extend([stream(*THINK_TEXT_CALLS)] * 2)
-    asked = {
-        "metadata": {"a": "b"},
-        "instructions": "Be brief.",
-        "temperature": 0,
-        "max_output_tokens": 99,
-        "user": "me",
-        "store": True,
-        "tools": CALL_TOOLS,
-        "parallel_tool_calls": False,
-        "reasoning": {"effort": "low", "summary": "auto"},
-        "truncation": "auto",
-    }
+    asked = {**KEPT_FIELDS, "store": True, "reasoning": {"effort": "low", "summary": "auto"}}
     status, response = respond(key_server, **asked)
-    assert status == 200 and {
-        "id",
-        "created_at",
-        "model",
-        "object",
-        "output",
-        "parallel_tool_calls",
-        "tool_choice",
-        "tools",
-        "error",
-        "incomplete_details",
-        "previous_response_id",
-        "text",
-        "top_p",
-    } <= set(response)
-    assert {
-        name: response[name]
-        for name in (
-            "metadata",
-            "instructions",
-            "temperature",
-            "max_output_tokens",
-            "user",
-            "tools",
-            "truncation",
-        )
-    } == {
-        name: {**asked, "tools": [{"description": None, **CALL_TOOLS[0]}]}[name]
-        for name in (
-            "metadata",
-            "instructions",
-            "temperature",
-            "max_output_tokens",
-            "user",
-            "tools",
-            "truncation",
-        )
-    }
-    assert (
-        response["store"],
-        response["object"],
-        response["parallel_tool_calls"],
-        response["model"],
-    ) == (True, "response", False, "qwen3-max")
+    assert status == 200 and set(response) == RESPONSE_FIELDS
+    kept = {**KEPT_FIELDS, "store": True, "object": "response", "model": "qwen3-max"}
+    kept["tools"] = [{"description": None, **CALL_TOOLS[0]}]
+    assert {name: response[name] for name in kept} == kept
     _, events = respond(key_server, stream=True, **asked)
     assert all(name == event["type"] for name, event in events)
-    streamed = events[-1][1]["response"]
 
     def without_ids(value):
-        return re.sub(
-            r'"(id|created_at|completed_at)": ("(resp|rs|msg|fc)_[0-9a-f]+"|\d+)',
-            "",
-            json.dumps(value, sort_keys=True),
-        )
+        ids = r'"(id|created_at|completed_at)": ("(resp|rs|msg|fc)_[0-9a-f]+"|\d+)'
+        return re.sub(ids, "", json.dumps(value, sort_keys=True))
 
-    assert without_ids(streamed) == without_ids(response)
+    assert without_ids(events[-1][1]["response"]) == without_ids(response)
     body = upstream.bodies()[0]
-    assert body["messages"][0] == {"role": "system", "content": "Be brief."} and (
-        body["max_tokens"],
-        body["thinking_budget"],
-    ) == (99, 4096)
+    assert body["messages"][0] == system("Be brief.")
+    assert (body["max_tokens"], body["thinking_budget"]) == (99, 4096)
     assert not {"store", "metadata", "truncation", "reasoning", "instructions", "input"} & set(body)
 
 
@@ -4842,56 +4488,48 @@ def test_every_response_has_every_field_of_the_schema_with_openai_s_defaults():
     assert [responses[-1][name] for name in names] == [1, 1, 0, 0]
     assert [response["completed_at"] is None for response in responses] == [True, True, False]
     asked = {"temperature": 0, "top_p": 0.5, "safety_identifier": "me", "presence_penalty": -1}
-    final = events_of_response([*DELTAS, chunk({}, "length"), DONE], **asked)[-1]["response"]
+    final = events_of_response([*DELTAS, *stop("length")], **asked)[-1]["response"]
     assert {name: final[name] for name in asked} == asked and final["completed_at"] is None
 
 
 def test_tokens_written_to_the_cache_are_counted(key_server, upstream):
     details = {"cached_tokens": 2, "cache_creation_input_tokens": 5}
-    usage = {**USAGE, "prompt_tokens_details": details}
-    upstream.script.append(stream(*DELTAS, chunk({}, "stop"), chunk(usage=usage), DONE))
-    _, response = respond(key_server)
-    assert response["usage"]["input_tokens_details"] == {
-        "cached_tokens": 2,
-        "cache_write_tokens": 5,
-    }
+    upstream.script.append(stream(*DELTAS, *end(prompt_tokens_details=details)))
+    counted = respond(key_server)[1]["usage"]["input_tokens_details"]
+    assert counted == {"cached_tokens": 2, "cache_write_tokens": 5}
 
 
-@pytest.mark.parametrize(
-    "reason, detail", [("length", "max_output_tokens"), ("content_filter", "content_filter")]
-)
+REASONS = [("length", "max_output_tokens"), ("content_filter", "content_filter")]
+
+
+@pytest.mark.parametrize("reason, detail", REASONS)
 def test_a_response_cut_for_a_reason_is_incomplete(reason, detail):
     final = events_of_response([*DELTAS, chunk({}, reason), DONE])[-1]
-    assert (
-        final["type"],
-        final["response"]["status"],
-        final["response"]["incomplete_details"],
-    ) == ("response.incomplete", "incomplete", {"reason": detail})
+    assert final["type"] == "response.incomplete" and final["response"]["status"] == "incomplete"
+    assert final["response"]["incomplete_details"] == {"reason": detail}
 
 
-@pytest.mark.parametrize(
-    "pieces, code",
-    [
-        (DELTAS, "server_error"),
-        ([*DELTAS, CUT], "server_error"),
-        ([*DELTAS, NATIVE % FREE], "insufficient_quota"),
-        ([*DELTAS, NATIVE % MINUTE], "rate_limit_exceeded"),
-        ([*DELTAS, b"data: {cut\n\n"], "server_error"),
-    ],
-)
+BROKEN_OFF = table(r"""
+no end | *DELTAS | server_error
+connection cut | *DELTAS, CUT | server_error
+quota | *DELTAS, NATIVE % FREE | insufficient_quota
+rate | *DELTAS, NATIVE % MINUTE | rate_limit_exceeded
+garbage | *DELTAS, b"data: {cut\n\n" | server_error
+""")
+
+
+@pytest.mark.parametrize("pieces, code", BROKEN_OFF)
 def test_a_response_that_breaks_off_has_failed(key_server, upstream, pieces, code):
-    upstream.script.append(stream(*pieces))
+    upstream.script.append(stream(*pieces_of(pieces)))
     _, events = respond(key_server, stream=True)
-    assert events[-1][0] == "response.failed" and events[-1][1]["response"]["error"]["code"] == code
-    assert events[-1][1]["response"]["status"] == "failed" and events[0][0] == "response.created"
-    failure = events[-2][1]
-    assert (events[-2][0], failure["code"], failure["error"]["code"]) == ("error", code, code)
-    assert (
-        failure["message"]
-        == failure["error"]["message"]
-        == events[-1][1]["response"]["error"]["message"]
-    )
     assert [event["sequence_number"] for _, event in events] == list(range(len(events)))
+    names = [name for name, _ in events]
+    assert [names[0], *names[-2:]] == ["response.created", "error", "response.failed"]
+    failure, response = events[-2][1], events[-1][1]["response"]
+    assert response["status"] == "failed"
+    errors = [failure, failure["error"], response["error"]]
+    assert [error["code"] for error in errors] == [code] * 3
+    assert len({error["message"] for error in errors}) == 1
 
 
 def test_response_errors_before_the_first_event_are_http_statuses(key_server, upstream):
@@ -4918,134 +4556,71 @@ def test_silence_before_and_in_a_response_is_filled_with_in_progress(quick, upst
     assert numbers == list(range(len(names)))
 
 
-REPLAYED = [
+REPLAYED = json.loads(r"""[
     {"role": "developer", "content": "Rules."},
-    {
-        "type": "message",
-        "role": "user",
-        "content": [
-            {"type": "input_text", "text": "Look"},
-            {"type": "input_image", "image_url": "data:image/png;base64,AAAA", "detail": "low"},
-        ],
-    },
-    {
-        "type": "reasoning",
-        "id": "rs_1",
-        "summary": [{"type": "summary_text", "text": "Hm"}],
-        "encrypted_content": None,
-    },
-    {
-        "type": "message",
-        "role": "assistant",
-        "content": [{"type": "output_text", "text": "I look.", "annotations": []}],
-    },
+    {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Look"},
+        {"type": "input_image", "image_url": "data:image/png;base64,AAAA", "detail": "low"}]},
+    {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "Hm"}],
+        "encrypted_content": null},
+    {"type": "message", "role": "assistant",
+        "content": [{"type": "output_text", "text": "I look.", "annotations": []}]},
     {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"},
-    {
-        "type": "function_call",
-        "call_id": "c2",
-        "name": "run",
-        "namespace": "shell",
-        "arguments": '{"a": 1}',
-    },
+    {"type": "function_call", "call_id": "c2", "name": "run", "namespace": "shell",
+        "arguments": "{\"a\": 1}"},
     {"role": "user", "content": "Are you there?"},
-    {
-        "type": "function_call_output",
-        "call_id": "c1",
-        "output": [{"type": "input_text", "text": "one"}],
-    },
+    {"type": "function_call_output", "call_id": "c1",
+        "output": [{"type": "input_text", "text": "one"}]},
     {"type": "function_call_output", "call_id": "c2", "output": "two"},
     {"type": "web_search_call", "id": "ws_1"},
     {"type": "custom_tool_call", "call_id": "c3", "name": "patch", "input": "*** Begin"},
-    {"type": "custom_tool_call_output", "call_id": "c3", "output": "done"},
-]
+    {"type": "custom_tool_call_output", "call_id": "c3", "output": "done"}]""")
 
 
 def test_a_replayed_conversation_becomes_paired_messages(key_server, upstream):
     assert respond(key_server, input=REPLAYED, model="qwen3-vl-plus")[0] == 200
     messages = upstream.bodies()[0]["messages"]
-    assert [message["role"] for message in messages] == [
-        "system",
-        "user",
-        "assistant",
-        "tool",
-        "tool",
-        "user",
-        "assistant",
-        "tool",
-    ]
-    assert messages[1]["content"][1] == {
-        "type": "image_url",
-        "image_url": {"url": "data:image/png;base64,AAAA", "detail": "low"},
-    }
+    roles = "system user assistant tool tool user assistant tool".split()
+    assert [message["role"] for message in messages] == roles
+    image = {"url": "data:image/png;base64,AAAA", "detail": "low"}
+    assert messages[1]["content"][1] == {"type": "image_url", "image_url": image}
     turn = messages[2]
-    assert (
-        turn["content"],
-        turn["reasoning_content"],
-        [call["function"]["name"] for call in turn["tool_calls"]],
-    ) == ("I look.", "Hm", ["f", "shell__run"])
+    assert (turn["content"], turn["reasoning_content"]) == ("I look.", "Hm")
+    assert [call["function"]["name"] for call in turn["tool_calls"]] == ["f", "shell__run"]
     assert [message["content"] for message in messages[3:5]] == ["one", "two"]
-    assert json.loads(messages[6]["tool_calls"][0]["function"]["arguments"]) == {
-        "input": "*** Begin"
-    }
+    arguments = messages[6]["tool_calls"][0]["function"]["arguments"]
+    assert json.loads(arguments) == {"input": "*** Begin"}
+
+
+OTHER_TOOLS = json.loads(
+    """[
+    {"type": "namespace", "name": "shell", "tools": [
+        {"type": "function", "name": "run", "parameters": {"type": "object", "properties": {}}},
+        {"type": "function", "name": "@", "parameters": null}]},
+    {"type": "custom", "name": "patch",
+        "format": {"type": "grammar", "syntax": "lark", "definition": "start: A"}},
+    {"type": "web_search"}, {"type": "image_generation"}]""".replace("@", "x" * 64)
+)
 
 
 def test_namespaces_and_custom_tools_are_flattened_and_restored(key_server, upstream):
-    tools = [
-        {
-            "type": "namespace",
-            "name": "shell",
-            "tools": [
-                {
-                    "type": "function",
-                    "name": "run",
-                    "parameters": {"type": "object", "properties": {}},
-                },
-                {"type": "function", "name": "x" * 64, "parameters": None},
-            ],
-        },
-        {
-            "type": "custom",
-            "name": "patch",
-            "format": {"type": "grammar", "syntax": "lark", "definition": "start: A"},
-        },
-        {"type": "web_search"},
-        {"type": "image_generation"},
-    ]
-    upstream.script.append(
-        stream(
-            chunk(tool_call(0, "c1", "shell__run", "{}")),
-            chunk(tool_call(1, "c2", "patch", '{"inp')),
-            chunk(tool_call(1, "", None, 'ut": "*** Begin"}')),
-            *END,
-        )
-    )
-    _, events = respond(key_server, stream=True, tools=tools)
+    calls = [(0, "c1", "shell__run", "{}"), (1, "c2", "patch", '{"inp')]
+    calls += [(1, "", None, 'ut": "*** Begin"}')]
+    upstream.script.append(stream(*[tool(*call) for call in calls], *END))
+    _, events = respond(key_server, stream=True, tools=OTHER_TOOLS)
     body = upstream.bodies()[0]
-    assert [tool["function"]["name"] for tool in body["tools"]][::2] == [
-        "shell__run",
-        "patch",
-    ] and body["enable_search"] is True
-    assert len(body["tools"][1]["function"]["name"]) == 64 and "start: A" in json.dumps(
-        body["tools"][2]
-    )
-    items = events[-1][1]["response"]["output"]
-    assert (items[0]["name"], items[0]["namespace"], items[0]["type"]) == (
-        "run",
-        "shell",
-        "function_call",
-    )
-    assert (items[1]["type"], items[1]["name"], items[1]["input"]) == (
-        "custom_tool_call",
-        "patch",
-        "*** Begin",
-    )
-    assert [
-        event["delta"] for name, event in events if name == "response.custom_tool_call_input.delta"
-    ] == ["*** Begin"]
+    names = [tool["function"]["name"] for tool in body["tools"]]
+    assert names[::2] == ["shell__run", "patch"] and len(names[1]) == 64
+    assert "start: A" in json.dumps(body["tools"][2]) and body["enable_search"] is True
+    run, patch = events[-1][1]["response"]["output"]
+    assert fields('name="run", namespace="shell", type="function_call"').items() <= run.items()
+    expected = fields('type="custom_tool_call", name="patch", input="*** Begin"')
+    assert expected.items() <= patch.items()
+    wanted = "response.custom_tool_call_input.delta"
+    assert [event["delta"] for name, event in events if name == wanted] == ["*** Begin"]
 
 
 def function_named(name):
-    return {"type": "function", "name": name, "parameters": {"type": "object", "properties": {}}}
+    return {"type": "function", "name": name, "parameters": EMPTY}
 
 
 @pytest.mark.parametrize("beside", [[], CALL_TOOLS])
@@ -5053,19 +4628,11 @@ def test_tools_in_an_item_of_the_input_are_offered_and_called_by_their_namespace
     key_server, upstream, beside
 ):
     """Codex since 0.144 sends its tools in an item, not beside the input."""
-    namespace = {
-        "type": "namespace",
-        "name": "functions",
-        "tools": [function_named("exec"), {"type": "custom", "name": "patch"}],
-    }
+    inside = [function_named("exec"), {"type": "custom", "name": "patch"}]
+    namespace = {"type": "namespace", "name": "functions", "tools": inside}
     more = {"type": "additional_tools", "role": "developer", "tools": [namespace]}
-    upstream.script.append(
-        stream(
-            chunk(tool_call(0, "c1", "functions__exec", "{}")),
-            chunk(tool_call(1, "c2", "functions__patch", '{"input": "*** Begin"}')),
-            *END,
-        )
-    )
+    patch = tool(1, "c2", "functions__patch", '{"input": "*** Begin"}')
+    upstream.script.append(stream(tool(0, "c1", "functions__exec", "{}"), patch, *END))
     _, events = respond(key_server, stream=True, input=[more, *HI], tools=beside)
     offered = [tool["function"]["name"] for tool in upstream.bodies()[0]["tools"]]
     assert offered == [*(tool["name"] for tool in beside), "functions__exec", "functions__patch"]
@@ -5074,10 +4641,8 @@ def test_tools_in_an_item_of_the_input_are_offered_and_called_by_their_namespace
         ("function_call", "exec", "functions"),
         ("custom_tool_call", "patch", "functions"),
     ]
-    results = [
-        {"type": f"{call['type']}_output", "call_id": call["call_id"], "output": "x"}
-        for call in calls
-    ]
+    kinds = [(f"{call['type']}_output", call["call_id"]) for call in calls]
+    results = [{"type": kind, "call_id": id, "output": "x"} for kind, id in kinds]
     assert respond(key_server, input=[more, *HI, more, *calls, *results], tools=beside)[0] == 200
     body = upstream.bodies()[1]
     assert [tool["function"]["name"] for tool in body["tools"]] == offered
@@ -5136,94 +4701,73 @@ def test_tools_in_an_item_are_not_offered_for_a_compaction(key_server, upstream)
     assert "tools" not in upstream.bodies()[0]
 
 
-def test_search_is_left_out_with_a_word_where_there_is_none(caplog):
-    caplog.set_level(logging.INFO, "qwen_proxy")
-    chat_request = qp.ResponseRequest(
-        {"input": "Hi", "tools": [{"type": "web_search"}]}, qp.ResponseMemory()
-    ).chat
-    body, fired = to_upstream(chat_request, "qwen3.7-plus", "coding")
-    assert "no web search" in fired["web-search"] and not {
-        "enable_search",
-        "web_search_options",
-        "tools",
-    } & set(body)
+def test_search_is_left_out_with_a_word_where_there_is_none():
+    asked = asked_for_response(tools=[{"type": "web_search"}]).chat
+    body, fired = to_upstream(asked, "qwen3.7-plus", "coding")
+    assert "no web search" in fired["web-search"]
+    assert not {"enable_search", "web_search_options", "tools"} & set(body)
+    assert "web_search_options" not in to_upstream(asked, "x/y", "openrouter")[0]
+    asked = asked_for_response(tools=[{"type": "web_search"}], tool_choice="none").chat
+    assert "web_search_options" not in asked
 
 
-@pytest.mark.parametrize(
-    "choice, sent",
-    [
-        ("required", "required"),
-        ({"type": "function", "name": "get_weather"}, "get_weather"),
-        ("none", "none"),
-        (
-            {
-                "type": "allowed_tools",
-                "mode": "required",
-                "tools": [{"type": "function", "name": "get_weather"}],
-            },
-            "required",
-        ),
-        ({"type": "web_search"}, "auto"),
-        (None, None),
-    ],
-)
-def test_tool_choice_of_responses(choice, sent):
+# What the client chooses, and what the upstream gets: the choice, and how many tools.
+CHOICES = table("""
+required | "required" | "required" | 2
+by name | {"type": "function", "name": "get_weather"} | function("get_weather") | 2
+none | "none" | "none" | 2
+allowed | {"type": "allowed_tools", "mode": "required", "tools": CALL_TOOLS} | "required" | 1
+search | {"type": "web_search"} | "auto" | 2
+null | None | None | 2
+""")
+
+
+@pytest.mark.parametrize("choice, sent, count", CHOICES)
+def test_tool_choice_of_responses(choice, sent, count):
     tools = [*CALL_TOOLS, {"type": "function", "name": "other"}]
-    asked, _ = to_upstream(
-        qp.ResponseRequest(
-            {"input": "Hi", "tools": tools, "tool_choice": choice}, qp.ResponseMemory()
-        ).chat
-    )
-    got = asked.get("tool_choice")
-    assert (got["function"]["name"] if isinstance(got, dict) else got) == sent
-    assert len(asked["tools"]) == (
-        1 if isinstance(choice, dict) and choice["type"] == "allowed_tools" else 2
-    )
+    request = asked_for_response(tools=tools, tool_choice=value_of(choice)).chat
+    asked, _ = to_upstream(request)
+    assert asked.get("tool_choice") == value_of(sent)
+    assert len(asked["tools"]) == int(count)
 
 
-@pytest.mark.parametrize(
-    "text_format",
-    [
-        {"type": "json_schema", "name": "x", "schema": {"type": "object"}, "strict": True},
-        {"type": "json_object"},
-    ],
-)
+FORMATS = [{"type": "json_schema", "name": "x", "schema": {"type": "object"}, "strict": True}]
+FORMATS += [JSON_OBJECT]
+
+
+@pytest.mark.parametrize("text_format", FORMATS)
 def test_structured_output_of_responses_is_bare_json(key_server, upstream, text_format):
-    upstream.script.append(
-        stream(*[chunk({"content": text}) for text in ("```json\n", '{"a": 1}', "\n```")], *END)
-    )
-    status, response = respond(
-        key_server, text={"format": text_format, "verbosity": "low"}, model="qwen3.7-plus"
-    )
+    upstream.script.append(stream(*texts("```json\n", '{"a": 1}', "\n```"), *END))
+    text = {"format": text_format, "verbosity": "low"}
+    status, response = respond(key_server, text=text, model="qwen3.7-plus")
     assert status == 200 and json.loads(response["output"][0]["content"][0]["text"]) == {"a": 1}
-    assert (
-        upstream.bodies()[0]["response_format"]["type"] == text_format["type"]
-        and response["text"]["format"] == text_format
-    )
+    assert upstream.bodies()[0]["response_format"]["type"] == text_format["type"]
+    assert response["text"]["format"] == text_format
 
 
 def test_compaction_is_one_item_that_a_later_request_carries_back(key_server, upstream):
-    items = [{"role": "user", "content": "Do it."}, {"type": "compaction_trigger"}]
-    status, events = respond(key_server, stream=True, input=items, tools=CALL_TOOLS)
+    items = [user("Do it."), {"type": "compaction_trigger"}]
+    _, events = respond(key_server, stream=True, input=items, tools=CALL_TOOLS)
     output = events[-1][1]["response"]["output"]
-    assert [item["type"] for item in output] == ["compaction"] and "tools" not in upstream.bodies()[
-        0
-    ]
-    assert [name for name, _ in events] == [
-        "response.created",
-        "response.in_progress",
-        "response.output_item.added",
-        "response.output_item.done",
-        "response.completed",
-    ]
-    respond(key_server, input=[*output, {"role": "user", "content": "Go on."}])
+    assert [item["type"] for item in output] == ["compaction"]
+    assert "tools" not in upstream.bodies()[0]
+    names = "created in_progress output_item.added output_item.done completed"
+    assert [name[len("response.") :] for name, _ in events] == names.split()
+    respond(key_server, input=[*output, user("Go on.")])
     assert "Hello, wörld" in upstream.bodies()[1]["messages"][0]["content"]
+
+
+def test_a_compaction_without_a_summary_has_failed(key_server, upstream):
+    upstream.script.extend([stream(chunk({"reasoning_content": "Hm"}), *END)] * 2)
+    request = [*HI, {"type": "compaction_trigger"}]
+    assert respond(key_server, input=request, stream=True)[1][-1][0] == "response.failed"
+    assert respond(key_server, input=request)[0] == 502
 
 
 def test_thoughts_are_carried_in_encrypted_content_when_asked_for(key_server, upstream):
     upstream.script.append(stream(*THINK_TEXT_CALLS[:5], *END))
     _, response = respond(key_server, include=["reasoning.encrypted_content"])
-    respond(key_server, input=[*response["output"], {"role": "user", "content": "Go on."}])
+    respond(key_server, input=[*response["output"], user("Go on.")])
     assert upstream.bodies()[1]["messages"][0]["reasoning_content"] == "Hmm"
 
 
@@ -5330,37 +4874,25 @@ def references(response):
 def test_an_item_of_an_answer_can_be_sent_back_by_its_id(key_server, upstream):
     """The AI SDK does so unless it is told `store: false`; thoughts that are forgotten are left out."""
     upstream.script.append(stream(*THINK_TEXT_CALLS, *END))
-    _, events = respond(key_server, stream=True)
-    said = events[-1][1]["response"]
-    results = [
-        {"type": "function_call_output", "call_id": item["call_id"], "output": "x"}
-        for item in said["output"]
-        if "call_id" in item
-    ]
-    _, whole = respond(
-        key_server,
-        input=[{"type": "item_reference", "id": "rs_forgotten"}, *HI, *references(said), *results],
-    )
-    assert whole["status"] == "completed"
-    in_full = respond(key_server, input=[*HI, *said["output"], *results])
-    assert in_full[0] == 200 and upstream.bodies()[1] == upstream.bodies()[2]
-    assert [len(message.get("tool_calls", [])) for message in upstream.bodies()[1]["messages"]] == [
-        0,
-        0,
-        2,
-        0,
-        0,
-    ]
+    said = respond(key_server, stream=True)[1][-1][1]["response"]
+    ids = [item["call_id"] for item in said["output"] if "call_id" in item]
+    results = [{"type": "function_call_output", "call_id": id, "output": "x"} for id in ids]
+    forgotten = {"type": "item_reference", "id": "rs_forgotten"}
+    _, whole_ = respond(key_server, input=[forgotten, *HI, *references(said), *results])
+    assert whole_["status"] == "completed"
+    assert respond(key_server, input=[*HI, *said["output"], *results])[0] == 200
+    _, by_reference, in_full = upstream.bodies()
+    assert by_reference == in_full
+    calls = [len(message.get("tool_calls", [])) for message in in_full["messages"]]
+    assert calls == [0, 0, 2, 0, 0]
 
 
-def test_an_item_that_the_client_wanted_not_stored_is_not_kept(key_server, upstream):
-    _, response = respond(key_server, store=False)
-    status, body = respond(key_server, input=[*HI, *references(response)])
-    assert (
-        status == 400
-        and "store = false" in body["error"]["message"]
-        and len(upstream.requests) == 1
-    )
+def test_an_item_that_is_not_kept_or_comes_twice_is_refused(key_server, upstream):
+    for store, times, words in ((False, 1, "store = false"), (True, 2, "second time")):
+        _, response = respond(key_server, store=store)
+        del upstream.requests[:]
+        status, body = respond(key_server, input=[*HI, *references(response) * times])
+        assert status == 400 and words in body["error"]["message"] and upstream.requests == []
 
 
 def stored(number, *texts, size=30):
@@ -5390,123 +4922,43 @@ def test_a_shared_beginning_is_remembered_once():
     assert memory.size == 0 and not memory._items and not memory._by_id
 
 
-def test_an_item_is_referred_to_once(key_server, upstream):
-    _, response = respond(key_server)
-    status, body = respond(key_server, input=[*HI, *references(response) * 2])
-    assert (
-        status == 400 and "second time" in body["error"]["message"] and len(upstream.requests) == 1
-    )
-
-
-def test_a_compaction_without_a_summary_has_failed(key_server, upstream):
-    upstream.script.extend([stream(chunk({"reasoning_content": "Hm"}), *END)] * 2)
-    request = [*HI, {"type": "compaction_trigger"}]
-    _, events = respond(key_server, input=request, stream=True)
-    assert events[-1][0] == "response.failed"
-    assert respond(key_server, input=request)[0] == 502
-
-
-@pytest.mark.parametrize(
-    "request_, words",
-    [
-        ({"previous_response_id": "resp_1"}, "not found"),
-        ({"conversation": "conv_1"}, "conversation is not"),
-        ({"input": None}, "input must be"),
-        ({"input": []}, "input must be"),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "item_reference"),
-        ({"input": [{"type": "computer_call"}]}, "computer_call"),
-        ({"input": [5]}, "input[0]"),
-        ({"input": [{"role": "robot", "content": "x"}]}, "robot"),
-        ({"background": True}, "background"),
-        (
-            {"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "f"}]}]},
-            "input_file",
-        ),
-        ({"input": [{"type": ["x"]}]}, "type"),
-        ({"input": [{"role": "user", "content": 5}]}, "content"),
-    ],
-)
-def test_responses_that_cannot_be_served_say_why(key_server, upstream, request_, words):
-    status, body = respond(key_server, **request_)
-    assert status == 400 and words in body["error"]["message"] and upstream.requests == []
-
-
 def test_a_previous_response_that_is_unknown_is_said_in_openai_s_words(key_server, upstream):
     """Clients tell by them that they must send the conversation again."""
     status, body = respond(key_server, previous_response_id="resp_1")
-    error = body["error"]
-    assert (status, error["code"], error["param"], error["type"]) == (
+    message = body["error"].pop("message")
+    assert (status, body["error"]) == (
         400,
-        "previous_response_not_found",
-        "previous_response_id",
-        "invalid_request_error",
+        {
+            "code": "previous_response_not_found",
+            "param": "previous_response_id",
+            "type": "invalid_request_error",
+        },
     )
-    assert error["message"].startswith("Previous response with id 'resp_1' not found.")
+    assert message.startswith("Previous response with id 'resp_1' not found.")
     assert upstream.requests == []
 
 
+ODD_FIELDS = """instructions tools tool_choice reasoning text include metadata max_output_tokens
+truncation stream_options""".split()
+ODD_KINDS = (
+    "function_call function_call_output reasoning compaction custom_tool_call message".split()
+)
+ODD_NAMES = (
+    "content summary output arguments name namespace call_id encrypted_content input".split()
+)
+
+
 def test_odd_types_in_a_response_request_are_no_500(key_server):
-    odd = [5, "x", [5], {"a": 5}, None, True]
-    for name in (
-        "instructions",
-        "tools",
-        "tool_choice",
-        "reasoning",
-        "text",
-        "include",
-        "metadata",
-        "max_output_tokens",
-        "truncation",
-        "stream_options",
-    ):
-        for value in odd:
+    for value in (5, "x", [5], {"a": 5}, None, True):
+        for name in ODD_FIELDS:
             assert respond(key_server, **{name: value})[0] in (200, 400), (name, value)
-    for kind in (
-        "function_call",
-        "function_call_output",
-        "reasoning",
-        "compaction",
-        "custom_tool_call",
-        "message",
-    ):
-        for field in (
-            "content",
-            "summary",
-            "output",
-            "arguments",
-            "name",
-            "namespace",
-            "call_id",
-            "encrypted_content",
-            "input",
-        ):
-            for value in odd:
-                assert respond(
-                    key_server, input=[{"type": kind, "role": "user", field: value}, *HI]
-                )[0] in (200, 400), (kind, field, value)
-
-
-def test_nothing_is_stored(key_server):
-    for method in ("GET", "DELETE"):
-        status, _, body = ask(key_server, method=method, path="/v1/responses/resp_1")
-        assert (status, json.loads(body)["error"]["code"]) == (404, "response_not_found")
-
-
-def test_client_36_a_websocket_is_answered_426_and_the_connection_lives_on(key_server):
-    received = raw(
-        key_server,
-        b"GET /v1/responses HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
-        b"GET /v1/responses HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
-    )
-    assert re.findall(rb"HTTP/1.1 (\d+)", received) == [b"426", b"405"]
+        for kind, name in itertools.product(ODD_KINDS, ODD_NAMES):
+            item = {"type": kind, "role": "user", name: value}
+            assert respond(key_server, input=[item, *HI])[0] in (200, 400), item
 
 
 def test_a_responses_body_on_the_chat_route_is_understood(key_server):
-    status, _, completion = chat(key_server, messages=None)
-    assert status == 400
-    status, _, body = ask(
-        key_server, {"input": [{"role": "user", "content": "Hi"}], "instructions": "x"}
-    )
+    status, _, body = ask(key_server, {"input": [user("Hi")], "instructions": "x"})
     assert status == 200 and json.loads(body)["choices"][0]["message"]["content"] == "Hello, wörld"
 
 
@@ -5552,186 +5004,55 @@ def in_file(path, sql="SELECT coalesce(sum(requests), 0), sum(input_tokens) FROM
         return connection.execute(sql).fetchone() if tables else (None, None)
 
 
-RICH = {
-    "prompt_tokens": 900,
-    "completion_tokens": 213,
-    "total_tokens": 1113,
-    "prompt_tokens_details": {"cached_tokens": 512},
-    "completion_tokens_details": {"reasoning_tokens": 96},
-}
-WILD = {
-    "prompt_tokens": 9,
-    "completion_tokens": -3,
-    "prompt_tokens_details": {"cached_tokens": 1e300},
-    "completion_tokens_details": {"reasoning_tokens": "many"},
-}
+RICH = fields("""
+    prompt_tokens=900, completion_tokens=213, total_tokens=1113,
+    prompt_tokens_details={"cached_tokens": 512}, completion_tokens_details={"reasoning_tokens": 96}
+""")
+WILD = fields("""
+    prompt_tokens=9, completion_tokens=-3, prompt_tokens_details={"cached_tokens": 1e300},
+    completion_tokens_details={"reasoning_tokens": "many"}
+""")
 BROKEN_OFF = [*HELLO[:2], chunk({}, usage=USAGE), CUT]
 LINE_WHO = r"qwen3-max via 127\.0\.0\.1:\d+ \d\.\d\ds"
 LINE_FIRST = r" first \d\.\d\ds"
-COUNTED = {"messages": HI}
-# Name: what the upstream answers, route, body; then status, tokens (input, cached, output, reasoning),
-# level and line of the log.
-COUNTED = {
-    "streamed": (
-        [stream(*HELLO)],
-        "/chat/completions",
-        {**COUNTED, "stream": True},
-        200,
-        (9, 0, 3, 0),
-        "I",
-        LINE_WHO + LINE_FIRST + r" 9\+3 tokens codex_cli_rs$",
-    ),
-    "collected": (
-        [stream(*HELLO)],
-        "/chat/completions",
-        COUNTED,
-        200,
-        (9, 0, 3, 0),
-        "I",
-        LINE_WHO + LINE_FIRST + r" 9\+3 tokens codex_cli_rs$",
-    ),
-    "details": (
-        [stream(*HELLO[:5], chunk(usage=RICH), DONE)],
-        "/chat/completions",
-        COUNTED,
-        200,
-        (900, 512, 213, 96),
-        "I",
-        r"900\+213 tokens \(512 cached, 96 thoughts\) codex_cli_rs$",
-    ),
-    "wild counts": (
-        [stream(*HELLO[:5], chunk(usage=WILD), DONE)],
-        "/chat/completions",
-        COUNTED,
-        200,
-        (9, 0, 0, 0),
-        "I",
-        r"9\+0 tokens codex_cli_rs$",
-    ),
-    "nothing counted": (
-        [stream(*HELLO[:5], DONE)],
-        "/chat/completions",
-        COUNTED,
-        200,
-        (0, 0, 0, 0),
-        "I",
-        LINE_WHO + LINE_FIRST + " codex_cli_rs$",
-    ),
-    "text": (
-        [stream(*TEXT)],
-        "/completions",
-        {"prompt": "x"},
-        200,
-        (9, 0, 3, 0),
-        "I",
-        r"9\+3 tokens",
-    ),
-    "responses": (
-        [stream(*HELLO)],
-        "/responses",
-        {"input": "x"},
-        200,
-        (9, 0, 3, 0),
-        "I",
-        r"9\+3 tokens",
-    ),
-    "embeddings": (
-        [],
-        "/embeddings",
-        {"input": ["a"] * 25, "model": "text-embedding-v4"},
-        200,
-        (25, 0, 0, 0),
-        "I",
-        r"text-embedding-v4 via .* 25\+0 tokens codex_cli_rs$",
-    ),
-    "no embeddings": (
-        [],
-        "/embeddings",
-        {"input": []},
-        400,
-        (0, 0, 0, 0),
-        "W",
-        r"400 \d\.\d\ds codex_cli_rs: model must be named",
-    ),
-    "refused": (
-        [refusal("no such thing", 400)],
-        "/chat/completions",
-        COUNTED,
-        400,
-        (0, 0, 0, 0),
-        "W",
-        LINE_WHO + " codex_cli_rs: no such thing$",
-    ),
-    "exhausted": (
-        [refusal("hour allocated quota exceeded", 429, "insufficient_quota")],
-        "/chat/completions",
-        COUNTED,
-        429,
-        (0, 0, 0, 0),
-        "W",
-        "429 " + LINE_WHO + " codex_cli_rs: ",
-    ),
-    "down": (
-        [reply(503, b"")] * 3,
-        "/chat/completions",
-        COUNTED,
-        503,
-        (0, 0, 0, 0),
-        "W",
-        "503 " + LINE_WHO,
-    ),
-    "cut": (
-        [stream(*HELLO[:2], CUT)],
-        "/chat/completions",
-        {**COUNTED, "stream": True},
-        502,
-        (0, 0, 0, 0),
-        "W",
-        "502 " + LINE_WHO + LINE_FIRST + " codex_cli_rs: the upstream broke off",
-    ),
-    "cut but counted": (
-        [stream(*BROKEN_OFF)],
-        "/chat/completions",
-        {**COUNTED, "stream": True},
-        502,
-        (9, 0, 3, 0),
-        "W",
-        r"502 .* 9\+3 tokens codex_cli_rs: the upstream broke off",
-    ),
-    "no JSON": (
-        [],
-        "/chat/completions",
-        b"{",
-        400,
-        (0, 0, 0, 0),
-        "W",
-        r"400 \d\.\d\ds codex_cli_rs: the body is not valid JSON",
-    ),
-    "given up": (
-        [stream(*HELLO)],
-        "/chat/completions",
-        {
-            **COUNTED,
-            "model": "qwen3.7-plus",
-            "tools": [{"type": "function", "function": {"name": "f"}}],
-            "tool_choice": "required",
-        },
-        200,
-        (9, 0, 3, 0),
-        "I",
-        "codex_cli_rs: no thinking, since a tool call is forced$",
-    ),
-}
+# What the upstream answers, route, what the client asks; then status, tokens (input, cached, output,
+# reasoning), level and line of the log.
+COUNTED = table(r"""
+streamed | stream(*HELLO) | chat | stream=True | 200 9 0 3 0 I | WHO FIRST 9\+3 tokens codex_cli_rs$
+collected | stream(*HELLO) | chat | | 200 9 0 3 0 I | WHO FIRST 9\+3 tokens codex_cli_rs$
+details | stream(*HELLO[:5], chunk(usage=RICH), DONE) | chat | | 200 900 512 213 96 I | 900\+213 tokens \(512 cached, 96 thoughts\) codex_cli_rs$
+wild counts | stream(*HELLO[:5], chunk(usage=WILD), DONE) | chat | | 200 9 0 0 0 I | 9\+0 tokens codex_cli_rs$
+nothing counted | stream(*HELLO[:5], DONE) | chat | | 200 0 0 0 0 I | WHO FIRST codex_cli_rs$
+text | stream(*TEXT) | text | prompt="x" | 200 9 0 3 0 I | 9\+3 tokens
+responses | stream(*HELLO) | responses | input="x" | 200 9 0 3 0 I | 9\+3 tokens
+embeddings | | embeddings | input=["a"] * 25, model="text-embedding-v4" | 200 25 0 0 0 I | text-embedding-v4 via .* 25\+0 tokens codex_cli_rs$
+no embeddings | | embeddings | input=[] | 400 0 0 0 0 W | 400 \d\.\d\ds codex_cli_rs: model must be named
+refused | refusal("no such thing", 400) | chat | | 400 0 0 0 0 W | WHO codex_cli_rs: no such thing$
+exhausted | refusal("hour allocated quota exceeded", 429, "insufficient_quota") | chat | | 429 0 0 0 0 W | 429 WHO codex_cli_rs:
+down | *[reply(503, b"")] * 3 | chat | | 503 0 0 0 0 W | 503 WHO
+cut | stream(*HELLO[:2], CUT) | chat | stream=True | 502 0 0 0 0 W | 502 WHO FIRST codex_cli_rs: the upstream broke off
+cut but counted | stream(*BROKEN_OFF) | chat | stream=True | 502 9 0 3 0 W | 502 .* 9\+3 tokens codex_cli_rs: the upstream broke off
+no JSON | | chat | messages=float("nan") | 400 0 0 0 0 W | 400 \d\.\d\ds codex_cli_rs: the body is not valid JSON
+given up | stream(*HELLO) | chat | model="qwen3.7-plus", tools=[function()], tool_choice="required" | 200 9 0 3 0 I | codex_cli_rs: no thinking, since a tool call is forced$
+""")
 
 
-@pytest.mark.parametrize("name", COUNTED)
-def test_each_outcome_is_counted_everywhere_alike(counted, upstream, home, caplog, name):
+@pytest.mark.parametrize("script, route, asked, expected, line", COUNTED)
+def test_each_outcome_is_counted_everywhere_alike(
+    counted, upstream, home, caplog, script, route, asked, expected, line
+):
     caplog.set_level(logging.INFO, "qwen_proxy")
-    script, path, body, status, tokens, level, line = COUNTED[name]
+    path, body = (
+        ENDPOINTS[route],
+        {**({"messages": HI} if route == "chat" else {}), **fields(asked)},
+    )
+    *numbers, level = expected.split()
+    status, *tokens = map(int, numbers)
+    line = line.replace("WHO", LINE_WHO).replace(" FIRST", LINE_FIRST)
     server = counted()
-    upstream.script.extend(copy.deepcopy(script))
+    upstream.script.extend(pieces_of(script))
     headers = {"User-Agent": "codex_cli_rs/0.56.0 (Linux)"}
-    answered, _, received = ask(server, body, path="/v1" + path, headers=headers)
+    answered, _, received = ask(server, body, path=path, headers=headers)
     assert answered == (200 if b"data: " in received else status)
     until(lambda: requests_of(server) == 1)
     errors = int(status >= 400)
@@ -5743,15 +5064,13 @@ def test_each_outcome_is_counted_everywhere_alike(counted, upstream, home, caplo
     assert [group["client"] for group in report["groups"]] == ["codex_cli_rs"]
     metrics = text_at(server, "/metrics")
     assert re.search(
-        rf'requests_total{{route="POST {path}",.*status="{status // 100}xx"}} 1\n', metrics
+        rf'requests_total{{route="POST {path[3:]}",.*status="{status // 100}xx"}} 1\n', metrics
     )
     for kind, count in zip(("input", "cached", "output", "reasoning"), tokens):
         assert not count or re.search(rf'tokens_total{{.*kind="{kind}"}} {count}\n', metrics)
-    said = [record for record in caplog.records if f"POST /v1{path}" in record.getMessage()]
+    said = [record for record in caplog.records if f"POST {path}" in record.getMessage()]
     assert len(said) == 1 and said[0].levelname[0] == level
-    assert re.search(
-        rf"POST /v1{path} {status} .*" if line[0] == "?" else line, said[0].getMessage()
-    )
+    assert re.search(line, said[0].getMessage())
     server.shutdown(0)
     counts = in_file(
         home / "c.sqlite3", f"SELECT outcome, {', '.join(qp.CountsFile.SUMS[:5])} FROM buckets"
@@ -6223,8 +5542,8 @@ def test_client_that_leaves_while_the_lock_is_held_is_let_go(home, upstream, ser
     server = serve()
     with socket.create_connection(("127.0.0.1", server.port), timeout=WAIT) as client:
         client.sendall(post())
-        assert until(lambda: server.health()["in_flight"] == 1)
-    assert until(lambda: server.health()["in_flight"] == 0)
+        until(lambda: server.health()["in_flight"] == 1)
+    until(lambda: server.health()["in_flight"] == 0)
 
 
 @pytest.mark.parametrize("pieces", [[], HELLO[:2]], ids=["before the answer", "in it"])
@@ -6378,10 +5697,9 @@ Content-Type: application/x-www-form-urlencoded | 200
 """
 
 
-def test_pages_of_other_sites_cannot_spend_the_quota(serve, upstream, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
+def test_pages_of_other_sites_cannot_spend_the_quota(keyed, upstream):
     allowed = ["https://good.example/", "file://"]
-    server = serve(base_url=upstream.dashscope, model="m", allow_origin=allowed)
+    server = keyed(allow_origin=allowed)
     for line in ORIGINS.strip().splitlines():
         headers, status = line.split(" | ")
         headers = dict(header.split(": ") for header in headers.split("; "))
@@ -6475,7 +5793,7 @@ ENDPOINTS = {
 
 @pytest.mark.parametrize("path, body, words", BAD_REQUESTS)
 def test_bad_requests_are_refused_with_a_word(key_server, upstream, path, body, words):
-    status, _, answer = ask(key_server, eval(body, globals()), path=ENDPOINTS[path])
+    status, _, answer = ask(key_server, value_of(body), path=ENDPOINTS[path])
     error = json.loads(answer)["error"]
     assert (status, error["type"]) == (400, "invalid_request_error") and "report" not in str(error)
     assert words in error["message"] and upstream.requests == []
@@ -6502,7 +5820,7 @@ def test_plans_without_an_endpoint_say_so(login, upstream, serve):
 POST_GZIP = post(gzip.compress(BODY), b"Content-Encoding: gzip\r\n")
 GET_HEALTH = b"GET /health HTTP/1.1\r\n"
 BODY_CHUNKS = b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)
-# What a client sends, and the statuses that it gets.
+# What a client sends, and the statuses that it gets: RFC 9112, what clients do, what attackers try.
 WIRE = table(r"""
 two lengths | POST + b"Content-Length: 2\r\nContent-Length: 2\r\n\r\n{}" | 400
 length and chunked | POST + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" | 400
@@ -6563,54 +5881,51 @@ a WebSocket, client 36 | WEBSOCKET + b"Connection: Upgrade\r\nUpgrade: websocket
 
 @pytest.mark.parametrize("request_, expected", WIRE)
 def test_wire(key_server, upstream, request_, expected):
-    received = raw(key_server, eval(request_, globals()))
+    received = raw(key_server, value_of(request_))
     assert statuses(received) == [int(status) for status in expected.split()], received[:200]
-    if "200" not in expected:
+    if "200" in expected:
+        assert re.search(rb"\r\nDate: \w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT\r\n", received)
+    else:
         assert b'{"error"' in received and upstream.requests == []
     assert get(key_server, "/health")[0] == 200
 
 
-@pytest.mark.parametrize(
-    "name", ["*", "*.x", "", " ", "a b", "http://", "m\u00fcller.example", "a,b"]
-)
-def test_a_name_that_would_never_match_is_refused(name):  # O10
-    with pytest.raises(ValueError, match="--allow-host"):
-        qp.make_server(port=0, allow_host=[name])
+NO_HOSTS = [
+    ("--allow-host", name) for name in ("*", "*.x", "", " ", "a b", "http://", "a,b", "mü.x")
+]
+NO_HOSTS += [
+    ("--host", name) for name in ("localhost:8080", "http://localhost", "*", "a b", "[::1]:80")
+]
 
 
-@pytest.mark.parametrize("host", ["localhost:8080", "http://localhost", "*", "a b", "[::1]:80"])
-def test_a_host_that_cannot_be_listened_on_is_refused(host):  # O10
-    with pytest.raises(ValueError, match="--host"):
-        qp.make_server(host, 0, api_key="good-key")
+@pytest.mark.parametrize("option, name", NO_HOSTS)
+def test_a_name_that_would_never_match_or_be_listened_on_is_refused(option, name):  # O10
+    host, allowed = ("localhost", [name]) if option == "--allow-host" else (name, [])
+    with pytest.raises(ValueError, match=option):
+        qp.make_server(host, 0, api_key="good-key", allow_host=allowed)
 
 
 @pytest.mark.parametrize("host", ["::", "[::]", "0:0::0", "[::1]", "::1"])
 def test_addresses_of_ipv6_are_listened_on(serve, login, host):  # O10
-    server = serve(host=host, api_key="good-key")
-    request = b"GET /health HTTP/1.1\r\nHost: [::1]\r\nConnection: close\r\n\r\n"
-    families = [socket.AF_INET6, *([] if "1" in host else [socket.AF_INET])]
-    for family in families:
-        assert raw(server, request, family).startswith(b"HTTP/1.1 200")
+    server, request = serve(host=host, api_key="good-key"), HEALTH.replace(b"localhost", b"[::1]")
+    for family in [socket.AF_INET6, *([] if "1" in host else [socket.AF_INET])]:
+        assert statuses(raw(server, request, family)) == [200]
 
 
-@pytest.mark.parametrize(
-    "keys, headers, status, words",
-    [
-        (["good-key"], {"Authorization": "Bearer good-key"}, 200, ""),
-        (["k-1", "good-key"], {"X-API-Key": "good-key"}, 200, ""),
-        (["good-key"], {"Authorization": "Bearer bad-key"}, 403, "--allow-host qwen-proxy, or"),
-        ([], {"Authorization": "Bearer good-key"}, 403, "--allow-host qwen-proxy"),
-    ],
-)
+RIGHT_KEYS = [(["good-key"], {"Authorization": "Bearer good-key"}, 200, "")]
+RIGHT_KEYS += [(["k-1", "good-key"], {"X-API-Key": "good-key"}, 200, "")]
+RIGHT_KEYS += [
+    (["good-key"], {"Authorization": "Bearer bad-key"}, 403, "--allow-host qwen-proxy, or")
+]
+RIGHT_KEYS += [([], {"Authorization": "Bearer good-key"}, 403, "--allow-host qwen-proxy")]
+
+
+@pytest.mark.parametrize("keys, headers, status, words", RIGHT_KEYS)
 def test_a_right_key_needs_no_known_host(serve, login, keys, headers, status, words):  # O13
-    server = serve(api_key=keys)
-    headers["Host"] = "qwen-proxy:8080"
-    got, _, body = ask(server, method="GET", path="/v1/models", headers=headers)
-    assert got == status and words in body.decode()
-    got, _, body = ask(
-        server, method="GET", path="/v1/models", headers={**headers, "Origin": "http://x.y"}
-    )
-    assert got == 403
+    server, headers = serve(api_key=keys), {**headers, "Host": "qwen-proxy:8080"}
+    got, body = get(server, "/v1/models", **headers)
+    assert got == status and words in json.dumps(body)
+    assert get(server, "/v1/models", **headers, Origin="http://x.y")[0] == 403
 
 
 @pytest.mark.parametrize(
@@ -6651,9 +5966,8 @@ def test_no_header_takes_the_square_of_its_length(key_server, name):
     check_linear(work, 7_500, 8, time.process_time, 0.002)
 
 
-def test_connections_above_the_limit_do_not_hold_the_others_up(serve, upstream, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
-    server = serve(base_url=upstream.dashscope, model="m", max_connections=2)
+def test_connections_above_the_limit_do_not_hold_the_others_up(keyed, monkeypatch):
+    server = keyed(max_connections=2)
     gate, real = threading.Event(), qp.Listener._reject
     monkeypatch.setattr(
         qp.Listener, "_reject", lambda it, request: gate.wait(WAIT) and real(it, request)
@@ -6681,7 +5995,7 @@ def test_no_line_of_the_log_is_forged_and_none_is_cut_inside_a_key(key_server, u
     qp.keep_secret(key)
     upstream.script.append(refusal("x" * 280 + " " + key + "\n00:00:00 I forged", 400))
     chat(key_server, model="a\nfake line\x1b[31m", messages=[user("secret prompt")])
-    assert until(lambda: caplog.records)  # the line is written after the answer
+    until(lambda: caplog.records)  # the line is written after the answer
     said = "".join(record.getMessage() for record in caplog.records)
     for words in (key[:16], "\n00:00:00 I forged", "\nfake", "\x1b", "secret prompt"):
         assert words not in said
@@ -6694,10 +6008,10 @@ def test_a_slow_sender_is_cut_off(key_server, monkeypatch):
         assert statuses(raw(key_server, request)) == [408]
 
 
-@pytest.mark.parametrize(
-    "path, field",
-    [("chat/completions", "messages"), ("completions", "prompt"), ("responses", "input")],
-)
+FIELDS = [("chat/completions", "messages"), ("completions", "prompt"), ("responses", "input")]
+
+
+@pytest.mark.parametrize("path, field", FIELDS)
 def test_a_stream_is_not_held_back_by_what_is_in_front(key_server, path, field):  # O1
     body = {field: HI if field == "messages" else "x", "stream": True}
     headers = ask(key_server, body, path="/v1/" + path)[1]
@@ -6712,6 +6026,10 @@ def packed_in(data, coding):
     pieces = [data[at : at + step] for at in range(0, len(data), step)]
     packed = [packer.compress(piece) + packer.flush(zlib.Z_SYNC_FLUSH) for piece in pieces]
     return [*packed, packer.flush()]
+
+
+def coded(answer, coding):
+    return answer._replace(headers=[*answer.headers, ("Content-Encoding", coding)])
 
 
 def test_a_private_ca_is_judged_as_the_cli_judges_it():  # O5
@@ -6748,46 +6066,37 @@ def test_what_does_not_belong_to_a_key_is_named(serve, upstream, monkeypatch, ke
 @pytest.mark.parametrize("status", [200, 400])
 @pytest.mark.parametrize("coding", ["gzip", "deflate", "bare"])
 def test_a_compressed_answer_is_read(key_server, upstream, coding, status):  # O8
-    good = stream(*packed_in(b"".join(HELLO), coding))
-    bad = refusal("No \u00e4 here.")
-    reply_ = (
-        good if status == 200 else bad._replace(pieces=[b"".join(packed_in(bad.pieces[0], coding))])
-    )
-    name = "X-GZIP" if coding == "gzip" else "deflate"
-    upstream.script.append(reply_._replace(headers=[*reply_.headers, ("Content-Encoding", name)]))
-    got, _, answer = chat(key_server)
-    assert got == status
-    text = (
-        answer["error"]["message"] if status == 400 else answer["choices"][0]["message"]["content"]
-    )
-    assert text == ("No \u00e4 here." if status == 400 else "Hello, w\u00f6rld")
+    answer, text = stream(*packed_in(b"".join(HELLO), coding)), "Hello, wörld"
+    if status == 400:
+        text, answer = "No ä here.", refusal("No ä here.")
+        answer = answer._replace(pieces=[b"".join(packed_in(answer.pieces[0], coding))])
+    upstream.script.append(coded(answer, "X-GZIP" if coding == "gzip" else "deflate"))
+    got, _, body = chat(key_server)
+    said = body["error"] if status == 400 else body["choices"][0]["message"]
+    assert got == status and text in said.values()
 
 
-@pytest.mark.parametrize(
-    "coding, pieces, words",
-    [
-        ("br", HELLO, "'br'"),
-        ("gzip, br", HELLO, "'gzip, br'"),
-        ("gzip", HELLO, "is not"),
-        ("gzip", packed_in(b"".join(HELLO[:3]), "gzip"), "finish reason"),
-        ("gzip", packed_in(b"data:" + b" " * 3_000_000, "gzip"), "more than 100000 bytes"),
-    ],
-)
+NOT_UNPACKED = table(r"""
+another coding | br | *HELLO | 'br'
+two codings | gzip, br | *HELLO | 'gzip, br'
+not packed | gzip | *HELLO | is not
+cut | gzip | *packed_in(b"".join(HELLO[:3]), "gzip") | finish reason
+a bomb | gzip | *packed_in(b"data:" + b" " * 3_000_000, "gzip") | more than 100000 bytes
+""")
+
+
+@pytest.mark.parametrize("coding, pieces, words", NOT_UNPACKED)
 def test_an_answer_that_cannot_be_unpacked_says_why(
     key_server, upstream, monkeypatch, coding, pieces, words
 ):  # O8
     monkeypatch.setattr(qp, "MAX_EVENT", 100_000)
-    good = stream(*pieces)
-    upstream.script.extend(
-        [good._replace(headers=[*good.headers, ("Content-Encoding", coding)])] * 3
-    )
+    upstream.script.extend([coded(stream(*pieces_of(pieces)), coding)] * 3)
     got, _, answer = chat(key_server)
     assert got == 502 and words in answer["error"]["message"]
 
 
-def test_gzip_bomb_is_413(serve, upstream, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
-    server, bomb = serve(base_url=upstream.dashscope, max_body=1), gzip.compress(b" " * 50_000_000)
+def test_gzip_bomb_is_413(keyed):
+    server, bomb = keyed(max_body=1), gzip.compress(b" " * 50_000_000)
     status, _, body = ask(server, bomb, headers={"Content-Encoding": "gzip"})
     assert (status, json.loads(body)["error"]["code"]) == (413, "request_too_large")
 
@@ -6822,7 +6131,12 @@ def test_vendored_server_runs_in_a_thread_and_stops(login, upstream):
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     assert chat(server)[0] == 200 and server.url == f"http://localhost:{server.port}/v1"
-    server.shutdown()
+    with socket.create_connection(("127.0.0.1", server.port), timeout=WAIT) as idle:
+        idle.sendall(HEALTH.replace(b"Connection: close\r\n", b""))
+        assert idle.recv(9) == b"HTTP/1.1 "
+        server.shutdown()
+        with idle.makefile("rb") as reader:
+            assert reader.read().endswith(b"}")
     thread.join(WAIT)
     assert not thread.is_alive()
     with pytest.raises(OSError):
@@ -6888,13 +6202,12 @@ def test_tls_on_the_plain_port_is_named_and_an_icon_is_no_error(key_server, capl
         with pytest.raises(OSError):
             context.wrap_socket(client, server_hostname="localhost")
     assert ask(key_server, method="GET", path="/favicon.ico")[0] == 204
-    assert re.search("TLS on a plain port", caplog.text)
+    until(lambda: "TLS on a plain port" in caplog.text)
     assert max(map(len, caplog.text.split("\n"))) < 200
 
 
-def test_running_streams_end_in_an_error_event_at_shutdown(serve, upstream, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
-    server, result = serve(base_url=upstream.dashscope, model="m"), []
+def test_running_streams_end_in_an_error_event_at_shutdown(keyed, upstream):
+    server, result = keyed(), []
     upstream.script.append(stream(*HELLO[:2], threading.Event()))
     client = threading.Thread(target=lambda: result.append(chat(server, stream=True)))
     client.start()
@@ -6931,10 +6244,9 @@ ITEMS += [(CALLS, False, "/v1/chat/completions")]
 
 @pytest.mark.parametrize("pieces, is_stream, path", ITEMS)
 def test_an_item_of_a_response_is_known_to_its_key_only(
-    serve, upstream, monkeypatch, path, pieces, is_stream
-):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-key")  # H16
-    server = serve(base_url=upstream.dashscope, model="m", api_key=["key-a", "key-b"])
+    keyed, upstream, path, pieces, is_stream
+):  # H16
+    server = keyed(api_key=["key-a", "key-b"])
     upstream.script.append(stream(*pieces))
     request, key = {"input": "Hi", "stream": is_stream}, {"Authorization": "Bearer key-a"}
     body = ask(server, request, path="/v1/responses", headers=key)[2].decode()
@@ -7050,20 +6362,10 @@ def test_client_01_models_come_at_once_with_their_four_fields_with_and_without_a
     never.set()
 
 
-def test_aliases_are_listed_and_found(serve, login, home, upstream, monkeypatch):  # O3
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
+def test_aliases_are_listed_and_found(keyed, login, home, upstream):  # O3
     upstream.models = ["qwen3-max", "b/c"]
-    server = serve(
-        base_url=upstream.dashscope,
-        model="qwen3-max",
-        alias=[
-            "fast=b/c",
-            "gpt-*=qwen3-max",
-            "best=oauth/coder-model",
-            "odd=nothing-there",
-            "x?=b/c",
-        ],
-    )
+    aliases = "fast=b/c gpt-*=qwen3-max best=oauth/coder-model odd=nothing-there x?=b/c".split()
+    server = keyed(model="qwen3-max", alias=aliases)
     listed = {model["id"]: model for model in get(server, "/v1/models")[1]["data"]}
     assert {"fast", "best", "odd"} <= set(listed) and not {"gpt-*", "x?"} & set(listed)
     same = ("owned_by", "context_length", "max_output_tokens")
@@ -7093,38 +6395,6 @@ def test_client_05_the_body_decides_about_streaming_and_07_about_usage(key_serve
         assert headers["Content-Type"] == "text/event-stream; charset=utf-8"
         chunks = [json.loads(value) for value in data_of(body)[:-1]]
         assert [value["choices"] for value in chunks if value.get("usage")] == [[]] * count
-
-
-class Pause(threading.Event):
-    """What the fake waits for during one look at its connection."""
-
-    looks = 0
-
-    def is_set(self):
-        self.looks += 1
-        return self.looks > 1
-
-
-class Talk(list):
-    """The pieces of HELLO, with comments in between until the event comes, at most 300."""
-
-    def __init__(self, end):
-        super().__init__(HELLO)
-        self.end = end
-
-    def __iter__(self):
-        yield HELLO[0]
-        for _ in range(300):
-            if not self.end.is_set():
-                yield from (Pause(), b": still here\n\n")
-        yield from HELLO[1:]
-
-
-def test_client_15_comments_of_the_upstream_do_not_put_it_off(quick, upstream):
-    end = threading.Event()
-    upstream.script.append(stream()._replace(pieces=Talk(end)))
-    lines = comments_until(quick, end, 2)
-    assert lines.count(b": keep-alive\n") >= 2 and lines[-2] == b"data: [DONE]\n"
 
 
 def test_client_16_no_character_is_ever_split_between_writes(key_server, upstream):
@@ -7374,28 +6644,19 @@ def test_several_oauth_files_rotate_on_quota(home, upstream, login, serve, words
 # ----------------------------------------------------------------------------------------------------
 
 
-class NoiseUpstream:
-    """Begins an answer and goes on for ever, until the other side leaves: then `left` is set."""
+@pytest.fixture()
+def noisy(serve, monkeypatch):
+    """Start a server whose upstream makes this noise."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
+    with contextlib.ExitStack() as stack:
 
-    def __init__(self, start, noise):
-        self.start, self.noise = start, noise
-        self.listener, self.left = socket.create_server(("127.0.0.1", 0)), threading.Event()
-        self.is_flowing = threading.Event()
-        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}/v1"
-        threading.Thread(target=self.run, daemon=True).start()
+        def start(noise, **options):
+            fake = NoiseUpstream(*noise)
+            stack.enter_context(fake.listener)
+            fake.server = serve(base_url=fake.url, model="m", retries=0, **options)
+            return fake
 
-    def run(self):
-        with contextlib.suppress(OSError):
-            connection = self.listener.accept()[0]
-            with connection, contextlib.suppress(OSError):
-                connection.recv(65536)
-                connection.sendall(self.start)
-                for count in itertools.count():
-                    connection.sendall(self.noise)
-                    self.left.wait(0.002)
-                    if count == 20:
-                        self.is_flowing.set()
-            self.left.set()
+        yield start
 
 
 def in_chunks(data):
@@ -7419,107 +6680,77 @@ FLOOD = {"text": (EVENTS, in_chunks(chunk({"content": "x"})))}
 
 @pytest.mark.parametrize("is_stream", [True, False])
 @pytest.mark.parametrize("name", [*NOISE, *FLOOD])
-def test_an_upstream_that_never_falls_silent_is_left_with_the_client(  # B1
-    serve, monkeypatch, name, is_stream
-):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
-    noisy = NoiseUpstream(*{**NOISE, **FLOOD}[name])
-    with noisy.listener:
-        server = serve(base_url=noisy.url, model="m", retries=0)
-        body = json.dumps({"messages": HI, "stream": is_stream}).encode()
-        with socket.create_connection(("127.0.0.1", server.port)) as client:
-            client.sendall(POST + b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
-            # With very early answers the limit of their number may come first.
-            assert noisy.is_flowing.wait(WAIT) or noisy.left.is_set()
-        assert noisy.left.wait(WAIT)
+def test_an_upstream_that_never_falls_silent_is_left_with_the_client(noisy, name, is_stream):  # B1
+    fake = noisy({**NOISE, **FLOOD}[name])
+    with socket.create_connection(("127.0.0.1", fake.server.port)) as client:
+        client.sendall(post(stream=is_stream))
+        # With very early answers the limit of their number may come first.
+        assert fake.is_flowing.wait(WAIT) or fake.left.is_set()
+    assert fake.left.wait(WAIT)
 
 
 @pytest.mark.parametrize("is_stream", [True, False])
 @pytest.mark.parametrize("name", NOISE)
-def test_bytes_that_bring_nothing_have_a_limit(serve, monkeypatch, name, is_stream):  # B1
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
+def test_bytes_that_bring_nothing_have_a_limit(noisy, monkeypatch, name, is_stream):  # B1
     monkeypatch.setattr(qp.Waiter, "LOOK", 0.02)
-    noisy = NoiseUpstream(*NOISE[name])
-    with noisy.listener:
-        server = serve(base_url=noisy.url, model="m", retries=0, timeout=0.05)
-        status, _, body = chat(server, stream=is_stream)
-        error = json.loads(body[-1]) if isinstance(body, list) else body
-        assert error["error"]["message"] and (status in (502, 504) or is_stream)
-        assert noisy.left.wait(WAIT)
+    fake = noisy(NOISE[name], timeout=0.05)
+    status, _, body = chat(fake.server, stream=is_stream)
+    error = json.loads(body[-1]) if isinstance(body, list) else body
+    assert error["error"]["message"] and (status in (502, 504) or is_stream)
+    assert fake.left.wait(WAIT)
 
 
-def test_a_sign_of_life_goes_out_however_busy_the_upstream_is(serve, monkeypatch):  # B1
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
+@pytest.mark.parametrize("name", ["comments", "comments behind text"])
+def test_a_sign_of_life_goes_out_however_busy_the_upstream_is(noisy, monkeypatch, name):  # B1
     monkeypatch.setattr(qp, "KEEP_ALIVE_INTERVAL", 0.05)
-    noisy = NoiseUpstream(*NOISE["comments"])
-    with noisy.listener:
-        lines = lines_of(
-            serve(base_url=noisy.url, model="m"), "/v1/chat/completions", {"messages": HI}
-        )
-        assert [
-            line[:1] for line in itertools.islice(filter(str.strip, map(bytes.decode, lines)), 3)
-        ] == [":"] * 3
-        lines.close()
+    lines = lines_of(noisy(NOISE[name]).server, CHAT, {"messages": HI})  # client 15
+    said = list(itertools.islice(filter(bytes.strip, lines), 6))
+    assert said[-3:] == [b": keep-alive\n"] * 3
+    assert {line for line in said if not line.startswith(b"data: ")} == {b": keep-alive\n"}
+    lines.close()
 
 
-def test_trailers_without_end_do_not_hold_the_next_request_up(serve, monkeypatch):  # B2
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
-    noisy = NoiseUpstream(EVENTS + in_chunks(SSE) + b"0\r\n", b"X-Trailer: 1\r\n")
-    with noisy.listener:
-        server = serve(base_url=noisy.url, model="m")
-        body = json.dumps({"messages": HI, "stream": True}).encode()
-        health = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
-        received = raw(server, POST + b"Content-Length: %d\r\n\r\n%s" % (len(body), body) + health)
-        assert re.findall(rb"HTTP/1.1 (\d+)", received) == [b"200", b"200"]
-        assert noisy.left.wait(WAIT)
+def test_trailers_without_end_do_not_hold_the_next_request_up(noisy):  # B2
+    fake = noisy((EVENTS + in_chunks(SSE) + b"0\r\n", b"X-Trailer: 1\r\n"))
+    assert statuses(raw(fake.server, post(stream=True) + HEALTH)) == [200, 200]
+    assert fake.left.wait(WAIT)
 
 
 def test_what_an_event_holds_besides_goes_out_once():  # B4
-    fields = {f"field{number}": number for number in range(300)}
+    more = {f"field{number}": number for number in range(300)}
     choices = [{"index": number, "delta": {"content": "x"}} for number in range(300)]
-    event = b"data: " + json.dumps({**fields, "choices": choices}).encode() + b"\n\n"
-    chunks = translate([event, DONE])
-    assert sum(len(json.dumps(value)) for value in chunks) < 10 * len(event)
+    data = event({**more, "choices": choices})
+    chunks = translate([data, DONE])
+    assert sum(len(json.dumps(value)) for value in chunks) < 10 * len(data)
     assert sum("field7" in value for value in chunks) == 1
 
 
 def test_ids_and_names_have_a_length():  # B5
     named = chunk({"content": "x"}).replace(b'"id": "', b'"id": "' + b"i" * 100_000)
     assert b"i" * 1000 in named
-    chunks = translate([named, *[chunk({"content": "x"})] * 100, *END])
+    chunks = translate([named, *texts(*["x"] * 100), *END])
     assert max(len(value["id"]) for value in chunks) < 500
 
 
-HELD = {
-    "an unknown list": {"delta": {"annotations": [{"a": 1}] * 100}},
-    "log probabilities": {
-        "delta": {"content": "x"},
-        "logprobs": {"content": [{"token": "a"}] * 100},
-    },
-    "ever new texts": {"delta": {f"text{n}@": "x" for n in range(20)}},
-    "ever new values": {"delta": {"content": "x", **{f"value{n}@": 1 for n in range(20)}}},
-    "ever new fields": {"delta": {"content": "x"}, **{f"field{n}@": 1 for n in range(20)}},
-    "long names": {"delta": {"content": "x", "n" * 5000 + "@": 1}},
-    "arguments": {"delta": tool_call(0, "c", "f", "x" * 1000)},
-    "reasoning": {"delta": {"reasoning_content": "x" * 1000}},
-    "many calls": {
-        "delta": {
-            "tool_calls": [
-                {"index": n, "id": f"c@{n}", "function": {"name": "f" * 50}} for n in range(50)
-            ]
-        }
-    },
-}
+# What a choice holds in each of 300 events, with their number for @.
+HELD = table(r"""
+an unknown list | delta={"annotations": [{"a": 1}] * 100}
+log probabilities | delta={"content": "x"}, logprobs={"content": [{"token": "a"}] * 100}
+ever new texts | delta={f"text{n}@": "x" for n in range(20)}
+ever new values | delta={"content": "x", **{f"value{n}@": 1 for n in range(20)}}
+ever new fields | delta={"content": "x"}, **{f"field{n}@": 1 for n in range(20)}
+long names | delta={"content": "x", "n" * 5000 + "@": 1}
+arguments | delta=tool_call(0, "c", "f", "x" * 1000)
+reasoning | delta={"reasoning_content": "x" * 1000}
+many calls | delta={"tool_calls": [{"index": n, "id": f"c@{n}", "function": {"name": "f" * 50}} for n in range(50)]}
+""")
 
 
-@pytest.mark.parametrize("name", HELD)
-def test_a_collected_answer_has_one_budget(raw_upstream, monkeypatch, name):  # B5
+@pytest.mark.parametrize("choice", HELD)
+def test_a_collected_answer_has_one_budget(raw_upstream, monkeypatch, choice):  # B5
     monkeypatch.setattr(qp.Budget, "LIMIT", 200_000)
-    choice = {"index": 0, "finish_reason": None, **HELD[name]}
-    events = [
-        b"data: " + json.dumps({"choices": [choice]}).replace("@", str(number)).encode() + b"\n\n"
-        for number in range(300)
-    ]
+    data = event({"choices": [{"index": 0, "finish_reason": None, **fields(choice)}]})
+    events = [data.replace(b"@", b"%d" % number) for number in range(300)]
     raw_upstream.script.append(HEAD + b"\r\n" + b"".join([HELLO[0], *events, *END]))
     status, _, body = chat(raw_upstream.server)
     assert status == 502 and "MiB of memory" in body["error"]["message"]
@@ -7531,58 +6762,33 @@ DENSE = {"lists": b"[],", "objects": b"{},", "texts": b'"ab",', "names": b'{"a":
 @pytest.mark.parametrize("name", DENSE)
 def test_a_small_gzip_that_becomes_a_billion_bytes_is_413(key_server, upstream, name):  # B5
     size = 60_000_000 // len(DENSE[name])
-    body = b'{"messages":[' + DENSE[name] * size + b"1]}"
-    status, _, answer = ask(
-        key_server, gzip.compress(body, 1), headers={"Content-Encoding": "gzip"}
-    )
+    packed = gzip.compress(b'{"messages":[' + DENSE[name] * size + b"1]}", 1)
+    status, _, answer = ask(key_server, packed, headers={"Content-Encoding": "gzip"})
     assert (status, json.loads(answer)["error"]["code"]) == (413, "request_too_large")
 
 
 def test_the_batches_of_embeddings_have_one_budget(key_server, upstream, monkeypatch):  # B5
     monkeypatch.setattr(qp.Budget, "LIMIT", 10_000)
-    request = {"model": "text-embedding-v4", "input": ["x"] * 10}
-    assert ask(key_server, request, path="/v1/embeddings")[0] == 200
-    request["input"] *= 10
-    status, _, body = ask(key_server, request, path="/v1/embeddings")
-    assert status == 502 and b"MiB of memory" in body
+    assert embed(key_server, ["x"] * 10)[0] == 200
+    status, body = embed(key_server, ["x"] * 100)
+    assert status == 502 and "MiB of memory" in body["error"]["message"]
 
 
-def call_turns(count, id_of):
-    for number in range(count):
-        call = {"id": id_of(number), "type": "function", "function": {"name": "f"}}
-        yield {"role": "assistant", "content": "", "tool_calls": [call]}
-        yield {"role": "tool", "tool_call_id": id_of(number), "content": "1"}
+def turns(ids, content="1"):
+    """A call and its result for each id."""
+    return [turn for one in ids for turn in (call(str(one)), result(str(one), content))]
 
 
-def asked_for(messages=(), **fields):
-    return lambda: to_upstream({"messages": [*HI, *messages], **fields})
+def asked(messages=(), **more):
+    return lambda: to_upstream({"messages": [*HI, *messages], **more})
 
 
-def tools_named(count):
-    return [{"type": "function", "function": {"name": f"f{n}"}} for n in range(count)]
+def answered(*pieces):
+    return lambda: translate([*pieces, *END])
 
 
-def image_results(count):
-    for turn in call_turns(count, str):
-        if turn["role"] == "tool":
-            turn["content"] = [
-                {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}}
-            ]
-        yield turn
-
-
-def answered(*deltas, **fields):
-    return lambda: translate([*(chunk(delta) for delta in deltas), *END])
-
-
-def responded(items, **fields):
-    return lambda: qp.ResponseRequest({"input": items, **fields}, qp.ResponseMemory())
-
-
-def one_event(choices):
-    return lambda: translate(
-        [b"data: " + json.dumps({"choices": choices}).encode() + b"\n\n", DONE]
-    )
+def responded(items, **more):
+    return lambda: qp.ResponseRequest({"input": items, **more}, qp.ResponseMemory())
 
 
 def embedded(indexes):
@@ -7598,122 +6804,53 @@ def embedded(indexes):
 
 
 COLLIDING = 2**61 - 1  # integers that differ by this have one hash
-LINEAR = {  # count -> the work that may cost no more than so many times as much; a small count
-    "turns that share one id": (lambda n: asked_for(call_turns(n, lambda _: "c")), 100),
-    "turns with ids of their own": (lambda n: asked_for(call_turns(n, str)), 100),
-    "calls without results": (lambda n: asked_for(list(call_turns(n, str))[::2]), 100),
-    "results without calls": (lambda n: asked_for(list(call_turns(n, str))[1::2]), 100),
-    "many calls in one message": (
-        lambda n: asked_for(
-            [
-                {
-                    "role": "assistant",
-                    "tool_calls": [{"id": str(i), "function": {"name": "f"}} for i in range(n)],
-                },
-                *(
-                    {"role": "tool", "tool_call_id": str(i), "content": "1"}
-                    for i in reversed(range(n))
-                ),
-            ]
-        ),
-        100,
-    ),
-    "allowed tools": (
-        lambda n: asked_for(
-            tools=tools_named(n),
-            tool_choice={
-                "type": "allowed_tools",
-                "allowed_tools": {"mode": "auto", "tools": tools_named(n)},
-            },
-        ),
-        200,
-    ),
-    "images in tool messages": (lambda n: asked_for(image_results(n)), 100),
-    "system messages": (lambda n: asked_for([{"role": "system", "content": "x"}, *HI] * n), 200),
-    "consecutive messages of one role": (lambda n: asked_for(HI * n), 200),
-    "reasoning items": (
-        lambda n: responded(
-            [{"role": "user", "content": "Hi"}]
-            + [{"type": "reasoning", "summary": [{"type": "summary_text", "text": "x"}]}] * n
-        ),
-        200,
-    ),
-    "reasoning and calls": (
-        lambda n: responded(
-            [
-                item
-                for i in range(n)
-                for item in (
-                    {"type": "reasoning", "summary": [{"type": "summary_text", "text": "x"}]},
-                    {"type": "function_call", "call_id": str(i), "name": "f", "arguments": "{}"},
-                    {"type": "function_call_output", "call_id": str(i), "output": "1"},
-                )
-            ]
-        ),
-        100,
-    ),
-    "tools of a response": (
-        lambda n: responded("Hi", tools=[{"type": "function", "name": f"f{i}"} for i in range(n)]),
-        200,
-    ),
-    "tool calls of an upstream": (
-        lambda n: answered(*(tool_call(i, f"c{i}", "f", "{}") for i in range(n))),
-        100,
-    ),
-    "tool calls in one delta": (
-        lambda n: answered(
-            {
-                "tool_calls": [
-                    {"index": i, "id": f"c{i}", "function": {"name": "f"}} for i in range(n)
-                ]
-            }
-        ),
-        100,
-    ),
-    "tool calls without index": (
-        lambda n: answered(
-            *(
-                {"tool_calls": [{"id": f"c{i}", "function": {"name": "f", "arguments": "{}"}}]}
-                for i in range(n)
-            )
-        ),
-        100,
-    ),
-    "name and id with every delta": (lambda n: answered(*[tool_call(0, "c", "f", "x")] * n), 200),
-    "arguments, whole each time": (
-        lambda n: answered(*(tool_call(0, "c", "f", '{"a":"' + "x" * 50) for _ in range(n))),
-        200,
-    ),
-    "JSON that begins again and again": (lambda n: answered(*[tool_call(0, "", "", "{")] * n), 200),
-    "closing tags in one delta": (lambda n: answered({"content": "</think>" * n}), 1000),
-    "opening tags in one delta": (lambda n: answered({"content": "<think>" * n}), 1000),
-    "halves of a tag": (lambda n: answered(*[{"content": "</thi"}] * n), 200),
-    "colliding indexes of choices": (
-        lambda n: one_event(
-            [{"index": i * COLLIDING, "delta": {"content": "x"}} for i in range(n)]
-        ),
-        100,
-    ),
-    "colliding indexes of calls": (
-        lambda n: answered(*(tool_call(i * COLLIDING, "", "f", "{}") for i in range(n))),
-        100,
-    ),
-    "colliding indexes of embeddings": (
-        lambda n: embedded([i * COLLIDING for i in range(n)]),
-        500,
-    ),
-    "lines of an event": (lambda n: lambda: translate([b"data: x\n" * n + b"\n", *END]), 1000),
-    "bytes without a line's end": (
-        lambda n: lambda: translate([*[b": " + b"x" * 10] * n, b"\n\n", *END]),
-        1000,
-    ),
-}
+IMAGE = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}}]
+REASONING = {"type": "reasoning", "summary": [{"type": "summary_text", "text": "x"}]}
+F_CALL = {"type": "function_call", "call_id": "@", "name": "f", "arguments": "{}"}
+F_OUTPUT = {"type": "function_call_output", "call_id": "@", "output": "1"}
 
 
-@pytest.mark.parametrize("name", LINEAR)
-def test_work_grows_like_what_is_sent(name):  # B6
-    prepare, small = LINEAR[name]
-    works = {factor: prepare(small * factor) for factor in (1, 2, 4, 8)}
+def numbered(values, count):
+    """The values so many times, with the number for @."""
+    text = json.dumps(values)
+    return [item for number in range(count) for item in json.loads(text.replace("@", str(number)))]
+
+
+# A small n, and the work that may cost no more than so many times as much.
+LINEAR = table(r"""
+turns that share one id | 100 | asked(turns("c" * n))
+turns with ids of their own | 100 | asked(turns(range(n)))
+calls without results | 100 | asked(turns(range(n))[::2])
+results without calls | 100 | asked(turns(range(n))[1::2])
+many calls in one message | 100 | asked([call(*map(str, range(n))), *(result(str(i), "1") for i in reversed(range(n)))])
+allowed tools | 200 | asked(tools=numbered([function("f@")], n), tool_choice={"type": "allowed_tools",
+    "allowed_tools": {"mode": "auto", "tools": numbered([function("f@")], n)}})
+images in tool messages | 100 | asked(turns(range(n), IMAGE))
+system messages | 200 | asked([system("x"), *HI] * n)
+consecutive messages of one role | 200 | asked(HI * n)
+reasoning items | 200 | responded([user("Hi")] + [REASONING] * n)
+reasoning and calls | 100 | responded(numbered([REASONING, F_CALL, F_OUTPUT], n))
+tools of a response | 200 | responded("Hi", tools=numbered([{"type": "function", "name": "f@"}], n))
+tool calls of an upstream | 100 | answered(*(tool(i, f"c{i}", "f", "{}") for i in range(n)))
+tool calls in one delta | 100 | answered(calling(*(bare_call("f", index=i, id=f"c{i}") for i in range(n))))
+tool calls without index | 100 | answered(*(calling(bare_call("f", "{}", id=f"c{i}")) for i in range(n)))
+name and id with every delta | 200 | answered(*[tool(0, "c", "f", "x")] * n)
+arguments, whole each time | 200 | answered(*[tool(0, "c", "f", '{"a":"' + "x" * 50)] * n)
+JSON that begins again and again | 200 | answered(*[tool(0, "", "", "{")] * n)
+closing tags in one delta | 1000 | answered(*texts("</think>" * n))
+opening tags in one delta | 1000 | answered(*texts("<think>" * n))
+halves of a tag | 200 | answered(*texts(*["</thi"] * n))
+colliding indexes of choices | 100 | answered(event({"choices": [{"index": i * COLLIDING, "delta": {"content": "x"}} for i in range(n)]}))
+colliding indexes of calls | 100 | answered(*(tool(i * COLLIDING, "", "f", "{}") for i in range(n)))
+colliding indexes of embeddings | 500 | embedded([i * COLLIDING for i in range(n)])
+lines of an event | 1000 | answered(b"data: x\n" * n + b"\n")
+bytes without a line's end | 1000 | answered(*[b": " + b"x" * 10] * n, b"\n\n")
+""")
+
+
+@pytest.mark.parametrize("small, work", LINEAR)
+def test_work_grows_like_what_is_sent(small, work):  # B6
+    works = {factor: value_of(work, n=int(small) * factor) for factor in (1, 2, 4, 8)}
     least = max(cost(works[1], time.thread_time), 0.001)
     for factor in (2, 4, 8):
         assert cost(works[factor], time.thread_time) < 3 * factor * least
@@ -7721,7 +6858,7 @@ def test_work_grows_like_what_is_sent(name):  # B6
 
 def test_time_is_credited_for_bytes_that_came(key_server, monkeypatch):  # B7
     monkeypatch.setattr(qp.Exchange, "BODY_TIMEOUT", 0.2)
-    assert raw(key_server, POST + b"Content-Length: 67108864\r\n\r\n").startswith(b"HTTP/1.1 408 ")
+    assert statuses(raw(key_server, POST + b"Content-Length: 67108864\r\n\r\n")) == [408]
 
 
 def test_a_slow_body_that_keeps_its_rate_passes(key_server, monkeypatch):  # B7
@@ -7730,7 +6867,7 @@ def test_a_slow_body_that_keeps_its_rate_passes(key_server, monkeypatch):  # B7
     monkeypatch.setattr(qp.Exchange, "BODY_RATE", 100)
     body, pace = json.dumps({"messages": HI, "pad": "x" * 400}).encode(), threading.Event()
     with socket.create_connection(("127.0.0.1", key_server.port), timeout=WAIT) as client:
-        client.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body))
+        client.sendall(POST + LENGTH % len(body))
         for start in range(0, len(body), 40):
             client.sendall(body[start : start + 40])
             pace.wait(0.08)
@@ -7748,7 +6885,7 @@ def test_without_file_descriptors_the_accepting_thread_pauses(key_server, monkey
 
     monkeypatch.setattr(socketserver.TCPServer, "get_request", get_request)
     monkeypatch.setattr(time, "sleep", pauses.append)
-    assert ask(key_server, method="GET", path="/health")[0] == 200
+    assert get(key_server, "/health")[0] == 200
     assert len(pauses) >= 3
 
 
@@ -7778,55 +6915,24 @@ def test_a_long_list_of_models_is_built_once(key_server, upstream, monkeypatch):
     assert {get(key_server, "/v1/models")[0] for _ in range(3)} == {200} and not built
 
 
-STRANGE = {  # B9: request path and body, or an answer of the upstream: a clear 400, or 502
-    "a reference whose id is an object": (
-        "/v1/responses",
-        {"input": [{"type": "item_reference", "id": {"a": 1}}]},
-        None,
-        400,
-    ),
-    "a reference whose id is a list": (
-        "/v1/responses",
-        {"input": [{"type": "item_reference", "id": [1]}]},
-        None,
-        400,
-    ),
-    "an infinite number": ("/v1/chat/completions", {}, b'{"delta":{"x":1e999},"index":0}', 502),
-    "texts and calls": (
-        "/v1/chat/completions",
-        {},
-        b'{"delta":{"content":"a"},"texts":1,"calls":2,"message":3}',
-        200,
-    ),
-    "odd log probabilities": (
-        "/v1/chat/completions",
-        {},
-        b'{"delta":{"content":"a"},"logprobs":[1]}',
-        200,
-    ),
-    "odd lists of them": (
-        "/v1/chat/completions",
-        {},
-        b'{"delta":{"content":"a"},"logprobs":{"content":7}}',
-        200,
-    ),
-}
+# Choices of an upstream, and the status; other odd requests are rows of BAD_REQUESTS.
+STRANGE = [(b'{"delta":{"x":1e999},"index":0}', 502)]
+STRANGE += [(b'{"delta":{"content":"a"},"texts":1,"calls":2,"message":3}', 200)]
+STRANGE += [(b'{"delta":{"content":"a"},"logprobs":[1]}', 200)]
+STRANGE += [(b'{"delta":{"content":"a"},"logprobs":{"content":7}}', 200)]
 
 
-@pytest.mark.parametrize("name", STRANGE)
-def test_what_is_odd_has_a_cause(key_server, upstream, name):  # B9
-    path, body, choice, status = STRANGE[name]
-    if choice:
-        upstream.script.append(stream(b'data: {"choices":[' + choice + b"]}\n\n", *END))
-    got, _, answer = ask(key_server, {"messages": HI, **body}, path=path)
-    assert got == status and b"report" not in answer, answer
+@pytest.mark.parametrize("choice, status", STRANGE)
+def test_what_is_odd_has_a_cause(key_server, upstream, choice, status):  # B9
+    upstream.script.append(stream(b'data: {"choices":[' + choice + b"]}\n\n", *END))
+    got, _, body = chat(key_server)
+    assert got == status and "report" not in json.dumps(body), body
 
 
 @pytest.mark.parametrize("depth", [900, 960, 970, 975, 980, 985, 990, 1000, 1100, 5000])
 def test_any_depth_of_nesting_is_an_answer_or_a_400(key_server, depth):  # B9
     metadata = b'{"a":' * depth + b"1" + b"}" * depth
-    body = b'{"messages":[{"role":"user","content":"Hi"}],"metadata":' + metadata + b"}"
-    status, _, answer = ask(key_server, body)
+    status, _, answer = ask(key_server, BODY[:-1] + b',"metadata":' + metadata + b"}")
     assert status in (200, 400) and b"report" not in answer, answer
 
 
@@ -7841,40 +6947,18 @@ def test_a_limit_of_five_thousand_digits_is_no_repair(key_server, upstream):  # 
 # Ten thousand odd requests and answers: every one ends in an answer or in an error with a cause
 # ----------------------------------------------------------------------------------------------------
 
-ODD = [
-    None,
-    True,
-    False,
-    0,
-    -1,
-    1.5,
-    10**30,
-    "",
-    "x",
-    "null",
-    "\ud800",
-    [],
-    [None],
-    ["x"],
-    [[]],
-    {},
-    {"x": 1},
-    {"type": "text"},
-    {"function": None},
-]
+ODD = [None, True, False, 0, -1, 1.5, 10**30, "", "x", "null", "\ud800", [], [None], ["x"], [[]]]
+ODD += [{}, {"x": 1}, {"type": "text"}, {"function": None}]
 
 
 def places(value, path=()):
     """The paths to all values inside a JSON value."""
-    for name, item in list(
-        value.items()
-        if isinstance(value, dict)
-        else enumerate(value)
-        if isinstance(value, list)
-        else ()
-    ):
+    found = (
+        value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    )
+    for name in list(found):
         yield path + (name,)
-        yield from places(item, path + (name,))
+        yield from places(value[name], path + (name,))
 
 
 def mutated(value, random_, times):
@@ -7885,9 +6969,7 @@ def mutated(value, random_, times):
         if not found:
             break
         *path, last = random_.choice(found)
-        parent = value
-        for name in path:
-            parent = parent[name]
+        parent = functools.reduce(lambda held, name: held[name], path, value)
         action = random_.random()
         if action < 0.7:
             parent[last] = copy.deepcopy(random_.choice(ODD))
@@ -7905,127 +6987,54 @@ REFUSED_BY_NAME = [
     "Json mode response is not supported when enable_thinking is true",
     'tool_choice should be ["none", "auto"]',
 ]
+HISTORY = json.loads(r"""{
+    "functions": [{"name": "f"}], "function_call": {"name": "f"},
+    "reasoning": {"effort": "low", "max_tokens": 5},
+    "thinking": {"type": "enabled", "budget_tokens": 5}, "tool_choice": "required",
+    "chat_template_kwargs": {"enable_thinking": true},
+    "response_format": {"type": "json_schema", "json_schema": {"schema": {}}}}""")
+ANTHROPIC = json.loads(r"""{
+    "messages": [{"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": [{"type": "text", "text": "a"},
+            {"type": "tool_use", "id": "t", "name": "f", "input": {}}]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t",
+            "content": [{"type": "text", "text": "x"}]}]},
+        {"role": "assistant", "content": "", "tool_calls": [
+            {"type": "function", "function": {"name": "f", "arguments": "{}"}}]},
+        {"role": "tool", "content": "x"}, {"role": "assistant", "content": "a"},
+        {"role": "system", "content": "b"}],
+    "tools": [{"name": "f",
+        "input_schema": {"type": "object", "properties": {"a": {"description": null}}}}],
+    "think": "high", "tool_choice": {"type": "any"}, "max_output_tokens": -1, "repeat_penalty": 1,
+    "thinking_budget": 5, "min_p": 1,
+    "extra_body": {"top_k": 5, "enable_thinking": true, "functions": [{"name": "f"}],
+        "response_format": {"type": "json_object"}}}""")
+A_TEXT = json.loads("""{"prompt": "a", "suffix": "b", "max_tokens": 5, "stream": true,
+    "stream_options": {}, "temperature": 1, "user": "u"}""")
 FUZZED_REQUESTS = {
-    "chat": (EVERYTHING, qp.ChatApi().check, qp.ChatApi().to_upstream),
-    "history": (
-        {
-            **EVERYTHING,
-            "messages": EVERYTHING["messages"] * 2,
-            "functions": [{"name": "f"}],
-            "function_call": {"name": "f"},
-            "reasoning": {"effort": "low", "max_tokens": 5},
-            "thinking": {"type": "enabled", "budget_tokens": 5},
-            "tool_choice": "required",
-            "chat_template_kwargs": {"enable_thinking": True},
-            "response_format": {"type": "json_schema", "json_schema": {"schema": {}}},
-        },
-        qp.ChatApi().check,
-        qp.ChatApi().to_upstream,
-    ),
-    "anthropic": (
-        {
-            "messages": [
-                *HI,
-                {
-                    "role": "assistant",
-                    "content": [
-                        {"type": "text", "text": "a"},
-                        {"type": "tool_use", "id": "t", "name": "f", "input": {}},
-                    ],
-                },
-                {
-                    "role": "user",
-                    "content": [
-                        {
-                            "type": "tool_result",
-                            "tool_use_id": "t",
-                            "content": [{"type": "text", "text": "x"}],
-                        }
-                    ],
-                },
-                {
-                    "role": "assistant",
-                    "content": "",
-                    "tool_calls": [
-                        {"type": "function", "function": {"name": "f", "arguments": "{}"}}
-                    ],
-                },
-                {"role": "tool", "content": "x"},
-                {"role": "assistant", "content": "a"},
-                {"role": "system", "content": "b"},
-            ],
-            "tools": [
-                {
-                    "name": "f",
-                    "input_schema": {"type": "object", "properties": {"a": {"description": None}}},
-                }
-            ],
-            "think": "high",
-            "tool_choice": {"type": "any"},
-            "max_output_tokens": -1,
-            "repeat_penalty": 1,
-            "thinking_budget": 5,
-            "min_p": 1,
-            "extra_body": {
-                "top_k": 5,
-                "enable_thinking": True,
-                "functions": [{"name": "f"}],
-                "response_format": {"type": "json_object"},
-            },
-        },
-        qp.ChatApi().check,
-        qp.ChatApi().to_upstream,
-    ),
-    "text": (
-        {
-            "prompt": "a",
-            "suffix": "b",
-            "max_tokens": 5,
-            "stream": True,
-            "stream_options": {},
-            "temperature": 1,
-            "user": "u",
-        },
-        qp.TextApi().check,
-        qp.TextApi().to_upstream,
-    ),
+    "chat": (EVERYTHING, qp.ChatApi),
+    "history": ({**EVERYTHING, "messages": EVERYTHING["messages"] * 2, **HISTORY}, qp.ChatApi),
+    "anthropic": (ANTHROPIC, qp.ChatApi),
+    "text": (A_TEXT, qp.TextApi),
 }
+FUZZED_CONFIG = json.loads("""{"samplingParams": {"top_p": 0.5},
+    "extra_body": {"enable_thinking": true}, "customHeaders": {}}""")
+FUZZED_TARGETS = """dashscope qwen3.7-plus|portal coder-model|coding glm-4.7|token qwen3.8-max
+openrouter qwen/qwen3-max|deepseek deepseek-v4|other m"""
 
 
 @pytest.mark.parametrize("name", sorted(FUZZED_REQUESTS))
 def test_odd_requests_are_served_or_refused_by_name(name):
-    request, check, to_upstream_ = FUZZED_REQUESTS[name]
-    random_ = random.Random(name)
-    config = {
-        "samplingParams": {"top_p": 0.5},
-        "extra_body": {"enable_thinking": True},
-        "customHeaders": {},
-    }
-    refused = 0
+    request, api = FUZZED_REQUESTS[name]
+    random_, refused = random.Random(name), 0
     for number in range(1500):
         odd = qp.with_extra_body(mutated(request, random_, random_.randrange(1, 4)))
-        family, model = random_.choice(
-            [
-                ("dashscope", "qwen3.7-plus"),
-                ("portal", "coder-model"),
-                ("coding", "glm-4.7"),
-                ("token", "qwen3.8-max"),
-                ("openrouter", "qwen/qwen3-max"),
-                ("deepseek", "deepseek-v4"),
-                ("other", "m"),
-            ]
-        )
-        provider = qp.Provider(
-            "t",
-            "http://h/v1",
-            None,
-            "t",
-            {model: mutated(config, random_, 1) if number % 3 == 0 else {}},
-            qp.FAMILIES[family],
-        )
+        family, model = random_.choice(re.split(r"[|\n]", FUZZED_TARGETS)).split()
+        config = {model: mutated(FUZZED_CONFIG, random_, 1) if number % 3 == 0 else {}}
+        provider = qp.Provider("t", "http://h/v1", None, "t", config, qp.FAMILIES[family])
         try:
-            check(odd)
-            body, _ = to_upstream_(odd, qp.Target(provider, model))
+            api().check(odd)
+            body, _ = api().to_upstream(odd, qp.Target(provider, model))
             qp.repair_request(body, qp.UpstreamError(random_.choice(REFUSED_BY_NAME), 400))
             qp.encode_json(body)
         except qp.BadRequest as error:
@@ -8034,33 +7043,34 @@ def test_odd_requests_are_served_or_refused_by_name(name):
     assert 0 < refused < 1500
 
 
+FUZZED_RESPONSE = {
+    "model": "m",
+    "input": REPLAYED,
+    "tools": [
+        *CALL_TOOLS,
+        {"type": "namespace", "name": "n", "tools": CALL_TOOLS},
+        {"type": "custom", "name": "c", "format": {"definition": "d"}},
+    ],
+    "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"name": "c"}]},
+    "reasoning": {"effort": "low"},
+    "text": {"format": {"type": "json_schema", "name": "x", "schema": {}}},
+    "include": ["reasoning.encrypted_content"],
+    "metadata": {},
+    "max_output_tokens": 5,
+    "instructions": "x",
+}
+AN_EMBEDDING = {"model": "m", "input": ["a", "b"], "encoding_format": "float"}
+
+
 def test_odd_response_and_embedding_requests_are_served_or_refused_by_name():
-    request = {
-        "model": "m",
-        "input": REPLAYED,
-        "tools": [
-            *CALL_TOOLS,
-            {"type": "namespace", "name": "n", "tools": CALL_TOOLS},
-            {"type": "custom", "name": "c", "format": {"definition": "d"}},
-        ],
-        "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"name": "c"}]},
-        "reasoning": {"effort": "low"},
-        "text": {"format": {"type": "json_schema", "name": "x", "schema": {}}},
-        "include": ["reasoning.encrypted_content"],
-        "metadata": {},
-        "max_output_tokens": 5,
-        "instructions": "x",
-    }
     random_, refused = random.Random(5), 0
     for _ in range(1500):
+        odd = mutated(FUZZED_RESPONSE, random_, random_.randrange(1, 4))
         try:
-            asked = qp.ResponseRequest(
-                mutated(request, random_, random_.randrange(1, 4)), qp.ResponseMemory()
-            )
-            qp.ChatApi().check(asked.chat)
-            body, _ = to_upstream(asked.chat, "qwen3.7-plus")
-            writer, events = response_writer(asked)
-            writer.start()
+            request = qp.ResponseRequest(odd, qp.ResponseMemory())
+            qp.ChatApi().check(request.chat)
+            body, _ = to_upstream(request.chat, "qwen3.7-plus")
+            writer, events = response_writer(request)
             writer.close(None)
             assert len(events) == 3
             qp.encode_json(body)
@@ -8070,21 +7080,23 @@ def test_odd_response_and_embedding_requests_are_served_or_refused_by_name():
     assert 0 < refused < 1500
     for _ in range(500):
         try:
-            qp.EmbeddingsApi().check(
-                mutated({"model": "m", "input": ["a", "b"], "encoding_format": "float"}, random_, 2)
-            )
+            qp.EmbeddingsApi().check(mutated(AN_EMBEDDING, random_, 2))
         except qp.BadRequest as error:
             assert error.message
 
 
-FUZZED = """plain|usage on every chunk|cumulative text|error_finish|native error frame later|a think tag
-tools: as documented|no ids, the name on every delta|whole: calls without ids and arguments"""
+FUZZED = """plain|usage on every chunk|cumulative text|error_finish|native error frame later
+a think tag|tools: as documented|no ids, the name on every delta
+whole: calls without ids and arguments"""
 FUZZED_STREAMS = {
     name: pieces_of(row.values[0])
     for row in DIRTY
     for name in [row.id.partition(", client")[0]]
     if name in re.split(r"[|\n]", FUZZED)
 }
+
+
+SKIPPED = {"cut": 9, "insert": 0, "replace": 1}
 
 
 def odd_answer(pieces, random_):
@@ -8097,16 +7109,11 @@ def odd_answer(pieces, random_):
                 value = mutated(json.loads(events[at][6:]), random_, random_.randrange(1, 3))
                 events[at] = b"data: " + json.dumps(value).encode() + b"\n\n"
             continue
-        data, place = bytearray(events[at]), random_.randrange(len(events[at]) or 1)
-        random_.choice(
-            [
-                lambda: data.__delitem__(slice(place, place + 9)),
-                lambda: data.insert(place, random_.randrange(256)),
-                lambda: data.__setitem__(slice(place, place + 1), bytes([random_.randrange(256)])),
-                lambda: data.extend(data),
-            ]
-        )()
-        events[at] = bytes(data)
+        data, place = events[at], random_.randrange(len(events[at]) or 1)
+        way = random_.choice([*SKIPPED, "double"])
+        byte = bytes([random_.randrange(256)]) if way in ("insert", "replace") else b""
+        rest = data[:place] + byte + data[place + SKIPPED.get(way, 0) :]
+        events[at] = data * 2 if way == "double" else rest
     if random_.random() < 0.2:
         random_.shuffle(events)
     return events
@@ -8114,17 +7121,12 @@ def odd_answer(pieces, random_):
 
 @pytest.mark.parametrize("name", sorted(FUZZED_STREAMS))
 def test_odd_answers_come_out_whole_or_as_an_error(name):
-    random_ = random.Random(name)
-    outcomes = collections.Counter()
+    random_, outcomes = random.Random(name), collections.Counter()
+    options = {"stream": True, "stream_options": {"include_usage": True}}
     for _ in range(600):
-        pieces = odd_answer(FUZZED_STREAMS[name], random_)
-        asked = qp.ResponseRequest({"input": "x"}, qp.ResponseMemory())
-        writer, events = response_writer(asked)
-        writer.start()
+        writer, events = response_writer(asked_for_response())
         try:
-            chunks = translate(
-                [b"".join(pieces)], {"stream": True, "stream_options": {"include_usage": True}}
-            )
+            chunks = translate([b"".join(odd_answer(FUZZED_STREAMS[name], random_))], options)
         except qp.UpstreamError as error:
             outcomes["error"] += 1
             assert error.message and 400 <= error.status < 600
@@ -8137,11 +7139,8 @@ def test_odd_answers_come_out_whole_or_as_an_error(name):
             writer.feed(qp.Chunk(value))
         writer.close(USAGE)
         qp.encode_json([collect(chunks), chunks])
-        finals = {
-            choice["index"]: choice["finish_reason"]
-            for value in chunks
-            for choice in value["choices"]
-        }
+        choices = [choice for value in chunks for choice in value["choices"]]
+        finals = {choice["index"]: choice["finish_reason"] for choice in choices}
         assert finals and all(isinstance(reason, str) for reason in finals.values())
     assert outcomes["error"] and (outcomes["whole"] or "error" in name)
 
@@ -8157,12 +7156,8 @@ class Process:
     def __init__(self, *arguments, **environ):
         env = dict(os.environ.items())
         env.update(environ)
-        self.popen = subprocess.Popen(
-            [sys.executable, PROGRAM, *arguments],
-            stderr=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=env,
-        )
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        self.popen = subprocess.Popen([sys.executable, PROGRAM, *arguments], env=env, **pipes)
         self.lines, self.is_up = [], threading.Event()
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
@@ -8182,40 +7177,19 @@ class Process:
 def test_demo_serves_thoughts_a_tool_call_and_its_result():
     process = Process("--demo", "--port", "0")
     try:
-        tools = [
-            {
-                "type": "function",
-                "function": {
-                    "name": "f",
-                    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
-                },
-            }
-        ]
+        city = {"type": "object", "properties": {"city": {"type": "string"}}}
+        tools = [function(parameters=city)]
         _, _, first = chat(process, tools=tools)
         message = first["choices"][0]["message"]
-        assert message["reasoning_content"] and message["tool_calls"][0]["function"] == {
-            "name": "f",
-            "arguments": '{"city": "demo"}',
-        }
-        messages = [
-            {"role": "user", "content": "q"},
-            message,
-            {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "42"},
-        ]
-        _, _, data = chat(
-            process,
-            stream=True,
-            messages=messages,
-            tools=tools,
-            stream_options={"include_usage": True},
-        )
+        (made,) = message["tool_calls"]
+        assert message["reasoning_content"]
+        assert made["function"] == {"name": "f", "arguments": '{"city": "demo"}'}
+        turns = [user("q"), message, result(made["id"], "42")]
+        options = {"include_usage": True}
+        _, _, data = chat(process, True, messages=turns, tools=tools, stream_options=options)
         assert data[-1] == "[DONE]" and json.loads(data[-2])["usage"]["total_tokens"]
         assert "42" in text_in([json.loads(value) for value in data[:-1]])
-        with socket.create_connection(
-            ("127.0.0.1", process.port), timeout=WAIT
-        ) as client:  # one who leaves at once
-            body = b'{"stream": true, "messages": [{"role": "user", "content": "Hi"}]}'
-            client.sendall(POST + b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
+        with send(process, stream=True) as client:  # one who leaves at once
             assert client.recv(1)
     finally:
         process.popen.terminate()
@@ -8233,7 +7207,7 @@ def test_start_says_what_a_newcomer_needs(login, upstream):
             "qwen_proxy " + qp.__version__,
             "oauth_creds.json",
             "coder-model",
-            "curl http://localhost",
+            "curl http",
         ):
             assert words in said
         assert chat(process)[0] == 200
@@ -8246,11 +7220,9 @@ def test_start_says_what_a_newcomer_needs(login, upstream):
 
 @pytest.mark.skipif(os.name == "nt", reason="there is no SIGTERM")
 def test_a_log_that_nobody_reads_does_not_keep_the_program_from_ending(home):
-    process = subprocess.Popen(
-        [sys.executable, os.path.join(HERE, "qwen_proxy.py"), "--demo", "--port", "0"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
+    arguments = [sys.executable, PROGRAM, "--demo", "--port", "0"]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(arguments, **pipes)
     with process.stderr:
         port = int(re.search(rb"http://localhost:(\d+)", process.stderr.readline()).group(1))
         target = type("Target", (), {"port": port})
@@ -8260,35 +7232,35 @@ def test_a_log_that_nobody_reads_does_not_keep_the_program_from_ending(home):
         assert process.wait(WAIT) == 0
 
 
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        (["--port", "99999"], "--port must be"),
-        (["--xyzzy"], "there is no option --xyzzy; see --help"),
-        (["--dem"], "did you mean --demo?"),
-        (["--prot=8080"], "did you mean --port?"),
-        (["--offlin"], "did you mean --offline?"),
-        (["statsu"], "did you mean status?"),
-        (["Serve"], "did you mean serve?"),
-        (["help"], "did you mean --help?"),
-        (["models"], "there is no command models; see --help"),
-        (["status", "x"], "there is no command x"),
-        (["--port", "8080", "status"], "the command comes first: qwen_proxy.py status"),
-        (["--alias", "x"], "NAME=ID"),
-        (["--timeout", "0"], "--timeout"),
-        (["--base-url", "ftp://x"], "--base-url"),
-        (["--host", "0.0.0.0", "--port", "0"], "--api-key"),
-    ],
-)
-def test_bad_options_are_a_sentence_and_exit_code_2(arguments, words):
-    done = subprocess.run(
-        [sys.executable, PROGRAM, *arguments],
-        capture_output=True,
-        timeout=WAIT,
-    )
-    assert (
-        done.returncode == 2 and words in done.stderr.decode() and b"Traceback" not in done.stderr
-    )
+# Options, and what is said of them.
+BAD_OPTIONS = """
+--port 99999 | --port must be
+--xyzzy | there is no option --xyzzy; see --help
+--dem | did you mean --demo?
+--prot=8080 | did you mean --port?
+--offlin | did you mean --offline?
+statsu | did you mean status?
+Serve | did you mean serve?
+help | did you mean --help?
+models | there is no command models; see --help
+status x | there is no command x
+--port 8080 status | the command comes first: qwen_proxy.py status
+--alias x | NAME=ID
+--timeout 0 | --timeout
+--base-url ftp://x | --base-url
+--host 0.0.0.0 --port 0 | --api-key
+--port TAKEN | choose another --port
+"""
+
+
+@pytest.mark.parametrize("line", BAD_OPTIONS.strip().split("\n"))
+def test_bad_options_are_a_sentence_and_exit_code_2(line):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        arguments, words = line.replace("TAKEN", str(taken.getsockname()[1])).split(" | ")
+        command = [sys.executable, PROGRAM, *arguments.split()]
+        done = subprocess.run(command, capture_output=True, timeout=WAIT)
+    assert done.returncode == 2 and words in done.stderr.decode()
+    assert b"Traceback" not in done.stderr
 
 
 STARTS = {
@@ -8339,22 +7311,6 @@ def test_without_a_login_a_line_to_paste_comes_first(main, serve, monkeypatch, v
         assert variable is None or variable in text and "YOUR_KEY" not in text
 
 
-def test_taken_port_is_a_sentence_and_exit_code_2():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        done = subprocess.run(
-            [sys.executable, PROGRAM, "--port", str(taken.getsockname()[1])],
-            capture_output=True,
-            timeout=WAIT,
-        )
-    assert (
-        done.returncode == 2
-        and b"choose another --port" in done.stderr
-        and b"Traceback" not in done.stderr
-    )
-
-
 @pytest.mark.parametrize("arguments", [[], ["--host=192.0.2.1", "--no-auth"]])
 @posix
 def test_a_deleted_working_directory_has_no_settings(login, upstream, tmp_path, main, arguments):
@@ -8373,18 +7329,16 @@ ENDLESS = [*HELLO[:2], threading.Event()]
 
 def send(server, **more):
     """A connection with a chat request on its way."""
-    body = json.dumps({"messages": HI, **more}).encode()
     client = socket.create_connection(("127.0.0.1", server.port), timeout=WAIT)
-    client.sendall(POST + b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
+    client.sendall(post(json.dumps({"messages": HI, **more}).encode()))
     return client
 
 
 def send_signals(process, names):
     """Each when the program has noticed the one before; its exit code."""
     for index, name in enumerate(names.split()):
-        end = time.monotonic() + WAIT
-        while index and "stopping" not in "".join(process.lines) and time.monotonic() < end:
-            time.sleep(0.01)
+        if index:
+            until(lambda: "stopping" in "".join(process.lines))
         process.popen.send_signal(getattr(signal, name))
     return process.popen.wait(WAIT)
 
@@ -8571,17 +7525,11 @@ def test_login_writes_the_file(home, upstream, monkeypatch, capsys):
     upstream.device_answers.extend([PENDING, SUCCESS])
     assert qp.main(["login", "--no-browser"]) == 0
     said = capsys.readouterr().err
-    assert (
-        "2026-04-15" in said
-        and "ABCD-EFGH" in said
-        and "client=qwen-code" in said
-        and "at_9" not in said
-    )
+    for words in ("2026-04-15", "ABCD-EFGH", "client=qwen-code"):
+        assert words in said
     path = home / "oauth_creds.json"
-    assert (
-        json.loads(path.read_text())["access_token"] == "at_9"
-        and stat.S_IMODE(path.stat().st_mode) == 0o600
-    )
+    assert json.loads(path.read_text())["access_token"] == "at_9" and "at_9" not in said
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
 def test_login_ended_by_ctrl_c_or_refusal_leaves_nothing(home, upstream, monkeypatch, capsys):
@@ -8604,61 +7552,42 @@ def test_status_tells_what_is_known_of_a_login(login, upstream, capsys, monkeypa
     login.chmod(0o644)
     assert qp.main(["status"]) == 1
     said = capsys.readouterr().out
-    for words in (
-        "oauth_creds.json",
-        "in 59 min",
-        "chmod 600",
-        "exists for",
-        "coder-model",
-        "right",
-    ):
+    for words in "oauth_creds.json|in 59 min|chmod 600|exists for|coder-model|right".split("|"):
         assert words in said, words
     assert "none" in said and "not checked: Qwen's free" in said and "at_1" not in said
     assert upstream.bodies() == [] and upstream.refreshes == []
 
 
-def listed_as(*arguments, **more):
-    return lambda: refusal(*arguments, **more)
+# What the other end is, what its /models answers, the verdict, and words.
+STATUS = table("""
+right key | dashscope | ["m"] | ok |
+own server | /v1 | ["a/b", "m"] | ok |
+wrong key | dashscope | refusal("Incorrect API key", 401, "invalid_api_key") | no | Incorrect
+forbidden | dashscope | refusal("Access denied", 403, "x") | no | Access denied
+broken | dashscope | refusal("oops", 500, "x") | no | oops
+elsewhere | /v1 | reply(302, b"", headers=[("Location", "/x")]) | no | redirect
+a page | /v1 | reply(200, b"<html>", "text/html") | not checked | does not list
+other models | dashscope | ["other"] | not checked | does not list the model m
+no list | /v1 | None | not checked | HTTP 404
+limit | dashscope | refusal("slow down", 429, "x") | not checked | HTTP 429
+gone | http://127.0.0.1:9/v1 | None | no | 127.0.0.1:9 cannot be asked: connection refused
+odd key | odd key | None | no | holds a character that no key has
+quoted key | quotes | None | no | is in quotes
+no key | no key | None | no | OPENAI_API_KEY is not set
+login | login | None | not checked | 2026-04-15
+old login | old login | None | not checked | 2026-04-15
+refused login | login | refusal("no", 401, "invalid_api_key") | no | 2026-04-15
+dead login | dead login | None | no | its refresh token was refused
+no login | nothing | None | no | no Qwen login on this machine
+""")
 
 
-STATUS = {  # what /models answers, what the other end is, the verdict, words
-    "right key": (["m"], "dashscope", "ok", None),
-    "own server": (["a/b", "m"], "/v1", "ok", None),
-    "wrong key": (
-        listed_as("Incorrect API key", 401, "invalid_api_key"),
-        "dashscope",
-        "no",
-        "Incorrect",
-    ),
-    "forbidden": (listed_as("Access denied", 403, "x"), "dashscope", "no", "Access denied"),
-    "broken": (listed_as("oops", 500, "x"), "dashscope", "no", "oops"),
-    "elsewhere": (lambda: reply(302, b"", headers=[("Location", "/x")]), "/v1", "no", "redirect"),
-    "a page": (lambda: reply(200, b"<html>", "text/html"), "/v1", "not checked", "does not list"),
-    "other models": (["other"], "dashscope", "not checked", "does not list the model m"),
-    "no list": (None, "/v1", "not checked", "HTTP 404"),
-    "limit": (listed_as("slow down", 429, "x"), "dashscope", "not checked", "HTTP 429"),
-    "gone": (
-        None,
-        "http://127.0.0.1:9/v1",
-        "no",
-        "127.0.0.1:9 cannot be asked: connection refused",
-    ),
-    "odd key": (None, "odd key", "no", "holds a character that no key has"),
-    "quoted key": (None, "quotes", "no", "is in quotes"),
-    "no key": (None, "no key", "no", "OPENAI_API_KEY is not set"),
-    "login": (None, "login", "not checked", "2026-04-15"),
-    "old login": (None, "old login", "not checked", "2026-04-15"),
-    "refused login": (listed_as("no", 401, "invalid_api_key"), "login", "no", "2026-04-15"),
-    "dead login": (None, "dead login", "no", "its refresh token was refused"),
-    "no login": (None, "nothing", "no", "no Qwen login on this machine"),
-}
-
-
-@pytest.mark.parametrize("name", STATUS)
+@pytest.mark.parametrize("kind, models, verdict, words", STATUS)
 def test_status_says_what_would_happen_to_a_request(
-    name, home, upstream, monkeypatch, capsys
+    home, upstream, monkeypatch, capsys, kind, models, verdict, words
 ):  # U1
-    upstream.models, kind, verdict, words = STATUS[name]
+    models = value_of(models)
+    upstream.models = (lambda: models) if isinstance(models, Reply) else models
     keys = {"odd key": "sk-good-\u4e2d", "quotes": '"sk-good-1"', "no key": ""}
     monkeypatch.setenv("OPENAI_API_KEY", keys.get(kind, "sk-good-1"))
     arguments = ["--model", "m", "--base-url", kind if "://" in kind else upstream.dashscope]
@@ -8673,7 +7602,7 @@ def test_status_says_what_would_happen_to_a_request(
     assert qp.main(["status", *arguments, "--json"]) == (0 if verdict == "ok" else 1)
     facts = json.loads(capsys.readouterr().out)
     assert facts["status"] == verdict
-    assert (facts["problem"] is None) if words is None else (words in facts["problem"])
+    assert words in facts["problem"] if words else facts["problem"] is None
     assert upstream.bodies() == [] and bool(upstream.refreshes) == (kind == "old login")
     assert qp.main(["status", *arguments]) == (0 if verdict == "ok" else 1)
     assert f"status        {verdict}" in capsys.readouterr().out
@@ -8687,13 +7616,7 @@ def test_status_says_what_would_happen_to_a_request(
 def test_status_as_json_is_data(home, upstream, key_server, monkeypatch, capsys):  # U2
     write_login(home, upstream, expires_in=3600)
     upstream.models = ["qwen3-max"]
-    options = [
-        "--base-url",
-        upstream.dashscope,
-        "--model",
-        "qwen3-max",
-        f"--port={key_server.port}",
-    ]
+    options = ["--base-url", upstream.dashscope, "--model=qwen3-max", f"--port={key_server.port}"]
     assert qp.main(["status", "--json", *options]) == 0
     out = capsys.readouterr().out
     facts = json.loads(out)
@@ -8737,15 +7660,18 @@ def test_status_is_said_in_any_encoding(home, upstream, monkeypatch, encoding, a
     assert json.loads(said)["model"] == "m\u6a21\u2013" if arguments else model in said
 
 
+LEFT_READERS = """
+status --offline | head -0
+status --offline >&-
+status --offline --json 2>&- | true
+"""
+
+
 @posix
-@pytest.mark.parametrize(
-    "command",
-    ["status --offline | head -0", "status --offline >&-", "status --offline --json 2>&- | true"],
-)
+@pytest.mark.parametrize("command", LEFT_READERS.strip().split("\n"))
 def test_a_reader_that_leaves_is_no_error(login, command):  # O4
-    script = (
-        f"{shlex.quote(sys.executable)} {shlex.quote(PROGRAM)} {command}; exit ${{PIPESTATUS[0]}}"
-    )
+    program = f"{shlex.quote(sys.executable)} {shlex.quote(PROGRAM)}"
+    script = f"{program} {command}; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", script], capture_output=True)
     assert (done.returncode, done.stderr) == (1, b"")
 
@@ -8754,14 +7680,13 @@ def test_a_reader_that_leaves_is_no_error(login, command):  # O4
     "proxy", ["socks5://u:pass-word@127.0.0.1:9", "SOCKS5h://127.0.0.1:9", "socks4://127.0.0.1:9"]
 )
 @pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "ALL_PROXY"])
-def test_a_socks_proxy_is_named(serve, upstream, monkeypatch, capsys, variable, proxy):  # O7
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
+def test_a_socks_proxy_is_named(keyed, upstream, monkeypatch, capsys, variable, proxy):  # O7
     monkeypatch.setenv(variable, proxy)
     upstream.models, is_used = ["m"], variable != "ALL_PROXY"
     code = qp.main(["status", "--json", "--base-url", upstream.dashscope, "--model=m"])
     facts = json.loads(capsys.readouterr().out)
     assert code == is_used and bool(facts["forward_proxy"]) == is_used
-    status, _, answer = chat(serve(base_url=upstream.dashscope, model="m"))
+    status, _, answer = chat(keyed())
     assert status == (502 if is_used else 200)
     if is_used:
         assert answer["error"]["message"] == facts["problem"]
@@ -8772,7 +7697,7 @@ def test_a_socks_proxy_is_named(serve, upstream, monkeypatch, capsys, variable, 
     assert "forward proxy none" in capsys.readouterr().out
 
 
-REFUSED = [
+LAST_REFUSED = [
     (refusal("Incorrect API key provided.", 401, "invalid_api_key"), 503, 503),
     (refusal("Your quota will reset at 5", 429, "x"), 503, 503),
     (refusal("no", 503, "x"), 503, 200),
@@ -8783,18 +7708,16 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("answer, soon, later", REFUSED)
+@pytest.mark.parametrize("answer, soon, later", LAST_REFUSED)
 def test_health_keeps_the_last_refusal_until_a_request_succeeds(
-    serve, upstream, monkeypatch, answer, soon, later
+    keyed, upstream, monkeypatch, answer, soon, later
 ):  # U1
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
-    server = serve(base_url=upstream.dashscope, model="m", retries=0)
+    server = keyed(retries=0)
     ago = [0]
     monkeypatch.setattr(qp.time, "time", lambda real=time.time: real() + ago[0])
 
     def health():
-        status, _, body = ask(server, method="GET", path="/health")
-        return status, json.loads(body)
+        return get(server, "/health")
 
     assert health()[1]["last_refusal"] is None
     upstream.script.append(answer)
