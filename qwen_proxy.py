@@ -2558,14 +2558,20 @@ def environment_provider(settings: CliSettings, base_url: Any, source: str) -> P
     return Provider(preset_of(base_url) or host, base_url, credentials, source)
 
 
+def login_names(folder: str) -> list[str]:
+    """Return the names of the logins beside oauth_creds.json; raises OSError."""
+    try:
+        return sorted(fnmatch.filter(os.listdir(folder), "oauth_creds?*.json"))
+    except FileNotFoundError:
+        return []
+
+
 def oauth_providers(settings: CliSettings, known: dict[str, OAuthCredentials]) -> list[Provider]:
     """Return a provider for oauth_creds.json and for every oauth_creds*.json beside it."""
-    names: list[str] = []
     try:
-        names = sorted(fnmatch.filter(os.listdir(settings.home), "oauth_creds?*.json"))
-    except FileNotFoundError:
-        pass
+        names = login_names(settings.home)
     except OSError as error:
+        names = []
         settings.notes.append(f"{settings.home} cannot be searched for logins: {reason_of(error)}")
     providers = []
     for name in ["oauth_creds.json", *names]:
@@ -2608,6 +2614,15 @@ class Discovery:
         for provider in self.providers:
             provider.defaults = settings.config(stated)
             self.notes += self._unsaved(provider)
+
+    def summary(self) -> str:
+        """Return what would be used, in one line for the log."""
+        if not self.providers:
+            return self.problem or self.advice
+        active, *others = self.providers
+        names = ", ".join(sorted(other.name for other in others))
+        besides = f"; besides {names}" if names else ""
+        return f"{self.model or 'no model'} via {active.name} ({active.source}){besides}"
 
     def _choose(self) -> tuple[Provider | None, str]:
         """Return the provider that the first rule to apply names, or None and why there is none."""
@@ -2883,8 +2898,11 @@ class Providers:
         with self._lock:
             if time.monotonic() - self._checked > self.INTERVAL:
                 self._checked = time.monotonic()
-                if self._files.has_changed():
-                    self._discovery = self._discover()
+                if self._files.has_changed() or self._login_names() != self._logins:
+                    before, self._discovery = self._discovery.summary(), self._discover()
+                    summary = self._discovery.summary()
+                    if summary != before:
+                        log.info("the settings were read again: %s", summary)
             return self._discovery
 
     def serving(self, lists: list[list[str]]) -> Serving:
@@ -2925,9 +2943,15 @@ class Providers:
         matches = (target for name, target in self.aliases if fnmatch.fnmatchcase(model, name))
         return next(matches, model)
 
+    def _login_names(self) -> list[str]:
+        try:
+            return login_names(self.home)
+        except OSError:
+            return []
+
     def _discover(self) -> Discovery:
-        # Its oauth_creds*.json may come and go.
-        self._files.exists(self.home)
+        # They may come and go.
+        self._logins = self._login_names()
         settings = CliSettings(self.home, self._environ, self._folder, self._files)
         self.forwarding = settings.forwarding()
         return Discovery(self.options, settings, self._known)
