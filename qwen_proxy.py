@@ -1607,7 +1607,8 @@ class OAuthCredentials:
         oauth_base_url: str = OAUTH_BASE_URL,
         forwarding: Forwarding = DIRECT,
     ):
-        self.path, self.problem, self._forwarding = path, "", forwarding
+        self.path, self.problem = path, ""
+        self._oauth_base_url, self._forwarding = oauth_base_url, forwarding
         self._token_url = oauth_base_url.rstrip("/") + TOKEN_PATH
         self._refreshing, self._reading = threading.Lock(), threading.Lock()
         self._login: Login | None = None
@@ -1689,6 +1690,21 @@ class OAuthCredentials:
     def adopt(self, login: Login) -> None:
         """Use a login that no file holds yet, and write none."""
         self._login, self._stamp = login, stamp_of(self.path)
+
+    def authorize(
+        self, show: Callable[[DeviceCode], None], sleep: Callable[[float], None] = time.sleep
+    ) -> None:
+        """Run device authorization to its end, and save the new login; raises ProxyError.
+
+        show is called with what the user needs.
+        """
+        device = request_device_code(self._oauth_base_url, self._forwarding)
+        show(device)
+        self.replace(
+            poll_for_login(self._oauth_base_url, device, sleep, forwarding=self._forwarding)
+        )
+        if self.problem:
+            raise CredentialError(f"{self.path} cannot be written: {self.problem}")
 
     def replace(self, login: Login) -> None:
         """Put a new login in place of the old one, under the CLI's lock."""
@@ -10952,11 +10968,11 @@ def cmd_login(options: Options, with_browser: bool) -> int:
 
     home = qwen_home(os.environ, options.qwen_home)
     settings = CliSettings(home, os.environ, home)
-    base_url, forwarding = settings.oauth_base_url(), settings.forwarding()
-    path = os.path.join(home, "oauth_creds.json")
-    say(f"Note: {FREE_TIER_ENDED}.", "")
-    try:
-        device = request_device_code(base_url, forwarding)
+    credentials = OAuthCredentials(
+        os.path.join(home, "oauth_creds.json"), settings.oauth_base_url(), settings.forwarding()
+    )
+
+    def show(device: DeviceCode) -> None:
         minutes = f"{device.expires_in / 60:.0f} minutes"
         say(f"Open this address and approve the log-in, within {minutes}:", "")
         say(f"    {device.verification_uri}", "")
@@ -10964,17 +10980,15 @@ def cmd_login(options: Options, with_browser: bool) -> int:
             say(f"The code it shows must be {device.user_code}.")
         if with_browser:
             webbrowser.open(device.verification_uri)
-        login = poll_for_login(base_url, device, forwarding=forwarding)
+
+    say(f"Note: {FREE_TIER_ENDED}.", "")
+    try:
+        credentials.authorize(show)
+        when = span_of(credentials.login().expires_at - time.time())
     except ProxyError as error:
         say(f"login failed: {error.message}")
         return 1
-    credentials = OAuthCredentials(path, base_url)
-    credentials.replace(login)
-    if credentials.problem:
-        say(f"logged in, but {path} cannot be written: {credentials.problem}")
-        return 1
-    when = span_of(login.expires_at - time.time())
-    say(f"Logged in; {path} holds the login, valid until it is refreshed {when}.")
+    say(f"Logged in; {credentials.path} holds the login, valid until it is refreshed {when}.")
     return 0
 
 
