@@ -3,7 +3,8 @@
 
 The login that the Qwen Code CLI keeps on this machine becomes an OpenAI-compatible API:
 
-    python3 qwen_proxy.py --port 8080      then use http://localhost:8080/v1 with any key
+    python3 qwen_proxy.py --port 8080      then use http://localhost:8080/v1 with any key; a
+                                           browser shows state and usage at http://localhost:8080
     python3 qwen_proxy.py --demo           a built-in stand-in answers, no account needed
     python3 qwen_proxy.py login            log in with the browser (writes oauth_creds.json)
     python3 qwen_proxy.py status           what would happen to a request now, and why
@@ -60,6 +61,7 @@ import functools
 import gc
 import hashlib
 import hmac
+import html
 import http.client
 import http.server
 import io
@@ -2920,6 +2922,10 @@ class Providers:
                     if summary != before:
                         log.info("the settings were read again: %s", summary)
             return self._discovery
+
+    def own_login(self) -> OAuthCredentials:
+        """Return the login in oauth_creds.json, which may not be there yet."""
+        return self._known[os.path.join(self.home, "oauth_creds.json")]
 
     def serving(self, lists: list[list[str]]) -> Serving:
         """Return who serves which model now; lists are the live ones, in the providers' order."""
@@ -8895,6 +8901,541 @@ def metric(
 
 
 # ------------------------------------------------------------------------------------------------
+# Page
+# ------------------------------------------------------------------------------------------------
+# It stands before 'Server', which sends it and starts its log-in. What comes from outside becomes
+# text in it, never HTML: that is why its script makes every element itself.
+
+PAGE = r"""<!doctype html>
+<html lang="en"><head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Qwen proxy</title><link rel="icon" href="data:,">
+<style nonce="{nonce}">
+* { box-sizing: border-box; margin: 0; } .loading .later { visibility: hidden; }
+:root {
+  color-scheme: light dark; --back: light-dark(#f6f6f8, #121216); --card: light-dark(#fff, #1a1a20);
+  --text: light-dark(#1d1d24, #e9e9ee); --dim: light-dark(#5b5b68, #a4a4b1);
+  --line: light-dark(#e1e1e8, #2d2d36); --edge: light-dark(#83838f, #757582);
+  --accent: light-dark(#5346c4, #aaa0fc); --on-accent: light-dark(#fff, #15131f);
+  --soft: light-dark(#f0eefb, #232133); --bad: light-dark(#b3261e, #ff9d94);
+}
+[hidden], .plain .live, body:not(.plain) .unscripted { display: none !important; }
+body { background: var(--back); color: var(--text); overflow-wrap: anywhere; }
+body { font: 15px/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums; }
+header, main { max-width: 1280px; margin: 0 auto; padding: 16px 20px; }
+header { display: flex; justify-content: space-between; }
+main { display: grid; grid-template: auto / repeat(2, minmax(0, 1fr)); gap: 16px; padding-top: 0; }
+section { grid-column: 1 / -1; padding: 18px 20px; border: 1px solid var(--line); }
+section { border-radius: 10px; background: var(--card); }
+header span, label, dt, th, summary, small, .dim { color: var(--dim); font-size: 13px; }
+h1 { font-size: 22px; line-height: 1.5; } h2 { margin-bottom: 10px; font-size: 16px; }
+button, .button, input, textarea {
+  padding: 6px 12px; border: 1px solid var(--edge); border-radius: 7px;
+  background: var(--card); color: var(--text); font: inherit; text-decoration: none;
+}
+button, .button, summary { cursor: pointer; font-size: 14px; }
+button:hover { border-color: var(--accent); } pre, #answer, details { margin-top: 10px; }
+.main, [aria-pressed=true] { background: var(--accent); color: var(--on-accent); }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+textarea { width: 100%; min-height: 78px; resize: vertical; }
+pre, .mono { font: 13px/1.55 ui-monospace, Menlo, Consolas, monospace; }
+pre, .box { padding: 12px 14px; border-radius: 7px; background: var(--soft); }
+pre, #answer, #thoughts, #problem { white-space: pre-wrap; }
+.row { display: flex; flex-flow: wrap; gap: 8px; align-items: center; margin-top: 10px; }
+.box { margin-top: 14px; } .row input, .fields input { flex: 1 1 110px; min-width: 0; }
+.fields { display: grid; grid-template: auto / auto 1fr auto; gap: 8px; align-items: center; }
+.sign { display: inline-block; width: 11px; height: 11px; margin-right: 10px; border-radius: 50%; }
+.sign, i { background: var(--accent); } .wrong .sign { border-radius: 2px; background: var(--bad); }
+.bad, .wrong #problem { color: var(--bad); } #problem::first-letter { text-transform: uppercase; }
+pre + .copy, #problem + .copy { margin-top: 8px; } #problem:empty + .copy { display: none; }
+#facts { display: flex; flex-wrap: wrap; gap: 10px 40px; margin-top: 12px; }
+#code { font-size: 22px; letter-spacing: 2px; } .day:hover, .day:focus { background: var(--soft); }
+#snippet { min-height: 146px; } #answer { min-height: 48px; } #activity-box { max-height: 220px; }
+#days { display: flex; gap: 4px; } .day { flex: 1; min-width: 0; text-align: center; }
+.bar { display: flex; flex-flow: column-reverse; height: 120px; box-shadow: 0 1px var(--edge); }
+td i { display: inline-block; width: 10px; height: 10px; margin-right: 8px; border-radius: 2px; }
+.shade1 { opacity: .7; } .shade2 { opacity: .5; } .shade3 { opacity: .34; } .shade4 { opacity: .2; }
+#windows { margin: 10px 0 22px; } td small { display: block; } i { margin-top: 1px; }
+table { width: 100%; border-collapse: collapse; table-layout: fixed; }
+td, th { padding: 6px 12px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { font-weight: 500; text-align: left; } td:last-child, th:last-child { padding-right: 2px; }
+.number { width: 70px; text-align: right; overflow-wrap: normal; } .when { width: 104px; }
+.wide { width: 30%; } .scroll { overflow: auto; max-height: 420px; margin-top: 8px; }
+td button, ::file-selector-button { padding: 0 4px 0 0; border: 0; background: none; }
+td button, ::file-selector-button, .on { color: var(--accent); font: inherit; text-align: left; }
+@media (min-width: 1150px) { #connect, #try, #usage, #models { grid-column: auto; } }
+@media (max-width: 640px) {
+  header, main { padding-left: 10px; padding-right: 10px; } section { padding: 14px 12px; }
+  .less, #activity thead { display: none; } .number { width: 62px; padding-right: 6px; }
+  #activity tr { display: grid; grid-template-columns: 88px 1fr 1fr; padding: 5px 0; }
+  #activity td { width: auto; padding: 0 8px 0 0; border: 0; text-align: left; }
+  #activity td:last-child { grid-column: span 2; }
+}
+</style>
+</head><body class="plain">
+<header><strong>Qwen proxy</strong><span id="server">{server}</span></header>
+<main>
+<section id="state" class="{mood}" aria-labelledby="verdict">
+  <h1><span class="sign"></span><span id="verdict" role="status">{verdict}</span></h1>
+  <p id="problem" class="copied">{problem}</p>
+  <form id="key-form" class="box live" {no_key}>
+    <label for="key">API key: one that the server was started with. It stays in this tab.</label>
+    <p class="row"><input type="password" id="key" autocomplete="off" required>
+      <button class="main">Use this key</button></p></form>
+  <dl id="facts">{facts}</dl>
+  <details id="login" class="live" hidden><summary>Log in with a Qwen account</summary>
+    <div class="box"><p id="login-text" role="status"></p>
+      <p id="login-code" class="row" hidden><span class="dim">Code</span>
+        <b id="code" class="mono copied"></b>
+        <a id="link" class="button main" target="_blank" rel="noopener">Open the page</a></p>
+      <p class="row"><button id="login-start">Connect</button></p></div></details>
+  <p class="unscripted box">With JavaScript this page also shows usage, requests and models.</p>
+</section>
+<section id="connect" class="live" aria-labelledby="connect-title">
+  <h2 id="connect-title">Connect a client</h2>
+  <div class="fields">
+    <label for="base">Base URL</label><input id="base" class="mono copied" readonly>
+    <label for="client-key">API key</label><input id="client-key" class="mono copied" readonly>
+    <label for="model">Model</label>
+    <input id="model" class="mono copied" list="model-ids" spellcheck="false" autocomplete="off">
+  </div>
+  <div class="row" id="clients" role="group" aria-label="Client"></div>
+  <pre tabindex="0" id="snippet" class="copied"></pre><datalist id="model-ids"></datalist>
+</section>
+<section id="usage" class="live later" aria-labelledby="usage-title">
+  <h2 id="usage-title">Usage, in tokens a day</h2>
+  <div id="days"></div><p class="dim" id="day"></p>
+  <div id="windows"></div><div id="usage-box" class="scroll" tabindex="0"></div>
+</section>
+<section id="activity" class="live later" aria-labelledby="activity-title">
+  <h2 id="activity-title">Requests</h2>
+  <div id="activity-box" class="scroll" tabindex="0" role="region" aria-label="Requests"></div>
+</section>
+<section id="try" class="live later" aria-labelledby="try-title">
+  <h2 id="try-title">Try it</h2>
+  <form id="try-form">
+    <label for="prompt">Message to <span id="try-model"></span></label>
+    <textarea id="prompt" required>Say hello, and what you can do.</textarea>
+    <p class="row"><label for="image">Image</label><input type="file" id="image" accept="image/*">
+      <button type="reset">Clear</button> <button class="main" id="send">Send</button></p></form>
+  <details><summary>Thoughts</summary><div id="thoughts" class="dim"></div></details>
+  <div id="answer"></div><p class="dim" id="outcome" role="status">&nbsp;</p>
+  <details><summary>The request as curl</summary>
+    <pre tabindex="0" id="curl" class="copied"></pre></details>
+</section>
+<section id="models" class="live later" aria-labelledby="models-title">
+  <h2 id="models-title">Models</h2>
+  <p class="row"><label for="filter">Filter</label><input type="search" id="filter">
+    <span class="dim" id="model-count" role="status"></span></p>
+  <div id="model-box" class="scroll" tabindex="0" role="region" aria-label="Models"></div>
+</section>
+</main>
+<script nonce="{nonce}">
+const $ = (id) => document.getElementById(id);
+// Where the browser reached the program: also behind a path prefix, and at /v1.
+const root = location.origin + location.pathname.replace(/\/*$/, "/");
+const base = root.replace(/\/v1\/$/, "/") + "v1";
+const count = (value) => value.toLocaleString();
+const short = new Intl.NumberFormat([], {notation: "compact", maximumFractionDigits: 1}).format;
+let state, models = [], image = "", client = "curl", sending, timer, usageOf = 0, modelsOf, loginOf;
+// With --api-key the server sends the page with the form for it open.
+const needsKey = !$("key-form").hidden, setKey = (key) => sessionStorage.setItem("key", key);
+
+// Returns an element. What comes from outside becomes text in it, never HTML.
+function make(tag, className, ...children) {
+  const element = Object.assign(document.createElement(tag), {className});
+  element.append(...children);
+  return element;
+}
+
+// Fills a box with a table; its columns are "Title.class.class|...", a row is a list of cells.
+function fill(box, titles, rows, none) {
+  const columns = titles.split("|").map((title) => title.split("."));
+  const cells = (tag, row) => make("tr", "", ...row.map((value, place) =>
+    make(tag, columns[place].slice(1).join(" "), value ?? "")));
+  const head = make("thead", "", cells("th", columns.map(([title]) => title)));
+  const body = make("tbody", "", ...rows.map((row) => cells("td", row)));
+  box.replaceChildren(rows.length ? make("table", "", head, body) : make("p", "dim", none));
+}
+
+async function ask(path, body, signal) {
+  const key = sessionStorage.getItem("key"), headers = {"Content-Type": "application/json"};
+  if (key) headers.Authorization = `Bearer ${key}`;
+  const options = body ? {method: "POST", body: JSON.stringify(body)} : {};
+  const response = await fetch(root + path, {...options, headers, signal, cache: "no-store"});
+  if (response.ok) return response;
+  const answer = await response.json().catch(() => null);
+  const message = answer?.error?.message || `the program answered ${response.status}`;
+  throw Object.assign(new Error(message), {status: response.status});
+}
+
+function span(seconds) {
+  const minutes = Math.floor(seconds / 60), hours = Math.floor(minutes / 60);
+  if (hours < 1) return minutes < 1 ? `${Math.max(0, Math.round(seconds))} s` : `${minutes} min`;
+  return hours < 48 ? `${hours} h ${minutes % 60} min` : `${Math.floor(hours / 24)} days`;
+}
+
+const json = async (...request) => (await ask(...request)).json();
+const isUsable = () => state.status === "ok";
+const until = (time) => time - Date.now() / 1000;
+const local = (time, how) => new Date(1000 * time).toLocaleString([], how);
+
+for (const element of document.querySelectorAll(".copied")) {
+  const button = make("button", "copy", "Copy");
+  button.onclick = () => {
+    element.select ? element.select() : getSelection().selectAllChildren(element);
+    // The clipboard API is not there for a page over http from another machine; this is.
+    button.textContent = document.execCommand("copy") ? "Copied" : "Press Ctrl+C";
+    setTimeout(() => { button.textContent = "Copy"; }, 1500);
+  };
+  element.after(button);
+}
+
+// ---- State and log-in ----
+function showState() {
+  const end = state.login.expires_at, left = until(end), facts = {...state.facts};
+  const clock = local(end, {weekday: "short", hour: "numeric", minute: "2-digit"});
+  if (end) facts.Login += left > 0 ? `, until ${clock} (${span(left)})` : ", expired";
+  $("state").className = isUsable() ? "" : "wrong";
+  $("verdict").textContent = state.verdict;
+  $("server").textContent = `version ${state.version}, up ${span(state.uptime_seconds)}`;
+  $("problem").textContent = state.problem;
+  $("facts").replaceChildren(...Object.entries(facts).map(
+    ([name, text]) => make("div", "", make("dt", "", name), make("dd", "", text))));
+  showLogin(state.device);
+}
+
+function showLogin({phase, message, address, code, expires_at: end}) {
+  const texts = {
+    none: `${isUsable() ? "You have a login that works. " : ""}${state.login_note}.`,
+    starting: "Asking Qwen for a code ...",
+    waiting: `Open the page and approve, if it shows this code. It expires in ${span(until(end))}.`,
+    done: `Logged in: ${message}.`,
+    failed: `The log-in failed: ${message}.`,
+  };
+  $("login").hidden = !state.can_login;
+  if (loginOf !== phase + state.status) $("login").open = phase !== "none" || !isUsable();
+  loginOf = phase + state.status;
+  $("login-text").textContent = texts[phase];
+  $("login-code").hidden = phase !== "waiting";
+  $("code").textContent = code || "";
+  if (/^https?:/.test(address)) $("link").href = address;
+  $("login-start").hidden = phase === "starting" || phase === "waiting";
+  $("login-start").textContent = isUsable() ? "Log in anew" : "Connect";
+}
+
+$("login-start").onclick = () => json("login", {}).then(showLogin).then(poll)
+  .catch(({message}) => showLogin({phase: "failed", message}));
+$("key-form").onsubmit = () => { setKey($("key").value.trim()); poll(); return false; };
+
+// ---- Connect a client ----
+const quote = JSON.stringify;
+const shell = (text) => `'${text.replaceAll("'", "'\\''")}'`;
+
+function curl(body) {
+  const key = needsKey ? "  -H 'Authorization: Bearer YOUR_KEY' \\\n" : "";
+  return `curl ${shell(base + "/chat/completions")} \\\n${key}`
+    + `  -H 'Content-Type: application/json' \\\n  -d ${shell(quote(body))}`;
+}
+
+const CLIENTS = {
+  curl: (model) => curl({model, messages: [{role: "user", content: "Hello"}]}),
+  "openai-python": (model, key) => `from openai import OpenAI
+
+client = OpenAI(base_url=${quote(base)}, api_key=${quote(key)})
+messages = [{"role": "user", "content": "Hello"}]
+answer = client.chat.completions.create(model=${quote(model)}, messages=messages)
+print(answer.choices[0].message.content)`,
+  Codex: (model, key) => `# ~/.codex/config.toml
+model = ${quote(model)}
+model_provider = "qwen"
+
+[model_providers.qwen]
+name = "Qwen"
+base_url = ${quote(base)}
+wire_api = "responses"${key === "any" ? "" : '\nenv_key = "QWEN_PROXY_KEY"'}`,
+  "Open WebUI": (model, key) => `Admin Settings, Connections, OpenAI API, +\n
+URL        ${base}
+in Docker  ${base.replace(/\/\/(localhost|127[\d.]+|\[::1\])/, "//host.docker.internal")}
+Key        ${key}`,
+  Cline: (model, key) => `Settings, API Provider: OpenAI Compatible\n
+Base URL   ${base}
+API Key    ${key}
+Model ID   ${model}`,
+  aider: (model, key) => `OPENAI_API_BASE=${shell(base)} OPENAI_API_KEY=${shell(key)} \\
+  aider --model ${shell("openai/" + model)}`,
+};
+
+function showSnippets() {
+  const model = $("model").value, key = needsKey ? "YOUR_KEY" : "any";
+  for (const button of $("clients").children) button.ariaPressed = button.textContent === client;
+  $("client-key").value = key;
+  $("try-model").textContent = model;
+  $("snippet").textContent = CLIENTS[client](model, key);
+  $("curl").textContent = curl(request());
+}
+
+for (const name of Object.keys(CLIENTS)) {
+  const button = $("clients").appendChild(make("button", "", name));
+  button.onclick = () => { client = name; showSnippets(); };
+}
+
+// ---- Usage and requests ----
+const DAYS = 14, WINDOWS = ["last 5 hours", "7 days", "30 days"];
+const total = (rows, name) => rows.reduce((sum, row) => sum + row[name], 0);
+const tokens = (rows) => total(rows, "input_tokens") + total(rows, "output_tokens");
+
+function showUsage({groups, windows}) {
+  const of = (model) => groups.filter((row) => row.model === model);
+  const noon = (day) => new Date(`${day}T12:00`).getTime();
+  // The server's clock may be a day ahead of this one.
+  const last = new Date(Math.max(Date.now(), ...groups.map((row) => noon(row.day)))).setHours(12);
+  const days = [...Array(DAYS).keys()].reverse().map((back) =>
+    new Date(last - back * 24 * 3600e3).toLocaleDateString("sv"));
+  const names = [...new Set(groups.map((row) => row.model))];
+  names.sort((one, other) => tokens(of(other)) - tokens(of(one)));
+  const perDay = days.map((day) => groups.filter((row) => row.day === day));
+  const most = Math.max(1, ...perDay.map(tokens));
+  const key = (place) => make("i", `shade${Math.min(place, 4)}`);
+  $("days").replaceChildren(...days.map((day, at) => {
+    const date = new Date(noon(day)).toLocaleDateString([], {dateStyle: "full"});
+    const asked = count(total(perDay[at], "requests")), bar = make("div", "bar");
+    const item = make("div", "day", bar, make("small", "", +day.slice(8)));
+    names.forEach((name, place) => {
+      const part = key(place), used = perDay[at].filter((row) => row.model === name);
+      part.style.height = `${118 * tokens(used) / most}px`;
+      if (tokens(used)) bar.append(part);
+    });
+    const ariaLabel = `${date}: requests ${asked}, tokens ${short(tokens(perDay[at]))}`;
+    const tell = item.onfocus = item.onmouseenter = () => { $("day").textContent = ariaLabel; };
+    tell();
+    return Object.assign(item, {role: "img", ariaLabel, tabIndex: 0});
+  }));
+  const providers = [...new Set(windows.map((row) => row.provider))];
+  const shown = providers.map((provider) => [provider, ...WINDOWS.map((name) => {
+    const rows = windows.filter((row) => row.provider === provider && row.window === name);
+    const small = make("small", "", short(tokens(rows)));
+    return make("span", "", count(total(rows, "requests")), small);
+  })]);
+  fill($("windows"), `Requests, tokens|${WINDOWS.join(".number|")}.number`, shown, "");
+  $("days").hidden = $("day").hidden = !groups.length;
+  const fields = ["requests", "errors", "input_tokens", "cached_tokens", "output_tokens"];
+  const lines = names.map((name, place) => [make("span", "", key(place), name || "none"),
+    ...fields.map((field, at) => (at < 2 ? count : short)(total(of(name), field)))]);
+  fill($("usage-box"), "Model|Requests.number|Errors.number.less|In.number|Cached.number.less|"
+    + "Out.number", lines, "Nothing was asked yet.");
+}
+
+function showActivity() {
+  const rows = [...state.running, ...state.latest].map((row) => {
+    const seconds = row.seconds - row.first;
+    const started = make("time", "", `${span(-until(row.started_at))} ago`);
+    const hasSpeed = row.first && row.output_tokens && seconds > 0.05;
+    const style = !row.status ? "on" : row.status >= 400 ? "bad" : "";
+    const first = row.first ? `${row.first.toFixed(2)} s` : "";
+    started.title = local(row.started_at);
+    return [started, row.client, row.model || "default", first, `${row.seconds.toFixed(1)} s`,
+      hasSpeed ? (row.output_tokens / seconds).toFixed() : "",
+      make("span", style, `${row.status || "running"} ${row.remarks}`)];
+  });
+  fill($("activity-box"), "Started.when|Client|Model|First.number.less|Time.number|"
+    + "Tokens/s.number.less|Status.wide", rows, "None yet. Connect a client, or try it below.");
+}
+
+// ---- Try it ----
+function request() {
+  const text = $("prompt").value, part = {type: "image_url", image_url: {url: image}};
+  const content = image ? [{type: "text", text}, part] : text;
+  const messages = [{role: "user", content}], model = $("model").value;
+  return {model, messages, stream: true, stream_options: {include_usage: true}};
+}
+
+// Calls back with each event of a stream.
+async function readEvents(response, each) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let rest = "", piece; !(piece = await reader.read()).done;) {
+    const lines = (rest + piece.value).split("\n");
+    rest = lines.pop();
+    for (const line of lines) if (line.startsWith("data: {")) each(JSON.parse(line.slice(6)));
+  }
+}
+
+async function send() {
+  const started = performance.now(), seconds = () => (performance.now() - started) / 1000;
+  const say = (textContent, className) => Object.assign($("outcome"), {textContent, className});
+  let first = 0, used = null, end = "";
+  sending = new AbortController();
+  $("send").textContent = "Stop";
+  for (const name of ["answer", "thoughts"]) $(name).textContent = "";
+  say("Waiting for the first word ...", "dim");
+  setTimeout(poll, 100);
+  try {
+    await readEvents(await ask("chat/completions", request(), sending.signal), (chunk) => {
+      if (chunk.error) throw new Error(chunk.error.message);
+      const {delta = {}, finish_reason: reason} = chunk.choices?.[0] || {};
+      first ||= seconds();
+      used = chunk.usage || used;
+      end = reason || end;
+      $("thoughts").append(delta.reasoning_content || "");
+      $("answer").append(delta.content || "");
+      say(delta.content ? "Answering ..." : "Thinking ...", "dim");
+    });
+    const speed = (used?.completion_tokens / (seconds() - first) || 0).toFixed();
+    const cut = end === "length" ? " Cut off at the limit of tokens." : "";
+    say(`First word after ${first.toFixed(2)} s, ${speed} tokens/s.${cut}`, "dim");
+  } catch (error) {
+    if (error.name === "AbortError") say(`Stopped after ${seconds().toFixed(1)} s.`, "dim");
+    else say(error.message, "bad");
+  }
+  sending = null;
+  $("send").textContent = "Send";
+  poll();
+}
+
+$("try-form").onsubmit = () => { sending ? sending.abort() : send(); return false; };
+$("try-form").onreset = () => { image = ""; setTimeout(showSnippets); };
+$("image").onchange = ({target: {files}}) => {
+  const reader = new FileReader();
+  image = "";
+  reader.onload = () => { image = reader.result; showSnippets(); };
+  if (files.length) reader.readAsDataURL(files[0]);
+};
+
+// ---- Models, and what keeps the page up to date ----
+function showModels() {
+  const wanted = $("filter").value.toLowerCase(), size = (value) => value ? short(value) : "";
+  const found = models.filter((one) => `${one.id} ${one.owned_by}`.toLowerCase().includes(wanted));
+  $("model-count").textContent = `${count(found.length)} of ${count(models.length)}`;
+  const rows = found.slice(0, 300).map((one) => {
+    const button = make("button", "", one.id);
+    button.onclick = () => { $("model").value = one.id; showSnippets(); };
+    return [button, one.owned_by, size(one.context_length), size(one.max_output_tokens)];
+  });
+  fill($("model-box"), "Model|Provider|Context.number|Output.number.less", rows,
+    models.length ? "No model fits." : "None are known yet.");
+  $("model-ids").replaceChildren(...models.slice(0, 300).map((one) => new Option("", one.id)));
+}
+
+// Nothing is asked for while nobody looks, and little while nothing happens.
+async function poll() {
+  if (document.hidden || needsKey && !sessionStorage.getItem("key")) return;
+  try {
+    state = await json("status");
+    $("key-form").hidden = true;
+    $("model").defaultValue = state.model;
+    for (const show of [showState, showActivity, showSnippets]) show();
+    const latest = state.latest[0]?.id;
+    if (usageOf !== latest) showUsage(await json(`usage?by=day,model&days=${DAYS}`));
+    usageOf = latest;
+    document.body.className = "";
+    const source = quote([state.facts, state.status]);
+    if (modelsOf !== source) {
+      models = (await json("models")).data;
+      modelsOf = source;
+      showModels();
+    }
+  } catch (error) {
+    $("state").className = "wrong";
+    $("key-form").hidden = error.status !== 401;
+    $("verdict").textContent = error.status === 401 ? "A key is needed" : "No answer";
+    $("problem").textContent = error.status ? error.message
+      : "The program does not answer. Is it still running? This page keeps trying.";
+  }
+  const isBusy = state && (state.running.length || /start|wait/.test(state.device.phase));
+  clearTimeout(timer);
+  timer = setTimeout(poll, isBusy ? 1500 : 10000);
+}
+
+document.body.className = "loading";
+$("base").value = base;
+$("filter").oninput = showModels;
+$("model").oninput = $("prompt").oninput = showSnippets;
+document.addEventListener("visibilitychange", poll);
+showSnippets();
+poll();
+</script>
+</body></html>
+"""
+PAGE_HEADERS = (
+    ("Content-Type", "text/html; charset=utf-8"),
+    (
+        "Content-Security-Policy",
+        "default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'",
+    ),
+    ("X-Frame-Options", "DENY"),
+    ("X-Content-Type-Options", "nosniff"),
+    ("Referrer-Policy", "no-referrer"),
+    ("Cache-Control", "no-store"),
+    ("Vary", "Accept"),
+)
+VERDICTS = {"ok": "Ready", "refused": "Refused", "no_login": "Not ready"}
+
+
+def page_for(status: Json, facts: Mapping[str, str], nonce: str, has_keys: bool) -> str:
+    """Return the page with the facts for a reader without JavaScript; every text is escaped."""
+    values = {
+        "nonce": nonce,
+        "server": f"version {__version__}",
+        "mood": "" if status["status"] == "ok" else "wrong",
+        "verdict": status["verdict"],
+        "problem": "" if has_keys else html.escape(status["problem"]),
+        "no_key": "" if has_keys else "hidden",
+        "facts": "".join(
+            f"<div{' class=unscripted' if name in ('Base URL', 'API key') else ''}>"
+            f"<dt>{name}</dt><dd>{html.escape(text)}</dd></div>"
+            for name, text in facts.items()
+        ),
+    }
+    # In one go: what looks like a name in braces in a text is not filled in again.
+    return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), PAGE)
+
+
+class DeviceLogin:
+    """The log-in that the page starts: device authorization in a thread.
+
+    state: its phase (none, starting, waiting, done, failed), and what belongs to that.
+    """
+
+    def __init__(self, stopped: threading.Event):
+        self._stopped, self._lock = stopped, threading.Lock()
+        self.state: Json = {"phase": "none"}
+
+    def start(self, credentials: OAuthCredentials) -> Json:
+        """Start it, unless it runs already; returns its state."""
+        with self._lock:
+            if self.state["phase"] not in ("starting", "waiting"):
+                self.state = {"phase": "starting"}
+                threading.Thread(target=self._run, args=(credentials,), daemon=True).start()
+            return self.state
+
+    def _run(self, credentials: OAuthCredentials) -> None:
+        try:
+            credentials.authorize(self._show, self._sleep)
+            self.state = {"phase": "done", "message": public(f"{credentials.path} holds the login")}
+        except Exception as error:
+            # What is no ProxyError has no message.
+            self.state = {
+                "phase": "failed",
+                "message": public(getattr(error, "message", "") or reason_of(error)),
+            }
+
+    def _show(self, device: DeviceCode) -> None:
+        self.state = {
+            "phase": "waiting",
+            "address": device.verification_uri,
+            "code": device.user_code,
+            "expires_at": int(time.time() + device.expires_in),
+        }
+
+    def _sleep(self, seconds: float) -> None:
+        if self._stopped.wait(seconds):
+            raise ShuttingDown
+
+
+# ------------------------------------------------------------------------------------------------
 # Server
 # ------------------------------------------------------------------------------------------------
 
@@ -9104,7 +9645,9 @@ class AccessPolicy:
                 )
                 raise ProxyError(message, 403, "origin_not_allowed", "permission_error")
             return []
-        is_allowed = "*" in self._origins or origin.lower() in self._origins
+        is_allowed = (
+            "*" in self._origins or origin.lower() in self._origins or self.is_own_page(headers)
+        )
         if not is_allowed and not self.LOCAL_ORIGINS.match(origin):
             name = shorten(origin, 100)
             message = (
@@ -9122,6 +9665,30 @@ class AccessPolicy:
             ("Vary", "Origin"),
             ("Access-Control-Expose-Headers", self.EXPOSED),
         ]
+
+    @staticmethod
+    def origin_of(headers: Mapping[str, str]) -> str:
+        """Return the scheme and host that a request came by, that of a web server in front."""
+        scheme = headers.get("x-forwarded-proto", "http").partition(",")[0].strip()
+        return f"{scheme}://{headers.get('host', '')}".lower()
+
+    def is_own_page(self, headers: Mapping[str, str]) -> bool:
+        """Return whether a request comes from a page of this very server, however it is reached."""
+        is_same = headers.get("sec-fetch-site", "same-origin") == "same-origin"
+        return is_same and headers.get("origin", "").lower() == self.origin_of(headers)
+
+    def check_page(self, headers: Mapping[str, str]) -> None:
+        """Raise ProxyError unless a request comes from a page of this very server.
+
+        Another page of this machine could log it in to a stranger's account and read along.
+        """
+        if not self.is_own_page(headers):
+            raise ProxyError(
+                "only the page of this server may do this",
+                403,
+                "origin_not_allowed",
+                "permission_error",
+            )
 
     @staticmethod
     def _is_harmless(method: str, headers: Mapping[str, str], is_json: bool) -> bool:
@@ -9212,9 +9779,9 @@ class Exchange:
     """One request of a client, from its head to its log line.
 
     What came: method, path, headers, key; when: started, began (the first byte of the answer),
-    ended; where it went: target, outcomes (of every target that was asked); what was answered:
-    status, tokens (by target), error, notes. The log line and the ledger read it. It knows the
-    framing of both directions (RFC 9112).
+    ended; where it went: model (as asked for), target, outcomes (of every target that was asked);
+    what was answered: status, tokens (by target), error, notes. The log line, the ledger and the
+    page read it. It knows the framing of both directions (RFC 9112).
     """
 
     # A client's connection between requests; from the first byte of a request to the end of its
@@ -9246,7 +9813,7 @@ class Exchange:
     def __init__(self, connection: socket.socket, reader: ClientReader, rfile: Any, max_body: int):
         self.connection, self._reader, self._rfile = connection, reader, rfile
         self._max_body = max_body
-        self.method = self.path = self.key = ""
+        self.method = self.path = self.key = self.model = ""
         self.headers: dict[str, str] = {}
         self.started = self.ended = time.monotonic()
         self.began: float | None = None
@@ -9615,11 +10182,12 @@ class Exchange:
         waited = "while it waited for the first byte" if self.target else "before it was served"
         return f"the client left {waited}"
 
-    def log_level(self) -> int:
+    def log_level(self, route: str) -> int:
         """Return how serious it is: an error of ours, one that the client feels, or none."""
         is_ours = self.status == 500 and type(self.error) is ProxyError
         is_felt = self.status >= 400 and self.status != 499
-        return logging.ERROR if is_ours else logging.WARNING if is_felt else logging.INFO
+        level = logging.DEBUG if route in QUIET else logging.INFO
+        return logging.ERROR if is_ours else logging.WARNING if is_felt else level
 
     def log_line(self) -> str:
         """Return what the log says of it."""
@@ -9636,8 +10204,27 @@ class Exchange:
         attempt = self.headers.get("x-stainless-retry-count", "0")
         if attempt != "0":
             words.append(f"(the client's attempt {attempt[:4]})")
-        notes = dict.fromkeys([*([self.error.message] if self.error else []), *self.notes])
-        return " ".join(words) + (": " + shorten("; ".join(notes), 300) if notes else "")
+        remarks = self._remarks(300)
+        return " ".join(words) + (f": {remarks}" if remarks else "")
+
+    def _remarks(self, size: int) -> str:
+        faults = [self.error.message] if self.error else []
+        return shorten("; ".join(dict.fromkeys([*faults, *self.notes])), size)
+
+    def facts(self) -> Json:
+        """Return what the page shows of it; nothing that client or model said."""
+        seconds = time.monotonic() - self.started
+        return {
+            "id": self._request_id,
+            "started_at": round(time.time() - seconds, 1),
+            "client": self.client,
+            "model": public(shorten(self.target.model if self.target else self.model, 100)),
+            "status": self.status,
+            "first": self.began and round(self.began - self.started, 3),
+            "seconds": round(seconds, 3),
+            "output_tokens": sum(tokens[2] for tokens in list(self.tokens.values())),
+            "remarks": public(self._remarks(200)),
+        }
 
     def _tokens_text(self) -> str:
         given, cached, made, thoughts = map(sum, zip(*self.tokens.values()))
@@ -9654,13 +10241,16 @@ class Exchange:
         product = product_of(self.headers.get("user-agent", ""))
         return f"{product} ({self.key})" if self.key else product
 
-    def count(self, ledger: Ledger) -> None:
-        """Count it: once for each provider that was asked."""
+    def counted_route(self) -> str:
+        """Return the route that it counts for; 'other' for what is none."""
         path = ""
         with contextlib.suppress(BadRequest):
             path = self.route()
         path = "/models/{id}" if path.startswith("/models/") else path
-        route = f"{self.method} {path}" if self.method in ENDPOINTS.get(path, {}) else "other"
+        return f"{self.method} {path}" if self.method in ENDPOINTS.get(path, {}) else "other"
+
+    def count(self, ledger: Ledger, route: str) -> None:
+        """Count it: once for each provider that was asked."""
         first = None if self.began is None else self.began - self.started
         for target, outcome in {**self.outcomes, self.target: self.status}.items():
             names = (target.provider.name, target.model) if target else ("", "")
@@ -9740,11 +10330,17 @@ ENDPOINTS: dict[str, dict[str, Any]] = {
     "/models/{id}": {"GET": "get_model"},
     "/usage": {"GET": "get_usage"},
     "/metrics": {"GET": "get_metrics"},
+    "/status": {"GET": "get_status"},
+    "/login": {"POST": "post_login"},
     "/health": {"GET": "get_health"},
     "/favicon.ico": {"GET": "get_icon"},
     "/": {"GET": "get_root"},
 }
 WITHOUT_KEY = ("/health", "/favicon.ico", "/")
+# The page's own are not for clients.
+UNLISTED = (*WITHOUT_KEY, "/status", "/login")
+# What the page and browsers ask for by themselves has no line in the log.
+QUIET = ("GET /status", "GET /usage", "GET /favicon.ico")
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -9805,6 +10401,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if api is None:
             return
         request = api.check(exchange.read_json())
+        exchange.model = as_text(request.get("model"))
         targets = proxy.targets(request.get("model"))
         exchange.writer = api.writer(request, exchange, targets[0])
         is_shown = log.isEnabledFor(logging.DEBUG) and not isinstance(api, EmbeddingsApi)
@@ -9874,7 +10471,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             f"{method} /v1{route}"
             for route, methods in ENDPOINTS.items()
             for method in methods
-            if route not in WITHOUT_KEY
+            if route not in UNLISTED
         )
         path = shorten(exchange.path.partition("?")[0], 200)
         message = f"unknown route {path}. Available routes: {known}, GET /health"
@@ -10004,14 +10601,51 @@ class Handler(http.server.BaseHTTPRequestHandler):
         exchange.send(200, [("Content-Type", content_type)], text.encode())
 
     def get_root(self, exchange: Exchange) -> None:
-        """Answer GET /."""
-        key = "one of --api-key" if self.proxy.access.has_keys else "anything"
-        routes = ", ".join(f"/v1{route}" for route in ENDPOINTS if route not in WITHOUT_KEY)
-        text = (
-            f"qwen_proxy {__version__}: Qwen's models as an OpenAI-compatible API.\n\n"
-            f"Base URL: {self.proxy.url}\nAPI key: {key}\nRoutes: {routes}, /health\n"
+        """Answer GET /: the page for a browser, a short text for others."""
+        headers, status = exchange.headers, self.proxy.status()
+        has_keys, origin = self.proxy.access.has_keys, self.proxy.access.origin_of(headers)
+        facts = {
+            "Base URL": f"{origin}/v1" if "host" in headers else self.proxy.url,
+            "API key": "one of --api-key" if has_keys else "anything",
+            # Who has no key yet learns no more than from /health.
+            **({} if has_keys else status["facts"]),
+        }
+        if "text/html" in headers.get("accept", ""):
+            nonce = secrets.token_urlsafe(16)
+            exchange.send(
+                200,
+                [(name, value.replace("{nonce}", nonce)) for name, value in PAGE_HEADERS],
+                page_for(status, facts, nonce, has_keys).encode(),
+            )
+            return
+        routes = [f"/v1{route}" for route in ENDPOINTS if route not in UNLISTED]
+        lines = [
+            f"qwen_proxy {__version__}: Qwen's models as an OpenAI-compatible API.\n",
+            f"State: {status['verdict']}",
+            *([] if has_keys else status["problem"].splitlines()),
+            *(f"{name}: {text}" for name, text in facts.items()),
+            f"Routes: {', '.join(routes)}, /health\n",
+        ]
+        exchange.send(
+            200,
+            [("Content-Type", "text/plain; charset=utf-8"), ("Vary", "Accept")],
+            "\n".join(lines).encode(),
         )
-        exchange.send(200, [("Content-Type", "text/plain; charset=utf-8")], text.encode())
+
+    def get_status(self, exchange: Exchange) -> None:
+        """Answer GET /status, which the page asks for every few seconds.
+
+        The code of a log-in is in it, so it is for this page only, or for none.
+        """
+        if "origin" in exchange.headers:
+            self.proxy.access.check_page(exchange.headers)
+        exchange.send_json(200, self.proxy.status(), [("Cache-Control", "no-store")])
+
+    def post_login(self, exchange: Exchange) -> None:
+        """Start the device log-in."""
+        self.proxy.access.check_page(exchange.headers)
+        exchange.read_json()
+        exchange.send_json(200, self.proxy.device_login.start(self.proxy.providers.own_login()))
 
     def log_message(self, format: str, *args: Any) -> None:
         log.debug(format, *args)
@@ -10138,6 +10772,9 @@ class ProxyServer:
         self._models: tuple[Any, list[Json]] = (None, [])
         self._listed: set[Target] = set()
         self._stopped = threading.Event()
+        self.device_login = DeviceLogin(self._stopped)
+        # What the page shows of requests that are over.
+        self._latest: collections.deque[Json] = collections.deque(maxlen=20)
         self._started, self._is_serving = time.time(), False
         try:
             self._listeners = self._listen()
@@ -10264,10 +10901,13 @@ class ProxyServer:
     def note(self, exchange: Exchange) -> None:
         """Write the log line of an exchange that is over, and count it."""
         exchange.ended, exchange.status = time.monotonic(), exchange.status or 499
-        level = exchange.log_level()
+        route = exchange.counted_route()
+        level = exchange.log_level(route)
         if log.isEnabledFor(level):
             log.log(level, "%s", exchange.log_line())
-        exchange.count(self.ledger)
+        exchange.count(self.ledger, route)
+        if route in Ledger.ROUTES:
+            self._latest.appendleft(exchange.facts())
 
     def targets(self, model: Any) -> list[Target]:
         """Return where a model can be had, by the list that /v1/models shows.
@@ -10343,6 +10983,42 @@ class ProxyServer:
             "in_flight": len(self._waiters),
             "login": {name: login[name] for name in names if name in login},
             "last_refusal": next(filter(None, (provider.refusal for provider in asked)), None),
+        }
+
+    def status(self) -> Json:
+        """Return the object of /status, which the page shows; nothing secret."""
+        options, discovery, health = self.options, self.providers.current(), self.health()
+        active = discovery.providers[0] if discovery.providers else None
+        faults = [
+            discovery.problem,
+            active.problem() if active else discovery.advice,
+            dig(health, "last_refusal", "message"),
+        ]
+        problem = None if health["status"] == "ok" else next(filter(None, faults), None)
+        kind = health["login"]["type"]
+        notes = [problem, *discovery.notes, FREE_TIER_ENDED if kind == "oauth" else None]
+        facts = {
+            "Provider": f"{active.name}, from {active.source}" if active else "none",
+            "Login": {"oauth": "Qwen account", "api-key": "API key"}.get(kind, "none"),
+            "Default model": discovery.model,
+            **({"Provider": "the built-in demo", "Login": "none needed"} if options.demo else {}),
+        }
+        running = [
+            {**handler.exchange.facts(), "status": None}
+            for handler in list(self.handlers)
+            if handler.exchange.is_busy and handler.exchange.counted_route() in Ledger.ROUTES
+        ]
+        return {
+            **health,
+            "verdict": VERDICTS[health["status"]],
+            "problem": "\n".join(public(note) for note in dict.fromkeys(notes) if note),
+            "facts": {name: public(text) for name, text in facts.items()},
+            "model": public(discovery.model),
+            "can_login": not options.base_url and options.provider in (None, "oauth"),
+            "login_note": FREE_TIER_ENDED.partition(". ")[0],
+            "device": self.device_login.state,
+            "running": sorted(running, key=operator.itemgetter("started_at"), reverse=True),
+            "latest": list(self._latest),
         }
 
     def gauges(self) -> list[tuple[str, str, float]]:
