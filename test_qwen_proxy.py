@@ -18,6 +18,7 @@ import functools
 import gc
 import gzip
 import hashlib
+import html
 import http.client
 import http.server
 import inspect
@@ -31,6 +32,7 @@ import random
 import re
 import select
 import shlex
+import shutil
 import signal
 import socket
 import socketserver
@@ -5518,6 +5520,361 @@ def test_counts_want_the_key_where_there_is_one(counted, path):
     until(lambda: server.ledger.since_start()["requests"] == 1)
     status, _, body = ask(server, method="GET", path="/usage?by=client", headers=headers)
     assert status == 200 and json.loads(body)["groups"][0]["client"] == "curl (key 2)"
+
+
+# ----------------------------------------------------------------------------------------------------
+# Page
+# ----------------------------------------------------------------------------------------------------
+
+BROWSER = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
+EVIL = "<img src=x onerror=alert(1)>'\"{nonce}<script>alert(2)<&script>"
+POLICY = """default-src 'none'; script-src NONCE; style-src NONCE; connect-src 'self'; img-src data:; \
+base-uri 'none'; form-action 'none'; frame-ancestors 'none'"""
+
+
+def page_of(server, path="/"):
+    """The page as a browser gets it: its headers and its text."""
+    status, headers, body = ask(server, method="GET", path=path, headers=BROWSER)
+    assert (status, headers["Content-Type"]) == (200, "text/html; charset=utf-8")
+    return headers, body.decode()
+
+
+def test_the_page_allows_nothing_but_its_own_nonce(key_server):
+    nonces = []
+    for _ in range(2):
+        headers, text = page_of(key_server)
+        found = re.findall(r"nonce[-=][\"']?([\w-]+)", headers["Content-Security-Policy"] + text)
+        policy = POLICY.replace("NONCE", f"'nonce-{found[0]}'")
+        assert headers["Content-Security-Policy"] == policy and found == found[:1] * 4
+        nonces.append(found[0])
+    assert nonces[0] != nonces[1] and len(nonces[0]) > 20
+    expected = ("DENY", "nosniff", "no-referrer", "no-store", "Accept")
+    names = "X-Frame-Options X-Content-Type-Options Referrer-Policy Cache-Control Vary".split()
+    assert tuple(map(headers.get, names)) == expected
+    # No handler in an attribute, no resource, no way for a text to become markup.
+    assert re.findall(r'\s(?:src|href|action|style|on\w+)="([^"]*)', qp.PAGE) == ["data:,"]
+    # Behind a path prefix, too.
+    assert re.findall(r"fetch\(([^,]*)", qp.PAGE) == ["root + path"]
+    assert not re.search(r"(inner|outer)HTML|insertAdjacent|document\.write|eval\(", qp.PAGE)
+    assert not re.search(r"https?://\w|//\w+\.\w+\.(?!internal)", qp.PAGE)
+    assert len(page_of(key_server)[1].encode()) < 30_000
+
+
+def test_scripts_get_text_and_head_has_no_body(key_server, caplog):
+    caplog.set_level("INFO")
+    for accept in ("*/*", "application/json", ""):
+        status, headers, body = ask(key_server, method="GET", path="/", headers={"Accept": accept})
+        assert (status, headers["Content-Type"]) == (200, "text/plain; charset=utf-8")
+        assert b"State: Ready\n" in body and b"<" not in body and b"/status" not in body
+    assert ask(key_server, method="HEAD", path="/", headers=BROWSER)[2] == b""
+    for path in ("/status", "/usage", "/favicon.ico", "/v1/status", "/health"):
+        assert ask(key_server, method="GET", path=path)[0] in (200, 204)
+    assert until(lambda: "GET /health 200" in caplog.text)
+    assert not re.search("status|usage|favicon", caplog.text)
+
+
+# The words of the page without JavaScript, its class, and the status; NOTHING is a home without login.
+STATES = """
+NOTHING | Not ready | wrong | no Qwen login on this machine
+BROKEN | Refused | wrong | refresh token was refused
+DEMO | Ready | | the built-in demo
+KEY | Ready | | qwen3-max
+KEYED | Ready | | one of --api-key
+"""
+
+
+@pytest.mark.parametrize("line", STATES.strip().splitlines(), ids=lambda line: line.split(" | ")[0])
+def test_state_and_settings_are_readable_without_javascript(
+    home, upstream, serve, monkeypatch, line
+):
+    name, verdict, mood, words = (cell.strip() for cell in line.split("|"))
+    options = {"demo": True} if name == "DEMO" else {}
+    if name == "BROKEN":
+        write_login(home, upstream, expires_in=-9, refresh_token="dead")
+    if name.startswith("KEY"):
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-good-key-123456")
+        options = {"base_url": upstream.dashscope, "model": "qwen3-max"}
+        options["api_key"] = ["k-123456"] if name == "KEYED" else []
+    server = serve(**options)
+    chat(server)
+    for path in ("/", "/v1", "/v1/"):
+        body = page_of(server, path)[1]
+        assert f'<section id="state" class="{mood}"' in body and f">{verdict}<" in body
+        assert words in body and f"http://127.0.0.1:{server.port}/v1" in body
+    text = ask(server, method="GET", path="/")[2].decode()
+    assert f"State: {verdict}\n" in text and words in text
+    # Who has no key yet learns no more than from /health.
+    assert ("qwen3-max" in body, "qwen3-max" in text) == (name == "KEY",) * 2
+
+
+@posix
+def test_what_comes_from_outside_is_text_and_nothing_secret_is_told(
+    home, upstream, serve, monkeypatch
+):
+    write_login(home, upstream, name=f"oauth_creds-{EVIL}.json")
+    monkeypatch.setenv("DASHSCOPE_API_KEY", "sk-other-key-1")
+    provider = f"oauth-{EVIL}"
+    server = serve(provider=provider, model="{nonce}" + EVIL, api_key=["k-123456"])
+    key = {"Authorization": "Bearer k-123456"}
+    upstream.script.append(refusal(EVIL, 400))
+    ask(server, {"messages": HI, "model": EVIL}, headers={**key, "User-Agent": "<b>/1"})
+    assert ask(server, method="GET", path="/status")[0] == 401
+    _, headers, body = ask(server, method="GET", path="/status", headers=key)
+    status = json.loads(body)
+    assert (headers["Content-Type"], headers["Cache-Control"]) == ("application/json", "no-store")
+    assert status["facts"]["Provider"].startswith(provider)
+    latest = status["latest"][0]
+    assert (latest["client"], latest["model"]) == ("unknown (key 1)", EVIL) and EVIL in latest[
+        "remarks"
+    ]
+    open_server = serve(provider=provider, model=EVIL)
+    text = page_of(open_server)[1]
+    assert EVIL not in text and html.escape(provider) in text and "{nonce}" in text
+    told = text + page_of(server)[1] + body.decode() + json.dumps(get(open_server, "/status"))
+    assert [secret for secret in ("at_1", "rt_1", "sk-other", "k-123456") if secret in told] == []
+
+
+# Headers, and the status of POST /login, GET /status, POST /v1/chat/completions. The port is that of
+# the server, which is reached as 127.0.0.1.
+OWN_PAGE = """
+Origin: http://127.0.0.1:PORT | 200 200 200
+Origin: http://127.0.0.1:PORT; Sec-Fetch-Site: same-origin | 200 200 200
+Origin: HTTP://127.0.0.1:PORT | 200 200 200
+Accept: */* | 403 200 200
+Sec-Fetch-Site: same-origin | 403 200 200
+Origin: http://127.0.0.1:PORT; Sec-Fetch-Site: same-site | 403 403 200
+Origin: http://127.0.0.1:PORT; Sec-Fetch-Site: cross-site | 403 403 200
+Origin: http://localhost:PORT | 403 403 200
+Origin: http://127.0.0.1:1 | 403 403 200
+Origin: http://127.0.0.1 | 403 403 200
+Origin: https://127.0.0.1:PORT | 403 403 200
+Origin: http:// | 403 403 403
+Origin: null | 403 403 403
+Origin: https://evil.example | 403 403 403
+Origin: https://evil.example; Host: evil.example | 403 403 403
+Origin: https://named.example | 403 403 200
+Host: desk.example; Origin: http://desk.example | 200 200 200
+Host: desk.example:80; Origin: http://desk.example | 403 403 403
+Host: desk.example; Origin: http://desk.example:8080 | 403 403 403
+Host: desk.example; Origin: https://desk.example | 403 403 403
+Host: desk.example; Origin: https://desk.example; X-Forwarded-Proto: https | 200 200 200
+Host: desk.example; Origin: http://desk.example; X-Forwarded-Proto: https | 403 403 403
+Host: localhost; Origin: http://desk.example | 403 403 403
+Origin: http://127.0.0.1:PORT; Content-Type: text/plain | 415 200 415
+"""
+
+
+def test_only_the_page_itself_may_log_in_and_read_the_code(serve, upstream, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
+    started = []
+    monkeypatch.setattr(
+        qp.DeviceLogin, "start", lambda self, login: started.append(login.path) or {}
+    )
+    options = {"base_url": upstream.dashscope, "model": "m", "allow_host": ["desk.example"]}
+    server = serve(allow_origin=["https://named.example"], **options)
+    for line in OWN_PAGE.strip().replace("PORT", str(server.port)).splitlines():
+        stated, expected = line.split(" | ")
+        headers = dict(header.split(": ") for header in stated.split("; "))
+        got = [
+            ask(server, {}, "POST", "/login", headers)[0],
+            ask(server, None, "GET", "/status", headers)[0],
+            ask(server, {"messages": HI}, headers=headers)[0],
+        ]
+        assert got == [int(status) for status in expected.split()], line
+        assert len(started) == (got[0] == 200), line
+        del started[:]
+    own = {"Origin": f"http://127.0.0.1:{server.port}"}
+    for method in ("GET", "HEAD", "PUT"):
+        assert ask(server, {}, method, "/login", own)[0] == 405
+    keyed = serve(api_key=["k-123456"], **options)
+    own = {"Origin": f"http://127.0.0.1:{keyed.port}"}
+    assert ask(keyed, {}, "POST", "/login", own)[0] == 401 and not started
+    assert ask(keyed, {}, "POST", "/login", {**own, "X-API-Key": "k-123456"})[0] == 200 and started
+
+
+# What the identity host answers, and how the log-in ends.
+LOGIN_ENDS = {
+    "approved": ([PENDING, SUCCESS], "done", "oauth_creds.json holds the login"),
+    "refused": ([reply(400, {"error": "access_denied"})], "failed", "refused in the browser"),
+    "expired": ([reply(400, {"error": "expired_token"})], "failed", "code has expired"),
+    "no answer": (None, "failed", "device authorization endpoint"),
+    "no write": ([SUCCESS], "failed", "cannot be written"),
+    "stopped": ([], "failed", ""),
+}
+
+
+@pytest.mark.parametrize("name", LOGIN_ENDS)
+def test_the_page_logs_in_to_the_end(home, upstream, serve, monkeypatch, name):
+    answers, phase, words = LOGIN_ENDS[name]
+    monkeypatch.setattr(qp, "LOGIN_POLL_FIRST", 0.3 if answers else WAIT)
+    upstream.device_answers.extend(answers or [])
+    if answers is None:
+        upstream.device_answer = lambda form: reply(500, b"<html>no")
+    if name == "no write":
+        monkeypatch.setattr(
+            qp.OAuthCredentials, "save", lambda self, login: setattr(self, "problem", "full")
+        )
+    server = serve()
+    own = {"Origin": f"http://127.0.0.1:{server.port}"}
+
+    def device():
+        return server.status()["device"]
+
+    assert json.loads(ask(server, {}, "POST", "/login", own)[2]) == {"phase": "starting"}
+    assert ask(server, {}, "POST", "/login", own)[0] == 200
+    if answers is not None:
+        assert until(lambda: device()["phase"] == "waiting")
+        waiting = get(server, "/status", **own)[1]["device"]
+        assert waiting["code"] == "ABCD-EFGH" and waiting["expires_at"] > time.time() + 800
+        assert waiting["address"].startswith(upstream.origin + "/authorize?")
+    if name == "stopped":
+        server.shutdown(grace=0)
+    assert until(lambda: device()["phase"] == phase)
+    assert words in device()["message"] and "at_9" not in str(device())
+    paths = [path for path, _, _ in upstream.requests]
+    assert answers is None or paths.count("/api/v1/oauth2/device/code") == 1
+    assert (home / "oauth_creds.json").exists() == (phase == "done")
+    assert phase != "done" or until(lambda: server.status()["status"] == "ok")
+
+
+def test_the_page_shows_running_and_latest_requests_and_no_text_of_them(key_server, upstream):
+    go, agent = threading.Event(), {"User-Agent": "codex_cli_rs/0.5 (Linux)"}
+    upstream.script.extend([stream(*HELLO[:2], go, *HELLO[2:]), refusal("Odd <b>.", 400)])
+    body = {"messages": [{"role": "user", "content": "QUESTION"}], "stream": True}
+    client = threading.Thread(target=ask, args=(key_server, body), kwargs={"headers": agent})
+    client.start()
+
+    def running():
+        return get(key_server, "/status")[1]["running"]
+
+    assert until(lambda: running() and running()[0]["first"] is not None)
+    row = running()[0]
+    assert (row["client"], row["model"], row["status"]) == ("codex_cli_rs", "qwen3-max", None)
+    go.set()
+    client.join(WAIT)
+    ask(key_server, {"messages": HI, "model": "x"}, headers=agent)
+    for _ in range(3):
+        get(key_server, "/v1/models")
+    assert until(lambda: len(get(key_server, "/status")[1]["latest"]) == 2)
+    status = get(key_server, "/status")[1]
+    failed, done = status["latest"]
+    assert (failed["status"], failed["model"], failed["remarks"]) == (400, "x", "Odd <b>.")
+    assert (done["status"], done["output_tokens"], done["remarks"]) == (
+        200,
+        USAGE["completion_tokens"],
+        "",
+    )
+    assert status["running"] == [] and not re.search("QUESTION|Hel|lo, ", json.dumps(status))
+    for _ in range(25):
+        chat(key_server)
+    assert len(key_server.status()["latest"]) == 20
+
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+
+
+class Browser:
+    """A headless Chromium, by the DevTools protocol over pipes; with its faults and requests."""
+
+    def __init__(self, folder):
+        (read, self.to), (self.back, write) = os.pipe(), os.pipe()
+        options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe"]
+        options += [
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--no-first-run",
+        ]
+        # It reads from descriptor 3 and writes to 4.
+        command = ["bash", "-c", f'exec "$0" "$@" 3<&{read} 4>&{write}', CHROMIUM, *options]
+        self.process = subprocess.Popen(
+            [*command, f"--user-data-dir={folder}", "about:blank"],
+            pass_fds=(read, write),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(read)
+        os.close(write)
+        self.rest, self.number, self.more, self.faults, self.hosts = b"", 0, {}, [], set()
+        targets = self.call("Target.getTargets")["targetInfos"]
+        page = next(target["targetId"] for target in targets if target["type"] == "page")
+        session = self.call("Target.attachToTarget", targetId=page, flatten=True)["sessionId"]
+        self.more = {"sessionId": session}
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(domain + ".enable")
+        self.call("Emulation.setFocusEmulationEnabled", enabled=True)
+
+    def call(self, method, **params):
+        self.number += 1
+        command = {"id": self.number, "method": method, "params": params, **self.more}
+        os.write(self.to, json.dumps(command).encode() + b"\0")
+        while True:
+            while b"\0" not in self.rest:
+                assert select.select([self.back], [], [], WAIT)[0], method
+                piece = os.read(self.back, 1 << 20)
+                assert piece, "Chromium ended"
+                self.rest += piece
+            line, _, self.rest = self.rest.partition(b"\0")
+            message = json.loads(line)
+            if message.get("id") == self.number:
+                return message["result"]
+            if re.match("Runtime.(exception|console)|Log|Page.javascriptDialog", message["method"]):
+                self.faults.append(message["params"])
+            if message["method"] == "Network.requestWillBeSent":
+                self.hosts.add(urllib.parse.urlsplit(message["params"]["request"]["url"]).netloc)
+
+    def run(self, script):
+        script = re.sub(r"#([\w-]+)", r"document.getElementById('\1')", script)
+        result = self.call(
+            "Runtime.evaluate", expression=script, returnByValue=True, userGesture=True
+        )
+        return result["result"].get("value")
+
+    def until(self, script):
+        assert until(lambda: self.run(script)), (script, self.run("document.body.innerText"))
+
+    def close(self):
+        self.process.terminate()
+        self.process.wait(WAIT)
+        os.close(self.to)
+        os.close(self.back)
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium: apt install chromium")
+def test_the_page_in_chromium(home, upstream, serve, monkeypatch, tmp_path):
+    monkeypatch.setattr(qp, "LOGIN_POLL_FIRST", 0.01)
+    approved, go = threading.Event(), threading.Event()
+    login = {**json.loads(SUCCESS.pieces[0]), "resource_url": upstream.origin}
+    upstream.token_script.append(lambda form: approved.wait(WAIT) and reply(200, login))
+    upstream.access_tokens.add("at_9")
+    upstream.script.extend([stream(*HELLO[:2], go, *HELLO[2:]), refusal(EVIL, 400)])
+    server = serve()
+    with contextlib.closing(Browser(tmp_path / "profile")) as browser:
+        browser.call("Page.navigate", url=f"http://127.0.0.1:{server.port}/v1/")
+        browser.until("document.body?.className === '' && #verdict.textContent === 'Not ready'")
+        assert browser.run("#base.value") == f"http://127.0.0.1:{server.port}/v1"
+        browser.run("#login-start.click()")
+        browser.until("#code.textContent === 'ABCD-EFGH' && #link.href.includes('/authorize?')")
+        approved.set()
+        browser.until(
+            "#verdict.textContent === 'Ready' && /^Logged in/.test(#login-text.textContent)"
+        )
+        browser.run("#send.click()")
+        browser.until("#answer.textContent === 'Hel' && /running/.test(#activity.textContent)")
+        go.set()
+        browser.until(
+            "#answer.textContent === 'Hello, w\u00f6rld' && /^First/.test(#outcome.textContent)"
+        )
+        browser.until("/coder-model1/.test(#usage.textContent.replace(/\\s/g, ''))")
+        browser.run("#base.nextSibling.click()")
+        browser.until("#base.nextSibling.textContent === 'Copied'")
+        assert browser.faults == []
+        browser.run("#send.click()")
+        browser.until("#outcome.textContent.includes('<script>')")
+        browser.until("#activity.textContent.includes('<img src=x')")
+        assert browser.run("document.querySelectorAll('img, main script').length") == 0
+    assert browser.hosts - {""} == {f"127.0.0.1:{server.port}"}
 
 
 # ----------------------------------------------------------------------------------------------------
