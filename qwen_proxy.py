@@ -2577,9 +2577,9 @@ def environment_provider(settings: CliSettings, base_url: Any, source: str) -> P
 
 
 def login_names(folder: str) -> list[str]:
-    """Return the names of the logins beside oauth_creds.json; raises OSError."""
+    """Return the names of the files of logins; raises OSError."""
     try:
-        return sorted(fnmatch.filter(os.listdir(folder), "oauth_creds?*.json"))
+        return sorted(fnmatch.filter(os.listdir(folder), "oauth_creds*.json"))
     except FileNotFoundError:
         return []
 
@@ -2592,7 +2592,7 @@ def oauth_providers(settings: CliSettings, known: dict[str, OAuthCredentials]) -
         names = []
         settings.notes.append(f"{settings.home} cannot be searched for logins: {reason_of(error)}")
     providers = []
-    for name in ["oauth_creds.json", *names]:
+    for name in dict.fromkeys(["oauth_creds.json", *names]):
         path = os.path.join(settings.home, name)
         if path not in known:
             base_url, forwarding = settings.oauth_base_url(), settings.forwarding()
