@@ -1137,8 +1137,9 @@ class Login(NamedTuple):
         try:
             return cls.of(fields)
         except CredentialError as error:
-            message = f"the token endpoint's answer is unusable: {error.message}"
-            raise OAuthCredentials.refresh_failed(message) from None
+            raise OAuthCredentials.refresh_failed(
+                f"the token endpoint's answer is unusable: {error.message}"
+            ) from None
 
 
 def seconds_in(value: Any, default: float) -> float:
@@ -1335,11 +1336,12 @@ class LoginFile:
             text, status = read_regular(target)
             Login.parse(text)
         except (OSError, ValueError, CredentialError) as error:
-            reason = f"it is a link to {target}, which is no login file ({reason_of(error)})"
-            raise OSError(errno.EPERM, reason) from None
+            raise OSError(
+                errno.EPERM,
+                f"it is a link to {target}, which is no login file ({reason_of(error)})",
+            ) from None
         if status.st_uid != os.lstat(self.path).st_uid:
-            reason = f"it is a link to {target}, which belongs to another user"
-            raise OSError(errno.EPERM, reason)
+            raise OSError(errno.EPERM, f"it is a link to {target}, which belongs to another user")
         return target
 
     def _replace(self, path: str, data: bytes, before: os.stat_result | None) -> None:
@@ -1670,8 +1672,9 @@ class OAuthCredentials:
             if stamp != self._stamp:
                 self._read(stamp)
             if self._login is None:
-                message = f"no usable login in {self.path}: {self.problem}; {LOGIN_AGAIN}"
-                raise CredentialError(message)
+                raise CredentialError(
+                    f"no usable login in {self.path}: {self.problem}; {LOGIN_AGAIN}"
+                )
             return self._login
 
     def is_there(self) -> bool:
@@ -1886,8 +1889,7 @@ def request_device_code(oauth_base_url: str, forwarding: Forwarding = DIRECT) ->
         forwarding,
     )
     if not answer or not isinstance(answer.get("device_code"), str):
-        message = f"the device authorization endpoint answered {status}: {detail}"
-        raise UpstreamError(message)
+        raise UpstreamError(f"the device authorization endpoint answered {status}: {detail}")
     addresses = (answer.get("verification_uri_complete"), answer.get("verification_uri"))
     address = next((each for each in addresses if is_page_of(oauth_base_url, each)), None)
     if address is None:
@@ -1955,16 +1957,19 @@ def poll_for_login(
         elif reason == "slow_down":
             interval = min(interval * 1.5, 10.0)
         elif reason == "access_denied":
-            message = "the log-in was refused in the browser; run login again to start over"
-            raise CredentialError(message)
+            raise CredentialError(
+                "the log-in was refused in the browser; run login again to start over"
+            )
         elif reason == "expired_token" or status == 401:
             raise CredentialError("the code has expired; run login again for a new one")
         elif answer is not None or status < 500:
-            message = f"the token endpoint answered {status}: {detail}; run login again"
-            raise CredentialError(message)
+            raise CredentialError(
+                f"the token endpoint answered {status}: {detail}; run login again"
+            )
     minutes = device.expires_in / 60
-    message = f"the log-in was not approved within {minutes:.0f} minutes; run login again"
-    raise CredentialError(message)
+    raise CredentialError(
+        f"the log-in was not approved within {minutes:.0f} minutes; run login again"
+    )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2941,8 +2946,7 @@ class Providers:
         if model is not None and not isinstance(model, str):
             raise BadRequest("model must be a string", param="model")
         if model and len(model) > self.MAX_MODEL_ID:
-            message = f"model is longer than {self.MAX_MODEL_ID} characters"
-            raise BadRequest(message, param="model")
+            raise BadRequest(f"model is longer than {self.MAX_MODEL_ID} characters", param="model")
         discovery = self.current()
         if discovery.problem:
             headers = [("x-should-retry", "false")]
@@ -2952,8 +2956,10 @@ class Providers:
             raise CredentialError(". ".join([discovery.advice, *discovery.notes]))
         model = self._unaliased(model.strip() if model else "") or discovery.model
         if not model:
-            message = "the request names no model: name one of /v1/models, or start with --model ID"
-            raise BadRequest(message, param="model")
+            raise BadRequest(
+                "the request names no model: name one of /v1/models, or start with --model ID",
+                param="model",
+            )
         targets = self.serving(lists or []).targets(model)
         if self.options.failover:
             return targets
@@ -3352,10 +3358,10 @@ class UpstreamResponse:
             try:
                 content: bytes = self._inflater.decompress(packed, self.MAX_INFLATED)
             except zlib.error:
-                message = (
-                    f"the upstream's answer is said to be {self._coding}, and is not; try again"
-                )
-                raise UpstreamError(message, code="upstream_cut") from None
+                raise UpstreamError(
+                    f"the upstream's answer is said to be {self._coding}, and is not; try again",
+                    code="upstream_cut",
+                ) from None
             if content or not packed:
                 return content
 
@@ -3374,8 +3380,10 @@ class UpstreamResponse:
                     return content
         except (OSError, ValueError) as error:
             reason = reason_of(error)
-            message = f"the upstream broke off in the middle of its answer ({reason}); try again"
-            raise UpstreamError(message, code="upstream_cut") from error
+            raise UpstreamError(
+                f"the upstream broke off in the middle of its answer ({reason}); try again",
+                code="upstream_cut",
+            ) from error
         return b""
 
     def read(self, limit: int) -> bytes:
@@ -3440,8 +3448,9 @@ class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
         except OSError as error:
             # SSLError is one: SSL_CERT_FILE or SSLKEYLOGFILE name nothing good.
             reason = reason_of(error)
-            message = f"TLS cannot be set up ({reason}); check SSL_CERT_FILE"
-            raise UpstreamError(message, 500) from error
+            raise UpstreamError(
+                f"TLS cannot be set up ({reason}); check SSL_CERT_FILE", 500
+            ) from error
         return self._open(http.client.HTTPSConnection, request, context=context)
 
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
@@ -3650,21 +3659,21 @@ class Upstream:
         try:
             request: Any = urllib.request.Request(base_url + path, body, own, method=method)
         except ValueError as error:
-            message = f"the base URL {base_url} is unusable: {error}"
-            raise UpstreamError(message, 500) from error
+            raise UpstreamError(f"the base URL {base_url} is unusable: {error}", 500) from error
         request.waiter = waiter
         try:
             response: Any = self._opener.open(request, timeout=waiter.timeout)
         except urllib.error.URLError as error:
-            message = f"the base URL {base_url} is unusable: {reason_of(error)}"
-            raise UpstreamError(message, 500) from error
+            raise UpstreamError(
+                f"the base URL {base_url} is unusable: {reason_of(error)}", 500
+            ) from error
         except ValueError as error:
             # http.client on a key or header with odd characters; UnicodeError is one.
-            message = (
+            raise UpstreamError(
                 f"the request to {target.provider.name} cannot be sent: the key or a header holds "
-                "a character that HTTP does not allow"
-            )
-            raise UpstreamError(message, 500) from error
+                "a character that HTTP does not allow",
+                500,
+            ) from error
         return response  # type: ignore[no-any-return]
 
     def close(self) -> None:
@@ -3834,8 +3843,9 @@ class Call:
     def _prepare(self, target: Target) -> None:
         family = target.provider.family
         if self._api.path in family.lacks:
-            message = family.lacks[self._api.path]
-            raise BadRequest(message, code="unsupported_endpoint", moves_on=True)
+            raise BadRequest(
+                family.lacks[self._api.path], code="unsupported_endpoint", moves_on=True
+            )
         self._body, fired = self._api.to_upstream(self._request, target)
         self._prepared_for = target
         for given_up in filter(None, fired.values()):
@@ -5904,8 +5914,9 @@ def check_messages(messages: Any) -> None:
             raise BadRequest(f"messages[{index}] must be an object with a role", param=where)
         content, where = message.get("content"), f"{where}.content"
         if content is not None and not isinstance(content, (str, list)):
-            problem = f"the content of messages[{index}] must be a string or a list of parts"
-            raise BadRequest(problem, param=where)
+            raise BadRequest(
+                f"the content of messages[{index}] must be a string or a list of parts", param=where
+            )
         if not all(isinstance(part, dict) for part in as_list(content)):
             raise BadRequest(f"every part of messages[{index}] must be an object", param=where)
 
@@ -7135,8 +7146,7 @@ class AnswerDecoder:
             return
         self._whole += piece
         if len(self._whole) > MAX_EVENT:
-            message = f"the upstream sent an answer of more than {MAX_EVENT} bytes"
-            raise UpstreamError(message)
+            raise UpstreamError(f"the upstream sent an answer of more than {MAX_EVENT} bytes")
 
     def close(self) -> None:
         """Take the end of the body."""
@@ -7546,8 +7556,9 @@ class EmbeddingsWriter(Writer):
         try:
             return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
         except (struct.error, OverflowError):
-            message = "the upstream sent an embedding that is no list of numbers"
-            raise UpstreamError(message) from None
+            raise UpstreamError(
+                "the upstream sent an embedding that is no list of numbers"
+            ) from None
 
 
 class EmbeddingsApi(ChatApi):
@@ -7913,8 +7924,10 @@ class ResponseRequest:
         """Return the items of the conversation: of the previous response, then of the input."""
         for name in ("background", "prompt", "conversation"):
             if self.asked.get(name):
-                message = f"{name} is not supported: this server keeps responses in memory only"
-                raise BadRequest(message, param=name)
+                raise BadRequest(
+                    f"{name} is not supported: this server keeps responses in memory only",
+                    param=name,
+                )
         items, previous = self.asked.get("input"), self.asked.get("previous_response_id")
         items = [{"role": "user", "content": items}] if isinstance(items, str) else items
         if not isinstance(items, list) or not items and not previous:
@@ -8001,8 +8014,9 @@ class ResponseRequest:
     def _message(self, item: Json) -> Json:
         role, content = item.get("role"), self._content(item.get("content"))
         if role not in ("user", "assistant", "system", "developer"):
-            problem = f"a message of the input has the role {shorten(str(role), 60)!r}"
-            raise BadRequest(problem, param="input")
+            raise BadRequest(
+                f"a message of the input has the role {shorten(str(role), 60)!r}", param="input"
+            )
         return {"role": role, "content": content}
 
     def _call(self, item: Json) -> Json:
@@ -9639,11 +9653,13 @@ class AccessPolicy:
         if origin is None:
             is_cross_site = headers.get("sec-fetch-site") == "cross-site"
             if is_cross_site and not self._is_harmless(method, headers, is_json):
-                message = (
+                raise ProxyError(
                     "cross-site request without an Origin header was refused; call from a local "
-                    "page, or start with --allow-origin ORIGIN and send Origin"
+                    "page, or start with --allow-origin ORIGIN and send Origin",
+                    403,
+                    "origin_not_allowed",
+                    "permission_error",
                 )
-                raise ProxyError(message, 403, "origin_not_allowed", "permission_error")
             return []
         is_allowed = (
             "*" in self._origins or origin.lower() in self._origins or self.is_own_page(headers)
@@ -9902,8 +9918,7 @@ class Exchange:
                 raise BadRequest("Transfer-Encoding beside Content-Length, or in HTTP/1.0")
             if coding.lower() != "chunked":
                 name = shorten(coding, 40)
-                message = f"the transfer coding {name!r} is not supported; use chunked"
-                raise BadRequest(message)
+                raise BadRequest(f"the transfer coding {name!r} is not supported; use chunked")
             self._is_chunked = self._unread = True
         elif length is not None:
             if not re.match(r"[0-9]{1,18}\Z", length):
@@ -9920,8 +9935,7 @@ class Exchange:
         """Return the path without /v1 and without what clients get wrong in a base URL."""
         path = self.path.partition("?")[0]
         if not path.startswith("/"):
-            message = "the request target must be a path, such as /v1/chat/completions"
-            raise BadRequest(message)
+            raise BadRequest("the request target must be a path, such as /v1/chat/completions")
         # Base URLs that end in a slash get another one: Jan asks for //models.
         path = "/" + path.lstrip("/")
         if path == "/v1" or path.startswith("/v1/"):
@@ -9952,8 +9966,7 @@ class Exchange:
         else:
             body = self._rfile.read(self._length)
             if len(body) < self._length:
-                message = f"the body ended after {len(body)} of {self._length} bytes"
-                raise BadRequest(message)
+                raise BadRequest(f"the body ended after {len(body)} of {self._length} bytes")
         self._unread = False
         return body
 
@@ -9993,8 +10006,9 @@ class Exchange:
             return body
         if coding not in ("gzip", "x-gzip", "deflate"):
             name = shorten(coding, 40)
-            message = f"the content coding {name!r} is not supported; send it plain or as gzip"
-            raise BadRequest(message, 415)
+            raise BadRequest(
+                f"the content coding {name!r} is not supported; send it plain or as gzip", 415
+            )
         try:
             decoder = zlib.decompressobj(zlib.MAX_WBITS | 32)
             decoded = decoder.decompress(body, self._max_body + 1)
@@ -10421,8 +10435,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         access.check_host(headers, exchange.needs_host)
         exchange.cors = access.check_origin(exchange.method, headers)
         if exchange.cors and exchange.method == "POST" and not declares_json(headers):
-            message = "a request from a web page must be declared as Content-Type: application/json"
-            raise BadRequest(message, 415)
+            raise BadRequest(
+                "a request from a web page must be declared as Content-Type: application/json", 415
+            )
 
     def find_api(self, exchange: Exchange) -> ChatApi | None:
         """Return the API for a request; None for one that is answered already.
@@ -10517,8 +10532,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def get_response(self, exchange: Exchange, response_id: str) -> None:
         """Answer GET /v1/responses/{id}."""
         if as_switch(exchange.query("stream")):
-            message = "a response that is stored is not streamed here; ask without stream=true"
-            raise BadRequest(message, param="stream")
+            raise BadRequest(
+                "a response that is stored is not streamed here; ask without stream=true",
+                param="stream",
+            )
         response = self.proxy.memory.get(response_id, exchange.key)
         exchange.send_json(200, self._found(response, response_id))
 
@@ -10560,8 +10577,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     @staticmethod
     def _found(value: Any, response_id: str) -> Any:
         if value is None:
-            message = f"Response with id '{shorten(response_id, 60)}' not found. {FORGETS}"
-            raise BadRequest(message, 404, "response_not_found")
+            raise BadRequest(
+                f"Response with id '{shorten(response_id, 60)}' not found. {FORGETS}",
+                404,
+                "response_not_found",
+            )
         return value
 
     def get_models(self, exchange: Exchange) -> None:
@@ -10572,8 +10592,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Answer GET /v1/models/{id}."""
         found = self.proxy.model(model_id)
         if found is None:
-            message = f"the model {shorten(model_id, 100)!r} is not among those of /v1/models"
-            raise BadRequest(message, 404, "model_not_found", param="model")
+            raise BadRequest(
+                f"the model {shorten(model_id, 100)!r} is not among those of /v1/models",
+                404,
+                "model_not_found",
+                param="model",
+            )
         exchange.send_json(200, found)
 
     def get_health(self, exchange: Exchange) -> None:
@@ -10782,8 +10806,7 @@ class ProxyServer:
             is_about_port = error.errno in (errno.EADDRINUSE, errno.EACCES, 10013, 10048)
             ways_out = "another --port, or 0 for a free one" if is_about_port else "another --host"
             where = f"cannot listen on {options.host or 'all addresses'} port {options.port}"
-            reason = f"{where}: {reason_of(error)}; choose {ways_out}"
-            raise OSError(error.errno, reason) from error
+            raise OSError(error.errno, f"{where}: {reason_of(error)}; choose {ways_out}") from error
         # Last, since its thread would outlive a port that is taken.
         self.ledger = Ledger(options.usage_file)
 
