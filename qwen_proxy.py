@@ -834,10 +834,6 @@ def encode_json(value: Any, is_request: bool = False) -> bytes:
         return re.sub("[\ud800-\udfff]", "\ufffd", text).encode()
 
 
-# Half of an emoji, or a whole one that is escaped.
-HALF_OF_PAIR = re.compile(r"\\ud[89a-f]", re.I)
-
-
 def size_of_json(data: bytes) -> int:
     """Return about how many bytes JSON takes as Python's objects, without decoding it.
 
@@ -2420,8 +2416,9 @@ class CliSettings:
         if not self._files.exists(path) or os.path.realpath(path) in own:
             return False
         if not self._is_trusted(folder):
-            note = f"not read, since trustedFolders.json does not trust its folder: {path}"
-            self.notes.append(note)
+            self.notes.append(
+                f"not read, since trustedFolders.json does not trust its folder: {path}"
+            )
             return False
         return True
 
@@ -4229,6 +4226,8 @@ class History:
 
     CALL_PARTS = ("tool_use", "tool_result")
     STUB = "(no result: the call was interrupted)"
+    # Half of an emoji, or a whole one that is escaped.
+    HALF_OF_PAIR = re.compile(r"\\ud[89a-f]", re.I)
 
     class Turn:
         """A message, its calls' results, and what the assistant says between them."""
@@ -4379,15 +4378,15 @@ class History:
         message["tool_calls"] = valid
         return valid
 
-    @staticmethod
-    def _valid_call(call: Any) -> Any:
+    @classmethod
+    def _valid_call(cls, call: Any) -> Any:
         """Return a call whose arguments are the text of a JSON object."""
         function = dig(call, "function")
         if not isinstance(function, dict):
             return call
         arguments = function.get("arguments")
         value: Any = loads(arguments, arguments) if isinstance(arguments, str) else arguments
-        is_half = isinstance(arguments, str) and HALF_OF_PAIR.search(arguments)
+        is_half = isinstance(arguments, str) and cls.HALF_OF_PAIR.search(arguments)
         if isinstance(arguments, str) and isinstance(value, dict) and not is_half:
             return call
         # Encoded twice: the text of a text.
@@ -4502,9 +4501,6 @@ UNSEEN = {
     "file": "a file, which {model} cannot read; send its text instead, or its pages as images to a "
     "model that sees them, such as qwen3.7-plus",
 }
-# Names that a tool must not have there. Model Studio, 'Function calling'.
-RESERVED_TOOLS = frozenset({"search"})
-_LEGAL_TOOL = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
 
 
 class ToolShapes:
@@ -4513,6 +4509,10 @@ class ToolShapes:
     Custom tools, with free text for an argument, are functions with one string upstream; reserved
     names are changed.
     """
+
+    # Names that a tool must not have there. Model Studio, 'Function calling'.
+    RESERVED = frozenset({"search"})
+    _LEGAL = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
 
     def __init__(self, request: Json, traits: frozenset[str]):
         # By name: the envelope of a custom tool, 'custom' (OpenAI) or 'function' (Cursor, flat).
@@ -4526,7 +4526,7 @@ class ToolShapes:
                 self.custom[as_text(name)] = envelope
         self.sent: dict[str, str] = {}
         for name in sorted(names) if "alibaba" in traits else ():
-            if name in RESERVED_TOOLS or name and not _LEGAL_TOOL.match(name):
+            if name in self.RESERVED or name and not self._LEGAL.match(name):
                 self.sent[name] = self._free_name(name, names | {*self.sent.values()})
         self._original = {sent: name for name, sent in self.sent.items()}
 
@@ -4791,7 +4791,7 @@ class Rewrite:
         if not isinstance(data, str):
             return part
         data = data if re.match(r"(?i)(data|https?|oss|file):", data) else f"data:;base64,{data}"
-        rest = {name: item for name, item in part.items() if name != "audio_url"}
+        rest = without_keys(part, ("audio_url",))
         return {**rest, "type": "input_audio", "input_audio": {**audio, "data": data}}
 
     def parts_to_calls(self) -> bool:
@@ -5004,9 +5004,7 @@ class Rewrite:
 
         def thinned(parts: list[Any]) -> list[Any]:
             return [
-                {name: value for name, value in part.items() if name != "cache_control"}
-                if id(part) in surplus
-                else part
+                without_keys(part, ("cache_control",)) if id(part) in surplus else part
                 for part in parts
             ]
 
@@ -5118,11 +5116,7 @@ class Rewrite:
         function = dig(tool, "function")
         if not isinstance(function, dict):
             return tool
-        kept = {
-            name: value
-            for name, value in function.items()
-            if value is not None and (name != "strict" or "alibaba" not in self.traits)
-        }
+        kept = stated(without_keys(function, ("strict",) if "alibaba" in self.traits else ()))
         kept["parameters"] = self._schema(kept.get("parameters"))
         return {**without_nulls(tool), "function": kept}
 
@@ -5184,11 +5178,7 @@ class Rewrite:
         """The upstream always streams and always counts."""
         options = self.body.get("stream_options")
         before = (self.body.get("stream"), options)
-        kept = {
-            name: value
-            for name, value in as_object(options).items()
-            if name != "include_obfuscation"
-        }
+        kept = without_keys(as_object(options), ("include_obfuscation",))
         self.body["stream"] = True
         self.body["stream_options"] = {**kept, "include_usage": True}
         return before != (True, self.body["stream_options"])
@@ -5269,7 +5259,7 @@ class Rewrite:
     def _set(self, fields: Json) -> None:
         """Set fields about thinking; the switch also where servers of one's own look for it."""
         if self.mode == "always":
-            fields = {name: value for name, value in fields.items() if name != "enable_thinking"}
+            fields = without_keys(fields, ("enable_thinking",))
         self.body.update(fields)
         if "enable_thinking" in fields and "alibaba" not in self.traits and not self.profile:
             template = as_object(self.body.get("chat_template_kwargs"))
@@ -5286,11 +5276,7 @@ class Rewrite:
 
     def _ask_nested(self, asked: Thinking, reasoning: Json) -> None:
         """Ask in OpenRouter's words, which are nested."""
-        kept = {
-            name: value
-            for name, value in reasoning.items()
-            if name not in ("effort", "max_tokens", "enabled")
-        }
+        kept = without_keys(reasoning, ("effort", "max_tokens", "enabled"))
         how: Json = {"enabled": bool(asked.enabled)}
         if asked.enabled and asked.effort:
             how = {"effort": self._nearest(asked.effort)}
@@ -5873,10 +5859,7 @@ def with_extra_body(request: Any) -> Any:
     if not isinstance(extra, dict):
         return request
     log.debug("extra_body is merged: %s", ", ".join(extra))
-    stated = {
-        name: value for name, value in request.items() if value is not None and name != "extra_body"
-    }
-    return {**extra, **stated}
+    return {**extra, **stated(without_keys(request, ("extra_body",)))}
 
 
 # What a field must be, in Python's types and in JSON's words.
@@ -6841,8 +6824,7 @@ class ChunkTranslator:
                 # What else is in the event goes out once, not with each of its choices.
                 envelope = self._chunk([])
         if envelope is chunk and len(chunk) > 5:
-            others = {name: item for name, item in chunk.items() if item is not None}
-            self._extra.update(without_keys(others, self._chunk([])))
+            self._extra.update(without_keys(stated(chunk), self._chunk([])))
 
     def _decoded(self, data: bytes) -> Json:
         text = data.decode("utf-8", "replace")
@@ -7083,7 +7065,7 @@ def clean_usage(usage: Any) -> Json | None:
         return None
     prompt, completion = counts.get("prompt_tokens", 0), counts.get("completion_tokens", 0)
     cleaned = {
-        **{name: value for name, value in usage.items() if value is not None},
+        **stated(usage),
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": counts.get("total_tokens", prompt + completion),
@@ -7635,7 +7617,7 @@ class EmbeddingsApi(ChatApi):
         """Return the body: always floats, since Model Studio documents nothing else."""
         user = None if "alibaba" in target.provider.family.traits else request.get("user")
         body = {**request, "user": user, "model": target.model, "encoding_format": "float"}
-        return {name: value for name, value in body.items() if value is not None}, {}
+        return stated(body), {}
 
     @staticmethod
     def repair(body: Json, error: UpstreamError) -> str:
@@ -10447,8 +10429,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if exchange.method == "OPTIONS":
             self.send_preflight(exchange)
             return None
-        route = exchange.route()
-        route, name = self._without_id(route)
+        route, name = self._without_id(exchange.route())
         methods = ENDPOINTS.get(route)
         if methods is None:
             raise self._unknown_route(exchange)
@@ -10521,13 +10502,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         Codex asks for a WebSocket first and falls back at once on 426, but only after six seconds
         on 404.
         """
-        if "websocket" not in exchange.headers.get("upgrade", "").lower():
-            message, headers = "responses have no list", [("Allow", "POST, OPTIONS")]
-            code = "method_not_allowed"
-            raise BadRequest(f"{message}; POST to /v1/responses", 405, code, headers=headers)
-        message, headers = "there are no WebSockets here", [("Upgrade", "HTTP/1.1")]
-        code = "upgrade_not_supported"
-        raise BadRequest(f"{message}; POST to /v1/responses", 426, code, headers=headers)
+        if "websocket" in exchange.headers.get("upgrade", "").lower():
+            raise BadRequest(
+                "there are no WebSockets here; POST to /v1/responses",
+                426,
+                "upgrade_not_supported",
+                headers=[("Upgrade", "HTTP/1.1")],
+            )
+        raise BadRequest(
+            "responses have no list; POST to /v1/responses",
+            405,
+            "method_not_allowed",
+            headers=[("Allow", "POST, OPTIONS")],
+        )
 
     def get_response(self, exchange: Exchange, response_id: str) -> None:
         """Answer GET /v1/responses/{id}."""
@@ -10775,6 +10762,12 @@ def share_one_processor() -> None:
 EVERYWHERE = ("localhost", "0.0.0.0", "::", "")
 
 
+def local_url(host: str, port: int) -> str:
+    """Return the URL, without a path, of a server that listens there."""
+    name = "localhost" if host in EVERYWHERE else host
+    return f"http://{f'[{name}]' if ':' in name else name}:{port}"
+
+
 class ProxyServer:
     """The running proxy: its listeners, and what the handlers share. See make_server()."""
 
@@ -10818,8 +10811,7 @@ class ProxyServer:
     @property
     def url(self) -> str:
         """The base URL for clients."""
-        host = "localhost" if self.options.host in EVERYWHERE else self.options.host
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}/v1"
+        return local_url(self.options.host, self.port) + "/v1"
 
     def _listen(self) -> list[Listener]:
         """Return one listener, or for localhost two: Node resolves that to ::1 first."""
@@ -11487,13 +11479,13 @@ def server_for(options: Options, environ: Mapping[str, str] | None = None) -> Pr
     if not options.demo:
         return ProxyServer(options, environ)
     folder = f"qwen_proxy-demo-{secrets.token_hex(8)}"
-    nowhere = os.path.join(tempfile.gettempdir(), folder)
+    home = os.path.join(tempfile.gettempdir(), folder)
     model = options.model or DEMO_MODEL
     url = DemoServer.start()
     options = options._replace(
-        base_url=url, provider=None, model=model, qwen_home=nowhere, usage_file=None
+        base_url=url, provider=None, model=model, qwen_home=home, usage_file=None
     )
-    return ProxyServer(options, {"OPENAI_API_KEY": "demo", "HOME": nowhere})
+    return ProxyServer(options, {"OPENAI_API_KEY": "demo", "HOME": home})
 
 
 def make_server(
@@ -11655,8 +11647,8 @@ def banner(server: ProxyServer) -> list[str]:
     key = "-H 'Authorization: Bearer YOUR_KEY' " if server.access.has_keys else ""
     message = {"role": "user", "content": "Hello"}
     body = json.dumps({"model": discovery.model, "messages": [message]})
-    json_type = "-H 'Content-Type: application/json'"
-    lines.append(f"try       curl {server.url}/chat/completions {key}{json_type} -d '{body}'")
+    content_type = "-H 'Content-Type: application/json'"
+    lines.append(f"try       curl {server.url}/chat/completions {key}{content_type} -d '{body}'")
     return lines
 
 
@@ -11868,8 +11860,7 @@ def login_file_facts(path: str) -> Json:
 
 def server_facts(options: Options) -> Json:
     """Return whether a server answers on the port, and what it says of itself."""
-    host = "localhost" if options.host in EVERYWHERE else options.host
-    url = f"http://{f'[{host}]' if ':' in host else host}:{options.port}"
+    url = local_url(options.host, options.port)
     facts: Json = {"url": f"{url}/v1", "answers": False, "health": None}
     with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
         with open_before(urllib.request.Request(url + "/health"), SERVER_TIMEOUT) as response:
