@@ -2033,8 +2033,11 @@ class Provider:
     def note(self, error: ProxyError) -> None:
         """Remember a refusal, unless it was the request's own fault or a limit per minute."""
         if error.status == 401 or error.status >= 500 or error.code == "insufficient_quota":
-            about = {"at": int(time.time()), "status": error.status}
-            self.refusal = {**about, **error.error_object()}
+            self.refusal = {
+                "at": int(time.time()),
+                "status": error.status,
+                **error.error_object(),
+            }
 
     def is_refusing(self) -> bool:
         """Return whether the next request is likely to be refused as the last one was."""
@@ -2355,7 +2358,9 @@ class CliSettings:
 
     def _read_settings(self, folder: str) -> None:
         # Where one of these is broken, the CLI stops.
-        system = self._system_file("settings.json", "QWEN_CODE_SYSTEM_SETTINGS_PATH")
+        system = self.environ.get("QWEN_CODE_SYSTEM_SETTINGS_PATH") or os.path.join(
+            self.FOLDERS.get(sys.platform, "/etc/qwen-code"), "settings.json"
+        )
         defaults = os.path.join(os.path.dirname(system), "system-defaults.json")
         binding = [
             self.environ.get("QWEN_CODE_SYSTEM_DEFAULTS_PATH") or defaults,
@@ -2386,10 +2391,6 @@ class CliSettings:
         elif found and path not in self.files:
             self.files.append(path)
         return found
-
-    def _system_file(self, name: str, variable: str) -> str:
-        folder = self.FOLDERS.get(sys.platform, "/etc/qwen-code")
-        return self.environ.get(variable) or os.path.join(folder, name)
 
     def _project_dotenv(self, folder: str) -> list[str]:
         """Return the nearest .env of the working directory or above.
@@ -2445,8 +2446,7 @@ class CliSettings:
 
 def spellings(path: str) -> set[str]:
     """Return a path without `..`, with its links and without."""
-    paths = (os.path.abspath(path), os.path.realpath(path))
-    return {os.path.normcase(path) for path in paths}
+    return {os.path.normcase(each) for each in (os.path.abspath(path), os.path.realpath(path))}
 
 
 def preset_of(base_url: str) -> str | None:
@@ -2602,8 +2602,7 @@ def oauth_providers(settings: CliSettings, known: dict[str, OAuthCredentials]) -
         suffix = name[len("oauth_creds") : -len(".json")].strip("._-")
         label = f"oauth-{suffix}" if suffix else "oauth"
         entries: dict[str, Json] = {OAUTH_MODEL: {}}
-        provider = Provider(label, "", known[path], path, entries, FAMILIES["portal"])
-        providers.append(provider)
+        providers.append(Provider(label, "", known[path], path, entries, FAMILIES["portal"]))
     return providers
 
 
@@ -3706,7 +3705,7 @@ class Call:
     """
 
     # A body may be repaired this often: one reason for a refusal may hide another.
-    REPAIRS = 2
+    MAX_REPAIRS = 2
     RETRY_DELAY = 0.5
     # A Retry-After beyond this is the client's to wait for.
     LONGEST_DELAY = 10
@@ -3773,7 +3772,7 @@ class Call:
 
     def _open_on(self, target: Target, deadline: float, is_last: bool) -> Answer:
         credentials, rejected = target.provider.credentials, ""
-        retries, repairs, delay = self._retries, self.REPAIRS, self.RETRY_DELAY
+        retries, repairs, delay = self._retries, self.MAX_REPAIRS, self.RETRY_DELAY
         while True:
             access_token = credentials.access_token(rejected, self._waiter.sleep)
             try:
@@ -4752,8 +4751,9 @@ class Rewrite:
             unseen = [part for part in parts if self._is_unseen(part, sees)]
             if unseen and place == last:
                 what = UNSEEN[self.MEDIA[unseen[0]["type"]]].format(model=self.model)
-                where = f"messages.{place}.content"
-                raise BadRequest(f"messages[{place}] holds {what}", param=where)
+                raise BadRequest(
+                    f"messages[{place}] holds {what}", param=f"messages.{place}.content"
+                )
             # Several messages in a row are one question.
             last -= place == last and place > 0 and messages[place - 1]["role"] == "user"
             if unseen:
@@ -5931,11 +5931,9 @@ class Refusal(NamedTuple):
         """
         stripped = text.strip().lstrip("\ufeff")
         if stripped[:1] not in ("{", "<"):
-            events = EventDecoder().feed(stripped.encode("utf-8", "replace") + b"\n\n")
-            for event in events:
+            for event in EventDecoder().feed(stripped.encode("utf-8", "replace") + b"\n\n"):
                 if event.data[:1] == b"{":
-                    data = event.data.decode("utf-8", "replace")
-                    return cls.read(event.status or status, data)
+                    return cls.read(event.status or status, event.data.decode("utf-8", "replace"))
         value = loads(stripped)
         if isinstance(value, dict):
             return cls.of(status, value)
@@ -6549,8 +6547,7 @@ class ToolCall:
             fresh = "{}"
         self.arguments.add(fresh)
         if self.name in self._shapes.custom:
-            text = custom_input(str(self.arguments))
-            return {"index": self.index, **self._custom(text)}
+            return {"index": self.index, **self._custom(custom_input(str(self.arguments)))}
         return self._more(fresh)
 
     def _is_all(self, name: str, arguments: str) -> bool:
@@ -6778,8 +6775,7 @@ class ChunkTranslator:
         for index, state in self._states.items():
             # [DONE] without a reason: it is whole, and opencode loops without one.
             if not state.has_ended:
-                reason = state.finish_reason or "stop"
-                outputs = self._finish(index, state, reason)
+                outputs = self._finish(index, state, state.finish_reason or "stop")
                 for output in outputs[:-1]:
                     self.sink(Chunk(self._chunk([output])))
                 self._send(self._chunk(outputs[-1:]))
@@ -6891,8 +6887,7 @@ class ChunkTranslator:
         if not isinstance(delta, dict):
             delta = self._whole_delta(choice.get("message"))
         if finish_reason == "error_finish":
-            refusal = Refusal.read(0, text_of(delta.get("content")))
-            raise to_upstream_error(refusal, self.family)
+            raise to_upstream_error(Refusal.read(0, text_of(delta.get("content"))), self.family)
         own = ("index", "delta", "message", "finish_reason")
         extra = {
             name: value for name, value in choice.items() if name not in own and value is not None
@@ -6942,8 +6937,7 @@ class ChunkTranslator:
     def _deltas(self, index: int, state: ChoiceState, delta: Json, extra: Json) -> list[Json]:
         reasoning = delta.get("reasoning_content") or delta.get("reasoning")
         reasoning = state.reasoning.feed(reasoning) if isinstance(reasoning, str) else ""
-        text = state.content.feed(text_of(delta.get("content")))
-        thoughts, content = state.filter.feed(text)
+        thoughts, content = state.filter.feed(state.content.feed(text_of(delta.get("content"))))
         entries = self._call_entries(delta)
         if entries:
             # What is kept back of the text comes before the call, not behind it.
@@ -7071,8 +7065,7 @@ def clean_usage(usage: Any) -> Json | None:
         "total_tokens": counts.get("total_tokens", prompt + completion),
     }
     if isinstance(usage.get("cached_tokens"), int):
-        details = {"cached_tokens": usage["cached_tokens"]}
-        cleaned.setdefault("prompt_tokens_details", details)
+        cleaned.setdefault("prompt_tokens_details", {"cached_tokens": usage["cached_tokens"]})
     return cleaned
 
 
@@ -8399,8 +8392,7 @@ class ResponsesWriter(Writer):
         self._open, item = None, self._items[-1]
         item.is_open = False
         self._tell(item, "done", str(item.text))
-        whole = self._whole(item)
-        self._emit("response.output_item.done", output_index=item.index, item=whole)
+        self._emit("response.output_item.done", output_index=item.index, item=self._whole(item))
 
     def _tell(self, item: OutputItem, moment: str, text: str) -> None:
         """Write the events about the text of an item at a moment of OUTPUT_ITEMS."""
@@ -8431,8 +8423,7 @@ class ResponsesApi(ChatApi):
 
     def writer(self, request: Json, out: Any, target: Target) -> Writer:
         """Return what writes the answer to the client."""
-        items = self._request.items
-        keep = functools.partial(self._memory.keep, context=items, owner=self._owner)
+        keep = functools.partial(self._memory.keep, context=self._request.items, owner=self._owner)
         return ResponsesWriter(out, self._request, target.model, keep)
 
 
@@ -8741,8 +8732,7 @@ class Ledger:
                     bound = bisect.bisect_left(self.BOUNDS, seconds)
                     total[len(sums) + place * size + bound] += 1
             if route in self.ROUTES:
-                row = (bucket, route, provider, model, client, outcome)
-                self._added(self._pending, row, sums)
+                self._added(self._pending, (bucket, route, provider, model, client, outcome), sums)
                 if len(self._pending) > self.MOST_ROWS:
                     del self._pending[next(iter(self._pending))]
         if not self._news.is_set():
@@ -8857,8 +8847,7 @@ class Ledger:
         lines += metric("tokens_total", "counter", text, ("provider", "model", "kind"), counts)
         for place, name in enumerate(("first_byte_seconds", "duration_seconds")):
             text = f"Time to the {'end' if place else 'first byte'} of the answer."
-            samples = self._histogram(requests, place)
-            lines += metric(name, "histogram", text, self.LABELS, samples)
+            lines += metric(name, "histogram", text, self.LABELS, self._histogram(requests, place))
         for name, text, value in gauges:
             lines += metric(name, "gauge", text, (), [("", (), value)])
         return "\n".join(lines) + "\n"
@@ -10117,8 +10106,9 @@ class Exchange:
             return [calls[0].open(targets)]
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
             futures = [pool.submit(call.open, targets) for call in calls]
-            first = concurrent.futures.FIRST_EXCEPTION
-            done, _ = concurrent.futures.wait(futures, return_when=first)
+            done, _ = concurrent.futures.wait(
+                futures, return_when=concurrent.futures.FIRST_EXCEPTION
+            )
             failures = [future.exception() for future in done if future.exception()]
             if failures and failures[0]:
                 for future in futures:
@@ -10528,8 +10518,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def delete_response(self, exchange: Exchange, response_id: str) -> None:
         """Answer DELETE /v1/responses/{id}."""
-        is_deleted = self.proxy.memory.delete(response_id, exchange.key)
-        self._found(is_deleted or None, response_id)
+        self._found(self.proxy.memory.delete(response_id, exchange.key) or None, response_id)
         exchange.send_json(200, {"id": response_id, "object": "response", "deleted": True})
 
     def get_input_items(self, exchange: Exchange, response_id: str) -> None:
@@ -10896,8 +10885,7 @@ class ProxyServer:
         if exchange.writer.is_stream:
             heartbeat = functools.partial(exchange.heartbeat, targets)
         for part in api.split(request, targets):
-            client = exchange.connection
-            waiter = Waiter(client, options.timeout, KEEP_ALIVE_INTERVAL, heartbeat)
+            waiter = Waiter(exchange.connection, options.timeout, KEEP_ALIVE_INTERVAL, heartbeat)
             waiters.append(waiter)
             agent = exchange.user_agent()
             calls.append(Call(self.upstream, api, part, waiter, options.retries, agent))
@@ -10933,8 +10921,7 @@ class ProxyServer:
         targets = self.providers.targets(model, self._lists.get(providers, 0))
         first = targets[0].provider
         if first is not providers[0] and first.problem():
-            lists = self._lists.get(providers, self._lists.WAIT)
-            targets = self.providers.targets(model, lists)
+            targets = self.providers.targets(model, self._lists.get(providers, self._lists.WAIT))
         return targets
 
     def models(self, seconds: float = ModelLists.WAIT) -> list[Json]:
