@@ -14,10 +14,11 @@ What it touches
     reads     ~/.qwen/oauth_creds*.json, settings.json, trustedFolders.json and .env (QWEN_HOME
               moves them), ~/.env, the system settings of Qwen Code, .qwen/settings.json of a
               trusted working directory and the nearest .env in it or above
-    writes    ~/.qwen/oauth_creds.json (mode 0600) when the access token is refreshed, and while it
-              does so ~/.qwen/oauth_creds.lock and a temporary file beside it; counts of what was
-              used, ~/.qwen/qwen_proxy.sqlite3 (mode 0600; --no-usage: none); nothing else
-    connects  to chat.qwen.ai for log-in and refresh, and to the base URL of the provider in use,
+    writes    ~/.qwen/oauth_creds.json (mode 0600) after a log-in and when the access token is
+              refreshed, and meanwhile ~/.qwen/oauth_creds.lock and a temporary file beside it;
+              counts of what was used, ~/.qwen/qwen_proxy.sqlite3 with SQLite's own two files
+              beside it (mode 0600; --usage-file moves it, --no-usage: none); nothing else
+    connects  to chat.qwen.ai for log-in and refresh, and to the base URLs of the providers in use,
               over the forward proxy of the settings or environment if there is one
     listens   on 127.0.0.1 and ::1, port 8080, unless told otherwise
 
@@ -26,8 +27,9 @@ key at a host that it was not issued for, posing as another client, deleting a f
 
 Start reading at Handler.serve, which is the life of a request:
 
-    check_access        Host, Origin, key: 'Server'
-    find_api            the class for the route: ChatApi, TextApi, EmbeddingsApi, ResponsesApi
+    check_access        Host and Origin: 'Server'
+    find_api            the key, and the class for the route: ChatRouteApi, TextApi, EmbeddingsApi,
+                        ResponsesApi
     api.check           the body, as far as no upstream could make sense of it
     targets             provider and model, from the CLI's files: 'Providers'
     exchange.open_all   access token ('Credentials'), the request in Qwen's dialect ('Requests'),
@@ -107,8 +109,7 @@ Json = Dict[str, Any]
 # Constants
 # ------------------------------------------------------------------------------------------------
 # Times are seconds and sizes are bytes unless the name says otherwise; no other section names a
-# host.
-# A limit that only one class has is that class's attribute, as in http.server.
+# host. A limit that only one class has is that class's attribute, as in http.server.
 
 # OAuth of the Qwen Code CLI: device authorization (RFC 8628) with PKCE (RFC 7636), public client.
 # Qwen Code, packages/core/src/qwen/qwenOAuth2.ts.
@@ -153,8 +154,6 @@ PRESETS = {
     "openrouter": ("https://openrouter.ai/api/v1", "OPENROUTER_API_KEY"),
     "modelscope": ("https://api-inference.modelscope.cn/v1", "MODELSCOPE_API_KEY"),
 }
-
-
 # The hosts of Model Studio's workspaces, beside the shared ones above, which are the older way.
 # Alibaba, 'Base URL overview', 2026-10-11.
 WORKSPACE_HOST = re.compile(r"[\w-]+\.[\w-]+\.maas\.aliyuncs\.com\Z")
@@ -186,8 +185,9 @@ class Family(NamedTuple):
 # The first match of the host counts, then the key's variable; a path with /compatible-mode/ is
 # DashScope's (a company gateway, a fake). Traits: 'alibaba'; 'qwen', its words for thinking are
 # Qwen's; 'limits', its models' max_tokens are those of MODELS; 'openai-only', refuses what only
-# OpenAI knows; 'open-list', lists its models for anybody. A model whose id says Qwen brings 'qwen'
-# and 'limits' along wherever no dialect of the family's own is known.
+# OpenAI knows; 'search', searches the web itself; 'open-list', lists its models without a key. A
+# model whose id says Qwen brings 'qwen' and 'limits' along wherever no dialect of the family's own
+# is known.
 FAMILIES = {
     family.name: family
     for family in (
@@ -390,7 +390,7 @@ MAX_CONNECTIONS = 1024
 MAX_BODY_MIB = 64
 # From the first signal to the end: docker kills after 10.
 GRACE = 8
-# A 429 that is reported as such by this or another name may be repeated at once.
+# A web page with one of these comes from a gateway that is busy, and is judged by its status.
 RETRY_STATUSES = frozenset({429, 502, 503, 529})
 # Of a request line, a header line, a chunk size.
 MAX_LINE = 65_536
@@ -683,7 +683,7 @@ class Secrets:
 
     @classmethod
     def _pattern(cls, value: str) -> re.Pattern[str]:
-        r"""Match the value in every spelling of JSON and of URLs, however deep in one another.
+        r"""Return a pattern for the value in every spelling of JSON and of URLs, however nested.
 
         Each level of JSON has more backslashes, each level of URLs more %25.
         """
@@ -1044,8 +1044,6 @@ FREE_TIER_ENDED = (
     "Configure an API key in the CLI (run `qwen`, then /auth), or start with --provider NAME and "
     "its key in the environment"
 )
-
-
 NO_LOGIN = (
     "no Qwen login on this machine. With a key: DASHSCOPE_API_KEY=YOUR_KEY python3 qwen_proxy.py "
     "--provider dashscope-intl (--help names the other providers and their variables). Or run "
@@ -1230,7 +1228,7 @@ class LockFile:
             return None
 
     def _age(self, seen_since: float) -> float:
-        """Return its age, or how long it was seen unchanged: a clock may have jumped back."""
+        """Return the lock's age, or how long it was seen unchanged, as a clock may jump back."""
         try:
             age = time.time() - os.lstat(self.path).st_mtime
             if age > self.STALE:
@@ -1283,7 +1281,7 @@ class LoginFile:
         self.path = path
 
     def write(self, text: str) -> None:
-        """Write it, mode 0600: atomically if it can be renamed over, else in place.
+        """Write the file, mode 0600: atomically if it can be renamed over, else in place.
 
         The new mtime is always later than the old one: the CLI reloads only then (Qwen Code,
         sharedTokenManager.ts). Raises OSError.
@@ -1302,7 +1300,7 @@ class LoginFile:
         return self._overwrite(path, data, before)
 
     def why_not_saved(self) -> str:
-        """Return why it could not be written; empty where it can be, or does not exist."""
+        """Return why the file could not be written; empty where it can be, or does not exist."""
         try:
             path = self._target()
         except OSError as error:
@@ -1497,7 +1495,7 @@ class DeadlineHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
 
 
 class ForwardProxy(urllib.request.ProxyHandler):
-    """urllib's way over a forward proxy; one that speaks no HTTP is named, not spoken HTTP to."""
+    """urllib's way over a forward proxy; a proxy that speaks no HTTP is refused by name."""
 
     def __init__(self, forwarding: Forwarding):
         super().__init__(dict.fromkeys(("http", "https"), forwarding.url) if forwarding.url else {})
@@ -1527,7 +1525,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 def open_before(
     request: urllib.request.Request, seconds: float, forwarding: Forwarding = DIRECT
 ) -> Any:
-    """Return the response to a request to the identity host, or of `status`.
+    """Return the response to a request of the log-in or of `status`, within a time.
 
     Raises OSError, http.client.HTTPException, and UpstreamError for a proxy that cannot be used.
     """
@@ -2005,7 +2003,7 @@ class Provider:
 
     @property
     def base_url(self) -> str:
-        """Where it is; for an OAuth login the host that its file names now."""
+        """The base URL; for an OAuth login that of the host that its file names now."""
         return self.stated_url or self.credentials.base_url()
 
     def host(self) -> str:
@@ -2013,14 +2011,14 @@ class Provider:
         return host_of(self.stated_url)
 
     def model_ids(self, listed: Iterable[str] = ()) -> list[str]:
-        """Return the models that it is known to serve; none where only the upstream knows.
+        """Return the models that the provider is known to serve, none if only the upstream knows.
 
         Those of the settings come first; listed: its live list, which is better than any table.
         """
         return list(dict.fromkeys([*self.entries, *listed])) or list(self.family.models)
 
     def problem(self) -> str | None:
-        """Return why it cannot be used; None when it can."""
+        """Return why the provider cannot be used; None when it can."""
         try:
             if isinstance(self.credentials, OAuthCredentials):
                 self.credentials.login()
@@ -2579,7 +2577,7 @@ def environment_provider(settings: CliSettings, base_url: Any, source: str) -> P
 
 
 def login_names(folder: str) -> list[str]:
-    """Return the names of the files of logins; raises OSError."""
+    """Return the names of the login files in a folder; raises OSError."""
     try:
         return sorted(fnmatch.filter(os.listdir(folder), "oauth_creds*.json"))
     except FileNotFoundError:
@@ -2703,7 +2701,7 @@ class Discovery:
             return None
         return None, (
             f"the CLI is set to {shorten(str(kind), 40)} (security.auth.selectedType in "
-            f"settings.json, or the environment), which has no OpenAI-compatible endpoint here; "
+            "settings.json, or the environment), which has no OpenAI-compatible endpoint here; "
             f"{way_out}"
         )
 
@@ -2713,7 +2711,10 @@ class Discovery:
         return (own, "") if kind == "qwen-oauth" or kind is None and is_there else None
 
     def _by_entry(self) -> tuple[Provider | None, str] | None:
-        """Qwen Code, its model resolver: the entry with the wanted id, and model.baseUrl."""
+        """Return the provider of the entry with the wanted id; of several, that of model.baseUrl.
+
+        Qwen Code, its model resolver.
+        """
         model, is_stored = self._wanted_model()
         stored_url = str(dig(self._settings.values, "model", "baseUrl") or "").rstrip("/")
         having = [provider for provider in self._listed if model in provider.entries]
@@ -2974,7 +2975,7 @@ class Providers:
             return []
 
     def _discover(self) -> Discovery:
-        # They may come and go.
+        # Login files come and go.
         self._logins = self._login_names()
         settings = CliSettings(self.home, self._environ, self._folder, self._files)
         self.forwarding = settings.forwarding()
@@ -3065,7 +3066,7 @@ class Waiter:
         self._wait(None, 0, seconds)
 
     def look(self) -> None:
-        """Look at the shutdown, at the client, and at the sign of life that may be due to it."""
+        """Look at the shutdown, the progress, and the sign of life that the client may be due."""
         now = time.monotonic()
         self._next_look = now + min(self.LOOK, self._interval / 2)
         if self._is_stopping:
@@ -3098,7 +3099,7 @@ class Waiter:
             self._attend(None, 0)
 
     def close(self) -> None:
-        """Be done with it: a selector that is not closed waits for the garbage collector."""
+        """Close the selector: one that is not closed waits for the garbage collector."""
         self._selector.close()
 
     def stop(self) -> None:
@@ -3175,7 +3176,7 @@ class Connection:
         self.waiter, self.idle_since, self.has_received = Waiter(), 0.0, False
 
     def send(self, data: bytes) -> None:
-        """Send it all; raises OSError, and what a Waiter raises."""
+        """Send all of the data; raises OSError, and what a Waiter raises."""
         self.has_received = False
         send_all(self.socket, data, self.waiter.for_writing)
 
@@ -3203,7 +3204,7 @@ class Connection:
         return False
 
     def close(self) -> None:
-        """Close it; may be called more than once."""
+        """Close the connection; may be called more than once."""
         self._connected.close()
 
 
@@ -3396,7 +3397,7 @@ class UpstreamResponse:
         return bytes(body[:limit])
 
     def close(self) -> None:
-        """Be done with it, once: keep the connection if the body is at its end, else close it."""
+        """End the response, once: keep the connection if the body is at its end, else close it."""
         connection, self._connection = self._connection, None
         if connection is None:
             return
@@ -3420,7 +3421,7 @@ class UpstreamResponse:
 
 
 class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
-    """urllib's documented place to open connections otherwise: they are kept and used again.
+    """urllib's hook for opening connections, which here are kept and used again.
 
     The pool knows only put and take. A kept connection that turns out dead before it gave one byte
     is replaced once; a new one that fails is an error.
@@ -3484,7 +3485,7 @@ class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
             surplus.close()
 
     def close_idle(self) -> None:
-        """Close what is kept."""
+        """Close the connections that are kept."""
         with self._lock:
             kept, self._idle = self._idle, collections.defaultdict(list)
         for connection in itertools.chain.from_iterable(kept.values()):
@@ -3561,7 +3562,7 @@ class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
 
 
 def nowhere(chunk: Any) -> None:
-    """Take a chunk of an answer that is over."""
+    """Drop a chunk: the sink of an answer that has none yet, or no more."""
 
 
 class Answer:
@@ -3622,7 +3623,7 @@ class Answer:
 
 
 class Upstream:
-    """Sends requests to providers, over the forward proxy of the environment if there is one."""
+    """Sends requests to providers, over the forward proxy where one is named."""
 
     _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+\Z")
 
@@ -3735,7 +3736,7 @@ class Call:
         self.moved: dict[Target | None, int] = {}
 
     def close(self) -> None:
-        """Be done with the answer."""
+        """Close the response, and let go of the answers."""
         if self._response:
             self._response.close()
         for answer in self.answers:
@@ -3913,7 +3914,7 @@ class ModelLists:
         return [self._lists.get(key, self._empty) for key in keys]
 
     def close(self) -> None:
-        """End what is running."""
+        """End the requests that are running."""
         for waiter in list(self._waiters):
             waiter.stop()
         self._executor.shutdown(wait=False)
@@ -4186,7 +4187,7 @@ DIALECTS = {
     ),
 }
 NESTED_DIALECTS = frozenset({"openrouter", "openai-reasoning"})
-# What they say is said in any case.
+# Profiles that are told to think where the request says nothing.
 SWITCHED_PROFILES = frozenset({"dashscope-thinking", "qwen-chat-template"})
 # Stands for thoughts that a client did not keep; Kimi takes an empty text for none.
 NO_THOUGHTS = "(not kept)"
@@ -5463,7 +5464,7 @@ class Rule(NamedTuple):
 
 _QWEN, _ALIBABA = frozenset({"qwen"}), frozenset({"alibaba"})
 _BOTH = frozenset({"chat", "text"})
-# In this order: the defaults first, thinking behind what the client and the entry say about it.
+# In this order: nulls and defaults first, thinking behind what the client and the entry say of it.
 RULES = (
     Rule(
         "no-nulls",
@@ -5985,7 +5986,7 @@ class Refusal(NamedTuple):
 class ErrorRule(NamedTuple):
     """What becomes of a refusal: conditions, then the answer."""
 
-    # None: any.
+    # Empty: any.
     statuses: tuple[int, ...]
     # Searched in 'code: message', ignoring case.
     pattern: str
@@ -5995,7 +5996,7 @@ class ErrorRule(NamedTuple):
     code: str | None
     retry: bool = False
     moves_on: bool = False
-    # None: any.
+    # Empty: any.
     families: tuple[str, ...] = ()
 
 
@@ -6562,7 +6563,7 @@ class ToolCall:
         if not isinstance(ours, dict) or len(arguments) < len(ours):
             return False
         theirs = loads(arguments)
-        # 1 is not true.
+        # To Python 1 == True; in JSON they differ.
         return theirs == ours and json.dumps(ours, sort_keys=True) == json.dumps(
             theirs, sort_keys=True
         )
@@ -6850,7 +6851,7 @@ class ChunkTranslator:
             self._id = as_text(chunk.get("id"))[: self.MAX_ID]
             self._id = self._id or "chatcmpl-" + secrets.token_hex(12)
             created: Any = chunk.get("created")
-            # NaN is neither.
+            # NaN is no time.
             is_time = isinstance(created, (int, float)) and 0 < created < 1e12
             self._created = int(created) if is_time else 1
         usage = chunk.pop("usage", None)
@@ -7846,9 +7847,8 @@ class ResponseRequest:
     """A request to /v1/responses, and the chat request for it.
 
     asked: the request as it came; items: of the whole conversation; chat: the chat request; tools:
-    those that it offers;
-    is_compaction: the client wants the conversation summarised. Raises BadRequest for what is
-    forgotten or cannot be meant.
+    those that it offers; is_compaction: the client wants the conversation summarised. Raises
+    BadRequest for what is forgotten or cannot be meant.
     """
 
     COMPACTION = (
@@ -7863,7 +7863,6 @@ class ResponseRequest:
         "background conversation prompt max_tool_calls top_logprobs service_tier "
         "safety_identifier prompt_cache_retention stream_options context_management".split()
     )
-
     # Fields without a counterpart, and what of theirs means nothing.
     LOST: Mapping[str, tuple[Any, ...]] = {
         "context_management": (None, []),
@@ -8539,7 +8538,7 @@ class CountsFile:
             raise
 
     def close(self) -> None:
-        """Close it; what was not committed is undone."""
+        """Close the file; what was not committed is undone."""
         connection, self._connection = self._connection, None
         if connection:
             connection.close()
@@ -8754,7 +8753,7 @@ class Ledger:
     # -- the file --------------------------------------------------------------------------------
 
     def close(self, seconds: float) -> None:
-        """Write what is still to be written, if that takes no longer."""
+        """Write what is still to be written, if it takes no longer than so many seconds."""
         self._end.set()
         self._news.set()
         if self.path:
@@ -9389,7 +9388,7 @@ class DeviceLogin:
         self.state: Json = {"phase": "none"}
 
     def start(self, credentials: OAuthCredentials) -> Json:
-        """Start it, unless it runs already; returns its state."""
+        """Start a log-in, unless one is running; returns its state."""
         with self._lock:
             if self.state["phase"] not in ("starting", "waiting"):
                 self.state = {"phase": "starting"}
@@ -9671,7 +9670,7 @@ class AccessPolicy:
         """
         if not self.is_own_page(headers):
             raise ProxyError(
-                "only the page of this server may do this",
+                "only the page of this server may do this; open it in a browser",
                 403,
                 "origin_not_allowed",
                 "permission_error",
@@ -9743,7 +9742,7 @@ class ClientReader(io.RawIOBase):
         self._selector.register(connection, selectors.EVENT_READ)
 
     def close(self) -> None:
-        """Be done with it: a selector that is not closed waits for the garbage collector."""
+        """Close the selector: one that is not closed waits for the garbage collector."""
         self._selector.close()
         super().close()
 
@@ -9768,7 +9767,7 @@ class Exchange:
     What came: method, path, headers, key; when: started, began (the first byte of the answer),
     ended; where it went: model (as asked for), target, outcomes (of every target that was asked);
     what was answered: status, tokens (by target), error, notes. The log line, the ledger and the
-    page read it. It knows the framing of both directions (RFC 9112).
+    page are made from it. It knows the framing of both directions (RFC 9112).
     """
 
     # A client's connection between requests; from the first byte of a request to the end of its
@@ -9882,7 +9881,7 @@ class Exchange:
         raise BadRequest(f"there are more than {self.MAX_HEADERS} headers", 431)
 
     def _check_framing(self) -> None:
-        """RFC 9112 6.3: one length, digits only, and never beside Transfer-Encoding."""
+        """Check the framing (RFC 9112 6.3): one length, in digits, without Transfer-Encoding."""
         length, coding = self.headers.get("content-length"), self.headers.get("transfer-encoding")
         if coding is not None:
             if length is not None or self._is_http_1_0:
@@ -9942,7 +9941,7 @@ class Exchange:
         return body
 
     def _read_chunked(self, limit: int) -> bytes:
-        """RFC 9112 7.1; extensions and trailers are read and ignored, up to a limit."""
+        """Return a chunked body (RFC 9112 7.1) without its extensions and trailers."""
         body, spare = bytearray(), MAX_LINE
         while spare > 0:
             line = self._rfile.readline(spare)
@@ -10118,7 +10117,7 @@ class Exchange:
             return [future.result() for future in futures]
 
     def stop_waiting(self) -> None:
-        """End what its calls wait for."""
+        """End the waits of the calls to the upstream."""
         for waiter in self.waiters:
             waiter.stop()
 
@@ -10169,14 +10168,14 @@ class Exchange:
         return f"the client left {waited}"
 
     def log_level(self, route: str) -> int:
-        """Return how serious it is: an error of ours, one that the client feels, or none."""
+        """Return the level to log at: for an error of ours, one that the client feels, or none."""
         is_ours = self.status == 500 and type(self.error) is ProxyError
         is_felt = self.status >= 400 and self.status != 499
         level = logging.DEBUG if route in QUIET else logging.INFO
         return logging.ERROR if is_ours else logging.WARNING if is_felt else level
 
     def log_line(self) -> str:
-        """Return what the log says of it."""
+        """Return the line for the log."""
         seconds, path = self.ended - self.started, shorten(self.path.partition("?")[0], 100)
         words = [self.method or "?", path or "?", str(self.status)]
         if self.target:
@@ -10198,7 +10197,7 @@ class Exchange:
         return shorten("; ".join(dict.fromkeys([*faults, *self.notes])), size)
 
     def facts(self) -> Json:
-        """Return what the page shows of it; nothing that client or model said."""
+        """Return what the page shows of the exchange; nothing that client or model said."""
         seconds = time.monotonic() - self.started
         return {
             "id": self._request_id,
@@ -10217,7 +10216,7 @@ class Exchange:
         parts = [(cached, "cached"), (thoughts, "thoughts")]
         details = ", ".join(f"{count} {name}" for count, name in parts if count)
         seconds = self.ended - (self.began or self.started)
-        # At once is no speed.
+        # An answer that came at once has no speed.
         speed = f" {made / seconds:.0f}/s" if made and seconds > 0.05 else ""
         return f"{given}+{made} tokens{f' ({details})' if details else ''}{speed}"
 
@@ -10228,7 +10227,7 @@ class Exchange:
         return f"{product} ({self.key})" if self.key else product
 
     def counted_route(self) -> str:
-        """Return the route that it counts for; 'other' for what is none."""
+        """Return the route that the request counts for; 'other' for an unknown one."""
         path = ""
         with contextlib.suppress(BadRequest):
             path = self.route()
@@ -10236,7 +10235,7 @@ class Exchange:
         return f"{self.method} {path}" if self.method in ENDPOINTS.get(path, {}) else "other"
 
     def count(self, ledger: Ledger, route: str) -> None:
-        """Count it: once for each provider that was asked."""
+        """Count the request: once for each provider that was asked."""
         first = None if self.began is None else self.began - self.started
         for target, outcome in {**self.outcomes, self.target: self.status}.items():
             names = (target.provider.name, target.model) if target else ("", "")
@@ -10380,7 +10379,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 exchange.linger()
 
     def serve(self, exchange: Exchange) -> None:
-        """Answer one request. This is the way of all of them."""
+        """Answer one request; every request takes this way."""
         proxy = self.proxy
         self.check_access(exchange)
         api = self.find_api(exchange)
@@ -10591,7 +10590,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         days = exchange.query("days") or "30"
         if not set(by) <= set(GROUPS) or not re.match(r"[1-9][0-9]{0,3}\Z", days):
             groups = ", ".join(GROUPS)
-            raise BadRequest(f"by must be of {groups}, and days a number from 1 to 9999")
+            raise BadRequest(
+                f"by must be some of {groups}, with commas between; days a number from 1 to 9999"
+            )
         exchange.send_json(200, self.proxy.ledger.report(by, int(days)))
 
     def get_metrics(self, exchange: Exchange) -> None:
@@ -10642,7 +10643,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         exchange.send_json(200, self.proxy.status(), [("Cache-Control", "no-store")])
 
     def post_login(self, exchange: Exchange) -> None:
-        """Start the device log-in."""
+        """Answer POST /login: start the device log-in."""
         self.proxy.access.check_page(exchange.headers)
         exchange.read_json()
         exchange.send_json(200, self.proxy.device_login.start(self.proxy.providers.own_login()))
@@ -11566,7 +11567,7 @@ def stop_serving(server: ProxyServer, number: int, frame: Any) -> None:
 
 
 def last_words(text: str) -> bool:
-    """Say it, and the log before it, within a second.
+    """Say a text, and the log before it, within a second.
 
     Returns False where stderr is not read, and waiting would never end.
     """
@@ -11700,7 +11701,7 @@ def cmd_status(options: Options, as_json: bool, is_offline: bool) -> int:
 
 
 def tell(text: str) -> None:
-    """Print what a command was asked for; that nobody reads on, as `head` does, is no error."""
+    """Print the output of a command; a reader that stops early, such as `head`, is no error."""
     try:
         print(public(text, keep="\n"), flush=True)
     except OSError:
