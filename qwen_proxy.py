@@ -2720,9 +2720,9 @@ class Discovery:
         having = [provider for provider in self._listed if model in provider.entries]
         if is_stored:
             having.sort(key=lambda provider: provider.stated_url != stored_url)
-        where = self._flagged.get(model or DEFAULT_MODEL)
+        name = model or DEFAULT_MODEL
+        where = self._flagged.get(name)
         if where:
-            name = model or DEFAULT_MODEL
             problem = f"{where}: {name} is no chat model; choose one with /model in `qwen`"
             return Provider("unnamed", "", ApiKey("", where, problem), where), ""
         return (having[0], "") if having else None
@@ -3765,10 +3765,15 @@ class Call:
                 provider = target.provider
                 if not isinstance(error, BadRequest):
                     provider.cooldown_until = time.monotonic() + self.COOLDOWN
-                other = following.provider.name
                 rests = provider.cooldown_until > time.monotonic()
                 rest = f"it rests for {self.COOLDOWN} s, " if rests else ""
-                log.warning("%s: %s; %strying %s", provider.name, error.message, rest, other)
+                log.warning(
+                    "%s: %s; %strying %s",
+                    provider.name,
+                    error.message,
+                    rest,
+                    following.provider.name,
+                )
         raise ValueError("open() needs a target")
 
     def _open_on(self, target: Target, deadline: float, is_last: bool) -> Answer:
@@ -7151,8 +7156,9 @@ class AnswerDecoder:
             return text.encode()
         refusal = Refusal.read(0, text)
         if not refusal.message:
-            message = "the upstream answered with something that is no completion"
-            refusal = refusal._replace(message=message)
+            refusal = refusal._replace(
+                message="the upstream answered with something that is no completion"
+            )
         raise to_upstream_error(refusal, self.translator.family)
 
 
@@ -10536,15 +10542,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise BadRequest(f"there is no item {shorten(after, 60)!r}", param="after")
         start = places[0] + 1 if places else 0
         page = items[start : start + limit]
-        ends = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {}
         exchange.send_json(
             200,
             {
                 "object": "list",
                 "data": page,
-                "first_id": None,
-                "last_id": None,
-                **ends,
+                "first_id": page[0]["id"] if page else None,
+                "last_id": page[-1]["id"] if page else None,
                 "has_more": start + limit < len(items),
             },
         )
@@ -11087,8 +11091,9 @@ class DemoUpstream(http.server.BaseHTTPRequestHandler):
         """Answer a chunk at a time, as a model would."""
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if not self.path.endswith("/chat/completions"):
-            error = {"message": "the demo answers chat only", "code": "not_in_demo"}
-            self._send_json(404, {"error": error})
+            self._send_json(
+                404, {"error": {"message": "the demo answers chat only", "code": "not_in_demo"}}
+            )
             return
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
