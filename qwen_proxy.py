@@ -163,9 +163,9 @@ class Family(NamedTuple):
     """A kind of endpoint: how it is recognised, and all that is known of it.
 
     hosts: pattern of its host names; variable: of its key, which tells the family of an unknown
-    host; traits: what the rules of 'Requests' look at; models: what it serves, where it has no
-    list that can be relied on; lacks: paths that it does not have, and the way out; advice: what
-    to do about an error code.
+    host; traits: what the rules of 'Requests' look at; has_list: whether it is asked for its
+    models; models: what it serves, where its list cannot be had; lacks: paths that it does not
+    have, and the way out; advice: what to do about an error code.
     """
 
     name: str
@@ -9396,10 +9396,11 @@ class DeviceLogin:
     def start(self, credentials: OAuthCredentials) -> Json:
         """Start a log-in, unless one is running; returns its state."""
         with self._lock:
-            if self.state["phase"] not in ("starting", "waiting"):
-                self.state = {"phase": "starting"}
-                threading.Thread(target=self._run, args=(credentials,), daemon=True).start()
-            return self.state
+            if self.state["phase"] in ("starting", "waiting"):
+                return self.state
+            self.state = state = {"phase": "starting"}
+            threading.Thread(target=self._run, args=(credentials,), daemon=True).start()
+            return state
 
     def _run(self, credentials: OAuthCredentials) -> None:
         try:
