@@ -42,7 +42,7 @@ Each section uses only those above it; 'Event streams' to 'Responses API' do no 
 To vendor it, copy the file. Importing it starts nothing:
 
     import qwen_proxy
-    with qwen_proxy.make_server(port=0) as server:   # arguments: the options of serve
+    with qwen_proxy.make_server(port=0) as server:   # arguments: see make_server
         print(server.url)                            # http://localhost:PORT/v1
 """
 
@@ -381,7 +381,7 @@ def model_facts(model: str) -> ModelFacts:
 # Limits that several sections share.
 
 # Longest silence of the upstream.
-UPSTREAM_TIMEOUT = 300
+UPSTREAM_TIMEOUT = 300.0
 CONNECT_TIMEOUT = 10
 # A streaming client is sent something at least this often.
 KEEP_ALIVE_INTERVAL = 15
@@ -389,7 +389,7 @@ RETRIES = 2
 MAX_CONNECTIONS = 1024
 MAX_BODY_MIB = 64
 # From the first signal to the end: docker kills after 10.
-GRACE = 8
+GRACE = 8.0
 # A web page with one of these comes from a gateway that is busy, and is judged by its status.
 RETRY_STATUSES = frozenset({429, 502, 503, 529})
 # Of a request line, a header line, a chunk size.
@@ -647,6 +647,9 @@ class Secrets:
         elif isinstance(value, list):
             for item in value:
                 self.add_settings(item, name, holder)
+        elif holder and type(value) in (int, float):
+            # A number of customHeaders is sent as text.
+            self.add_settings(json.dumps(value), name, holder)
         elif isinstance(value, str) and name.lower() not in self.PUBLIC_NAMES:
             self.add_userinfo(value)
             is_long = len(value) >= 12 and len(value.split()) == 1
@@ -776,7 +779,7 @@ class Forwarding(NamedTuple):
         One for both schemes, in the CLI's order.
         """
         names = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy")
-        named = [("proxy in settings.json", str(stated or ""))]
+        named = [("proxy in settings.json", as_text(stated))]
         named += [(name, variable(name)) for name in names]
         source, url = next((each for each in named if each[1].strip()), ("", ""))
         SECRETS.add_userinfo(url.strip())
@@ -949,6 +952,15 @@ def text_of(content: Any) -> str:
             if isinstance(part, dict) and isinstance(part.get("text"), str)
         )
     return as_text(content)
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number of things.
+
+    >>> counted(1, "request"), counted(2000, "request")
+    ('1 request', '2,000 requests')
+    """
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def host_of(url: str, with_port: bool = False) -> str:
@@ -2221,7 +2233,8 @@ class WatchedFiles:
             if not text.strip() and self._good.get(path):
                 raise ValueError("it is empty")
             self._good[path] = found = parse(text)
-            self._warned.pop(path, None)
+            if self._warned.pop(path, None):
+                log.info("%s can be read again", path)
             return found
         except FileNotFoundError:
             if not self._good.get(path) and not os.path.islink(path):
@@ -2277,6 +2290,8 @@ class CliSettings:
         self._own_variables: dict[str, str] = {}
         self._own = self._read_own_dotenv()
         self.values: Json = {}
+        # security.auth of the file that holds the key: another file must not move it.
+        self._stored: Json = {}
         self.problem = ""
         self._read_settings(folder)
         self._read_variables(folder)
@@ -2289,7 +2304,7 @@ class CliSettings:
 
     def stored_key(self, base_url: str) -> str:
         """Return security.auth.apiKey, unless it was stored for another base URL than this."""
-        auth = as_object(dig(self.values, "security", "auth"))
+        auth = self._stored
         own = as_text(auth.get("baseUrl")).strip().rstrip("/")
         is_own = base_url and own in ("", base_url.strip().rstrip("/"))
         return as_text(auth.get("apiKey")).strip() if is_own else ""
@@ -2352,7 +2367,9 @@ class CliSettings:
                     )
             known = {**self.variables, **self.environ}
         filled = {name: value for name, value in self.environ.items() if value}
-        self.values = expand_variables(self.values, {**self.environ, **self.variables, **filled})
+        known = {**self.environ, **self.variables, **filled}
+        self.values = expand_variables(self.values, known)
+        self._stored = expand_variables(self._stored, known)
 
     def _read_settings(self, folder: str) -> None:
         # Where one of these is broken, the CLI stops.
@@ -2370,6 +2387,8 @@ class CliSettings:
         excluded: list[Any] = []
         for path in [*binding[:2], *trusted, binding[2]]:
             settings = current_form(self._load(path, parse_settings))
+            auth = as_object(dig(settings, "security", "auth"))
+            self._stored = auth if auth.get("apiKey") else self._stored
             self.values = merge(self.values, settings)
             excluded += as_list(dig(settings, "advanced", "excludedEnvVars"))
         if excluded:
@@ -4527,19 +4546,22 @@ class ToolShapes:
             envelope = "custom" if dig(tool, "custom") else "function"
             name = dig(tool, "function", "name") or dig(tool, "custom", "name") or dig(tool, "name")
             names.add(as_text(name))
-            if is_custom(tool):
+            if name and is_custom(tool):
                 self.custom[as_text(name)] = envelope
         self.sent: dict[str, str] = {}
         for name in sorted(names) if "alibaba" in traits else ():
             if name in self.RESERVED or name and not self._LEGAL.match(name):
-                self.sent[name] = self._free_name(name, names | {*self.sent.values()})
+                self.sent[name] = self._free_name(name, names)
+                names.add(self.sent[name])
         self._original = {sent: name for name, sent in self.sent.items()}
 
     @staticmethod
     def _free_name(name: str, names: set[str]) -> str:
-        name = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:50]
-        others = (f"{name}_tool{number}" for number in ("", *range(2, len(names) + 3)))
-        return next(other for other in others if other not in names)
+        plain = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:50]
+        if f"{plain}_tool" not in names:
+            return f"{plain}_tool"
+        # Thousands of names may be cut to the same.
+        return f"{plain}_{hashlib.sha256(name.encode('utf-8', 'replace')).hexdigest()[:12]}"
 
     def original(self, sent: str) -> str:
         """Return the client's name for a tool."""
@@ -4769,7 +4791,7 @@ class Rewrite:
                 ]
             count += len(unseen)
         if count:
-            self.notes.append(f"left out: {count} media parts of earlier messages")
+            self.notes.append(f"left out: {counted(count, 'media part')} of earlier messages")
         return count > 0
 
     @classmethod
@@ -4885,7 +4907,7 @@ class Rewrite:
         splits_media = "alibaba" in self.traits
         self.body["messages"], fired, lost = History.repaired(messages, splits_media)
         if lost:
-            self.notes.append(f"left out: {lost} tool results without a call")
+            self.notes.append(f"left out: {counted(lost, 'tool result')} without a call")
         return bool(fired)
 
     def legacy_functions(self) -> bool:
@@ -4955,7 +4977,7 @@ class Rewrite:
             if self.mode == "none" and message.pop("reasoning_content", None):
                 dropped += 1
         if dropped:
-            self.notes.append(f"without the thoughts of {dropped} earlier answers")
+            self.notes.append(f"without the thoughts of {counted(dropped, 'earlier answer')}")
         return changed or dropped > 0
 
     def reasoning_required(self) -> bool:
@@ -5073,11 +5095,13 @@ class Rewrite:
     def tools(self) -> bool:
         """No empty list of tools, tools with parameters, tool_choice in OpenAI's shape."""
         if not self.body.get("tools"):
-            names = ("tools", "tool_choice", "parallel_tool_calls")
-            dropped = [self.body.pop(name) for name in names if name in self.body]
-            if "required" in dropped:
-                self.notes.append("no forced tool call, since there are no tools")
-            return bool(dropped)
+            dropped = self.body.pop("tools", self) is not self
+            # What they mean to OpenAI is what happens without tools anyway.
+            meant = {"tool_choice": ("auto", "none"), "parallel_tool_calls": (True,)}
+            for field, nothing in meant.items():
+                if self.body.get(field) in nothing:
+                    dropped = bool(self.body.pop(field))
+            return bool(self._leave_out("tool_choice", "parallel_tool_calls")) or dropped
         repaired = [self._tool(tool) for tool in self.body["tools"]]
         changed = bool(repaired != self.body["tools"])
         is_strict = any(dig(tool, "function", "strict") for tool in self.body["tools"])
@@ -5100,11 +5124,11 @@ class Rewrite:
     def _allow_tools(self, allowed: Json) -> None:
         """Offer no tools but the ones that a tool_choice allows."""
         names = {
-            dig(tool, "function", "name") or dig(tool, "name")
+            as_text(dig(tool, "function", "name") or dig(tool, "name"))
             for tool in as_list(allowed.get("tools"))
         }
         offered = self.body["tools"]
-        kept = [tool for tool in offered if dig(tool, "function", "name") in names]
+        kept = [tool for tool in offered if as_text(dig(tool, "function", "name")) in names]
         self.body["tools"] = kept or offered
         self.body["tool_choice"] = allowed.get("mode") or "auto"
 
@@ -5888,6 +5912,9 @@ def check_object(value: Any, *fields: str) -> Json:
     request: Json = value
     for name in fields:
         kind, words = _KINDS[name]
+        switch = as_switch(request.get(name)) if kind is bool else None
+        if switch is not None:
+            request = {**request, name: switch}
         if request.get(name) is not None and not isinstance(request[name], kind):
             raise BadRequest(f"{name} must be {words}", param=name)
     return request
@@ -7683,6 +7710,8 @@ class ResponseMemory:
     # Bytes of memory of a response and of an item besides their JSON, and of one more use of an
     # item, about.
     COST, ITEM_COST, USE_COST = 1024, 256, 8
+    # So many times the limit may one conversation take when it is decoded.
+    DECODED = 4
 
     def __init__(self, limit: int = LIMIT):
         self.size, self._limit, self._lock = 0, limit, threading.Lock()
@@ -7696,6 +7725,9 @@ class ResponseMemory:
         """Remember a response to the items of its context."""
         head = encode_json({**response, "output": []})
         given, output = [*map(encode_json, context)], [*map(encode_json, response["output"])]
+        # Items that are alike are here once, but each is decoded again for the next request.
+        if sum(map(size_of_json, given)) > self.DECODED * self._limit:
+            return
         with self._lock:
             uses = [self._use(item) for item in (*given, *output)]
             stored = StoredResponse(head, tuple(uses[: len(given)]), tuple(uses[len(given) :]))
@@ -7879,12 +7911,19 @@ class ResponseRequest:
     }
 
     def __init__(self, request: Any, memory: ResponseMemory, owner: str = ""):
-        self.asked: Json = check_object(request)
+        self.asked: Json = check_object(request, "stream")
         self.tools = ResponseTools()
         self.items = self._read_items(memory, owner)
-        self.is_compaction = dig(self.items[-1], "type") == "compaction_trigger"
+        last = self.items[-1] if self.items else None
+        self.is_compaction = dig(last, "type") == "compaction_trigger"
         self.tools.add(self.asked.get("tools"))
+        # What items change, by name.
+        self._changes: dict[str, Json] = {"reasoning": {}, "text": {}}
         messages = self._read_messages(self.items)
+        for name, changes in self._changes.items():
+            if changes:
+                changed = {**as_object(self.asked.get(name)), **changes}
+                self.asked = {**self.asked, name: changed}
         if self.is_compaction:
             messages.append({"role": "user", "content": self.COMPACTION})
         same = {name: self.asked[name] for name in self.asked if name not in self.ONLY_HERE}
@@ -7910,8 +7949,11 @@ class ResponseRequest:
                 )
         items, previous = self.asked.get("input"), self.asked.get("previous_response_id")
         items = [{"role": "user", "content": items}] if isinstance(items, str) else items
-        if not isinstance(items, list) or not items and not previous:
+        items = [] if items is None and previous else items
+        if not isinstance(items, list):
             raise BadRequest("input must be a string or a list of items", param="input")
+        if not items and not previous:
+            raise BadRequest("input must hold at least one item", param="input")
         before = memory.conversation(as_text(previous), owner) if previous else []
         if before is None:
             raise BadRequest(
@@ -8025,10 +8067,8 @@ class ResponseRequest:
 
     def _configure(self, item: Json) -> None:
         """Take over effort or format; the last ones count."""
-        for name in ("reasoning", "text"):
-            if isinstance(item.get(name), dict):
-                changed = {**as_object(self.asked.get(name)), **item[name]}
-                self.asked = {**self.asked, name: changed}
+        for name, changes in self._changes.items():
+            changes.update(as_object(item.get(name)))
 
     def _reasoning(self, item: Json) -> Json | None:
         parts = as_list(item.get("content")) or as_list(item.get("summary"))
@@ -8824,8 +8864,9 @@ class Ledger:
         """Return the sums since the start as the last words of the program."""
         sums = self.since_start()
         return (
-            f"{sums['requests']:,} requests, {sums['input_tokens']:,}+{sums['output_tokens']:,} "
-            f"tokens ({sums['cached_tokens']:,} cached), {sums['errors']:,} errors"
+            f"{counted(sums['requests'], 'request')}, "
+            f"{sums['input_tokens']:,}+{sums['output_tokens']:,} "
+            f"tokens ({sums['cached_tokens']:,} cached), {counted(sums['errors'], 'error')}"
         )
 
     def _snapshot(self) -> list[tuple[tuple[Any, ...], list[int]]]:
@@ -10430,6 +10471,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if methods is None:
             raise self._unknown_route(exchange)
         method = "GET" if exchange.method == "HEAD" else exchange.method
+        if method == "POST" and name and method not in methods:
+            raise self._unknown_route(exchange)
         if method not in methods:
             others = ", ".join(methods)
             message = f"method {exchange.method} is not allowed on this route; use {others}"
@@ -10454,7 +10497,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if before == "responses" and rest.endswith("/input_items"):
             tail = "/input_items"
             name = rest[: -len(tail)]
-        is_id = before == "models" or "/" not in name
+        is_id = bool(name) and (before == "models" or "/" not in name)
         return (f"/{before}/{{id}}{tail}", name) if is_id else (route, "")
 
     @staticmethod
@@ -10462,8 +10505,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         known = ", ".join(
             f"{method} /v1{route}"
             for route, methods in ENDPOINTS.items()
-            for method in methods
-            if route not in UNLISTED
+            for method, endpoint in methods.items()
+            if route not in UNLISTED and endpoint != "get_responses"
         )
         path = shorten(exchange.path.partition("?")[0], 200)
         message = f"unknown route {path}. Available routes: {known}, GET /health"
@@ -10583,6 +10626,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def get_health(self, exchange: Exchange) -> None:
         """Answer GET /health: 503 while nothing can be served."""
         health = self.proxy.health()
+        reason = dig(health, "last_refusal", "message") or health["status"]
+        exchange.notes += [str(reason)] if health["status"] != "ok" else []
         exchange.send_json(200 if health["status"] == "ok" else 503, health)
 
     def get_icon(self, exchange: Exchange) -> None:
@@ -11050,7 +11095,19 @@ def checked_options(values: Mapping[str, Any]) -> Options:
     options = Options(**{**values, **{name: listed(values.get(name, ())) for name in lists}})
     for name, option in OPTIONS.items():
         value, flag = getattr(options, name), "--" + name.replace("_", "-")
-        if is_number(Options._field_defaults[name]):
+        default = Options._field_defaults[name]
+        if type(default) is int and type(value) is not int:
+            raise ValueError(f"{flag} must be a whole number")
+        if isinstance(default, bool) and not isinstance(value, bool):
+            raise ValueError(f"{flag} must be true or false")
+        if not (
+            isinstance(default, tuple)
+            or is_number(default)
+            or value is None
+            or isinstance(value, (str, bool))
+        ):
+            raise ValueError(f"{flag} must be a string")
+        if is_number(default):
             least, most = option.bounds
             if not is_number(value) or not least <= value <= most:
                 words = "must be more than 0" if 0 < least < 1 else "must not be negative"
@@ -11271,7 +11328,6 @@ def add_option(group: Any, name: str, option: Option) -> None:
         settings["choices"] = option.choices
     else:
         kind = type(default) if is_number(default) else str
-        kind = float if option.metavar == "SECONDS" else kind
         settings.update(type=kind, metavar=option.metavar)
     group.add_argument("--" + name.replace("_", "-"), **settings)
 
@@ -11291,7 +11347,7 @@ def stated_options(arguments: argparse.Namespace, environ: Mapping[str, str]) ->
             if name == "api_key":
                 values = list(checked_keys(values, variable + "S"))
             given = tuple(given or ()) + tuple(filter(None, values)) or None
-        elif given in (None, False) and environ.get(variable):
+        elif (given is None or given is False) and environ.get(variable):
             given = value_of(variable, environ[variable], default, option)
         if given is not None:
             stated[name] = given
@@ -11344,7 +11400,7 @@ def main(argv: list[str] | None = None) -> int:
             if command == "login":
                 return cmd_login(options, not parsed.no_browser)
             if command == "usage":
-                return cmd_usage(options, parsed.by, max(1, parsed.days), parsed.json)
+                return cmd_usage(options, parsed.by, parsed.days, parsed.json)
             if command == "status":
                 return cmd_status(options, parsed.json, parsed.offline)
             return cmd_serve(options)
@@ -11718,6 +11774,9 @@ def tell(text: str) -> None:
 def cmd_usage(options: Options, by: str, days: int, as_json: bool) -> int:
     """Print what was used, from the file, whether a server runs or not."""
     path = counts_path(options, os.environ)
+    if days < 1:
+        say("--days must be at least 1")
+        return 2
     try:
         counts = read_counts(path, [by], days)
     except Exception as error:
@@ -11725,6 +11784,9 @@ def cmd_usage(options: Options, by: str, days: int, as_json: bool) -> int:
         return 1
     if as_json:
         tell(json.dumps({"file": path, "days": days, **counts}, indent=2))
+        return 0
+    if not counts["groups"]:
+        tell(f"no requests were counted in {counted(days, 'day')}; counts are kept in {path}")
         return 0
     lines = usage_table((by,), counts["groups"])
     tell("\n".join([*lines, *usage_table(("provider", "window"), counts["windows"])]))
@@ -11876,7 +11938,7 @@ def status_lines(facts: Json) -> list[str]:
     if provider:
         words["provider"] = f"{provider['name']} ({provider['family']}), from {provider['source']}"
         words["base URL"] = provider["base_url"] or "none"
-        words["login"] = login_lines(provider["login"])
+        words["login"] = login_lines(provider["login"], facts["status"] != NO)
         words["models"] = ", ".join(provider["models"]) or "whatever the upstream lists"
     words["model"] = facts["model"]
     words["also usable"] = [
@@ -11898,7 +11960,7 @@ def status_lines(facts: Json) -> list[str]:
     return lines
 
 
-def login_lines(login: Json) -> list[str]:
+def login_lines(login: Json, is_good: bool = True) -> list[str]:
     """Return what is to be said of a login: where it is, until when, permissions and lock."""
     if "path" not in login:
         return [f"key in {login['source']}"]
@@ -11907,7 +11969,7 @@ def login_lines(login: Json) -> list[str]:
         left = login["expires_at"] - time.time()
         lines.append(
             f"expires {span_of(left)}"
-            + ("" if left > REFRESH_MARGIN else ", refreshed at the next request")
+            + (", refreshed at the next request" if left <= REFRESH_MARGIN and is_good else "")
         )
     mode, age = login["mode"], login["lock_age"]
     if mode and int(mode, 8) & 0o077 and os.name != "nt":

@@ -3658,7 +3658,7 @@ tool called search, forgecode #1580 | qwen3-coder-plus; everywhere | tools=[F, S
     | tools=[F, SEARCH_TOOL], tool_choice=function("search_tool"), messages=[*HI, call("c", name="search_tool"), result("c", "ok")]
 tool called search, a plan | kimi-k2.6@token; everywhere | tools=[SEARCH] | tools=[SEARCH_TOOL]
 tool called search, its new name is taken | qwen3-coder-plus@coding; everywhere | tools=[SEARCH_TOOL, SEARCH]
-    | tools=[SEARCH_TOOL, function("search_tool2", parameters=EMPTY)]
+    | tools=[SEARCH_TOOL, function("search_241932906782", parameters=EMPTY)]
 tool called search, functions | qwen3-coder-plus | functions=[SEARCH["function"]] | tools=[SEARCH_TOOL]
 tool called search, OpenRouter | qwen/qwen3-coder-plus@openrouter; everywhere | tools=[SEARCH] | tools=[SEARCH]
 
@@ -5450,7 +5450,7 @@ def test_where_counts_are_kept_and_the_last_line(login, upstream, tmp_path, opti
         assert process.popen.wait(WAIT) == 0
     process.reader.join(WAIT)
     assert re.match(
-        r"stopped after 1 requests, \d+\+\d+ tokens \(0 cached\), 0 errors", process.lines[-1]
+        r"stopped after 1 request, \d+\+\d+ tokens \(0 cached\), 0 errors", process.lines[-1]
     )
     assert re.search(
         r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d I POST /v1/chat", "".join(process.lines), re.M
@@ -6117,7 +6117,7 @@ a list for embeddings | embeddings | [] | JSON object
 a response before | responses | {"input": "Hi", "previous_response_id": "resp_1"} | forgets them when it restarts
 a conversation | responses | {"input": "Hi", "conversation": "conv_1"} | conversation is not
 in the background | responses | {"input": "Hi", "background": True} | background
-input null | responses | {"input": None} | input must be
+input null | responses | {"input": None} | at least one item
 input empty | responses | {"input": []} | input must be
 an unknown item | responses | {"input": [{"type": "item_reference", "id": "x"}]} | item_reference
 an id that is an object | responses | {"input": [{"type": "item_reference", "id": {"a": 1}}]} | item_reference
@@ -7172,6 +7172,9 @@ def numbered(values, count):
 LINEAR = table(r"""
 turns that share one id | 100 | asked(turns("c" * n))
 turns with ids of their own | 100 | asked(turns(range(n)))
+names of tools that are cut to one | 100 | asked(tools=numbered([function("x" * 80 + "@")], n))
+items that change the configuration | 200 | responded(numbered([{"type": "configuration_update",
+    "text": {"k@": 1}}], n) + HI)
 calls without results | 100 | asked(turns(range(n))[::2])
 results without calls | 100 | asked(turns(range(n))[1::2])
 many calls in one message | 100 | asked([call(*map(str, range(n))), *(result(str(i), "1") for i in reversed(range(n)))])
@@ -7271,6 +7274,24 @@ def test_a_long_list_of_models_is_built_once(key_server, upstream, monkeypatch):
 STRANGE = [(b'{"delta":{"x":1e999},"index":0}', 502)]
 STRANGE += [(b'{"delta":{"content":"a"},"texts":1,"calls":2,"message":3}', 200)]
 STRANGE += [(b'{"delta":{"content":"a"},"logprobs":[1]}', 200)]
+STRANGE_REQUESTS = table(r"""
+thoughts that are forgotten alone | responses | {"input": [{"type": "item_reference", "id": "rs_1"}]} | 400
+names of allowed tools | chat | {"messages": HI, "tools": [function()], "tool_choice": {"type": "allowed_tools",
+    "allowed_tools": {"tools": [{"type": "function", "function": {"name": ["f"]}}]}}} | 200
+a custom tool without a name | chat | {"messages": [*HI, call("k"), result("k", "r")], "tools": [{"type": "custom"}]} | 400
+stream as text | chat | {"messages": HI, "stream": "false"} | 200
+no input | responses | {"input": []} | 400
+""")
+
+
+@pytest.mark.parametrize("route, request_, status", STRANGE_REQUESTS)
+def test_odd_requests_have_a_cause_too(key_server, upstream, route, request_, status):
+    path = CHAT if route == "chat" else "/v1/responses"
+    got, _, answer = ask(key_server, eval(request_, globals()), path=path)
+    assert got == int(status) and b"report" not in answer
+    assert ask(key_server, method="GET", path="/v1/responses//input_items")[0] == 404
+
+
 STRANGE += [(b'{"delta":{"content":"a"},"logprobs":{"content":7}}', 200)]
 
 
@@ -7505,11 +7526,16 @@ def test_odd_answers_come_out_whole_or_as_an_error(name):
 class Process:
     """The program as a person runs it."""
 
+    # What a shell starts in the background ignores SIGINT.
+    begin = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    begin = begin if os.name == "posix" else None
+
     def __init__(self, *arguments, **environ):
         env = dict(os.environ.items())
         env.update(environ)
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        self.popen = subprocess.Popen([sys.executable, PROGRAM, *arguments], env=env, **pipes)
+        command = [sys.executable, PROGRAM, *arguments]
+        self.popen = subprocess.Popen(command, env=env, preexec_fn=self.begin, **pipes)
         self.lines, self.is_up = [], threading.Event()
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
@@ -7734,7 +7760,7 @@ def test_second_signal_ends_at_once(home, upstream, names):  # H9
 @posix
 def test_a_closed_terminal_is_nothing_to_what_nohup_started(login, upstream, monkeypatch):  # H9
     ignore = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)
-    monkeypatch.setattr(subprocess, "Popen", functools.partial(subprocess.Popen, preexec_fn=ignore))
+    monkeypatch.setattr(Process, "begin", ignore)
     process = Process("--port", "0")
     try:
         assert process.port
