@@ -3720,8 +3720,8 @@ effort, never thinks | model="qwen3-coder-plus", reasoning_effort="high" | no th
 off, always thinks | model="kimi-k3", enable_thinking=False | thinking stays on, since kimi-k3
 a budget, knows none | model="deepseek-v4-pro", thinking_budget=9 | no limit on thinking
 a strict tool | model="qwen3-max", tools=[function(strict=True)] | strict of tools
-a picture long ago | model="qwen3.7-max", messages=LOOK | 1 media parts
-a result without a call | model="qwen3-max", messages=[*HI, result("x", "y")] | 1 tool results
+a picture long ago | model="qwen3.7-max", messages=LOOK | 1 media part of
+a result without a call | model="qwen3-max", messages=[*HI, result("x", "y")] | 1 tool result without
 thoughts for none | model="qwen3-coder-plus", messages=[*HI, assistant("a", reasoning_content="Hm"), *HI] | the thoughts of 1
 """)
 
@@ -6099,7 +6099,7 @@ no role | chat | {"messages": [{}]} |
 content | chat | {"messages": [user({})]} |
 model | chat | {"messages": HI, "model": 5} | model
 a model of megabytes | chat | {"messages": HI, "model": "m" * 1000} | model
-stream | chat | {"messages": HI, "stream": "yes"} |
+stream | chat | {"messages": HI, "stream": "perhaps"} |
 tools | chat | {"messages": HI, "tools": {}} |
 tools in extra_body | chat | {"messages": HI, "extra_body": {"tools": 5}} |
 orphans alone | chat | {"messages": [result("c", "x")], "response_format": JSON_OBJECT} | only tool results
@@ -6117,8 +6117,8 @@ a list for embeddings | embeddings | [] | JSON object
 a response before | responses | {"input": "Hi", "previous_response_id": "resp_1"} | forgets them when it restarts
 a conversation | responses | {"input": "Hi", "conversation": "conv_1"} | conversation is not
 in the background | responses | {"input": "Hi", "background": True} | background
-input null | responses | {"input": None} | at least one item
-input empty | responses | {"input": []} | input must be
+input null | responses | {"input": None} | input must be
+input empty | responses | {"input": []} | at least one item
 an unknown item | responses | {"input": [{"type": "item_reference", "id": "x"}]} | item_reference
 an id that is an object | responses | {"input": [{"type": "item_reference", "id": {"a": 1}}]} | item_reference
 a kind of item | responses | {"input": [{"type": "computer_call"}]} | computer_call
