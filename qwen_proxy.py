@@ -7795,16 +7795,19 @@ class ResponseMemory:
 
 def listed_items(items: list[Json]) -> list[Json]:
     """Return items of an input as OpenAI lists them, each with an id, type, parts and status."""
-    listed = []
+    listed: dict[str, Json] = {}
     for place, item in enumerate(items):
-        whole = {"type": "message", "status": "completed", **item}
+        whole = {"type": "message", "status": "completed", **stated(item)}
         content = whole.get("content")
         if isinstance(content, str):
             kind = "output_text" if whole.get("role") == "assistant" else "input_text"
             whole["content"] = [{"type": kind, "text": content}]
         prefix = as_object(OUTPUT_ITEMS.get(as_text(whole["type"]))).get("prefix", "item_")
-        listed.append({"id": f"{prefix}{place:024x}", **whole})
-    return listed
+        # A page begins after an id: an item that was sent twice is listed under two.
+        own = as_text(whole.get("id"))
+        item_id = own if own and own not in listed else f"{prefix}{place:024x}"
+        listed[item_id] = {**whole, "id": item_id}
+    return [*listed.values()]
 
 
 class ResponseTools:
@@ -7971,7 +7974,9 @@ class ResponseRequest:
         """
         resolved, seen = [], set()
         for index, item in enumerate(items):
-            if dig(item, "type") != "item_reference":
+            # The type of a reference may be left out.
+            kind, is_bare = dig(item, "type"), as_object(item).keys() - {"type"} == {"id"}
+            if kind != "item_reference" and not (kind is None and is_bare):
                 resolved.append(item)
                 continue
             item_id, where = as_text(item.get("id")), f"input.{index}"

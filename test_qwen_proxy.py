@@ -4837,6 +4837,23 @@ def test_the_items_of_an_input_come_in_pages(key_server, upstream):
     assert get(key_server, f"{path}?after=none")[0] == 400
 
 
+def test_listed_items_have_ids_of_their_own(key_server, upstream):
+    _, first = respond(key_server)
+    again = {"id": first["output"][0]["id"]}
+    nulls = {"id": None, "status": None}
+    call = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}", **nulls}
+    output = {"type": "function_call_output", "call_id": "c1", "output": "x", **nulls}
+    _, second = respond(
+        key_server,
+        input=[again, {"role": "user", "content": "z", **nulls}, call, output],
+        previous_response_id=first["id"],
+    )
+    assert roles_of(upstream) == ["user", "assistant", "assistant", "user", "assistant", "tool"]
+    listed = get(key_server, f"/v1/responses/{second['id']}/input_items")[1]["data"]
+    assert len({item["id"] for item in listed}) == len(listed) == 6
+    assert {item["status"] for item in listed} == {"completed"}
+
+
 def test_a_response_that_broke_off_can_be_continued(key_server, upstream):
     upstream.script.append(stream(*DELTAS))
     _, events = respond(key_server, stream=True)
