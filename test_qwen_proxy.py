@@ -4185,7 +4185,7 @@ def test_dirty_answers_come_out_clean_wherever_the_bytes_are_cut(pieces, expecte
         assert sum("usage" in value for value in clean) <= 1
         assert not any("usage" in value for value in outcome([whole_answer], {**asked, "n": 1}))
     size = len(whole_answer)
-    for cut in range(0, size + 1, 1 if size < 800 else 3 if size < 4000 else size // 9):
+    for cut in range(0, size + 1, 1 if size < 500 else 3 if size < 4000 else size // 9):
         assert outcome([whole_answer[:cut], whole_answer[cut:]]) == clean
 
 
