@@ -11091,6 +11091,24 @@ class ProxyServer:
         ]
 
 
+def option_fault(name: str, value: Any) -> str:
+    """Return what is wrong with the value of an option, as the end of a sentence; else empty."""
+    default, (least, most) = Options._field_defaults[name], OPTIONS[name].bounds
+    if isinstance(default, tuple):
+        return ""
+    if isinstance(default, bool):
+        return "" if isinstance(value, bool) else "must be true or false"
+    if not is_number(default):
+        return "" if value is None or isinstance(value, str) else "must be a string"
+    if type(default) is int and type(value) is not int:
+        return "must be a whole number"
+    if is_number(value) and least <= value <= most:
+        return ""
+    if most < 1e9:
+        return f"must be between {least} and {most}"
+    return "must be more than 0" if 0 < least < 1 else "must not be negative"
+
+
 def checked_options(values: Mapping[str, Any]) -> Options:
     """Return the options with these values, the others as by default.
 
@@ -11098,26 +11116,10 @@ def checked_options(values: Mapping[str, Any]) -> Options:
     """
     lists = [name for name, value in Options._field_defaults.items() if isinstance(value, tuple)]
     options = Options(**{**values, **{name: listed(values.get(name, ())) for name in lists}})
-    for name, option in OPTIONS.items():
-        value, flag = getattr(options, name), "--" + name.replace("_", "-")
-        default = Options._field_defaults[name]
-        if type(default) is int and type(value) is not int:
-            raise ValueError(f"{flag} must be a whole number")
-        if isinstance(default, bool) and not isinstance(value, bool):
-            raise ValueError(f"{flag} must be true or false")
-        if not (
-            isinstance(default, tuple)
-            or is_number(default)
-            or value is None
-            or isinstance(value, (str, bool))
-        ):
-            raise ValueError(f"{flag} must be a string")
-        if is_number(default):
-            least, most = option.bounds
-            if not is_number(value) or not least <= value <= most:
-                words = "must be more than 0" if 0 < least < 1 else "must not be negative"
-                words = f"must be between {least} and {most}" if most < 1e9 else words
-                raise ValueError(f"{flag} {words}")
+    for name in OPTIONS:
+        fault = option_fault(name, getattr(options, name))
+        if fault:
+            raise ValueError(f"--{name.replace('_', '-')} {fault}")
     for alias in options.alias:
         if not all(alias.partition("=")):
             raise ValueError(f"--alias must be NAME=ID, not {alias!r}")
