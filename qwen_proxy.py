@@ -1454,6 +1454,7 @@ def connect_before(deadline: float) -> Callable[..., socket.socket]:
     """
 
     def create_connection(address: tuple[str, int], *_: Any, **__: Any) -> socket.socket:
+        """Return a connection to the first address that answers."""
         failure = OSError("the host name has no address")
         found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
         for *kind, _name, place in found:
@@ -1514,6 +1515,7 @@ class ForwardProxy(urllib.request.ProxyHandler):
         self._forwarding = forwarding
 
     def proxy_open(self, request: Any, proxy: str, type: str) -> Any:
+        """Send a request over the proxy, unless its host is exempt."""
         if not self._forwarding.proxy_for(request.host):
             return None
         if not proxy.lower().startswith(("http://", "https://")):
@@ -2348,28 +2350,34 @@ class CliSettings:
         return found
 
     def _read_variables(self, folder: str) -> None:
-        layers = list(self._own)
-        for path in self._project_dotenv(folder):
-            layers.insert(0, self._load(path, parse_dotenv))
-            if os.path.basename(os.path.dirname(path)) != ".qwen":
-                named = dig(self.values, "advanced", "excludedEnvVars")
-                excluded = [named] if isinstance(named, str) else as_list(named)
-                excluded = excluded or ["DEBUG", "DEBUG_MODE"]
-                layers[0] = without_keys(layers[0], excluded)
-        known = {**self.environ}
-        layers.append(as_object(self.values.get("env")))
-        for layer in layers:
-            for name, value in layer.items():
-                # An empty value leaves the name to the next layer.
-                if isinstance(value, str) and not self.variables.get(name):
-                    self.variables[name] = (
-                        expand_variables(value, known) if layer is layers[-1] else value
-                    )
-            known = {**self.variables, **self.environ}
+        for layer in [*self._project_variables(folder), *self._own]:
+            self._add_variables(layer)
+        known = {**self.variables, **self.environ}
+        self._add_variables(expand_variables(as_object(self.values.get("env")), known))
         filled = {name: value for name, value in self.environ.items() if value}
         known = {**self.environ, **self.variables, **filled}
         self.values = expand_variables(self.values, known)
         self._stored = expand_variables(self._stored, known)
+
+    def _project_variables(self, folder: str) -> list[Json]:
+        """Return what the project's .env says, without the names that the settings exclude."""
+        named = dig(self.values, "advanced", "excludedEnvVars")
+        excluded = ([named] if isinstance(named, str) else as_list(named)) or [
+            "DEBUG",
+            "DEBUG_MODE",
+        ]
+        layers = []
+        for path in self._project_dotenv(folder):
+            is_plain = os.path.basename(os.path.dirname(path)) != ".qwen"
+            found = self._load(path, parse_dotenv)
+            layers.append(without_keys(found, excluded if is_plain else ()))
+        return layers
+
+    def _add_variables(self, layer: Json) -> None:
+        """Add a layer below those before it; an empty value leaves its name to the next one."""
+        for name, value in layer.items():
+            if isinstance(value, str) and not self.variables.get(name):
+                self.variables[name] = value
 
     def _read_settings(self, folder: str) -> None:
         # Where one of these is broken, the CLI stops.
@@ -3459,6 +3467,7 @@ class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
         return self._open(http.client.HTTPConnection, request)
 
     def https_open(self, request: urllib.request.Request) -> UpstreamResponse:
+        """Return the response to a request over TLS."""
         try:
             context = self._tls()
         except OSError as error:
@@ -4771,8 +4780,7 @@ class Rewrite:
         messages, sees = self.body["messages"], model_facts(self.model).sees
         if sees is None:
             return False
-        last = max((n for n, each in enumerate(messages) if each["role"] == "user"), default=-1)
-        count = 0
+        last, count = latest_of_user(messages), 0
         for place in range(len(messages) - 1, -1, -1):
             message = messages[place]
             parts = as_list(message.get("content"))
@@ -4867,7 +4875,7 @@ class Rewrite:
         elif messages[place - 1]["role"] != "assistant":
             return False
         messages[place:] = [{**message, "role": "user"} for message in messages[place:]]
-        return place < len(messages)
+        return True
 
     def user_present(self) -> bool:
         """A conversation that the assistant opens begins with a short message of the user."""
@@ -4947,7 +4955,7 @@ class Rewrite:
         if "tool_choice" in self.body:
             self.body["tool_choice"] = self._renamed(self.body["tool_choice"])
         for message in self.body["messages"]:
-            if "tool_calls" in message:
+            if isinstance(message.get("tool_calls"), list):
                 message["tool_calls"] = [*map(self._renamed, message["tool_calls"])]
         return True
 
@@ -5060,7 +5068,7 @@ class Rewrite:
             )
         return before != {name: self.body[name] for name in self.LIMITS if name in self.body}
 
-    def numbers(self) -> bool:
+    def spellings(self) -> bool:
         """Numbers and switches that came in another spelling, where it is clear."""
         found = {
             name: reader(self.body[name])
@@ -5254,7 +5262,7 @@ class Rewrite:
     def _open_template(self) -> None:
         """Take what is said in chat_template_kwargs out of it: DashScope looks at the top."""
         template = dict(as_object(self.body.get("chat_template_kwargs")))
-        if "preserve_thinking" in template:
+        if "preserve_thinking" in template and "alibaba" in self.traits:
             self.body.setdefault("preserve_thinking", template.pop("preserve_thinking"))
         for name in Thinking.read(template).fields:
             del template[name]
@@ -5421,6 +5429,12 @@ def image_part(part: Json) -> Json:
     detail = {"detail": part["detail"]} if part.get("detail") else {}
     image = image if isinstance(image, dict) else {"url": image}
     return {"type": "image_url", "image_url": {**detail, **image}}
+
+
+def latest_of_user(messages: list[Json]) -> int:
+    """Return the place of the user's latest message; -1 where there is none."""
+    places = (place for place, each in enumerate(messages) if each["role"] == "user")
+    return max(places, default=-1)
 
 
 def parts_of(content: Any) -> list[Json]:
@@ -5601,7 +5615,9 @@ RULES = (
         where=frozenset({"limits"}),
         apis=_BOTH,
     ),
-    Rule("numbers", Rewrite.numbers, "open-webui #16682: custom parameters as text", apis=_BOTH),
+    Rule(
+        "spellings", Rewrite.spellings, "open-webui #16682: custom parameters as text", apis=_BOTH
+    ),
     Rule(
         "sampling-range",
         Rewrite.sampling_range,
@@ -5721,9 +5737,7 @@ def join_text_parts(body: Json) -> None:
 
 def leave_out_media(body: Json) -> None:
     """Put a word in the place of media in messages before the user's latest."""
-    messages = body["messages"]
-    latest = max((n for n, each in enumerate(messages) if each["role"] == "user"), default=0)
-    for message in messages[:latest]:
+    for message in body["messages"][: max(latest_of_user(body["messages"]), 0)]:
         if isinstance(message.get("content"), list):
             message["content"] = [
                 part if part.get("type") == "text" else {"type": "text", "text": NO_MEDIA}
@@ -5776,14 +5790,7 @@ REPAIRS = (
         drops=("logprobs", "top_logprobs"),
     ),
     Repair(
-        r"[Pp]refill is incompatible with enable_thinking",
-        ("messages",),
-        "without thinking",
-        unasked=True,
-        then=stop_thinking,
-    ),
-    Repair(
-        _THOUGHTS_WANTED,
+        rf"[Pp]refill is incompatible with enable_thinking|{_THOUGHTS_WANTED}",
         ("messages",),
         "without thinking",
         unasked=True,
@@ -8625,14 +8632,17 @@ class CountsFile:
     @classmethod
     def is_empty(cls, connection: Any, schema: str = "main") -> bool:
         """Return whether nothing is in a file yet; raises ValueError for one that is not ours."""
-        number, version, tables = (
+        # One state of it: another process may be making the table in this moment.
+        connection.execute("SAVEPOINT look")
+        number, version, tables = [
             connection.execute(sql).fetchone()[0]
             for sql in (
                 f"PRAGMA {schema}.application_id",
                 f"PRAGMA {schema}.user_version",
                 f"SELECT count(*) FROM {schema}.sqlite_master",
             )
-        )
+        ]
+        connection.execute("RELEASE look")
         if (tables or version) and number != cls.APPLICATION_ID:
             raise ValueError("it is another program's")
         if version > cls.VERSION:
@@ -11721,6 +11731,7 @@ def cmd_login(options: Options, with_browser: bool) -> int:
     )
 
     def show(device: DeviceCode) -> None:
+        """Tell the person where to approve the log-in."""
         minutes = f"{device.expires_in / 60:.0f} minutes"
         say(f"Open this address and approve the log-in, within {minutes}:", "")
         say(f"    {device.verification_uri}", "")

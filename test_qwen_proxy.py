@@ -45,6 +45,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import urllib.parse
 import zlib
 
@@ -5259,6 +5260,27 @@ ledger.close(30)
 def load(path, count):
     command = [sys.executable, "-c", LOAD, str(path), str(count)]
     return subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_a_file_that_another_process_makes_meanwhile_is_ours(tmp_path, monkeypatch):
+    monkeypatch.setattr(qp.CountsFile, "BUSY", 0.01)
+    path = str(tmp_path / "c.sqlite3")
+
+    class Slow(sqlite3.Connection):
+        def execute(self, sql, *values):
+            found = super().execute(sql, *values)
+            if sql.endswith("application_id"):
+                row = found.fetchone()
+                found.close()
+                found = types.SimpleNamespace(fetchone=lambda: row)
+                other = qp.CountsFile(path)
+                with contextlib.suppress(sqlite3.OperationalError):
+                    other.add([(600, "r", "p", "m", "c", 200, 1, 0, 0, 0, 0, 0, 0)])
+                other.close()
+            return found
+
+    with contextlib.closing(sqlite3.connect(path, factory=Slow, isolation_level=None)) as slow:
+        assert qp.CountsFile.is_empty(slow) in (True, False)
 
 
 def test_several_processes_and_a_reader_share_one_file(home):
