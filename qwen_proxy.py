@@ -340,6 +340,8 @@ MODELS = (
     ModelFacts("qwen3-max*", 262_144, 65_536, "off", ""),
     ModelFacts("qwen3-*-thinking*", 131_072, None, "always"),
     ModelFacts("qwen3-*", 131_072, None, "on"),
+    # As Ollama names them.
+    ModelFacts("qwen3:*", 131_072, None, "on"),
     ModelFacts("qwen-vl-max*", 131_072, 8_192, "none", "image video"),
     ModelFacts("qwen-vl*", 131_072, None, "none", "image video"),
     ModelFacts("qwen-turbo*", 1_000_000, 16_384, "off", ""),
@@ -4505,7 +4507,7 @@ class History:
     def _results_of(self, turn: Turn) -> list[Json]:
         results: list[Json] = []
         media: list[Json] = []
-        for call, found_result in zip(turn.message.get("tool_calls") or [], turn.results):
+        for call, found_result in zip(as_list(turn.message.get("tool_calls")), turn.results):
             stub = {"role": "tool", "tool_call_id": dig(call, "id"), "content": self.STUB}
             result = stub if found_result is None else found_result
             if found_result is None:

@@ -3660,6 +3660,9 @@ tool called search, forgecode #1580 | qwen3-coder-plus; everywhere | tools=[F, S
 tool called search, a plan | kimi-k2.6@token; everywhere | tools=[SEARCH] | tools=[SEARCH_TOOL]
 tool called search, its new name is taken | qwen3-coder-plus@coding; everywhere | tools=[SEARCH_TOOL, SEARCH]
     | tools=[SEARCH_TOOL, function("search_241932906782", parameters=EMPTY)]
+JSON at a server of one's own, as Ollama names it | qwen3:14b@other | response_format={"type": "json_object"}
+    | response_format={"type": "json_object"}, enable_thinking=False,
+    chat_template_kwargs={"enable_thinking": False}, messages=[system("Answer in JSON."), *HI]
 tool called search, functions | qwen3-coder-plus | functions=[SEARCH["function"]] | tools=[SEARCH_TOOL]
 tool called search, OpenRouter | qwen/qwen3-coder-plus@openrouter; everywhere | tools=[SEARCH] | tools=[SEARCH]
 
@@ -7319,6 +7322,7 @@ names of allowed tools | chat | {"messages": HI, "tools": [function()], "tool_ch
     "allowed_tools": {"tools": [{"type": "function", "function": {"name": ["f"]}}]}}} | 200
 a custom tool without a name | chat | {"messages": [*HI, call("k"), result("k", "r")], "tools": [{"type": "custom"}]} | 400
 stream as text | chat | {"messages": HI, "stream": "false"} | 200
+calls of the user, which are none | chat | {"messages": [user("x", tool_calls=5), *HI], "tools": [function()]} | 400
 no input | responses | {"input": []} | 400
 """)
 
