@@ -2512,25 +2512,42 @@ class SettingsProviders:
     """The providers of modelProviders: one for each base URL and key variable, in file order."""
 
     FLAGS = ("voiceOnly", "imageOnly", "realtimeOnly")
+    # Kinds of providers that have no OpenAI-compatible endpoint here.
+    OTHERS = ("anthropic", "gemini", "vertex-ai", "qwen-oauth")
 
     def __init__(self, settings: CliSettings):
         self._settings = settings
         # Ids of entries that are not for chat, and the flag that says so.
         self.flagged: dict[str, str] = {}
+        # What is there and cannot be used, with its field.
+        self.notes: list[str] = []
         self._providers: dict[tuple[str, str], Provider] = {}
         protocols = as_object(dig(settings.values, "providerProtocol"))
-        for kind, listed in as_object(dig(settings.values, "modelProviders")).items():
-            if protocols.get(kind, kind) != "openai":
-                continue
-            for index, entry in enumerate(as_list(listed)):
-                self._read(entry, f"modelProviders.{kind}[{index}] in settings.json")
+        kinds = settings.values.get("modelProviders", {})
+        if not isinstance(kinds, dict):
+            self.notes.append("modelProviders in settings.json must be an object")
+        for kind, entries in as_object(kinds).items():
+            self._read_kind(kind, entries, protocols.get(kind, kind))
 
     def all(self) -> list[Provider]:
         """Return the providers."""
         return list(self._providers.values())
 
+    def _read_kind(self, kind: str, entries: Any, protocol: Any) -> None:
+        where = f"modelProviders.{kind} in settings.json"
+        if protocol in self.OTHERS:
+            return
+        if protocol != "openai":
+            self.notes.append(f"{where} is not read: providerProtocol.{kind} must be openai")
+        elif not isinstance(entries, list):
+            self.notes.append(f"{where} must be a list of models")
+        else:
+            for index, entry in enumerate(entries):
+                self._read(entry, f"modelProviders.{kind}[{index}] in settings.json")
+
     def _read(self, entry: Any, where: str) -> None:
         if not isinstance(entry, dict) or not as_text(entry.get("id")):
+            self.notes.append(f"{where} is not read: its id must be a string")
             return
         flag = next((flag for flag in self.FLAGS if entry.get(flag)), "")
         if flag:
@@ -2538,7 +2555,8 @@ class SettingsProviders:
             self.flagged.update({entry["id"]: f"{where}: {flag}"} if is_first else {})
             return
         if entry.get("wireApi", "chat-completions") != "chat-completions":
-            log.info("%s: it speaks %s, which no upstream is asked in", where, entry["wireApi"])
+            wire = shorten(str(entry["wireApi"]), 40)
+            self.notes.append(f"{where} is not read: wireApi {wire} is not spoken here")
             return
         self._add(entry, where)
 
@@ -2651,8 +2669,10 @@ class Discovery:
         active, note = (None, "") if self.problem else self._choose()
         if active is None and options.provider:
             raise ValueError(note)
+        self.notes += listed.notes
+        flagged = [f"{where} is no chat model" for where in listed.flagged.values()]
         # What to do as long as there is no provider.
-        self.advice = note or NO_LOGIN
+        self.advice = "; ".join([note] if note else [*listed.notes, *flagged]) or NO_LOGIN
         self.model = self._default_model(active)
         # None is chosen in the place of one that was meant.
         self.providers = [active, *self._others(active)] if active else []

@@ -8057,6 +8057,28 @@ def test_status_sees_who_has_the_port(key_server, upstream, capsys, kind):  # U2
     assert kind in said and str(port) in said and ("ok, 0" in said) == (kind == "qwen_proxy")
 
 
+USELESS = [  # modelProviders that can never work, and the field that status names
+    (None, "modelProviders in settings.json must be"),
+    ([], "modelProviders in settings.json must be"),
+    ({"openai": "x"}, "modelProviders.openai in settings.json must be"),
+    ({"mine": [{"id": "m"}]}, "providerProtocol.mine must be openai"),
+    ({"openai": [{"id": 5}]}, "modelProviders.openai[0] in settings.json is not read: its id"),
+    (
+        {"openai": [{"id": "m", "wireApi": "responses"}]},
+        "modelProviders.openai[0] in settings.json",
+    ),
+    ({"openai": [{"id": "m", "imageOnly": True}]}, "imageOnly is no chat model"),
+]
+
+
+@pytest.mark.parametrize("providers, words", USELESS, ids=str)
+def test_settings_that_can_never_work_are_named_by_their_field(home, main, providers, words):
+    (home / "settings.json").write_text(json.dumps({"modelProviders": providers}))
+    code, said = main("status", "--json", "--offline")
+    facts = json.loads(said)
+    assert (code, facts["status"]) == (1, "no") and words in facts["problem"]
+
+
 def test_status_writes_no_file(home, upstream, monkeypatch, capsys):  # U2
     text = write_login(home, upstream).read_text()
     os.unlink(home / "oauth_creds.json")
