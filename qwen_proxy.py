@@ -72,6 +72,7 @@ import itertools
 import json
 import logging
 import logging.handlers
+import math
 import operator
 import os
 import queue
@@ -388,7 +389,8 @@ CONNECT_TIMEOUT = 10
 # A streaming client is sent something at least this often.
 KEEP_ALIVE_INTERVAL = 15
 RETRIES = 2
-MAX_CONNECTIONS = 1024
+# Windows has no more than select(), which takes 512 sockets.
+MAX_CONNECTIONS = 500 if os.name == "nt" else 1024
 MAX_BODY_MIB = 64
 # From the first signal to the end: docker kills after 10.
 GRACE = 8.0
@@ -3060,29 +3062,35 @@ class Providers:
 Selector: Any = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 
-def send_all(connection: socket.socket, data: bytes, wait: Callable[[socket.socket], None]) -> None:
-    """Send on a socket that does not block; wait() returns when it takes bytes again, or raises.
+def is_ready(connection: socket.socket, event: int, seconds: float) -> bool:
+    """Return whether a socket can be read or takes bytes, after at most so long."""
+    with Selector() as selector:
+        selector.register(connection, event)
+        return bool(selector.select(max(0, seconds)))
+
+
+def send_some(connection: socket.socket, data: Any) -> Any:
+    """Send what a socket that does not block takes now of bytes or a memoryview; returns the rest.
 
     Sockets with a timeout cost one more system call for each send, and a stream is little else.
     """
-    view = memoryview(data)
-    while view:
-        try:
-            view = view[connection.send(view) :]
-        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            wait(connection)
+    try:
+        sent = connection.send(data)
+    except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+        sent = 0
+    return memoryview(data)[sent:] if sent < len(data) else b""
 
 
 class Waiter:
-    """Waits for both sides of one request.
+    """Waits for the upstream of one request, and looks at what else may end it.
 
     However ready the upstream is, the others are looked at by the clock: the client, which may have
-    left (then the upstream is dropped at once, also before the first token), the sign of life that
-    is due to it, the silence that has lasted too long, and the server, which may stop. All waits
-    raise ClientGone, ShuttingDown, and UpstreamError (504).
+    left (then the upstream is dropped, also before the first token), the sign of life that is due
+    to it, the progress, and the server, which may stop. All waits raise ClientGone, ShuttingDown,
+    and UpstreamError (504).
     """
 
-    # Look at the client, the clock and the shutdown this often.
+    # Look at the others this often.
     LOOK = 0.25
     # Bytes that bring nothing, such as comments, may come this many times as long as silence lasts.
     PATIENCE = 10
@@ -3095,31 +3103,43 @@ class Waiter:
         heartbeat: Callable[[], None] | None = None,
     ):
         self.timeout, self._interval, self._heartbeat = timeout, interval, heartbeat
-        self._lock, self._is_stopping, self._selector = threading.Lock(), False, Selector()
-        self._upstream: socket.socket | None = None
-        self._waits_for, self._next_look = 0, 0.0
+        # Between two looks.
+        self.pause = min(self.LOOK, interval / 2)
+        self._client, self._is_stopping = client, False
         self._last_sign = self._last_progress = time.monotonic()
-        if client is not None:
-            self._selector.register(client, selectors.EVENT_READ)
+        self._next_look = self._last_sign + self.pause
 
     def for_reading(self, upstream: socket.socket) -> None:
         """Return when the upstream can be read."""
-        self._expect(upstream, selectors.EVENT_READ, "sent")
+        if not self._wait(upstream, selectors.EVENT_READ, self.timeout):
+            raise self.silence("sent")
 
     def for_writing(self, upstream: socket.socket) -> None:
         """Return when the upstream takes bytes."""
-        self._expect(upstream, selectors.EVENT_WRITE, "taken")
+        if not self._wait(upstream, selectors.EVENT_WRITE, self.timeout):
+            raise self.silence("taken")
+
+    def silence(self, verb: str = "sent") -> UpstreamError:
+        """Return the error for an upstream that has been silent for too long."""
+        return UpstreamError(
+            f"the upstream has {verb} nothing for {self.timeout:g} s; try again, or allow more "
+            "with --timeout",
+            504,
+            "upstream_timeout",
+        )
 
     def sleep(self, seconds: float) -> None:
         """Wait before another attempt."""
         self._wait(None, 0, seconds)
 
     def look(self) -> None:
-        """Look at the shutdown, the progress, and the sign of life that the client may be due."""
+        """Look at the shutdown, the client, the progress, and the sign of life that may be due."""
         now = time.monotonic()
-        self._next_look = now + min(self.LOOK, self._interval / 2)
+        self._next_look = now + self.pause
         if self._is_stopping:
             raise ShuttingDown
+        if self._client is not None:
+            self._look_at_client(self._client)
         if now - self._last_progress > self.timeout * self.PATIENCE:
             raise UpstreamError(
                 "the upstream has sent bytes but no answer for too long; try again",
@@ -3142,74 +3162,36 @@ class Waiter:
         """Note that the upstream sent more than signs of life."""
         self._last_progress = time.monotonic()
 
-    def release(self) -> None:
-        """Let go of the connection: stop() must not touch what another request may use."""
-        with self._lock:
-            self._attend(None, 0)
-
-    def close(self) -> None:
-        """Close the selector: one that is not closed waits for the garbage collector."""
-        self._selector.close()
-
     def stop(self) -> None:
-        """End the wait with ShuttingDown; from any thread."""
-        with self._lock:
-            self._is_stopping = True
-            if self._upstream is not None:
-                # Not SSLSocket's shutdown: it drops what recv in the other thread needs.
-                with contextlib.suppress(OSError):
-                    socket.socket.shutdown(self._upstream, socket.SHUT_RDWR)
-
-    def _expect(self, upstream: socket.socket, event: int, verb: str) -> None:
-        if not self._wait(upstream, event, self.timeout):
-            raise UpstreamError(
-                f"the upstream has {verb} nothing for {self.timeout:g} s; try again, or allow "
-                "more with --timeout",
-                504,
-                "upstream_timeout",
-            )
+        """Let the next look end the wait with ShuttingDown; from any thread."""
+        self._is_stopping = True
 
     def _wait(self, upstream: socket.socket | None, event: int, seconds: float) -> bool:
         """Return whether the upstream is ready; False after so many seconds."""
-        self._attend(upstream, event)
-        deadline = time.monotonic() + seconds
+        now = time.monotonic()
+        deadline = now + seconds
         while True:
-            now = time.monotonic()
             if now >= self._next_look or self._is_stopping:
                 self.look()
             if now >= deadline:
                 return False
-            pause = max(0, min(deadline, self._next_look) - now)
-            if upstream is None and not self._selector.get_map():
-                # Windows refuses to select from nothing.
+            pause = min(deadline, self._next_look) - now
+            if upstream is None:
                 time.sleep(pause)
-                continue
-            ready = [key.fileobj for key, _ in self._selector.select(pause)]
-            for each in ready:
-                if each is not upstream:
-                    self._look_at_client(each)
-            if upstream in ready and not self._is_stopping:
+            elif is_ready(upstream, event, pause) and not self._is_stopping:
                 return True
+            now = time.monotonic()
 
-    def _attend(self, upstream: socket.socket | None, event: int) -> None:
-        if self._upstream is upstream and self._waits_for == event:
-            return
-        if self._upstream is not None:
-            self._selector.unregister(self._upstream)
-        self._upstream, self._waits_for = upstream, event
-        if upstream is not None:
-            self._selector.register(upstream, event)
-
-    def _look_at_client(self, client: Any) -> None:
+    def _look_at_client(self, client: socket.socket) -> None:
         try:
             if not client.recv(1, socket.MSG_PEEK):
                 raise ClientGone
+            # It has sent its next request ahead: no end can be seen behind that.
+            self._client = None
         except BlockingIOError:
-            return
+            pass
         except OSError:
             raise ClientGone from None
-        # It has sent its next request ahead: no end can be seen behind that.
-        self._selector.unregister(client)
 
 
 class Connection:
@@ -3221,25 +3203,33 @@ class Connection:
     def __init__(self, connected: http.client.HTTPConnection):
         self._connected, self.socket = connected, connected.sock
         self.socket.setblocking(False)
-        self._pending = getattr(self.socket, "pending", None)
-        self.waiter, self.idle_since, self.has_received = Waiter(), 0.0, False
+        # Bytes of a TLS record that were read already, which the socket does not show.
+        self._pending: Callable[[], int] = getattr(self.socket, "pending", int)
+        self.waiter, self.idle_since = Waiter(), 0.0
+        self.has_received = self.has_more = False
 
     def send(self, data: bytes) -> None:
         """Send all of the data; raises OSError, and what a Waiter raises."""
         self.has_received = False
-        send_all(self.socket, data, self.waiter.for_writing)
+        rest = send_some(self.socket, data)
+        while rest:
+            self.waiter.for_writing(self.socket)
+            rest = send_some(self.socket, rest)
 
-    def receive(self) -> bytes:
-        """Return what arrives next, nothing at the end; raises OSError and what a Waiter raises."""
-        while True:
-            if not (self._pending and self._pending()):
-                self.waiter.for_reading(self.socket)
-            try:
-                received: bytes = self.socket.recv(PIECE)
-            except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-                continue
-            self.has_received = self.has_received or bool(received)
-            return received
+    def wait(self) -> None:
+        """Return when there may be something to receive; raises what a Waiter raises."""
+        if not self._pending():
+            self.waiter.for_reading(self.socket)
+
+    def receive_now(self) -> bytes | None:
+        """Return what has arrived, nothing at the end, None while nothing has; raises OSError."""
+        try:
+            received: bytes = self.socket.recv(PIECE)
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return None
+        self.has_received = self.has_received or bool(received)
+        self.has_more = len(received) == PIECE or self._pending() > 0
+        return received
 
     def is_quiet(self) -> bool:
         """Return whether nothing can be read: on an idle connection that would be its end."""
@@ -3343,11 +3333,13 @@ class UpstreamResponse:
 
     DRAIN_TIMEOUT = 0.25
     # Of compressed content at once.
-    MAX_INFLATED = 1_048_576
+    MAX_INFLATED = 65_536
     _HEAD_END = re.compile(rb"\r?\n\r?\n")
 
     def __init__(self, connection: Connection, pool: KeepAliveHandler, key: Any):
         self._connection: Connection | None = connection
+        # The socket that the body comes from.
+        self.source = connection.socket
         self._pool, self._key, self._received = pool, key, b""
         parsed = self._read_head(connection)
         self.status, self._stays_open = parsed.status, not parsed.will_close
@@ -3374,54 +3366,83 @@ class UpstreamResponse:
                 parsed = http.client.HTTPResponse(_Head(head))  # type: ignore[arg-type]
                 parsed.begin()
                 return parsed
-            piece = connection.receive()
+            connection.wait()
+            piece = connection.receive_now()
+            if piece is None:
+                continue
             size += len(piece)
             if not piece or size > MAX_ERROR_BODY:
                 raise http.client.RemoteDisconnected("it closed the connection")
             self._received += piece
+
+    @property
+    def has_more(self) -> bool:
+        """True if there may be more to receive at once."""
+        return self._is_ready() or bool(self._connection and self._connection.has_more)
+
+    def _is_ready(self) -> bool:
+        """Return whether bytes that have come are not decoded yet, or no more will come."""
+        tail = self._inflater.unconsumed_tail if self._inflater else b""
+        return self._body.is_done or bool(self._received or tail)
+
+    def wait(self) -> None:
+        """Return when there may be something to receive; raises what a Waiter raises."""
+        if self._connection and not self._is_ready():
+            self._connection.wait()
 
     def receive(self) -> bytes:
         """Return the next content of the body, nothing at its end.
 
         Raises UpstreamError when the connection breaks, and what a Waiter raises.
         """
+        content = None
+        while content is None:
+            self.wait()
+            content = self.receive_now()
+        return content
+
+    def receive_now(self) -> bytes | None:
+        """Return the content that has arrived, nothing at the end of the body, None before that.
+
+        Raises UpstreamError when the connection breaks.
+        """
         if self._coding in ("", "identity"):
-            return self._receive()
+            return self._receive_now()
         if self._coding not in ("gzip", "x-gzip", "deflate"):
             coding = shorten(self._coding, 40)
             raise UpstreamError(
                 f"the upstream, or a gateway before it, compresses its answer as {coding!r} "
                 "although it was asked not to; only gzip and deflate are understood"
             )
-        while True:
-            tail = self._inflater.unconsumed_tail if self._inflater else b""
-            packed = tail or self._receive()
-            if self._inflater is None:
-                # With the head of zlib, as RFC 9110 8.4.1.2 has it, or bare.
-                is_bare = self._coding == "deflate" and packed[:1] and packed[0] & 15 != 8
-                bits = -zlib.MAX_WBITS if is_bare else zlib.MAX_WBITS | 32
-                self._inflater = zlib.decompressobj(bits)
-            try:
-                content: bytes = self._inflater.decompress(packed, self.MAX_INFLATED)
-            except zlib.error:
-                raise UpstreamError(
-                    f"the upstream's answer is said to be {self._coding}, and is not; try again",
-                    code="upstream_cut",
-                ) from None
-            if content or not packed:
-                return content
+        tail = self._inflater.unconsumed_tail if self._inflater else b""
+        packed = tail or self._receive_now()
+        if packed is None:
+            return None
+        if self._inflater is None:
+            # With the head of zlib, as RFC 9110 8.4.1.2 has it, or bare.
+            is_bare = self._coding == "deflate" and packed[:1] and packed[0] & 15 != 8
+            self._inflater = zlib.decompressobj(-zlib.MAX_WBITS if is_bare else zlib.MAX_WBITS | 32)
+        try:
+            content: bytes = self._inflater.decompress(packed, self.MAX_INFLATED)
+        except zlib.error:
+            raise UpstreamError(
+                f"the upstream's answer is said to be {self._coding}, and is not; try again",
+                code="upstream_cut",
+            ) from None
+        return content or (None if packed else b"")
 
-    def _receive(self) -> bytes:
+    def _receive_now(self) -> bytes | None:
         try:
             while not self._body.is_done:
                 received, self._received = self._received, b""
-                if not received and self._connection:
-                    received = self._connection.receive()
-                if not received:
+                arrived = received or self._connection and self._connection.receive_now()
+                if arrived is None:
+                    return None
+                if not arrived:
                     if not self._body.ends_with_connection:
                         raise ConnectionError("connection closed")
                     self._body.is_done, self._stays_open = True, False
-                content = self._body.feed(received) if received else b""
+                content = self._body.feed(arrived) if arrived else b""
                 if content:
                     return content
         except (OSError, ValueError) as error:
@@ -3450,7 +3471,6 @@ class UpstreamResponse:
         connection, self._connection = self._connection, None
         if connection is None:
             return
-        connection.waiter.release()
         if self._body.is_done and self._stays_open and not self._body.surplus:
             self._pool.put(self._key, connection)
         else:
@@ -3459,12 +3479,11 @@ class UpstreamResponse:
     def drain(self) -> None:
         """Read what little may follow the end of the stream, so that the connection can be kept."""
         if not self._body.is_done and self._connection is not None:
-            self._connection.waiter.release()
             deadline = time.monotonic() + self.DRAIN_TIMEOUT
             with contextlib.suppress(UpstreamError):
                 while not self._body.is_done:
                     self._connection.waiter = Waiter(timeout=deadline - time.monotonic())
-                    if not self._receive():
+                    if not self.receive():
                         break
         self.close()
 
@@ -3590,7 +3609,6 @@ class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
                 connection.send(self._head_of(request) + (request.data or b""))
             return UpstreamResponse(connection, self, key)
         except BaseException:
-            connection.waiter.release()
             connection.close()
             raise
 
@@ -3622,7 +3640,7 @@ class Answer:
     """
 
     def __init__(self, response: UpstreamResponse, target: Target, decoder: Any, waiter: Waiter):
-        self.response, self.target, self.decoder, self._waiter = response, target, decoder, waiter
+        self.response, self.target, self.decoder, self.waiter = response, target, decoder, waiter
         self._pending: list[Any] = []
         self._emit: Callable[[Any], None] = self._pending.append
         # An error behind chunks that have not been delivered yet.
@@ -3638,6 +3656,7 @@ class Answer:
     def begin(self) -> None:
         """Read until the first chunk is there: until then an error is an HTTP status."""
         while not self._pending and not self.is_over:
+            self.response.wait()
             self.pump()
 
     def deliver(self, feed: Callable[[Any], None]) -> None:
@@ -3647,25 +3666,27 @@ class Answer:
             feed(chunk)
 
     def pump(self) -> None:
-        """Read one piece and push it through; raises what receive() and the decoder raise."""
+        """Push what has arrived through; raises what receive_now() and the decoder raise."""
         if self._failure:
             raise self._failure
         try:
-            piece = b"" if self.decoder.is_done else self.response.receive()
+            piece = self.response.receive_now()
         except UpstreamError:
             # A connection that breaks once the finish reason is there has only ended.
             if not self.decoder.is_finished():
                 raise
             piece = b""
+        if piece is None:
+            return
         try:
             if piece:
                 self.decoder.feed(piece)
-            else:
+            if not piece or self.decoder.is_done:
                 self.is_over = True
                 self.decoder.close()
             if self._has_news:
                 self._has_news = False
-                self._waiter.progressed()
+                self.waiter.progressed()
         except UpstreamError as error:
             if not self._pending:
                 raise
@@ -4005,7 +4026,6 @@ class ModelLists:
                 listed = loads(response.read(self.SIZE)) if response.status == 200 else None
         finally:
             self._waiters.discard(waiter)
-            waiter.close()
         ids = (dig(entry, "id") for entry in as_list(dig(listed, "data")))
         return [name for name in ids if isinstance(name, str) and name]
 
@@ -9823,13 +9843,6 @@ class ClientReader(io.RawIOBase):
     def __init__(self, connection: socket.socket):
         super().__init__()
         self._connection, self.deadline, self.rate = connection, 0.0, 0
-        self._selector = Selector()
-        self._selector.register(connection, selectors.EVENT_READ)
-
-    def close(self) -> None:
-        """Close the selector: one that is not closed waits for the garbage collector."""
-        self._selector.close()
-        super().close()
 
     def readable(self) -> bool:
         return True
@@ -9838,7 +9851,7 @@ class ClientReader(io.RawIOBase):
         """Return bytes as soon as there are some; raises socket.timeout at the deadline."""
         while True:
             remaining = self.deadline - time.monotonic()
-            if remaining <= 0 or not self._selector.select(remaining):
+            if remaining <= 0 or not is_ready(self._connection, selectors.EVENT_READ, remaining):
                 raise socket.timeout("timed out")
             with contextlib.suppress(BlockingIOError):
                 received = self._connection.recv_into(buffer)
@@ -9898,7 +9911,9 @@ class Exchange:
         self._more_headers: list[tuple[str, str]] = []
         self.writer: Any = None
         self.waiters: list[Waiter] = []
-        self._head_sent = False
+        self._head_sent = self.is_on_loop = False
+        # What the client did not take yet.
+        self.unsent: Any = b""
         self.status = 0
         self.target: Target | None = None
         self.outcomes: dict[Target | None, int] = {}
@@ -10343,13 +10358,17 @@ class Exchange:
             self._request_id = request_id
 
     def _write(self, data: bytes) -> None:
-        send_all(self.connection, data, self._wait_to_write)
-
-    def _wait_to_write(self, connection: socket.socket) -> None:
-        with Selector() as selector:
-            selector.register(connection, selectors.EVENT_WRITE)
-            if not selector.select(self.WRITE_TIMEOUT):
+        """Send all of the data; on the loop of the streams as much as the client takes."""
+        self.unsent = bytes(self.unsent) + data if self.unsent else data
+        self.send_unsent()
+        while self.unsent and not self.is_on_loop:
+            if not is_ready(self.connection, selectors.EVENT_WRITE, self.WRITE_TIMEOUT):
                 raise socket.timeout("timed out")
+            self.send_unsent()
+
+    def send_unsent(self) -> None:
+        """Send what the client takes now of what it did not take yet."""
+        self.unsent = send_some(self.connection, self.unsent)
 
 
 def fault_of_ours(error: BaseException) -> ProxyError:
@@ -10366,17 +10385,166 @@ def fault_of_ours(error: BaseException) -> ProxyError:
     return ProxyError(f"an internal error of qwen_proxy ({name}); its log says where")
 
 
-def relay(answer: Answer, writer: Any, place: int = 0, collector: Any = None) -> None:
+class Stream:
+    """An answer on its way to the client, from its first chunk to its last."""
+
+    def __init__(self, answer: Answer, exchange: Exchange):
+        self.answer, self.exchange, self.waiter = answer, exchange, answer.waiter
+        # The socket that is waited for: the upstream's, or the client's while that is behind.
+        self.awaited: socket.socket | None = None
+        self.error: Exception | None = None
+        self.is_over = threading.Event()
+        self._moved = time.monotonic()
+
+    def move(self) -> None:
+        """Push what has arrived through; nothing more while the client does not keep up."""
+        self._moved = time.monotonic()
+        if self.exchange.unsent:
+            self.exchange.send_unsent()
+        if not self.exchange.unsent:
+            self.answer.pump()
+            self.exchange.writer.flush()
+
+    def look(self) -> None:
+        """Look at what the clock decides; raises what a Waiter raises, OSError."""
+        self.waiter.look()
+        silence = time.monotonic() - self._moved
+        if self.exchange.unsent and silence > self.exchange.WRITE_TIMEOUT:
+            raise socket.timeout("timed out")
+        if not self.exchange.unsent and silence > self.waiter.timeout:
+            raise self.waiter.silence()
+
+
+class StreamLoop:
+    """Moves the pieces of all streams in one thread, while their connections' threads sleep.
+
+    A stream is little work and much waiting: to wake a thread costs more than what it does then.
+    """
+
+    # At least so long from one turn to the next: pieces that come together cost half.
+    TURN = 0.002
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._streams: set[Stream] = set()
+        # New ones, and those that need not wait.
+        self._ready: collections.deque[Stream] = collections.deque()
+        self._next_turn, self._next_look, self._is_closed = 0.0, math.inf, False
+        self._bell, self._rope = socket.socketpair()
+        self._bell.setblocking(False)
+        self._rope.setblocking(False)
+        self._selector.register(self._bell, selectors.EVENT_READ)
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def carry(self, stream: Stream) -> None:
+        """Return when a stream is over; raises what ended it."""
+        stream.exchange.is_on_loop = True
+        self._ready.append(stream)
+        self._ring()
+        stream.is_over.wait()
+        stream.exchange.is_on_loop = False
+        if stream.error:
+            try:
+                raise stream.error
+            finally:
+                # It leads back to the stream, which would wait for the garbage collector.
+                stream.error = None
+
+    def close(self) -> None:
+        """End the loop, and with ShuttingDown the streams that it still has."""
+        self._is_closed = True
+        self._ring()
+
+    def _ring(self) -> None:
+        # Full is as good as rung; closed is over.
+        with contextlib.suppress(OSError):
+            self._rope.send(b"!")
+
+    def _run(self) -> None:
+        while not self._is_closed:
+            self._turn()
+        for stream in {*self._streams, *self._ready}:
+            self._end(stream, ShuttingDown())
+        for each in (self._selector, self._bell, self._rope):
+            each.close()
+
+    def _turn(self) -> None:
+        pause: float | None = 0.0
+        if not self._ready:
+            time.sleep(max(0.0, self._next_turn - time.monotonic()))
+            pause = self._next_look - time.monotonic() if self._streams else None
+        arrived = self._selector.select(pause)
+        self._next_turn = time.monotonic() + self.TURN
+        for key, _ in arrived:
+            if key.data:
+                self._move(key.data)
+            else:
+                self._bell.recv(PIECE)
+        for _ in range(len(self._ready)):
+            self._move(self._ready.popleft())
+        if time.monotonic() >= self._next_look:
+            self._look()
+
+    def _move(self, stream: Stream) -> None:
+        if stream.is_over.is_set():
+            return
+        try:
+            stream.move()
+            if stream.answer.is_over:
+                self._end(stream)
+                return
+            self._await(stream)
+            if stream.answer.response.has_more and not stream.exchange.unsent:
+                self._ready.append(stream)
+        except Exception as error:
+            self._end(stream, error)
+
+    def _await(self, stream: Stream) -> None:
+        """Wait for the slower side of a stream."""
+        awaited, event = stream.answer.response.source, selectors.EVENT_READ
+        if stream.exchange.unsent:
+            awaited, event = stream.exchange.connection, selectors.EVENT_WRITE
+        if awaited is stream.awaited:
+            return
+        if stream.awaited:
+            self._selector.unregister(stream.awaited)
+        else:
+            self._streams.add(stream)
+            self._next_look = min(self._next_look, time.monotonic() + stream.waiter.pause)
+        self._selector.register(awaited, event, stream)
+        stream.awaited = awaited
+
+    def _look(self) -> None:
+        """Look at all streams."""
+        for stream in list(self._streams):
+            try:
+                stream.look()
+                self._await(stream)
+            except Exception as error:
+                self._end(stream, error)
+        pauses = (stream.waiter.pause for stream in self._streams)
+        self._next_look = time.monotonic() + min(pauses, default=math.inf)
+
+    def _end(self, stream: Stream, error: Exception | None = None) -> None:
+        self._streams.discard(stream)
+        if stream.awaited:
+            self._selector.unregister(stream.awaited)
+        stream.awaited, stream.error = None, error
+        stream.is_over.set()
+
+
+def relay(
+    answer: Answer, exchange: Exchange, loop: StreamLoop, place: int = 0, collector: Any = None
+) -> None:
     """Push an answer through to the client, piece by piece as it comes.
 
     With a collector, which is there for --log-level debug, the log shows the whole.
     """
-    feed = writer.part(place)
+    feed = exchange.writer.part(place)
     answer.deliver(functools.partial(feed_both, collector, feed) if collector else feed)
-    writer.flush()
-    while not answer.is_over:
-        answer.pump()
-        writer.flush()
+    exchange.writer.flush()
+    if not answer.is_over:
+        loop.carry(Stream(answer, exchange))
     if collector:
         log.debug("answer: %s", excerpt(collector.completion(answer.decoder.usage)))
 
@@ -10480,7 +10648,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             answers = exchange.open_all(calls, targets)
             exchange.begin(answers[0])
             for place, answer in enumerate(answers):
-                relay(answer, exchange.writer, place, collector)
+                relay(answer, exchange, proxy.streams, place, collector)
             exchange.writer.close(answers[0].decoder.usage)
             for answer in answers:
                 answer.response.drain()
@@ -10877,7 +11045,8 @@ class ProxyServer:
             ways_out = "another --port, or 0 for a free one" if is_about_port else "another --host"
             where = f"cannot listen on {options.host or 'all addresses'} port {options.port}"
             raise OSError(error.errno, f"{where}: {reason_of(error)}; choose {ways_out}") from error
-        # Last, since its thread would outlive a port that is taken.
+        # Last, since their threads would outlive a port that is taken.
+        self.streams = StreamLoop()
         self.ledger = Ledger(options.usage_file)
 
     @property
@@ -10951,6 +11120,7 @@ class ProxyServer:
             waiter.stop()
         half = self.LAST_WORDS / 2
         self._wait_until_idle(max(end - half, time.monotonic() + half))
+        self.streams.close()
         self._lists.close()
         self.upstream.close()
         LockFile.release_all()
@@ -10984,9 +11154,8 @@ class ProxyServer:
         finally:
             self._waiters.difference_update(waiters)
             exchange.tally(calls)
-            for call, waiter in zip(calls, waiters):
+            for call in calls:
                 call.close()
-                waiter.close()
             exchange.waiters = []
 
     def note(self, exchange: Exchange) -> None:

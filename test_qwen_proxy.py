@@ -3123,18 +3123,6 @@ def test_blank_lines_before_the_first_event_are_not_kept():
     assert text_in(chunks) == "Hello, wörld"
 
 
-def test_a_failed_batch_of_embeddings_leaves_other_answers_alone():
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        watch = qp.Waiter()
-        theirs.sendall(b"x")
-        watch.for_reading(ours)
-        watch.release()  # its answer is whole, the connection may be somebody else's now
-        watch.stop()
-        theirs.sendall(b"y")
-        assert ours.recv(2) == b"xy"
-
-
 def test_the_password_of_a_forward_proxy_does_not_reach_the_upstream(upstream):
     """Behind a tunnel, kept or new, the request is the upstream's."""
     basic = {"Proxy-Authorization": "Basic c2VjcmV0"}
@@ -5948,6 +5936,62 @@ def test_client_that_leaves_stops_the_upstream_at_once(key_server, upstream, pie
         upstream.wait_for_request()
         assert not pieces or client.recv(1)
     assert upstream.gone.wait(WAIT)
+
+
+# More than the buffers of all sockets on the way.
+LONG = [*texts(*["x" * 65_000] * 120), *END]
+
+
+@pytest.fixture()
+def slow_client(key_server, upstream):
+    """A client of a long answer that has taken only what came at once."""
+    upstream.script.append(stream(*LONG))
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", key_server.port))
+        client.sendall(post(stream=True))
+        until(lambda: unsent(key_server))
+        client.settimeout(WAIT)
+        yield client
+
+
+def unsent(server):
+    """What clients did not take yet."""
+    return max((len(handler.exchange.unsent) for handler in list(server.handlers)), default=0)
+
+
+def test_a_client_that_does_not_keep_up_gets_all_and_holds_up_no_other(key_server, slow_client):
+    chunks = map(json.loads, chat(key_server, stream=True)[2][:-1])
+    assert text_in(chunks) == "Hello, wörld"
+    assert unsent(key_server) < 1_000_000
+    answer = http.client.HTTPResponse(slow_client)
+    answer.begin()
+    body = answer.read()
+    assert body.count(b"x" * 65_000) == 120 and body.endswith(DONE)
+
+
+def test_a_client_that_takes_nothing_is_left(key_server, upstream, slow_client, monkeypatch):
+    monkeypatch.setattr(qp.Exchange, "WRITE_TIMEOUT", 0.05)
+    until(lambda: not key_server.handlers)
+    assert chat(key_server)[0] == 200
+
+
+def test_a_fault_in_one_stream_ends_no_other(key_server, upstream, monkeypatch):
+    translate, gates = qp.ChunkTranslator.feed, [threading.Event(), threading.Event()]
+
+    def feed(self, event):
+        return translate(self, event if b"fault" not in event.data else None)
+
+    monkeypatch.setattr(qp.ChunkTranslator, "feed", feed)
+    upstream.script.append(stream(HELLO[0], gates[0], *texts("fault"), *END))
+    upstream.script.append(stream(HELLO[0], gates[1], *HELLO[1:]))
+    streams = [lines_of(key_server, CHAT, {"messages": HI}) for _ in gates]
+    assert all(next(lines).startswith(b"data: ") for lines in streams)
+    for gate in gates:
+        gate.set()
+    broken, whole = map(b"".join, streams)
+    assert b"an internal error of qwen_proxy" in broken and DONE not in broken
+    assert whole.endswith(DONE)
 
 
 @pytest.mark.parametrize("before", [[], [HELLO[0]]], ids=["before the answer", "in it"])
