@@ -4331,11 +4331,11 @@ class History:
         self.lost = 0
 
     @classmethod
-    def repaired(cls, messages: list[Json], splits_media: bool) -> tuple[list[Json], set[str], int]:
-        """Return the messages, the names of the rules that changed them, and how many were lost."""
+    def repaired(cls, messages: list[Json], splits_media: bool) -> tuple[list[Json], int]:
+        """Return the messages, and how many results were lost."""
         history = cls(splits_media)
         for message in messages:
-            history._add(message)
+            history._add(dict(message))
         repaired = history._messages()
         if not repaired:
             raise BadRequest(
@@ -4343,7 +4343,7 @@ class History:
                 "tool_calls is missing",
                 param="messages",
             )
-        return repaired, history.fired, history.lost
+        return repaired, history.lost
 
     @classmethod
     def unpacked(cls, messages: list[Json]) -> list[Json]:
@@ -4619,8 +4619,10 @@ class ToolShapes:
         return self._original.get(sent, sent)
 
     @staticmethod
-    def function_of(tool: Json) -> Json:
+    def function_of(tool: Any) -> Any:
         """Return the function for a custom tool; a grammar cannot be enforced, only asked for."""
+        if not is_custom(tool):
+            return tool
         custom = as_object(tool.get("custom", tool))
         grammar = dig(custom, "format", "grammar") or custom.get("format")
         definition, words = dig(grammar, "definition"), "The input as it is."
@@ -4664,10 +4666,11 @@ def custom_input(arguments: Any) -> Any:
 
 
 class Rewrite:
-    """One request on its way into the upstream's dialect; each method is a rule of RULES.
+    """One request on its way into the upstream's dialect; each public method is a rule of RULES.
 
-    A rule changes self.body and returns whether it did; what the client does not get because of it
-    goes into self.notes.
+    A rule changes self.body, or returns what goes in the place of one item of it: only the body and
+    its lists are copies, what they hold is the client's. What the client does not get because of a
+    rule goes into self.notes.
     """
 
     LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
@@ -4687,8 +4690,15 @@ class Rewrite:
         (as_count, "top_k seed n top_logprobs"),
         (as_switch, "logprobs parallel_tool_calls enable_search preserve_thinking tool_stream"),
     )
-    # What these mean to OpenAI is what happens here anyway.
-    DEFAULTS: Json = {"n": 1, "modalities": ["text"], "store": False, "service_tier": "auto"}
+    # What these values mean to OpenAI is what happens here anyway.
+    MEANT: Mapping[str, tuple[Any, ...]] = {
+        "n": (1,),
+        "modalities": (["text"],),
+        "store": (False,),
+        "service_tier": ("auto",),
+        "tool_choice": ("auto", "none"),
+        "parallel_tool_calls": (True,),
+    }
     # By the type of a part: what the model must take.
     MEDIA: Mapping[str, str] = {
         "image_url": "image",
@@ -4713,22 +4723,18 @@ class Rewrite:
     ).split()
 
     def __init__(self, request: Json, target: Target):
-        self.body = {**request, "model": target.model}
-        if isinstance(request.get("messages"), list):
-            self.body["messages"] = [
-                dict(message) if isinstance(message, dict) else message
-                for message in request["messages"]
-            ]
+        self.body = {**with_own_lists(request), "model": target.model}
         self.family, self.model = target.provider.family, target.model
         self.config, self.traits = target.config, traits_of(self.family.name, target.model)
-        self.shapes = ToolShapes(request, self.traits)
-        always = self.family.always_thinks
+        self.shapes, self.facts = ToolShapes(request, self.traits), model_facts(target.model)
         self.profile = as_object(self.config.get("profile"))
-        is_mandatory = (
-            self.config.get("thinkingMandatory") or self.profile.get("canDisable") is False
+        always = self.family.always_thinks
+        is_always = (
+            self.config.get("thinkingMandatory")
+            or self.profile.get("canDisable") is False
+            or (always and always in target.model)
         )
-        is_always = bool(is_mandatory) or bool(always) and always in target.model
-        self.mode = "always" if is_always else model_facts(target.model).thinking
+        self.mode = "always" if is_always else self.facts.thinking
         self.words = self._words()
         self.client_wants_thinking = bool(Thinking.read(request).enabled)
         # What comes from the settings entry and goes out as it is written there.
@@ -4740,17 +4746,22 @@ class Rewrite:
         """Return the body, and the rules that changed it, each with what it gave up."""
         fired: dict[str, str] = {}
         for rule in rules_for(api, self.traits):
-            before = len(self.notes)
-            if rule.apply(self):
-                fired[rule.name] = "; ".join(self.notes[before:])
+            before, self.notes = with_own_lists(self.body), []
+            if rule.each:
+                change = functools.partial(rule.apply, self)
+                self.body = mapped(self.body, rule.each, change)
+            else:
+                rule.apply(self)
+            if self.body != before:
+                fired[rule.name] = "; ".join(self.notes)
         return self.body, fired
 
     # -- defaults, and what means nothing --------------------------------------------------------
 
-    def entry_defaults(self) -> bool:
+    def entry_defaults(self) -> None:
         """samplingParams and extra_body of the settings entry, where the client says nothing."""
         if not self.config:
-            return False
+            return
         body, given = self.body, dict(self.body)
         for name in ("samplingParams", "extra_body"):
             body.update(as_object(self.config.get(name)))
@@ -4765,7 +4776,6 @@ class Rewrite:
         if any(name in given for name in self.LIMITS):
             body.pop("max_tokens", None)
         body.update(without_keys(given, ("model",)))
-        return body != given
 
     def _entry_reasoning(self, reasoning: Any) -> None:
         """Think as the settings say: in the endpoint's words, or as it stands there."""
@@ -4778,89 +4788,63 @@ class Rewrite:
             level = "xhigh" if reasoning.get("effort") == "max" else reasoning.get("effort")
             self.body["reasoning"] = stated({**reasoning, "effort": level})
 
-    def no_nulls(self) -> bool:
+    def no_nulls(self) -> None:
         """No null that means 'not set': at the top, in messages, in a JSON schema's frame."""
-        changed = self._remove_nulls(self.body)
-        for message in as_list(self.body.get("messages")):
-            if isinstance(message, dict):
-                changed = self._remove_nulls(message, "content") or changed
+        stated_message = functools.partial(without_nulls, kept=("content",))
+        self.body = mapped(stated(self.body), "messages", stated_message)
         wanted = dig(self.body, "response_format", "json_schema")
-        if isinstance(wanted, dict) and None in wanted.values():
+        if isinstance(wanted, dict):
             kept = without_nulls(wanted)
             self.body["response_format"] = {**self.body["response_format"], "json_schema": kept}
-            changed = True
-        return changed
-
-    @staticmethod
-    def _remove_nulls(value: Json, except_for: str = "") -> bool:
-        nulls = [name for name, item in value.items() if item is None and name != except_for]
-        for name in nulls:
-            del value[name]
-        return bool(nulls)
 
     # -- messages --------------------------------------------------------------------------------
 
-    def part_shapes(self) -> bool:
+    def part_shapes(self, message: Json) -> Json:
         """Parts of other APIs in chat completions' shape; thoughts among them become thoughts."""
-        changed = False
-        for message in self.body["messages"]:
-            content = as_list(message.get("content"))
-            thoughts = [part for part in content if part.get("type") == "thinking"]
-            parts = [chat_part(part) for part in content if part.get("type") != "thinking"]
-            if thoughts and message["role"] == "assistant":
-                texts = [as_text(part.get("thinking")) for part in thoughts]
-                message.setdefault("reasoning_content", "".join(texts))
-            if parts != content:
-                message["content"], changed = parts, True
-        return changed
+        content = as_list(message.get("content"))
+        thoughts = [part for part in content if part.get("type") == "thinking"]
+        if thoughts and message["role"] == "assistant":
+            text = "".join(as_text(part.get("thinking")) for part in thoughts)
+            message = {**message, "reasoning_content": message.get("reasoning_content", text)}
+        parts = [chat_part(part) for part in content if part.get("type") != "thinking"]
+        return {**message, "content": parts} if content else message
 
-    def unseen_media(self) -> bool:
+    def unseen_media(self) -> None:
         """Media that the model cannot take: refused in the user's latest message.
 
         A word stands for them in earlier ones, as in Qwen Code, so that a conversation can go on.
         """
-        messages, sees = self.body["messages"], model_facts(self.model).sees
-        if sees is None:
-            return False
-        last, count = latest_of_user(messages), 0
-        for place in range(len(messages) - 1, -1, -1):
-            message = messages[place]
-            parts = as_list(message.get("content"))
-            unseen = [part for part in parts if self._is_unseen(part, sees)]
-            if unseen and place == last:
-                what = UNSEEN[self.MEDIA[unseen[0]["type"]]].format(model=self.model)
-                raise BadRequest(
-                    f"messages[{place}] holds {what}", param=f"messages.{place}.content"
-                )
-            # Several messages in a row are one question.
-            last -= place == last and place > 0 and messages[place - 1]["role"] == "user"
-            if unseen:
-                word = {"type": "text", "text": NO_MEDIA}
-                message["content"] = [
-                    word if self._is_unseen(part, sees) else part for part in parts
-                ]
-            count += len(unseen)
-        if count:
-            self.notes.append(f"left out: {counted(count, 'media part')} of earlier messages")
-        return count > 0
+        messages = self.body["messages"]
+        first = last = latest_of_user(messages)
+        # Several messages in a row are one question.
+        while first > 0 and messages[first - 1]["role"] == "user":
+            first -= 1
+        unseen = [
+            (place, self._unseen_kind(part))
+            for place, message in enumerate(messages)
+            for part in as_list(message.get("content"))
+            if self._unseen_kind(part)
+        ]
+        asked = [(place, kind) for place, kind in unseen if first <= place <= last]
+        if asked:
+            place, kind = max(asked, key=lambda each: each[0])
+            what = UNSEEN[kind].format(model=self.model)
+            raise BadRequest(f"messages[{place}] holds {what}", param=f"messages.{place}.content")
+        if unseen:
+            self.body = mapped(self.body, "messages.content", self._seen_part)
+            count = counted(len(unseen), "media part")
+            self.notes.append(f"left out: {count} of earlier messages")
 
-    @classmethod
-    def _is_unseen(cls, part: Json, sees: str) -> bool:
-        kind = cls.MEDIA.get(as_text(part.get("type")))
-        return kind is not None and kind not in sees.split()
+    def _unseen_kind(self, part: Json) -> str:
+        """Return what a part is that the model cannot take, one of UNSEEN; empty for others."""
+        kind = self.MEDIA.get(as_text(part.get("type")), "")
+        return "" if self.facts.sees is None or kind in self.facts.sees.split() else kind
 
-    def audio_data(self) -> bool:
+    def _seen_part(self, part: Json) -> Json:
+        return {"type": "text", "text": NO_MEDIA} if self._unseen_kind(part) else part
+
+    def audio_data(self, part: Json) -> Json:
         """Sound is input_audio with a URL; OpenAI has bare base64."""
-        changed = False
-        for message in self.body["messages"]:
-            content = as_list(message.get("content"))
-            repaired = [self._audio_part(part) for part in content]
-            if repaired != content:
-                message["content"], changed = repaired, True
-        return changed
-
-    @staticmethod
-    def _audio_part(part: Json) -> Json:
         audio = as_object(part.get("input_audio"))
         if part.get("type") == "audio_url":
             found = part.get("audio_url")
@@ -4872,95 +4856,62 @@ class Rewrite:
         rest = without_keys(part, ("audio_url",))
         return {**rest, "type": "input_audio", "input_audio": {**audio, "data": data}}
 
-    def parts_to_calls(self) -> bool:
+    def parts_to_calls(self) -> None:
         """Calls and results that are parts of messages."""
-        before, after = self.body["messages"], History.unpacked(self.body["messages"])
-        self.body["messages"] = after
-        return len(before) != len(after) or any(map(lambda a, b: a is not b, before, after))
+        self.body["messages"] = History.unpacked(self.body["messages"])
 
-    def developer_role(self) -> bool:
+    def developer_role(self, message: Json) -> Json:
         """The role developer is called system by Qwen."""
-        found = [message for message in self.body["messages"] if message["role"] == "developer"]
-        for message in found:
-            message["role"] = "system"
-        return bool(found)
+        return {**message, "role": "system"} if message["role"] == "developer" else message
 
-    def system_first(self) -> bool:
+    def system_first(self) -> None:
         """One system message, first, with the text of all of them.
 
         System messages behind the last answer become the user's: SillyTavern asks so for the next
         reply. So does the last one where nothing else is there.
         """
         messages = self.body["messages"]
-        is_changed = self._system_last_as_user(messages)
-        system = [message for message in messages if message["role"] == "system"]
-        if not system or (len(system) == 1 and system[0] is messages[0]):
-            return is_changed
-        rest = [message for message in messages if message["role"] != "system"]
-        contents = [message.get("content") for message in system]
-        messages[:] = [{**system[0], "content": self._joined(contents)}, *rest]
-        return True
-
-    @staticmethod
-    def _joined(contents: list[Any]) -> Any:
-        if any(isinstance(content, list) for content in contents):
-            return [part for content in contents for part in parts_of(content)]
-        return "\n\n".join(text for text in contents if isinstance(text, str) and text)
-
-    def _system_last_as_user(self, messages: list[Json]) -> bool:
         place = len(messages)
         while place and messages[place - 1]["role"] == "system":
             place -= 1
-        if not place:
-            # Nothing else is there: the last one is what is asked.
-            place = len(messages) - 1
-        elif messages[place - 1]["role"] != "assistant":
-            return False
-        messages[place:] = [{**message, "role": "user"} for message in messages[place:]]
-        return True
+        if not place or messages[place - 1]["role"] == "assistant":
+            place = place or len(messages) - 1
+            messages[place:] = [{**message, "role": "user"} for message in messages[place:]]
+        system = [message for message in messages if message["role"] == "system"]
+        if system:
+            rest = [message for message in messages if message["role"] != "system"]
+            content = joined([message.get("content") for message in system], "\n\n")
+            self.body["messages"] = [{**system[0], "content": content}, *rest]
 
-    def user_present(self) -> bool:
+    def user_present(self) -> None:
         """A conversation that the assistant opens begins with a short message of the user."""
         messages = self.body["messages"]
-        if any(message["role"] == "user" for message in messages):
-            return False
-        others = [n for n, message in enumerate(messages) if message["role"] != "system"]
+        roles = [message["role"] for message in messages]
+        others = [place for place, role in enumerate(roles) if role != "system"]
+        if "user" in roles:
+            return
         if others:
             messages.insert(others[0], {"role": "user", "content": "Please begin."})
         else:
             messages[-1] = {**messages[-1], "role": "user"}
-        return True
 
-    def portal_system(self) -> bool:
+    def portal_system(self) -> None:
         """The system message as parts, the first one with a cache_control marker."""
         messages = self.body["messages"]
-        has_one = messages[0]["role"] == "system"
-        head = messages.pop(0) if has_one else {"role": "system", "content": ""}
-        parts = parts_of(head.get("content")) or [{"type": "text", "text": ""}]
-        is_marked = "cache_control" in parts[0]
-        if not is_marked:
-            parts[0] = {**parts[0], "cache_control": {"type": "ephemeral"}}
-        messages.insert(0, {**head, "content": parts})
-        return not is_marked
+        if messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system"})
+        parts = parts_of(messages[0].get("content")) or [{"type": "text", "text": ""}]
+        parts[0] = {"cache_control": {"type": "ephemeral"}, **parts[0]}
+        messages[0] = {**messages[0], "content": parts}
 
-    def history(self) -> bool:
+    def history(self) -> None:
         """Ids, pairs, media and order of calls and results."""
-        messages = self.body["messages"]
-        is_needed = any(
-            message["role"] in ("tool", "function")
-            or "tool_calls" in message
-            or "function_call" in message
-            for message in messages
-        )
-        if not is_needed:
-            return False
-        splits_media = "alibaba" in self.traits
-        self.body["messages"], fired, lost = History.repaired(messages, splits_media)
+        messages, splits_media = self.body["messages"], "alibaba" in self.traits
+        self.body["messages"], lost = History.repaired(messages, splits_media)
         if lost:
             self.notes.append(f"left out: {counted(lost, 'tool result')} without a call")
-        return bool(fired)
 
-    def legacy_functions(self) -> bool:
+    def legacy_functions(self) -> None:
         """The deprecated functions and function_call, as tools and tool_choice."""
         functions, choice = self.body.pop("functions", None), self.body.pop("function_call", None)
         if functions is not None:
@@ -4969,37 +4920,22 @@ class Rewrite:
         if choice is not None:
             named = {"type": "function", "function": choice}
             self.body.setdefault("tool_choice", named if isinstance(choice, dict) else choice)
-        return functions is not None or choice is not None
 
-    def custom_tools(self) -> bool:
+    def custom_tools(self) -> None:
         """Custom tools, their calls and their choice, as functions with one string."""
-        tools, choice = as_list(self.body.get("tools")), self.body.get("tool_choice")
-        if self.shapes.custom:
-            self.body["tools"] = [
-                self.shapes.function_of(tool) if is_custom(tool) else tool for tool in tools
-            ]
+        self.body = mapped(self.body, "tools", self.shapes.function_of)
+        self.body = mapped(self.body, "messages.tool_calls", self.shapes.function_call)
+        choice = self.body.get("tool_choice")
         if dig(choice, "type") == "custom":
             name = dig(choice, "custom", "name") or dig(choice, "name")
             self.body["tool_choice"] = {"type": "function", "function": {"name": name}}
-        changed = bool(self.shapes.custom)
-        for message in self.body["messages"]:
-            calls = as_list(message.get("tool_calls"))
-            functions = [self.shapes.function_call(call) for call in calls]
-            if functions != calls:
-                message["tool_calls"], changed = functions, True
-        return changed
 
-    def tool_names(self) -> bool:
+    def tool_names(self) -> None:
         """Tools with a reserved name get another one, wherever they are named."""
-        if not self.shapes.sent:
-            return False
-        self.body["tools"] = [*map(self._renamed, self.body["tools"])]
+        for path in ("tools", "messages.tool_calls"):
+            self.body = mapped(self.body, path, self._renamed)
         if "tool_choice" in self.body:
             self.body["tool_choice"] = self._renamed(self.body["tool_choice"])
-        for message in self.body["messages"]:
-            if isinstance(message.get("tool_calls"), list):
-                message["tool_calls"] = [*map(self._renamed, message["tool_calls"])]
-        return True
 
     def _renamed(self, named: Any) -> Any:
         function = dig(named, "function")
@@ -5007,110 +4943,82 @@ class Rewrite:
         sent = self.shapes.sent.get(name, name)
         return named if sent == name else {**named, "function": {**function, "name": sent}}
 
-    def content_present(self) -> bool:
+    def content_present(self, message: Json) -> Json:
         """Every message has content, if only an empty one."""
-        missing = [
-            message for message in self.body["messages"] if message.get("content") in (None, [])
-        ]
-        for message in missing:
-            message["content"] = ""
-        return bool(missing)
+        return {**message, "content": ""} if message.get("content") in (None, []) else message
 
-    def reasoning_name(self) -> bool:
+    def reasoning_name(self) -> None:
         """Thoughts that come back are called reasoning_content; none where a model has none."""
-        changed, dropped = False, 0
-        for message in self.body["messages"]:
-            if message["role"] == "assistant" and isinstance(message.get("reasoning"), str):
-                message.setdefault("reasoning_content", message["reasoning"])
-                del message["reasoning"]
-                changed = True
-            if self.mode == "none" and message.pop("reasoning_content", None):
-                dropped += 1
-        if dropped:
-            self.notes.append(f"without the thoughts of {counted(dropped, 'earlier answer')}")
-        return changed or dropped > 0
+        self.body = mapped(self.body, "messages", self._thoughts_named)
+        if self.mode == "none":
+            dropped = sum(bool(each.get("reasoning_content")) for each in self.body["messages"])
+            without = functools.partial(without_keys, names=("reasoning_content",))
+            self.body = mapped(self.body, "messages", without)
+            if dropped:
+                self.notes.append(f"without the thoughts of {counted(dropped, 'earlier answer')}")
 
-    def reasoning_required(self) -> bool:
+    @staticmethod
+    def _thoughts_named(message: Json) -> Json:
+        if message["role"] != "assistant" or not isinstance(message.get("reasoning"), str):
+            return message
+        thoughts = message.get("reasoning_content", message["reasoning"])
+        return {**without_keys(message, ("reasoning",)), "reasoning_content": thoughts}
+
+    def reasoning_required(self, message: Json) -> Json:
         """Thoughts that the client did not keep are replaced by a word for them, where needed.
 
         That is with tool calls; at DeepSeek's own host in every message of the assistant.
         """
-        missing = [
-            message
-            for message in self.body["messages"]
-            if message["role"] == "assistant"
-            and not message.get("reasoning_content")
-            and ("deepseek" in self.traits or message.get("tool_calls"))
-        ]
-        for message in missing:
-            message["reasoning_content"] = "" if "deepseek" in self.traits else NO_THOUGHTS
-        return bool(missing)
+        if "deepseek" not in self.traits:
+            return with_thoughts(message)
+        is_missing = message["role"] == "assistant" and not message.get("reasoning_content")
+        return {**message, "reasoning_content": ""} if is_missing else message
 
-    def flat_content(self) -> bool:
+    def flat_content(self, message: Json) -> Json:
         """Text parts as one string: of the assistant, and wherever parts are lost or refused."""
         is_lossy = "glm" in self.model.lower() and not self.body.get("tools")
-        everywhere, changed = bool(self.traits & {"deepseek", "strings"}) or is_lossy, False
-        for message in self.body["messages"]:
-            content = message.get("content")
-            if not is_text_parts(content):
-                continue
-            # A mark needs a part to sit on.
-            is_marked = any("cache_control" in part for part in content)
-            if everywhere or message["role"] == "assistant" and not is_marked:
-                message["content"], changed = text_of(content), True
-        return changed
+        if is_lossy or self.traits & {"deepseek", "strings"}:
+            return with_flat_content(message)
+        # A mark needs a part to sit on.
+        parts = map(as_object, as_list(message.get("content")))
+        is_marked = any("cache_control" in part for part in parts)
+        is_flat = message["role"] == "assistant" and not is_marked
+        return with_flat_content(message) if is_flat else message
 
-    def cache_markers(self) -> bool:
+    def cache_markers(self) -> None:
         """Four cache_control markers at most: the first message's, and the last three.
 
         The portal wants the first one.
         """
-        messages, tools = self.body["messages"], as_list(self.body.get("tools"))
-        holders = [
-            message["content"] for message in messages if isinstance(message.get("content"), list)
-        ]
-        holders.insert(1, tools)
+        holders = [as_list(message.get("content")) for message in self.body["messages"]]
+        holders = [holder for holder in holders if holder]
+        holders.insert(1, as_list(self.body.get("tools")))
         marked = [
-            part
+            id(part)
             for holder in holders
             for part in holder
             if isinstance(part, dict) and "cache_control" in part
         ]
-        if len(marked) <= 4:
-            return False
-        surplus = {id(part) for part in marked[1:-3]}
+        surplus = set(marked[1:-3])
 
-        def thinned(parts: list[Any]) -> list[Any]:
-            return [
-                without_keys(part, ("cache_control",)) if id(part) in surplus else part
-                for part in parts
-            ]
+        def thinned(part: Any) -> Any:
+            return without_keys(part, ("cache_control",)) if id(part) in surplus else part
 
-        if tools:
-            self.body["tools"] = thinned(tools)
-        for message in messages:
-            if isinstance(message.get("content"), list):
-                message["content"] = thinned(message["content"])
-        return True
+        for path in ("tools", "messages.content"):
+            self.body = mapped(self.body, path, thinned)
 
     # -- parameters ------------------------------------------------------------------------------
 
-    def max_tokens(self) -> bool:
+    def max_tokens(self) -> None:
         """One limit under its old name, the smallest of them, and no more than the model has."""
-        before = {name: self.body[name] for name in self.LIMITS if name in self.body}
-        asked = {name: as_count(value) for name, value in before.items()}
-        read = [name for name, value in asked.items() if value is not None]
-        for name in read:
-            del self.body[name]
+        asked = stated({name: as_count(self.body.get(name)) for name in self.LIMITS})
+        self.body = without_keys(self.body, asked)
         # Roo Code sends -1 for no limit.
-        limits = [value for value in asked.values() if value and value > 0]
+        limits = [value for value in asked.values() if value > 0]
         if limits:
-            self.body["max_tokens"] = min(
-                limits + list(filter(None, [model_facts(self.model).output]))
-            )
-        return before != {name: self.body[name] for name in self.LIMITS if name in self.body}
+            self.body["max_tokens"] = min(filter(None, [*limits, self.facts.output]))
 
-    def spellings(self) -> bool:
+    def spellings(self) -> None:
         """Numbers and switches that came in another spelling, where it is clear."""
         found = {
             name: reader(self.body[name])
@@ -5118,58 +5026,42 @@ class Rewrite:
             for name in names.split()
             if type(self.body.get(name)) in (str, float)
         }
-        read = stated({name: value for name, value in found.items() if value != self.body[name]})
-        self.body.update(read)
-        return bool(read)
+        self.body.update(stated(found))
 
-    def sampling_range(self) -> bool:
+    def sampling_range(self) -> None:
         """temperature below 2, top_p above 0."""
-        changed = False
         temperature, top_p = self.body.get("temperature"), self.body.get("top_p")
         if isinstance(temperature, (int, float)) and temperature >= 2:
-            self.body["temperature"], changed = 1.99, True
+            self.body["temperature"] = 1.99
         if isinstance(top_p, (int, float)) and top_p <= 0:
             self._leave_out("top_p")
-            changed = True
-        return changed
 
-    def _leave_out(self, *names: str) -> list[str]:
-        """Drop fields that mean something to the client but nothing here; the notes say so."""
-        dropped = [name for name in names if name in self.body]
-        for name in dropped:
-            del self.body[name]
-        if dropped:
-            self.notes.append(f"left out: {', '.join(dropped)}")
-        return dropped
+    def _leave_out(self, *names: str) -> None:
+        """Drop fields; the notes name those that ask for something that does not happen here."""
+        dropped = {name: self.body.pop(name) for name in names if name in self.body}
+        missed = [name for name, value in dropped.items() if value not in self.MEANT.get(name, ())]
+        if missed:
+            self.notes.append(f"left out: {', '.join(missed)}")
 
-    def tools(self) -> bool:
+    def tools(self) -> None:
         """No empty list of tools, tools with parameters, tool_choice in OpenAI's shape."""
         if not self.body.get("tools"):
-            dropped = self.body.pop("tools", self) is not self
-            # What they mean to OpenAI is what happens without tools anyway.
-            meant = {"tool_choice": ("auto", "none"), "parallel_tool_calls": (True,)}
-            for field, nothing in meant.items():
-                if self.body.get(field) in nothing:
-                    dropped = bool(self.body.pop(field))
-            return bool(self._leave_out("tool_choice", "parallel_tool_calls")) or dropped
-        repaired = [self._tool(tool) for tool in self.body["tools"]]
-        changed = bool(repaired != self.body["tools"])
+            self.body.pop("tools", None)
+            self._leave_out("tool_choice", "parallel_tool_calls")
+            return
         is_strict = any(dig(tool, "function", "strict") for tool in self.body["tools"])
         if is_strict and "alibaba" in self.traits:
             self.notes.append("left out: strict of tools")
-        self.body["tools"] = repaired
-        choice = self.body.get("tool_choice")
-        if not isinstance(choice, dict) or "function" in choice:
-            return changed
-        if choice.get("type") == "allowed_tools":
+        self.body = mapped(self.body, "tools", self._tool)
+        choice: Any = self.body.get("tool_choice")
+        if dig(choice, "type") == "allowed_tools" and "function" not in choice:
             self._allow_tools(as_object(choice.get("allowed_tools", choice)))
-            return True
-        # Anthropic's shapes, sent by some editors.
-        name, kind = choice.get("name"), str(choice.get("type"))
-        named = {"type": "function", "function": {"name": name}}
-        other = {"any": "required", "none": "none"}.get(kind, "auto")
-        self.body["tool_choice"] = named if name else other
-        return True
+        elif isinstance(choice, dict) and "function" not in choice:
+            # Anthropic's shapes, sent by some editors.
+            name, kind = choice.get("name"), str(choice.get("type"))
+            named = {"type": "function", "function": {"name": name}}
+            other = {"any": "required", "none": "none"}.get(kind, "auto")
+            self.body["tool_choice"] = named if name else other
 
     def _allow_tools(self, allowed: Json) -> None:
         """Offer no tools but the ones that a tool_choice allows."""
@@ -5216,60 +5108,49 @@ class Rewrite:
             schema = {**schema, "type": "object", "properties": {}}
         return schema
 
-    def web_search(self) -> bool:
+    def web_search(self) -> None:
         """web_search_options asks for the search of the endpoint, where there is one."""
-        if "web_search_options" not in self.body:
-            return False
-        if "alibaba" not in self.traits and self.body["web_search_options"]:
-            return False
+        options, is_alibaba = self.body.get("web_search_options"), "alibaba" in self.traits
+        if options is None or options and not is_alibaba:
+            return
         del self.body["web_search_options"]
         if "search" in self.traits:
             self.body.setdefault("enable_search", True)
-        elif "alibaba" in self.traits:
+        elif is_alibaba:
             self.notes.append("no web search, since this endpoint has none")
-        return True
 
-    def openai_only(self) -> bool:
+    def openai_only(self) -> None:
         """Fields that only OpenAI itself knows are left out."""
-        defaults = [name for name in self.DEFAULTS if self.body.get(name) == self.DEFAULTS[name]]
-        for name in defaults:
-            del self.body[name]
-        user = () if isinstance(self.body.get("user", ""), str) else ("user",)
-        return bool(self._leave_out(*self.OPENAI_ONLY, *user) or defaults)
+        defaults = [name for name in ("n", "modalities") if self.body.get(name) in self.MEANT[name]]
+        user = [] if isinstance(self.body.get("user", ""), str) else ["user"]
+        self._leave_out(*self.OPENAI_ONLY, *defaults, *user)
 
-    def foreign_fields(self) -> bool:
+    def foreign_fields(self) -> None:
         """Fields of other servers are left out; the one that Qwen has too gets Qwen's name."""
-        dropped = self._leave_out(*self.FOREIGN)
-        if "repeat_penalty" not in self.body:
-            return bool(dropped)
-        self.body.setdefault("repetition_penalty", self.body.pop("repeat_penalty"))
-        return True
+        self._leave_out(*self.FOREIGN)
+        if "repeat_penalty" in self.body:
+            self.body.setdefault("repetition_penalty", self.body.pop("repeat_penalty"))
 
-    def fill_in_the_middle(self) -> bool:
+    def fill_in_the_middle(self) -> None:
         """prompt and suffix as one prompt with Qwen's marks."""
         prompt, suffix = self.body.get("prompt"), self.body.get("suffix")
-        if not isinstance(suffix, str) or not isinstance(prompt, str):
-            return False
-        del self.body["suffix"]
-        self.body["prompt"] = f"<|fim_prefix|>{prompt}<|fim_suffix|>{suffix}<|fim_middle|>"
-        return True
+        if isinstance(suffix, str) and isinstance(prompt, str):
+            del self.body["suffix"]
+            self.body["prompt"] = f"<|fim_prefix|>{prompt}<|fim_suffix|>{suffix}<|fim_middle|>"
 
-    def stream(self) -> bool:
+    def stream(self) -> None:
         """The upstream always streams and always counts."""
-        options = self.body.get("stream_options")
-        before = (self.body.get("stream"), options)
-        kept = without_keys(as_object(options), ("include_obfuscation",))
-        self.body["stream"] = True
-        self.body["stream_options"] = {**kept, "include_usage": True}
-        return before != (True, self.body["stream_options"])
+        options = as_object(self.body.get("stream_options"))
+        kept = without_keys(options, ("include_obfuscation",))
+        self.body.update(stream=True, stream_options={**kept, "include_usage": True})
 
     # -- thinking --------------------------------------------------------------------------------
 
-    def thinking(self) -> bool:
+    def thinking(self) -> None:
         """What the client asked about thinking, in the endpoint's words and as far as it can."""
         if not self.words:
-            return False
-        before = dict(self.body)
+            return
+        reasoning = as_object(self.body.get("reasoning"))
         asked = Thinking.read(without_keys(self.body, self.entry_fields))
         if "alibaba" in self.traits:
             self._open_template()
@@ -5282,14 +5163,13 @@ class Rewrite:
         if is_on and (asked.enabled is None or self.mode == "always" and not asked.enabled):
             asked = Thinking(True, default)
         if self.words in NESTED_DIALECTS and asked.enabled is not None:
-            self._ask_nested(asked, as_object(before.get("reasoning")))
+            self._ask_nested(asked, reasoning)
         elif asked.enabled is not None:
             self._ask(asked)
-        return self.body != before
 
     def _words(self) -> str:
         """Return which of DIALECTS the model is told in; empty where nothing is known of it."""
-        words, family = model_facts(self.model).dialect, self.family.name
+        words, family = self.facts.dialect, self.family.name
         profile = as_text(self.profile.get("profile"))
         if profile in DIALECTS:
             return profile
@@ -5371,61 +5251,84 @@ class Rewrite:
         asked = Thinking.read(self.body).enabled
         return self.mode == "on" if asked is None else asked
 
-    def _stop_thinking(self) -> bool:
-        """Switch thinking off, if it is only a default, not the model's nature or asked for."""
-        if self.mode == "always" or self.client_wants_thinking:
-            return False
-        for name in ("thinking_budget", "reasoning_effort", "enable_thinking"):
-            self.body.pop(name, None)
-        self._set(DIALECTS[self.words or "qwen"].off)
-        return True
-
-    def forced_tool(self) -> bool:
+    def forced_tool(self) -> None:
         """While thinking, tool_choice is only auto or none."""
         choice = self.body.get("tool_choice")
-        if not (choice == "required" or isinstance(choice, dict)) or not self._thinks():
-            return False
-        if self._stop_thinking():
-            self.notes.append("no thinking, since a tool call is forced")
-        else:
-            ask_for_call(self.body)
-            self.notes.append(
-                "tool_choice is replaced by an instruction in the prompt, since the model thinks"
-            )
-        return True
+        if choice == "required" or isinstance(choice, dict):
+            self._without_thinking("tool_choice", "a tool call is forced", ask_for_call)
 
-    def json_output(self) -> bool:
+    def json_output(self) -> None:
         """No JSON mode while thinking."""
-        if not wants_json(self.body) or not self._thinks():
-            return False
-        if self._stop_thinking():
-            self.notes.append("no thinking, since JSON is asked for")
-        else:
-            ask_for_json(self.body)
+        if wants_json(self.body):
+            self._without_thinking("response_format", "JSON is asked for", ask_for_json)
+
+    def _without_thinking(self, name: str, cause: str, ask: Callable[[Json], None]) -> None:
+        """Switch thinking off if it is only a default, else do without a field that forbids it."""
+        if not self._thinks():
+            return
+        if self.mode == "always" or self.client_wants_thinking:
+            ask(self.body)
             self.notes.append(
-                "response_format is replaced by an instruction in the prompt, since the model "
-                "thinks"
+                f"{name} is replaced by an instruction in the prompt, since the model thinks"
             )
-        return True
+            return
+        self.body = without_keys(
+            self.body, ("thinking_budget", "reasoning_effort", "enable_thinking")
+        )
+        self._set(DIALECTS[self.words or "qwen"].off)
+        self.notes.append(f"no thinking, since {cause}")
 
-    def json_word(self) -> bool:
+    def json_word(self) -> None:
         """Messages that ask for JSON hold that word."""
-        texts = (text_of(message.get("content")) for message in self.body.get("messages", ()))
-        if not wants_json(self.body) or any("json" in text.lower() for text in texts):
-            return False
-        add_instruction(self.body, "Answer in JSON.")
-        return True
+        texts = [text_of(message.get("content")) for message in self.body["messages"]]
+        if wants_json(self.body) and not any("json" in text.lower() for text in texts):
+            add_instruction(self.body, "Answer in JSON.")
 
 
-def without_nulls(value: Any) -> Any:
-    """Return an object without its nulls, except those that are values of a JSON Schema."""
+def mapped(value: Any, path: str, change: Callable[[Any], Any]) -> Any:
+    """Return the value with what `change` makes of each item, where a path leads over lists.
+
+    >>> mapped({"a": [{"b": [1, 2]}, {}]}, "a.b", str)
+    {'a': [{'b': ['1', '2']}, {}]}
+    """
+    name, _, rest = path.partition(".")
+    items = dig(value, name)
+    if not isinstance(items, list):
+        return value
+    return {**value, name: [mapped(item, rest, change) if rest else change(item) for item in items]}
+
+
+def with_own_lists(body: Json) -> Json:
+    """Return a copy of a body that keeps its items when they are replaced in the body."""
+    return {name: [*item] if isinstance(item, list) else item for name, item in body.items()}
+
+
+def without_nulls(value: Any, kept: tuple[str, ...] = ("default", "const")) -> Any:
+    """Return an object without its nulls, except those that mean something: in a JSON Schema."""
     if not isinstance(value, dict):
         return value
-    return {
-        name: item
-        for name, item in value.items()
-        if item is not None or name in ("default", "const")
-    }
+    return {name: item for name, item in value.items() if item is not None or name in kept}
+
+
+def joined(contents: list[Any], separator: str) -> Any:
+    """Return the contents of messages as one: as parts if one of them is."""
+    if any(isinstance(content, list) for content in contents):
+        return [part for content in contents for part in parts_of(content)]
+    return separator.join(filter(None, map(as_text, contents)))
+
+
+def with_thoughts(message: Json) -> Json:
+    """Return a message; one with tool calls gets a word for thoughts that were not kept."""
+    is_call = message["role"] == "assistant" and message.get("tool_calls")
+    is_missing = is_call and not message.get("reasoning_content")
+    return {**message, "reasoning_content": NO_THOUGHTS} if is_missing else message
+
+
+def with_flat_content(message: Json) -> Json:
+    """Return a message with one string for parts that are nothing but text."""
+    content = message.get("content")
+    is_text = isinstance(content, list) and all(dig(part, "type") == "text" for part in content)
+    return {**message, "content": text_of(content)} if is_text else message
 
 
 # Parts that are nothing but text, in any API's words, and the field that holds it.
@@ -5486,11 +5389,6 @@ def parts_of(content: Any) -> list[Json]:
     return [{"type": "text", "text": content}] if content else []
 
 
-def is_text_parts(content: Any) -> bool:
-    """Return whether a message's content is a list of nothing but text."""
-    return isinstance(content, list) and all(dig(part, "type") == "text" for part in content)
-
-
 def wants_json(body: Json) -> bool:
     """Return whether a request asks for nothing but JSON."""
     return dig(body, "response_format", "type") in ("json_object", "json_schema")
@@ -5500,13 +5398,8 @@ def add_instruction(body: Json, text: str) -> None:
     """Append a sentence to the system message, or put one first."""
     messages = body["messages"]
     if not messages or messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": text})
-        return
-    content: Any = messages[0].get("content")
-    if isinstance(content, list):
-        content = [*content, {"type": "text", "text": text}]
-    else:
-        content = (content or "") + "\n\n" + text
+        messages.insert(0, {"role": "system"})
+    content = joined([messages[0].get("content"), text], "\n\n")
     messages[0] = {**messages[0], "content": content}
 
 
@@ -5535,13 +5428,15 @@ def ask_for_json(body: Json) -> None:
 class Rule(NamedTuple):
     """One deliberate change: its name, what does it, why, and where.
 
-    where: traits or families, one of which must be there (none: everywhere); unless: those that
-    must not; apis: the kinds of request.
+    each: the path to the items that `apply` takes, and returns what goes in their place, where it
+    does not change the body itself; where: traits or families, one of which must be there (none:
+    everywhere); unless: those that must not; apis: the kinds of request.
     """
 
     name: str
-    apply: Callable[[Rewrite], bool]
+    apply: Callable[..., Any]
     source: str
+    each: str = ""
     where: frozenset[str] = frozenset()
     unless: frozenset[str] = frozenset()
     apis: frozenset[str] = frozenset({"chat"})
@@ -5567,6 +5462,7 @@ RULES = (
         "part-shapes",
         Rewrite.part_shapes,
         "OpenAI reference, Responses and refusals; Anthropic reference, Messages",
+        each="messages",
     ),
     Rule(
         "unseen-media",
@@ -5578,6 +5474,7 @@ RULES = (
         "audio-data",
         Rewrite.audio_data,
         "Model Studio, 'Omni': input_audio.data is a URL or a data URL",
+        each="messages.content",
         where=_ALIBABA,
     ),
     Rule(
@@ -5595,7 +5492,12 @@ RULES = (
         Rewrite.legacy_functions,
         "OpenAI reference: functions, deprecated by tools",
     ),
-    Rule("developer-role", Rewrite.developer_role, "DashScope 400: developer is not one of [...]"),
+    Rule(
+        "developer-role",
+        Rewrite.developer_role,
+        "DashScope 400: developer is not one of [...]",
+        each="messages",
+    ),
     Rule(
         "system-first",
         Rewrite.system_first,
@@ -5623,6 +5525,7 @@ RULES = (
         "content-present",
         Rewrite.content_present,
         "DashScope 400: Field required: input.messages.N.content",
+        each="messages",
     ),
     Rule(
         "reasoning-name",
@@ -5635,6 +5538,7 @@ RULES = (
         Rewrite.reasoning_required,
         "DeepSeek API, thinking mode; Kimi 400: reasoning_content is missing in assistant tool "
         "call message",
+        each="messages",
         where=frozenset({"deepseek", "thoughts"}),
     ),
     Rule(
@@ -5642,6 +5546,7 @@ RULES = (
         Rewrite.flat_content,
         "Model Studio, chat reference: an assistant's content is a string; Qwen Code, "
         "dashscope.ts: glm loses parts",
+        each="messages",
         where=frozenset({"alibaba", "deepseek", "strings"}),
     ),
     Rule(
@@ -5765,16 +5670,12 @@ def stop_thinking(body: Json) -> None:
 
 def add_thoughts(body: Json) -> None:
     """Put a word for thoughts that were not kept into messages with tool calls."""
-    for message in body["messages"]:
-        if message.get("tool_calls") and not message.get("reasoning_content"):
-            message["reasoning_content"] = NO_THOUGHTS
+    body["messages"] = [*map(with_thoughts, body["messages"])]
 
 
 def join_text_parts(body: Json) -> None:
     """Make one string of text parts."""
-    for message in body["messages"]:
-        if is_text_parts(message.get("content")):
-            message["content"] = text_of(message["content"])
+    body["messages"] = [*map(with_flat_content, body["messages"])]
 
 
 def leave_out_media(body: Json) -> None:
