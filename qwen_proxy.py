@@ -4299,32 +4299,24 @@ class History:
     media where the endpoint takes them.
     """
 
-    CALL_PARTS = ("tool_use", "tool_result")
     STUB = "(no result: the call was interrupted)"
     # Half of an emoji, or a whole one that is escaped.
     HALF_OF_PAIR = re.compile(r"\\ud[89a-f]", re.I)
 
-    class Turn:
-        """A message, its calls' results, and what the assistant says between them."""
-
-        def __init__(self, message: Json):
-            self.message = message
-            self.results: list[Json | None] = []
-            self.is_between = False
-
     def __init__(self, splits_media: bool):
         self._splits_media = splits_media
-        self._turns: list[History.Turn] = []
-        # By call id: the turns that wait for its results, each with the places of its calls.
-        self._waiting: dict[str, list[tuple[History.Turn, collections.deque[int]]]] = {}
+        # All messages but the results, and the results of the calls of each.
+        self._turns: list[Json] = []
+        self._results: dict[int, list[Json]] = {}
+        # By call id: the turns and places of calls that wait for a result; the last one is next.
+        self._waiting: dict[str, list[tuple[int, int]]] = {}
+        # The turns that the assistant has just said, and all that stand between results.
+        self._said: list[int] = []
+        self._between: set[int] = set()
         # Results that came before their calls, with what the assistant had just said.
-        self._early: list[tuple[Json, list[History.Turn]]] = []
-        self._said: list[History.Turn] = []
+        self._early: list[tuple[Json, list[int]]] = []
         # Ids for the calls of the latest turn that came without one.
         self._unnamed: collections.deque[str] = collections.deque()
-        self._legacy_calls = self._count = 0
-        # The names of the rules that changed something.
-        self.fired: set[str] = set()
         # The results of each call id that has one: Codex's notify() sends more for a call.
         self._answered: dict[str, list[Json]] = {}
         # Results without a call.
@@ -4335,7 +4327,8 @@ class History:
         """Return the messages, and how many results were lost."""
         history = cls(splits_media)
         for message in messages:
-            history._add(dict(message))
+            for each in cls._unpacked(message):
+                history._add(each)
         repaired = history._messages()
         if not repaired:
             raise BadRequest(
@@ -4345,32 +4338,24 @@ class History:
             )
         return repaired, history.lost
 
-    @classmethod
-    def unpacked(cls, messages: list[Json]) -> list[Json]:
-        """Return the messages with calls and results that are parts in OpenAI's places.
+    @staticmethod
+    def _unpacked(message: Json) -> list[Json]:
+        """Return copies of a message, with calls and results that are parts in OpenAI's places.
 
-        Anthropic has them as parts, and Cursor sends them so.
+        Anthropic has them as parts, and Cursor sends them so. Results come first, as they belong to
+        the turn before.
         """
-        unpacked: list[Json] = []
-        for message in messages:
-            content = as_list(message.get("content"))
-            parts = [part for part in content if part.get("type") in cls.CALL_PARTS]
-            unpacked += cls._unpacked_one(message, parts) if parts else [message]
-        return unpacked
-
-    @classmethod
-    def _unpacked_one(cls, message: Json, parts: list[Json]) -> list[Json]:
-        """Return the messages for one; results come first, as they belong to the turn before."""
+        content = as_list(message.get("content"))
         results = [
             {
                 "role": "tool",
                 "tool_call_id": part.get("tool_use_id"),
                 "content": part.get("content") or "",
             }
-            for part in parts
-            if part["type"] == "tool_result"
+            for part in content
+            if part.get("type") == "tool_result"
         ]
-        calls = as_list(message.get("tool_calls")) + [
+        calls = [
             {
                 "id": part.get("id"),
                 "type": "function",
@@ -4379,90 +4364,57 @@ class History:
                     "arguments": json.dumps(part.get("input") or {}, ensure_ascii=False),
                 },
             }
-            for part in parts
-            if part["type"] == "tool_use"
+            for part in content
+            if part.get("type") == "tool_use"
         ]
-        rest = [part for part in message["content"] if part.get("type") not in cls.CALL_PARTS]
-        if not rest and not calls:
-            return results
-        return [
-            *results,
-            {**message, "content": rest or "", **({"tool_calls": calls} if calls else {})},
-        ]
+        if not results and not calls:
+            return [dict(message)]
+        rest = [part for part in content if part.get("type") not in ("tool_use", "tool_result")]
+        calls = as_list(message.get("tool_calls")) + calls
+        turn = {**message, "content": rest or "", **({"tool_calls": calls} if calls else {})}
+        return [*results, turn] if rest or calls else results
 
     def _add(self, message: Json) -> None:
-        self._from_legacy(message)
-        if message["role"] == "tool":
-            self._add_result(message)
+        if message["role"] in ("tool", "function"):
+            self._add_result({**message, "role": "tool"})
+        elif message["role"] == "assistant":
+            self._add_answer(message)
         else:
-            self._add_turn(message)
-        self._count += 1
-
-    def _from_legacy(self, message: Json) -> None:
-        """Turn the deprecated function_call and role function into calls and results."""
-        call = message.get("function_call")
-        if message["role"] == "function":
-            message.update(role="tool", tool_call_id=f"call_legacy_{self._legacy_calls}")
-        elif (
-            message["role"] == "assistant"
-            and isinstance(call, dict)
-            and not message.get("tool_calls")
-        ):
-            self._legacy_calls += 1
-            call_id = f"call_legacy_{self._legacy_calls}"
-            message.pop("function_call")
-            message["tool_calls"] = [{"id": call_id, "type": "function", "function": call}]
-        else:
-            return
-        self.fired.add("legacy-functions")
-
-    def _add_turn(self, message: Json) -> None:
-        turn = self.Turn(message)
-        self._turns.append(turn)
-        calls = self._valid_calls(message)
-        if message["role"] != "assistant" or calls:
             self._said = []
-        else:
-            self._said.append(turn)
-        turn.results = [None] * len(calls)
-        for number, call in enumerate(calls):
-            waiting = self._waiting.setdefault(str(dig(call, "id")), [])
-            if not waiting or waiting[-1][0] is not turn:
-                waiting.append((turn, collections.deque()))
-            waiting[-1][1].append(number)
+            self._turns.append(message)
 
-    def _valid_calls(self, message: Json) -> list[Any]:
-        """Return the calls of a message, with ids, and with arguments that are JSON."""
-        if message["role"] != "assistant" or "tool_calls" not in message:
-            return []
-        calls = message["tool_calls"]
-        if not isinstance(calls, list) or not calls:
-            del message["tool_calls"]
-            self.fired.add("tool-calls")
-            return []
+    def _add_answer(self, message: Json) -> None:
+        """Add a message of the assistant, with its calls; function_call is the older name."""
+        place, calls = len(self._turns), as_list(message.pop("tool_calls", None))
+        if not calls and isinstance(message.get("function_call"), dict):
+            calls = [{"type": "function", "function": message.pop("function_call")}]
+        self._turns.append(message)
+        if not calls:
+            self._said.append(place)
+            return
+        self._said = []
         self._unnamed.clear()
-        valid = []
-        for number, call in enumerate(calls):
-            named = call
-            if isinstance(call, dict) and not call.get("id"):
-                self._unnamed.append(f"call_{self._count}_{number}")
-                named = {**call, "id": self._unnamed[-1]}
-            valid.append(self._valid_call(named))
-        if valid != calls:
-            self.fired.add("tool-calls")
-        message["tool_calls"] = valid
-        return valid
+        calls = [self._valid_call(call, f"call_{place}_{at}") for at, call in enumerate(calls)]
+        ids = [dig(call, "id") for call in calls]
+        message["tool_calls"] = calls
+        self._results[place] = [
+            {"role": "tool", "tool_call_id": call_id, "content": self.STUB} for call_id in ids
+        ]
+        # The first call of an id that occurs again gets the first result.
+        for at in reversed(range(len(calls))):
+            self._waiting.setdefault(str(ids[at]), []).append((place, at))
 
-    @classmethod
-    def _valid_call(cls, call: Any) -> Any:
-        """Return a call whose arguments are the text of a JSON object."""
+    def _valid_call(self, call: Any, new_id: str) -> Any:
+        """Return a call with an id, and with arguments that are the text of a JSON object."""
+        if isinstance(call, dict) and not call.get("id"):
+            call = {**call, "id": new_id}
+            self._unnamed.append(new_id)
         function = dig(call, "function")
         if not isinstance(function, dict):
             return call
-        arguments = function.get("arguments")
-        value: Any = loads(arguments, arguments) if isinstance(arguments, str) else arguments
-        is_half = isinstance(arguments, str) and cls.HALF_OF_PAIR.search(arguments)
-        if isinstance(arguments, str) and isinstance(value, dict) and not is_half:
+        value = arguments = function.get("arguments")
+        text = as_text(arguments)
+        if isinstance(loads(text), dict) and not self.HALF_OF_PAIR.search(text):
             return call
         # Encoded twice: the text of a text.
         while isinstance(value, str) and loads(value, value) != value:
@@ -4476,12 +4428,8 @@ class History:
     def _add_result(self, message: Json) -> None:
         if not message.get("tool_call_id") and self._unnamed:
             message["tool_call_id"] = self._unnamed.popleft()
-            self.fired.add("tool-calls")
-        call_id = message.get("tool_call_id")
-        if not isinstance(call_id, str):
-            self.fired.add("tool-pairs")
-            self._said, self.lost = [], self.lost + 1
-        elif self._match(call_id, message, -1, self._said):
+        call_id = as_text(message.get("tool_call_id"))
+        if self._match(call_id, message, self._said):
             self._answered[call_id] = [message]
         elif call_id in self._answered:
             self._answered[call_id].append(message)
@@ -4489,83 +4437,51 @@ class History:
             self._early.append((message, self._said))
             self._said = []
 
-    def _join(self, results: list[Json]) -> None:
-        """Join further results of a call to its first one; a repeated one adds nothing."""
-        first = results[0].get("content")
-        contents: list[Any] = [
-            first,
-            *(each.get("content") for each in results[1:] if each.get("content") != first),
-        ]
-        self.fired.add("tool-pairs")
-        if all(isinstance(content, str) for content in contents):
-            results[0]["content"] = "\n".join(contents)
-        else:
-            results[0]["content"] = [part for each in contents for part in parts_of(each)]
-
-    def _match(self, call_id: str, result: Json, place: int, said: list[Turn]) -> bool:
-        """Give a result to a call of its id; place -1 is the nearest turn before it, 0 the first.
-
-        Ids may occur again in later turns.
-        """
+    def _match(self, call_id: str, result: Json, said: list[int]) -> bool:
+        """Give a result to the next call of its id; ids may occur again in later turns."""
         waiting = self._waiting.get(call_id)
         if not waiting:
             return False
-        turn, numbers = waiting[place]
-        turn.results[numbers.popleft()] = result
-        if not numbers:
-            del waiting[place]
+        turn, at = waiting.pop()
+        self._results[turn][at] = result
         # The assistant speaks between results, as Jan has it: behind them it would have the last
         # word.
-        for each in said:
-            each.is_between = True
+        self._between.update(said)
         said.clear()
-        if turn is not self._turns[-1]:
-            self.fired.add("tool-pairs")
         return True
 
     def _messages(self) -> list[Json]:
-        for results in self._answered.values():
-            if len(results) > 1:
-                self._join(results)
-        for message, said in self._early:
-            self.lost += not self._match(as_text(message["tool_call_id"]), message, 0, said)
-            self.fired.add("tool-pairs")
+        for first, *more in self._answered.values():
+            content, contents = first.get("content"), [each.get("content") for each in more]
+            # A repeated one adds nothing.
+            contents = [each for each in contents if each != content]
+            first["content"] = joined([content, *contents], "\n") if contents else content
+        for waiting in self._waiting.values():
+            # What came early is for the first call that is left.
+            waiting.sort(reverse=True)
+        for result, said in self._early:
+            self.lost += not self._match(as_text(result.get("tool_call_id")), result, said)
         messages: list[Json] = []
         # Where the calls are that results belong to.
         insert_at = -1
-        for turn in self._turns:
-            if turn.is_between and insert_at >= 0:
-                messages.insert(insert_at, turn.message)
+        for place, message in enumerate(self._turns):
+            if place in self._between and insert_at >= 0:
+                messages.insert(insert_at, message)
                 insert_at += 1
-                self.fired.add("tool-pairs")
-                continue
-            insert_at = len(messages) if turn.results else -1
-            messages.append(turn.message)
-            messages += self._results_of(turn)
+            else:
+                insert_at = len(messages) if place in self._results else -1
+                messages += [message, *self._results_of(place)]
         return messages
 
-    def _results_of(self, turn: Turn) -> list[Json]:
-        results: list[Json] = []
-        media: list[Json] = []
-        for call, found_result in zip(as_list(turn.message.get("tool_calls")), turn.results):
-            stub = {"role": "tool", "tool_call_id": dig(call, "id"), "content": self.STUB}
-            result = stub if found_result is None else found_result
-            if found_result is None:
-                self.fired.add("tool-pairs")
-            parts = as_list(result.get("content")) if self._splits_media else []
-            found = [
-                part
-                for part in parts
-                if isinstance(part, dict) and part.get("type") not in ("text", None)
-            ]
+    def _results_of(self, place: int) -> list[Json]:
+        results, media = self._results.get(place, []), []
+        for result in results if self._splits_media else ():
+            parts = as_list(result.get("content"))
+            found = [part for part in parts if dig(part, "type") not in ("text", None)]
             if found:
                 result["content"] = text_of(parts) or "(see the next message)"
                 media += found
-            results.append(result)
-        if media:
-            self.fired.add("tool-media")
-            results.append({"role": "user", "content": media})
-        return results
+        return [*results, {"role": "user", "content": media}] if media else results
 
 
 # A refusal of what a model cannot take: what it is, and the way out.
@@ -4856,10 +4772,6 @@ class Rewrite:
         rest = without_keys(part, ("audio_url",))
         return {**rest, "type": "input_audio", "input_audio": {**audio, "data": data}}
 
-    def parts_to_calls(self) -> None:
-        """Calls and results that are parts of messages."""
-        self.body["messages"] = History.unpacked(self.body["messages"])
-
     def developer_role(self, message: Json) -> Json:
         """The role developer is called system by Qwen."""
         return {**message, "role": "system"} if message["role"] == "developer" else message
@@ -4932,7 +4844,7 @@ class Rewrite:
 
     def tool_names(self) -> None:
         """Tools with a reserved name get another one, wherever they are named."""
-        for path in ("tools", "messages.tool_calls"):
+        for path in ("tools", "messages.tool_calls") if self.shapes.sent else ():
             self.body = mapped(self.body, path, self._renamed)
         if "tool_choice" in self.body:
             self.body["tool_choice"] = self._renamed(self.body["tool_choice"])
@@ -5004,7 +4916,7 @@ class Rewrite:
         def thinned(part: Any) -> Any:
             return without_keys(part, ("cache_control",)) if id(part) in surplus else part
 
-        for path in ("tools", "messages.content"):
+        for path in ("tools", "messages.content") if surplus else ():
             self.body = mapped(self.body, path, thinned)
 
     # -- parameters ------------------------------------------------------------------------------
@@ -5481,11 +5393,6 @@ RULES = (
         "custom-tools",
         Rewrite.custom_tools,
         "OpenAI reference, custom tools; Cursor sends them to chat completions",
-    ),
-    Rule(
-        "parts-to-calls",
-        Rewrite.parts_to_calls,
-        "Anthropic's messages, which Cursor sends to chat completions",
     ),
     Rule(
         "legacy-functions",

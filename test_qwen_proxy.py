@@ -3532,7 +3532,7 @@ arguments a list | ; everywhere | messages=old_call("[]") | messages=old_call(od
 arguments a text | any@other; everywhere | messages=old_call('"Paris"') | messages=old_call(odd('"Paris"'))
 arguments in blanks of their own | ; everywhere | messages=old_call('{"a":  3}') | messages=old_call('{"a":  3}')
 function_call, arguments encoded twice | | messages=[*HI, assistant(None, function_call={"name": "f", "arguments": TWICE}),
-    message("function", "ok", name="f")] | messages=[*HI, call("call_legacy_1", arguments='{"a":3}'), {**result("call_legacy_1", "ok"), "name": "f"}]
+    message("function", "ok", name="f")] | messages=[*HI, call("call_1_0", arguments='{"a":3}'), {**result("call_1_0", "ok"), "name": "f"}]
 
 system alone, dify #33152 | ; everywhere | messages=[system("a")] | messages=[user("a")]
 developer alone | Qwen/Qwen3-8B@other; everywhere | messages=[message("developer", "a")] | messages=[user("a")]
