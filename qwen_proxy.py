@@ -4584,8 +4584,8 @@ def custom_input(arguments: Any) -> Any:
 class Rewrite:
     """One request on its way into the upstream's dialect; each public method is a rule of RULES.
 
-    A rule changes self.body, or returns what goes in the place of one item of it: only the body and
-    its lists are copies, what they hold is the client's. What the client does not get because of a
+    A rule replaces fields of self.body, or returns what goes in the place of one item there; what
+    the fields hold is the client's, and never changed. What the client does not get because of a
     rule goes into self.notes.
     """
 
@@ -4639,7 +4639,7 @@ class Rewrite:
     ).split()
 
     def __init__(self, request: Json, target: Target):
-        self.body = {**with_own_lists(request), "model": target.model}
+        self.body = {**request, "model": target.model}
         self.family, self.model = target.provider.family, target.model
         self.config, self.traits = target.config, traits_of(self.family.name, target.model)
         self.shapes, self.facts = ToolShapes(request, self.traits), model_facts(target.model)
@@ -4662,7 +4662,7 @@ class Rewrite:
         """Return the body, and the rules that changed it, each with what it gave up."""
         fired: dict[str, str] = {}
         for rule in rules_for(api, self.traits):
-            before, self.notes = with_own_lists(self.body), []
+            before, self.notes = dict(self.body), []
             if rule.each:
                 change = functools.partial(rule.apply, self)
                 self.body = mapped(self.body, rule.each, change)
@@ -4788,33 +4788,35 @@ class Rewrite:
             place -= 1
         if not place or messages[place - 1]["role"] == "assistant":
             place = place or len(messages) - 1
-            messages[place:] = [{**message, "role": "user"} for message in messages[place:]]
+            asked = [{**message, "role": "user"} for message in messages[place:]]
+            messages = [*messages[:place], *asked]
         system = [message for message in messages if message["role"] == "system"]
+        rest = [message for message in messages if message["role"] != "system"]
         if system:
-            rest = [message for message in messages if message["role"] != "system"]
             content = joined([message.get("content") for message in system], "\n\n")
-            self.body["messages"] = [{**system[0], "content": content}, *rest]
+            rest.insert(0, {**system[0], "content": content})
+        self.body["messages"] = rest
 
     def user_present(self) -> None:
         """A conversation that the assistant opens begins with a short message of the user."""
         messages = self.body["messages"]
         roles = [message["role"] for message in messages]
-        others = [place for place, role in enumerate(roles) if role != "system"]
         if "user" in roles:
             return
+        others = [place for place, role in enumerate(roles) if role != "system"]
         if others:
-            messages.insert(others[0], {"role": "user", "content": "Please begin."})
+            begin = {"role": "user", "content": "Please begin."}
+            messages = [*messages[: others[0]], begin, *messages[others[0] :]]
         else:
-            messages[-1] = {**messages[-1], "role": "user"}
+            messages = [*messages[:-1], {**messages[-1], "role": "user"}]
+        self.body["messages"] = messages
 
     def portal_system(self) -> None:
         """The system message as parts, the first one with a cache_control marker."""
-        messages = self.body["messages"]
-        if messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system"})
-        parts = parts_of(messages[0].get("content")) or [{"type": "text", "text": ""}]
+        system, rest = system_and_rest(self.body["messages"])
+        parts = parts_of(system.get("content")) or [{"type": "text", "text": ""}]
         parts[0] = {"cache_control": {"type": "ephemeral"}, **parts[0]}
-        messages[0] = {**messages[0], "content": parts}
+        self.body["messages"] = [{**system, "content": parts}, *rest]
 
     def history(self) -> None:
         """Ids, pairs, media and order of calls and results."""
@@ -5210,11 +5212,6 @@ def mapped(value: Any, path: str, change: Callable[[Any], Any]) -> Any:
     return {**value, name: [mapped(item, rest, change) if rest else change(item) for item in items]}
 
 
-def with_own_lists(body: Json) -> Json:
-    """Return a copy of a body that keeps its items when they are replaced in the body."""
-    return {name: [*item] if isinstance(item, list) else item for name, item in body.items()}
-
-
 def without_nulls(value: Any, kept: tuple[str, ...] = ("default", "const")) -> Any:
     """Return an object without its nulls, except those that mean something: in a JSON Schema."""
     if not isinstance(value, dict):
@@ -5306,13 +5303,18 @@ def wants_json(body: Json) -> bool:
     return dig(body, "response_format", "type") in ("json_object", "json_schema")
 
 
+def system_and_rest(messages: list[Json]) -> tuple[Json, list[Json]]:
+    """Return the system message that comes first, or an empty one, and the messages behind it."""
+    if messages and messages[0]["role"] == "system":
+        return messages[0], messages[1:]
+    return {"role": "system"}, messages
+
+
 def add_instruction(body: Json, text: str) -> None:
     """Append a sentence to the system message, or put one first."""
-    messages = body["messages"]
-    if not messages or messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system"})
-    content = joined([messages[0].get("content"), text], "\n\n")
-    messages[0] = {**messages[0], "content": content}
+    system, rest = system_and_rest(body["messages"])
+    content = joined([system.get("content"), text], "\n\n")
+    body["messages"] = [{**system, "content": content}, *rest]
 
 
 def ask_for_call(body: Json) -> None:
@@ -5587,12 +5589,13 @@ def join_text_parts(body: Json) -> None:
 
 def leave_out_media(body: Json) -> None:
     """Put a word in the place of media in messages before the user's latest."""
-    for message in body["messages"][: max(latest_of_user(body["messages"]), 0)]:
-        if isinstance(message.get("content"), list):
-            message["content"] = [
-                part if part.get("type") == "text" else {"type": "text", "text": NO_MEDIA}
-                for part in message["content"]
-            ]
+    word, messages = {"type": "text", "text": NO_MEDIA}, body["messages"]
+    last = max(latest_of_user(messages), 0)
+    earlier = [
+        mapped(each, "content", lambda part: part if part.get("type") == "text" else word)
+        for each in messages[:last]
+    ]
+    body["messages"] = [*earlier, *messages[last:]]
 
 
 _JSON_FORMATS = ("json_object", "json_schema")
@@ -5699,7 +5702,7 @@ def repair_request(body: Json, error: UpstreamError) -> str:
         number = (match.group(match.lastindex or 0) or "") if match else ""
         if match is None or not is_repairable(body, repair):
             continue
-        before = {**body, "messages": [*map(dict, as_list(body.get("messages")))]}
+        before = dict(body)
         if repair.then:
             repair.then(body)
         for name, value in repair.sets.items():
@@ -5707,7 +5710,7 @@ def repair_request(body: Json, error: UpstreamError) -> str:
         for name in repair.drops:
             body.pop(name, None)
         # Otherwise the same body would be refused again.
-        if body != {**before, "messages": before["messages"] or body.get("messages")}:
+        if body != before:
             return repair.how.replace("$1", number)
     return ""
 
