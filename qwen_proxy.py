@@ -4152,7 +4152,8 @@ THINKING_FIELDS = (
 class Thinking(NamedTuple):
     """What a request says about thinking, in whichever of the spellings; None where it does not.
 
-    fields: those of THINKING_FIELDS that were understood.
+    fields: those of THINKING_FIELDS that were understood, but for chat_template_kwargs, which may
+    say more.
     """
 
     enabled: bool | None = None
@@ -4177,7 +4178,8 @@ class Thinking(NamedTuple):
             # -1 is as much as the model likes.
             enabled = budget != 0
         effort = None if effort in ("none", "minimal") else effort
-        return cls(enabled, effort, budget if (budget or 0) > 0 else None, frozenset(fields))
+        budget = budget if (budget or 0) > 0 else None
+        return cls(enabled, effort, budget, frozenset(fields - {"chat_template_kwargs"}))
 
     @staticmethod
     def _first(body: Json, paths: str, reader: Callable[[Any], Any], fields: set[str]) -> Any:
@@ -4209,7 +4211,8 @@ class Dialect(NamedTuple):
 
     off, on: what to set; efforts: its levels by the client's names, other names as they are, '' for
     none at all, or None where it has no levels; budget: the field for a number of tokens, which
-    wins over the effort; budgets: tokens for a level, where it has none of its own.
+    wins over the effort; budgets: tokens for a level, where it has none of its own; is_nested: all
+    of it stands in 'reasoning'; is_default: it is told to think where the request says nothing.
     """
 
     off: Json
@@ -4217,6 +4220,8 @@ class Dialect(NamedTuple):
     efforts: Mapping[str, str] | None = None
     budget: str = ""
     budgets: Mapping[str, int] = {}
+    is_nested: bool = False
+    is_default: bool = False
 
 
 # By the family of the endpoint where that has words of its own, else by the model (see ModelFacts);
@@ -4226,22 +4231,18 @@ class Dialect(NamedTuple):
 _SWITCHED = Dialect(
     off={"enable_thinking": False}, on={"enable_thinking": True}, budget="thinking_budget"
 )
-_QWEN38_LEVELS = {"": "xhigh", "max": "xhigh"}
+_TYPED = Dialect(
+    off={"thinking": {"type": "disabled"}}, on={"thinking": {"type": "enabled"}}, efforts={}
+)
+_EFFORT = Dialect(off={"reasoning_effort": "none"}, efforts={})
+_NESTED = Dialect(off={"reasoning": {"enabled": False}}, is_nested=True)
 DIALECTS = {
-    "deepseek": Dialect(
-        off={"thinking": {"type": "disabled"}},
-        on={"thinking": {"type": "enabled"}},
-        efforts={"low": "high", "medium": "high", "xhigh": "max"},
-    ),
-    "zai": Dialect(
-        off={"thinking": {"type": "disabled"}}, on={"thinking": {"type": "enabled"}}, efforts={}
-    ),
-    "openrouter": Dialect(off={"reasoning": {"enabled": False}}),
+    "deepseek": _TYPED._replace(efforts={"low": "high", "medium": "high", "xhigh": "max"}),
+    "zai": _TYPED,
+    "openrouter": _NESTED,
     "qwen": _SWITCHED._replace(budgets={"low": 4096, "medium": 16_384}),
     "unknown": _SWITCHED._replace(efforts={}),
-    "qwen3.8": Dialect(
-        off={"reasoning_effort": "none"}, efforts=_QWEN38_LEVELS, budget="thinking_budget"
-    ),
+    "qwen3.8": _EFFORT._replace(efforts={"": "xhigh", "max": "xhigh"}, budget="thinking_budget"),
     "own qwen3.8": _SWITCHED._replace(efforts={"high": "xhigh", "max": "xhigh"}),
     "deepseek-v4": _SWITCHED._replace(
         efforts={"low": "high", "medium": "high", "xhigh": "max"}, budget=""
@@ -4249,27 +4250,21 @@ DIALECTS = {
     "deepseek-v4.1": _SWITCHED._replace(efforts={"medium": "high", "xhigh": "max"}, budget=""),
     "low-high-max": Dialect(off={}, efforts={"medium": "high", "xhigh": "max"}),
     # Profiles that an entry's capabilities.reasoning names. Qwen Code 0.24.4.
-    "openai-effort": Dialect(off={"reasoning_effort": "none"}, efforts={}),
-    "dashscope-effort": Dialect(off={"reasoning_effort": "none"}, efforts={}),
-    "openai-reasoning": Dialect(off={"reasoning": {"enabled": False}}),
-    "deepseek-openai": Dialect(
-        off={"thinking": {"type": "disabled"}}, on={"thinking": {"type": "enabled"}}, efforts={}
-    ),
-    "dashscope-thinking": _SWITCHED,
+    "openai-effort": _EFFORT,
+    "dashscope-effort": _EFFORT,
+    "openai-reasoning": _NESTED,
+    "deepseek-openai": _TYPED,
+    "dashscope-thinking": _SWITCHED._replace(is_default=True),
     "qwen-chat-template": Dialect(
         off={"chat_template_kwargs": {"enable_thinking": False}},
         on={"chat_template_kwargs": {"enable_thinking": True}},
+        is_default=True,
     ),
 }
-NESTED_DIALECTS = frozenset({"openrouter", "openai-reasoning"})
-# Profiles that are told to think where the request says nothing.
-SWITCHED_PROFILES = frozenset({"dashscope-thinking", "qwen-chat-template"})
 # Stands for thoughts that a client did not keep; Kimi takes an empty text for none.
 NO_THOUGHTS = "(not kept)"
 # Stands for an image or another part that a model refuses in its history.
 NO_MEDIA = "(left out: the model cannot take it)"
-# Families whose words for thinking are their own, whatever model they serve.
-OWN_DIALECTS = frozenset({"openrouter", "deepseek", "zai"})
 
 
 # What a model brings along, by a word in its id. 'thoughts': a message with tool calls needs its
@@ -4287,7 +4282,7 @@ MODEL_TRAITS = {
 def traits_of(family: str, model: str) -> frozenset[str]:
     """Return what the rules look at: the family's name and traits, and what the model brings."""
     brought = [traits for word, traits in MODEL_TRAITS.items() if word in model.lower()]
-    without = MODEL_TRAITS["qwen"] if family in OWN_DIALECTS else frozenset()
+    without = MODEL_TRAITS["qwen"] if family in DIALECTS else frozenset()
     return FAMILIES[family].traits | {family} | (frozenset().union(*brought) - without)
 
 
@@ -4651,7 +4646,7 @@ class Rewrite:
             or (always and always in target.model)
         )
         self.mode = "always" if is_always else self.facts.thinking
-        self.words = self._words()
+        self.dialect = DIALECTS.get(self._dialect_name())
         self.client_wants_thinking = bool(Thinking.read(request).enabled)
         # What comes from the settings entry and goes out as it is written there.
         self.entry_fields: set[str] = set()
@@ -4676,33 +4671,26 @@ class Rewrite:
 
     def entry_defaults(self) -> None:
         """samplingParams and extra_body of the settings entry, where the client says nothing."""
-        if not self.config:
-            return
-        body, given = self.body, dict(self.body)
-        for name in ("samplingParams", "extra_body"):
-            body.update(as_object(self.config.get(name)))
-        self.entry_fields = body.keys() - given.keys()
-        if Thinking.read(given).fields:
+        given, entry = self.body, dict(as_object(self.config.get("samplingParams")))
+        entry.update(as_object(self.config.get("extra_body")))
+        self.entry_fields = entry.keys() - given.keys()
+        if Thinking.read(given).enabled is not None:
             # What the client says of thinking replaces all that the entry says.
-            for name in Thinking.read(body).fields - {"chat_template_kwargs"}:
-                body.pop(name, None)
-            self._open_template()
-        else:
-            self._entry_reasoning(self.config.get("reasoning"))
+            entry = self._with_open_template(without_keys(entry, Thinking.read(entry).fields))
+        elif Thinking.read(entry).enabled is None:
+            self._entry_reasoning(entry, self.config.get("reasoning"))
         if any(name in given for name in self.LIMITS):
-            body.pop("max_tokens", None)
-        body.update(without_keys(given, ("model",)))
+            entry.pop("max_tokens", None)
+        self.body = {**given, **entry, **without_keys(given, ("model",))}
 
-    def _entry_reasoning(self, reasoning: Any) -> None:
+    def _entry_reasoning(self, entry: Json, reasoning: Any) -> None:
         """Think as the settings say: in the endpoint's words, or as it stands there."""
-        if Thinking.read(self.body).enabled is not None:
-            return
-        if self.words:
+        if self.dialect:
             asked = {"enabled": False} if reasoning is False else reasoning
-            self.entry_thinking = Thinking.read({"reasoning": asked})._replace(fields=frozenset())
+            self.entry_thinking = Thinking.read({"reasoning": asked})
         elif isinstance(reasoning, dict) and "messages" in self.body:
             level = "xhigh" if reasoning.get("effort") == "max" else reasoning.get("effort")
-            self.body["reasoning"] = stated({**reasoning, "effort": level})
+            entry["reasoning"] = stated({**reasoning, "effort": level})
 
     def no_nulls(self) -> None:
         """No null that means 'not set': at the top, in messages, in a JSON schema's frame."""
@@ -5062,66 +5050,60 @@ class Rewrite:
 
     def thinking(self) -> None:
         """What the client asked about thinking, in the endpoint's words and as far as it can."""
-        if not self.words:
+        if not self.dialect:
             return
         reasoning = as_object(self.body.get("reasoning"))
         asked = Thinking.read(without_keys(self.body, self.entry_fields))
+        self.body = without_keys(self.body, asked.fields)
         if "alibaba" in self.traits:
-            self._open_template()
-        for name in asked.fields - {"chat_template_kwargs"}:
-            self.body.pop(name, None)
+            self.body = self._with_open_template(self.body)
         if asked.enabled is None:
             asked = self.entry_thinking
         default = as_effort(self.profile.get("defaultEffort"))
-        is_on = default or self.words in SWITCHED_PROFILES
+        is_on = default or self.dialect.is_default
         if is_on and (asked.enabled is None or self.mode == "always" and not asked.enabled):
             asked = Thinking(True, default)
-        if self.words in NESTED_DIALECTS and asked.enabled is not None:
+        if self.dialect.is_nested and asked.enabled is not None:
             self._ask_nested(asked, reasoning)
         elif asked.enabled is not None:
-            self._ask(asked)
+            self._ask(asked, self.dialect)
 
-    def _words(self) -> str:
+    def _dialect_name(self) -> str:
         """Return which of DIALECTS the model is told in; empty where nothing is known of it."""
-        words, family = self.facts.dialect, self.family.name
+        name, family = self.facts.dialect, self.family.name
         profile = as_text(self.profile.get("profile"))
         if profile in DIALECTS:
             return profile
-        if family in OWN_DIALECTS:
+        if family in DIALECTS:
             return family
         if "alibaba" in self.traits:
-            return "unknown" if self.mode == "unknown" else words
+            return "unknown" if self.mode == "unknown" else name
         if "qwen" not in self.traits or self.mode == "unknown":
             return ""
-        return f"own {words}" if f"own {words}" in DIALECTS else words
+        return f"own {name}" if f"own {name}" in DIALECTS else name
 
-    def _open_template(self) -> None:
-        """Take what is said in chat_template_kwargs out of it: DashScope looks at the top."""
-        template = dict(as_object(self.body.get("chat_template_kwargs")))
+    def _with_open_template(self, body: Json) -> Json:
+        """Return a body with chat_template_kwargs that say nothing of thinking, if any."""
+        template = dict(as_object(body.get("chat_template_kwargs")))
+        opened = without_keys(body, ("chat_template_kwargs",))
         if "preserve_thinking" in template and "alibaba" in self.traits:
-            self.body.setdefault("preserve_thinking", template.pop("preserve_thinking"))
-        for name in Thinking.read(template).fields:
-            del template[name]
-        if template:
-            self.body["chat_template_kwargs"] = template
-        else:
-            self.body.pop("chat_template_kwargs", None)
+            opened.setdefault("preserve_thinking", template.pop("preserve_thinking"))
+        template = without_keys(template, Thinking.read(template).fields)
+        return {**opened, "chat_template_kwargs": template} if template else opened
 
-    def _ask(self, asked: Thinking) -> None:
-        dialect, effort = DIALECTS[self.words], asked.effort or ""
-        levels = {} if dialect.efforts is None else dialect.efforts
-        level = self._nearest(levels.get(effort, effort))
+    def _ask(self, asked: Thinking, dialect: Dialect) -> None:
+        effort, levels = asked.effort or "", dialect.efforts
+        level = "" if levels is None else self._nearest(levels.get(effort, effort))
         if self.mode == "none":
             if asked.enabled:
                 self.notes.append(f"no thinking, since {self.model} does not")
+        elif not asked.enabled and self.mode == "always":
+            self.notes.append(f"thinking stays on, since {self.model} always thinks")
         elif not asked.enabled:
-            if self.mode == "always":
-                self.notes.append(f"thinking stays on, since {self.model} always thinks")
-            else:
-                self._set(dialect.off)
+            self._set(dialect.off)
         elif asked.budget and dialect.budget:
             self._set({**dialect.on, dialect.budget: asked.budget})
-        elif level and dialect.efforts is not None:
+        elif level:
             self._set({**dialect.on, "reasoning_effort": level})
         elif effort in dialect.budgets:
             self._set({**dialect.on, dialect.budget: dialect.budgets[effort]})
@@ -5136,9 +5118,7 @@ class Rewrite:
             fields = without_keys(fields, ("enable_thinking",))
         self.body.update(fields)
         if "enable_thinking" in fields and "alibaba" not in self.traits and not self.profile:
-            template = as_object(self.body.get("chat_template_kwargs"))
-            switch = {"enable_thinking": fields["enable_thinking"]}
-            self.body["chat_template_kwargs"] = {**template, **switch}
+            switch_thinking(self.body, fields["enable_thinking"])
 
     def _nearest(self, level: str) -> str:
         """Return a level, or of those that the settings list for the model the nearest one."""
@@ -5189,7 +5169,7 @@ class Rewrite:
         self.body = without_keys(
             self.body, ("thinking_budget", "reasoning_effort", "enable_thinking")
         )
-        self._set(DIALECTS[self.words or "qwen"].off)
+        self._set((self.dialect or DIALECTS["qwen"]).off)
         self.notes.append(f"no thinking, since {cause}")
 
     def json_word(self) -> None:
@@ -5224,6 +5204,12 @@ def joined(contents: list[Any], separator: str) -> Any:
     if any(isinstance(content, list) for content in contents):
         return [part for content in contents for part in parts_of(content)]
     return separator.join(filter(None, map(as_text, contents)))
+
+
+def switch_thinking(body: Json, is_on: bool) -> None:
+    """Switch thinking on or off where servers of one's own look for it."""
+    template = as_object(body.get("chat_template_kwargs"))
+    body["chat_template_kwargs"] = {**template, "enable_thinking": is_on}
 
 
 def with_thoughts(message: Json) -> Json:
@@ -5572,9 +5558,8 @@ class Repair(NamedTuple):
 
 def stop_thinking(body: Json) -> None:
     """Switch thinking off, for Qwen's hosts and for servers of one's own."""
-    template = as_object(body.get("chat_template_kwargs"))
-    body["chat_template_kwargs"] = {**template, "enable_thinking": False}
     body["enable_thinking"] = False
+    switch_thinking(body, False)
 
 
 def add_thoughts(body: Json) -> None:
