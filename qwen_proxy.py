@@ -5540,20 +5540,22 @@ def rules_for(api: str, traits: frozenset[str]) -> tuple[Rule, ...]:
 class Repair(NamedTuple):
     """What to do about a refusal by name: in the text of a 400, if the body has what it names.
 
-    has: fields of the body, one of which must be there; value: what the first of `has` must be;
-    unasked: not if the body asks for thinking, or the model always thinks; then: a change that
-    needs messages, made first; sets: what to set ('$1' is the number that the refusal names);
-    drops: fields to leave out; how: for the log.
+    when, unless: by path, values of which the body must have one, or none; unasked: not if the body
+    asks for thinking, or the model always thinks; limit: the field that gets the number that the
+    refusal names, '$1' in `how`; each: what goes in the place of each message; then: a change that
+    needs messages; sets: what to set; drops: fields to leave out; how: for the log.
     """
 
     pattern: str
-    has: tuple[str, ...]
     how: str
+    when: Mapping[str, tuple[Any, ...]] = {}
+    unless: Mapping[str, tuple[Any, ...]] = {}
+    unasked: bool = False
+    limit: str = ""
+    each: Callable[[Json], Json] | None = None
+    then: Callable[[Json], None] | None = None
     sets: Json = {}
     drops: tuple[str, ...] = ()
-    unasked: bool = False
-    value: Any = None
-    then: Callable[[Json], None] | None = None
 
 
 def stop_thinking(body: Json) -> None:
@@ -5562,116 +5564,100 @@ def stop_thinking(body: Json) -> None:
     switch_thinking(body, False)
 
 
-def add_thoughts(body: Json) -> None:
-    """Put a word for thoughts that were not kept into messages with tool calls."""
-    body["messages"] = [*map(with_thoughts, body["messages"])]
-
-
-def join_text_parts(body: Json) -> None:
-    """Make one string of text parts."""
-    body["messages"] = [*map(with_flat_content, body["messages"])]
-
-
 def leave_out_media(body: Json) -> None:
     """Put a word in the place of media in messages before the user's latest."""
-    word, messages = {"type": "text", "text": NO_MEDIA}, body["messages"]
-    last = max(latest_of_user(messages), 0)
-    earlier = [
+    word, last = {"type": "text", "text": NO_MEDIA}, latest_of_user(body["messages"])
+    body["messages"] = [
         mapped(each, "content", lambda part: part if part.get("type") == "text" else word)
-        for each in messages[:last]
+        if place < last
+        else each
+        for place, each in enumerate(body["messages"])
     ]
-    body["messages"] = [*earlier, *messages[last:]]
 
 
-_JSON_FORMATS = ("json_object", "json_schema")
+_JSON_ASKED = {"response_format.type": ("json_object", "json_schema")}
+_NO_CALL_FORCED: Mapping[str, tuple[Any, ...]] = {
+    "tools": (None, []),
+    "tool_choice": (None, "auto", "none"),
+}
 _THOUGHTS_WANTED = r"reasoning_content.{0,60}(is missing|must be)|missing.{0,40}reasoning_content"
 REPAIRS = (
     Repair(
         r"[Rr]ange of max_tokens should be \[\d+, ?(\d+)\]",
-        ("max_tokens",),
         "with max_tokens $1",
-        sets={"max_tokens": "$1"},
+        limit="max_tokens",
     ),
     Repair(
         r"thinking_budget.*not greater than (\d+)",
-        ("thinking_budget",),
         "with thinking_budget $1",
-        sets={"thinking_budget": "$1"},
+        limit="thinking_budget",
     ),
     Repair(
         r"enable_thinking is true",
-        ("response_format",),
         "without thinking",
-        sets={"enable_thinking": False},
+        when=_JSON_ASKED,
         unasked=True,
-        value=_JSON_FORMATS,
+        sets={"enable_thinking": False},
     ),
+    # Without thinking, JSON mode is possible: what was refused is something else.
     Repair(
         r"enable_thinking is true",
-        ("response_format",),
         "with the JSON asked for by prompt",
-        value=_JSON_FORMATS,
+        when={**_JSON_ASKED, "enable_thinking": (True,)},
         then=ask_for_json,
     ),
     Repair(
         r"json_schema|response_format",
-        ("response_format",),
         "with the JSON schema in the prompt",
-        value=("json_schema",),
+        when={"response_format.type": ("json_schema",)},
         then=ask_for_json,
         sets={"response_format": {"type": "json_object"}},
     ),
     Repair(
         r"logprobs",
-        ("logprobs", "top_logprobs"),
         "without log probabilities",
         drops=("logprobs", "top_logprobs"),
     ),
     Repair(
         rf"[Pp]refill is incompatible with enable_thinking|{_THOUGHTS_WANTED}",
-        ("messages",),
         "without thinking",
         unasked=True,
         then=stop_thinking,
     ),
     Repair(
         _THOUGHTS_WANTED,
-        ("messages",),
         "with a word for thoughts that were not kept",
-        then=add_thoughts,
+        each=with_thoughts,
     ),
     Repair(
         r"(valid|be a) string.{0,40}content|content.{0,40} (must|should) be a string"
         r"|item type in content",
-        ("messages",),
         "with text parts joined",
-        then=join_text_parts,
+        each=with_flat_content,
     ),
     Repair(
         r"item type in content|(image|audio|video)\w*( input)?( is| are)? not supported"
         r"|Supported values are: 'text'",
-        ("messages",),
         "without media of earlier messages",
         then=leave_out_media,
     ),
     Repair(
         r"enable_thinking.*(restricted to True|must be True)",
-        ("enable_thinking",),
         "with thinking",
+        when={"enable_thinking": (False,)},
         sets={"enable_thinking": True},
-        value=(False,),
     ),
     Repair(
         r'tool_choice.*\["none", "auto"\]',
-        ("tool_choice",),
         "without thinking",
-        sets={"enable_thinking": False},
+        unless=_NO_CALL_FORCED,
         unasked=True,
+        sets={"enable_thinking": False},
     ),
     Repair(
         r"tool_choice",
-        ("tool_choice",),
         "with the tool call asked for by prompt",
+        unless=_NO_CALL_FORCED,
         then=ask_for_call,
     ),
 )
@@ -5684,14 +5670,16 @@ def repair_request(body: Json, error: UpstreamError) -> str:
     """
     for repair in REPAIRS if error.status == 400 else ():
         match = re.search(repair.pattern, error.message[:MAX_ERROR_TEXT_SCANNED], re.S)
-        number = (match.group(match.lastindex or 0) or "") if match else ""
         if match is None or not is_repairable(body, repair):
             continue
-        before = dict(body)
+        before, number = dict(body), match.group(match.lastindex or 0) or ""
+        if repair.limit in body:
+            body[repair.limit] = as_count(number)
+        if repair.each:
+            body.update(mapped(body, "messages", repair.each))
         if repair.then:
             repair.then(body)
-        for name, value in repair.sets.items():
-            body[name] = as_count(number) if value == "$1" else value
+        body.update(repair.sets)
         for name in repair.drops:
             body.pop(name, None)
         # Otherwise the same body would be refused again.
@@ -5700,29 +5688,16 @@ def repair_request(body: Json, error: UpstreamError) -> str:
     return ""
 
 
-def always_thinks(body: Json) -> bool:
-    """Return whether the model of a request cannot be told not to think."""
-    return model_facts(as_text(body.get("model"))).thinking == "always"
-
-
 def is_repairable(body: Json, repair: Repair) -> bool:
     """Return whether the body has what a refusal names, so that it can be taken out."""
+    is_always = model_facts(as_text(body.get("model"))).thinking == "always"
+    if repair.unasked and (is_always or Thinking.read(body).enabled is not None):
+        return False
     if repair.then and "messages" not in body:
         return False
-    if repair.unasked and (Thinking.read(body).enabled is not None or always_thinks(body)):
-        return False
-    if not any(name in body for name in repair.has):
-        return False
-    found = body.get(repair.has[0])
-    if repair.has[0] == "tool_choice":
-        return bool(body.get("tools")) and found not in (None, "auto", "none")
-    if repair.has[0] == "response_format":
-        found = dig(found, "type")
-        # Without thinking, JSON mode is possible: what was refused is something else.
-        is_dropped = repair.then is ask_for_json and not repair.sets
-        if is_dropped and body.get("enable_thinking") is not True:
-            return False
-    return repair.value is None or found in repair.value
+    has = [dig(body, *path.split(".")) in values for path, values in repair.when.items()]
+    lacks = [dig(body, *path.split(".")) not in values for path, values in repair.unless.items()]
+    return all(has) and all(lacks)
 
 
 def with_extra_body(request: Any) -> Any:
