@@ -4264,7 +4264,7 @@ DIALECTS = {
 # Stands for thoughts that a client did not keep; Kimi takes an empty text for none.
 NO_THOUGHTS = "(not kept)"
 # Stands for an image or another part that a model refuses in its history.
-NO_MEDIA = "(left out: the model cannot take it)"
+NO_MEDIA = {"type": "text", "text": "(left out: the model cannot take it)"}
 
 
 # What a model brings along, by a word in its id. 'thoughts': a message with tool calls needs its
@@ -4496,23 +4496,22 @@ class ToolShapes:
     names are changed.
     """
 
-    # Names that a tool must not have there. Model Studio, 'Function calling'.
-    RESERVED = frozenset({"search"})
-    _LEGAL = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
+    # Names that a tool may have at Alibaba's, where 'search' is reserved. Model Studio, 'Function
+    # calling'.
+    LEGAL = re.compile(r"(?!search\Z)[A-Za-z0-9_-]{1,64}\Z")
 
     def __init__(self, request: Json, traits: frozenset[str]):
         # By name: the envelope of a custom tool, 'custom' (OpenAI) or 'function' (Cursor, flat).
         self.custom: dict[str, str] = {}
         names = set()
         for tool in [*as_list(request.get("tools")), *as_list(request.get("functions"))]:
-            envelope = "custom" if dig(tool, "custom") else "function"
-            name = dig(tool, "function", "name") or dig(tool, "custom", "name") or dig(tool, "name")
-            names.add(as_text(name))
+            name = name_of(tool)
+            names.add(name)
             if name and is_custom(tool):
-                self.custom[as_text(name)] = envelope
+                self.custom[name] = "custom" if dig(tool, "custom") else "function"
         self.sent: dict[str, str] = {}
-        for name in sorted(names) if "alibaba" in traits else ():
-            if name in self.RESERVED or name and not self._LEGAL.match(name):
+        for name in sorted(names - {""}) if "alibaba" in traits else ():
+            if not self.LEGAL.match(name):
                 self.sent[name] = self._free_name(name, names)
                 names.add(self.sent[name])
         self._original = {sent: name for name, sent in self.sent.items()}
@@ -4539,11 +4538,14 @@ class ToolShapes:
         definition, words = dig(grammar, "definition"), "The input as it is."
         if isinstance(definition, str):
             words = f"It must match this grammar:\n{definition}"
-        properties = {"input": {"type": "string", "description": words}}
         function = {
             "name": custom.get("name"),
             "description": custom.get("description") or "",
-            "parameters": {"type": "object", "required": ["input"], "properties": properties},
+            "parameters": {
+                "type": "object",
+                "required": ["input"],
+                "properties": {"input": {"type": "string", "description": words}},
+            },
         }
         return {"type": "function", "function": function}
 
@@ -4559,9 +4561,15 @@ class ToolShapes:
             return call
         text = "" if text is None else text
         text = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
-        arguments = json.dumps({"input": text}, ensure_ascii=False)
-        function = {"name": name, "arguments": arguments}
+        function = {"name": name, "arguments": json.dumps({"input": text}, ensure_ascii=False)}
         return {"id": call.get("id"), "type": "function", "function": function}
+
+
+def name_of(tool: Any) -> str:
+    """Return the name in a tool, or in a choice of one, of any shape; empty where it has none."""
+    return as_text(
+        dig(tool, "function", "name") or dig(tool, "custom", "name") or dig(tool, "name")
+    )
 
 
 def is_custom(tool: Any) -> bool:
@@ -4745,7 +4753,7 @@ class Rewrite:
         return "" if self.facts.sees is None or kind in self.facts.sees.split() else kind
 
     def _seen_part(self, part: Json) -> Json:
-        return {"type": "text", "text": NO_MEDIA} if self._unseen_kind(part) else part
+        return NO_MEDIA if self._unseen_kind(part) else part
 
     def audio_data(self, part: Json) -> Json:
         """Sound is input_audio with a URL; OpenAI has bare base64."""
@@ -4788,16 +4796,10 @@ class Rewrite:
     def user_present(self) -> None:
         """A conversation that the assistant opens begins with a short message of the user."""
         messages = self.body["messages"]
-        roles = [message["role"] for message in messages]
-        if "user" in roles:
-            return
-        others = [place for place, role in enumerate(roles) if role != "system"]
-        if others:
+        if not any(message["role"] == "user" for message in messages):
+            place = int(messages[0]["role"] == "system")
             begin = {"role": "user", "content": "Please begin."}
-            messages = [*messages[: others[0]], begin, *messages[others[0] :]]
-        else:
-            messages = [*messages[:-1], {**messages[-1], "role": "user"}]
-        self.body["messages"] = messages
+            self.body["messages"] = [*messages[:place], begin, *messages[place:]]
 
     def portal_system(self) -> None:
         """The system message as parts, the first one with a cache_control marker."""
@@ -4829,8 +4831,7 @@ class Rewrite:
         self.body = mapped(self.body, "messages.tool_calls", self.shapes.function_call)
         choice = self.body.get("tool_choice")
         if dig(choice, "type") == "custom":
-            name = dig(choice, "custom", "name") or dig(choice, "name")
-            self.body["tool_choice"] = {"type": "function", "function": {"name": name}}
+            self.body["tool_choice"] = {"type": "function", "function": {"name": name_of(choice)}}
 
     def tool_names(self) -> None:
         """Tools with a reserved name get another one, wherever they are named."""
@@ -4967,13 +4968,9 @@ class Rewrite:
 
     def _allow_tools(self, allowed: Json) -> None:
         """Offer no tools but the ones that a tool_choice allows."""
-        names = {
-            as_text(dig(tool, "function", "name") or dig(tool, "name"))
-            for tool in as_list(allowed.get("tools"))
-        }
+        names = {name_of(tool) for tool in as_list(allowed.get("tools"))}
         offered = self.body["tools"]
-        kept = [tool for tool in offered if as_text(dig(tool, "function", "name")) in names]
-        self.body["tools"] = kept or offered
+        self.body["tools"] = [tool for tool in offered if name_of(tool) in names] or offered
         self.body["tool_choice"] = allowed.get("mode") or "auto"
 
     def _tool(self, tool: Any) -> Any:
@@ -4985,8 +4982,8 @@ class Rewrite:
                 "description": tool.get("description"),
                 "parameters": tool.get("input_schema") or tool.get("parameters"),
             }
-            marker = tool.get("cache_control")
-            tool = {"type": "function", "cache_control": marker, "function": function}
+            mark = tool.get("cache_control")
+            tool = {"type": "function", "cache_control": mark, "function": function}
         function = dig(tool, "function")
         if not isinstance(function, dict):
             return tool
@@ -5226,11 +5223,10 @@ def with_flat_content(message: Json) -> Json:
     return {**message, "content": text_of(content)} if is_text else message
 
 
-# Parts that are nothing but text, in any API's words, and the field that holds it.
+# Parts that are nothing but text, in other APIs' words, and the field that holds it.
 TEXT_PARTS = {
     "input_text": "text",
     "output_text": "text",
-    "text": "text",
     "summary_text": "text",
     "reasoning_text": "text",
     "refusal": "refusal",
@@ -5243,9 +5239,9 @@ def chat_part(part: Json) -> Json:
     Those of the Responses API and of Anthropic's messages stand in histories that clients keep.
     """
     kind = as_text(part.get("type"))
-    if kind in TEXT_PARTS and kind != "text":
-        mark = {"cache_control": part.get("cache_control")}
-        return {"type": "text", "text": as_text(part.get(TEXT_PARTS[kind])), **stated(mark)}
+    if kind in TEXT_PARTS:
+        text, mark = as_text(part.get(TEXT_PARTS[kind])), part.get("cache_control")
+        return stated({"type": "text", "text": text, "cache_control": mark})
     if kind in ("image", "input_image"):
         return image_part(part)
     if kind == "input_file" and (part.get("file_data") or part.get("file_url")):
@@ -5263,7 +5259,7 @@ def image_part(part: Json) -> Json:
     image, source = part.get("image_url"), part.get("source")
     if isinstance(source, dict):
         data = f"data:{source.get('media_type')};base64,{source.get('data')}"
-        return {"type": "image_url", "image_url": {"url": source.get("url") or data}}
+        image = source.get("url") or data
     if not image:
         return part
     detail = {"detail": part["detail"]} if part.get("detail") else {}
@@ -5305,12 +5301,8 @@ def add_instruction(body: Json, text: str) -> None:
 
 def ask_for_call(body: Json) -> None:
     """Replace a tool_choice that forces a call by a sentence; offer nothing but a named tool."""
-    name = dig(body["tool_choice"], "function", "name")
-    named = [
-        tool
-        for tool in body["tools"]
-        if isinstance(name, str) and dig(tool, "function", "name") == name
-    ]
+    name = name_of(body["tool_choice"])
+    named = [tool for tool in body["tools"] if name and name_of(tool) == name]
     body["tools"], body["tool_choice"] = named or body["tools"], "auto"
     which = f"the tool {name}" if named else "one of the tools"
     add_instruction(body, f"Call {which} now; do not answer in text.")
@@ -5566,13 +5558,12 @@ def stop_thinking(body: Json) -> None:
 
 def leave_out_media(body: Json) -> None:
     """Put a word in the place of media in messages before the user's latest."""
-    word, last = {"type": "text", "text": NO_MEDIA}, latest_of_user(body["messages"])
-    body["messages"] = [
-        mapped(each, "content", lambda part: part if part.get("type") == "text" else word)
-        if place < last
-        else each
-        for place, each in enumerate(body["messages"])
+    messages, last = body["messages"], max(latest_of_user(body["messages"]), 0)
+    earlier = [
+        mapped(each, "content", lambda part: part if part.get("type") == "text" else NO_MEDIA)
+        for each in messages[:last]
     ]
+    body["messages"] = [*earlier, *messages[last:]]
 
 
 _JSON_ASKED = {"response_format.type": ("json_object", "json_schema")}
