@@ -4170,8 +4170,12 @@ class Thinking(NamedTuple):
         """
         if not any(name in body for name in THINKING_FIELDS):
             return cls()
-        fields: set[str] = set()
-        enabled, effort, budget = (cls._first(body, *spelling, fields) for spelling in _SPELLINGS)
+        found = [
+            stated({path: reader(dig(body, *path.split("."))) for path in paths.split()})
+            for reader, paths in _SPELLINGS
+        ]
+        fields = {path.partition(".")[0] for values in found for path in values}
+        enabled, effort, budget = (next(iter(values.values()), None) for values in found)
         if enabled is None and effort is not None:
             enabled = effort not in ("none", "minimal")
         if enabled is None and budget is not None:
@@ -4181,27 +4185,20 @@ class Thinking(NamedTuple):
         budget = budget if (budget or 0) > 0 else None
         return cls(enabled, effort, budget, frozenset(fields - {"chat_template_kwargs"}))
 
-    @staticmethod
-    def _first(body: Json, paths: str, reader: Callable[[Any], Any], fields: set[str]) -> Any:
-        """Return what the first of the paths says that can be read; fields gets all that can."""
-        found = [(path, reader(dig(body, *path.split(".")))) for path in paths.split()]
-        read = [(path, value) for path, value in found if value is not None]
-        fields.update(path.partition(".")[0] for path, _ in read)
-        return read[0][1] if read else None
 
-
-# Where a request says whether to think, how hard, and with how many tokens, and how each is read.
-_SPELLINGS: tuple[tuple[str, Callable[[Any], Any]], ...] = (
+# Where a request says whether to think, how hard, and with how many tokens, and how each is read;
+# the first that can be read counts.
+_SPELLINGS: tuple[tuple[Callable[[Any], Any], str], ...] = (
     (
+        as_switch,
         "enable_thinking reasoning.enabled think thinking chat_template_kwargs.enable_thinking "
         "thinking.type",
-        as_switch,
     ),
-    ("reasoning_effort reasoning.effort think chat_template_kwargs.reasoning_effort", as_effort),
+    (as_effort, "reasoning_effort reasoning.effort think chat_template_kwargs.reasoning_effort"),
     (
+        as_count,
         "thinking_budget thinking.budget_tokens reasoning.max_tokens reasoning.budget_tokens "
         "chat_template_kwargs.thinking_budget",
-        as_count,
     ),
 )
 
@@ -4447,10 +4444,10 @@ class History:
 
     def _messages(self) -> list[Json]:
         for first, *more in self._answered.values():
-            content, contents = first.get("content"), [each.get("content") for each in more]
+            content = first.get("content")
             # A repeated one adds nothing.
-            contents = [each for each in contents if each != content]
-            first["content"] = joined([content, *contents], "\n") if contents else content
+            others = [each.get("content") for each in more if each.get("content") != content]
+            first["content"] = joined([content, *others], "\n") if others else content
         for waiting in self._waiting.values():
             # What came early is for the first call that is left.
             waiting.sort(reverse=True)
@@ -4477,16 +4474,6 @@ class History:
                 result["content"] = text_of(parts) or "(see the next message)"
                 media += found
         return [*results, {"role": "user", "content": media}] if media else results
-
-
-# A refusal of what a model cannot take: what it is, and the way out.
-UNSEEN = {
-    "image": "an image, which {model} cannot see; choose a model that does, such as qwen3.7-plus",
-    "video": "a video, which {model} cannot see; choose a model that does, such as qwen3.7-plus",
-    "audio": "sound, which {model} cannot hear; choose a model that does, such as qwen3-omni-flash",
-    "file": "a file, which {model} cannot read; send its text instead, or its pages as images to a "
-    "model that sees them, such as qwen3.7-plus",
-}
 
 
 class ToolShapes:
@@ -4535,16 +4522,20 @@ class ToolShapes:
             return tool
         custom = as_object(tool.get("custom", tool))
         grammar = dig(custom, "format", "grammar") or custom.get("format")
-        definition, words = dig(grammar, "definition"), "The input as it is."
-        if isinstance(definition, str):
-            words = f"It must match this grammar:\n{definition}"
+        definition = as_text(dig(grammar, "definition"))
+        rule = f"It must match this grammar:\n{definition}"
         function = {
             "name": custom.get("name"),
             "description": custom.get("description") or "",
             "parameters": {
                 "type": "object",
                 "required": ["input"],
-                "properties": {"input": {"type": "string", "description": words}},
+                "properties": {
+                    "input": {
+                        "type": "string",
+                        "description": rule if definition else "The input as it is.",
+                    }
+                },
             },
         }
         return {"type": "function", "function": function}
@@ -4554,14 +4545,15 @@ class ToolShapes:
         function = dig(call, "function")
         if dig(call, "type") == "custom":
             custom = as_object(call.get("custom") or function or call)
-            name, text = custom.get("name"), custom.get("input", custom.get("arguments"))
+            text = custom.get("input", custom.get("arguments"))
         elif as_text(dig(function, "name")) in self.custom:
-            name, text = function["name"], custom_input(function.get("arguments"))
+            custom, text = function, custom_input(function.get("arguments"))
         else:
             return call
         text = "" if text is None else text
         text = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
-        function = {"name": name, "arguments": json.dumps({"input": text}, ensure_ascii=False)}
+        arguments = json.dumps({"input": text}, ensure_ascii=False)
+        function = {"name": custom.get("name"), "arguments": arguments}
         return {"id": call.get("id"), "type": "function", "function": function}
 
 
@@ -4626,6 +4618,17 @@ class Rewrite:
         "input_audio": "audio",
         "audio_url": "audio",
         "file": "file",
+    }
+    # A refusal of what the model cannot take: what it is, and the way out.
+    UNSEEN: Mapping[str, str] = {
+        "image": "an image, which {model} cannot see; choose a model that does, such as "
+        "qwen3.7-plus",
+        "video": "a video, which {model} cannot see; choose a model that does, such as "
+        "qwen3.7-plus",
+        "audio": "sound, which {model} cannot hear; choose a model that does, such as "
+        "qwen3-omni-flash",
+        "file": "a file, which {model} cannot read; send its text instead, or its pages as images "
+        "to a model that sees them, such as qwen3.7-plus",
     }
     # Controls for other servers that clients offer for every server. Unknown ones pass, as a
     # parameter that Qwen will have tomorrow does.
@@ -4740,7 +4743,7 @@ class Rewrite:
         asked = [(place, kind) for place, kind in unseen if first <= place <= last]
         if asked:
             place, kind = max(asked, key=lambda each: each[0])
-            what = UNSEEN[kind].format(model=self.model)
+            what = self.UNSEEN[kind].format(model=self.model)
             raise BadRequest(f"messages[{place}] holds {what}", param=f"messages.{place}.content")
         if unseen:
             self.body = mapped(self.body, "messages.content", self._seen_part)
