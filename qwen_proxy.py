@@ -4682,6 +4682,8 @@ class Rewrite:
 
     def entry_defaults(self) -> None:
         """samplingParams and extra_body of the settings entry, where the client says nothing."""
+        if not self.config:
+            return
         given, entry = self.body, dict(as_object(self.config.get("samplingParams")))
         entry.update(as_object(self.config.get("extra_body")))
         self.entry_fields = entry.keys() - given.keys()
