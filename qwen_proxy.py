@@ -4744,7 +4744,7 @@ class Rewrite:
         ]
         asked = [(place, kind) for place, kind in unseen if first <= place <= last]
         if asked:
-            place, kind = max(asked, key=lambda each: each[0])
+            place, kind = asked[-1]
             what = self.UNSEEN[kind].format(model=self.model)
             raise BadRequest(f"messages[{place}] holds {what}", param=f"messages.{place}.content")
         if unseen:
