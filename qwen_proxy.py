@@ -4823,12 +4823,12 @@ class Rewrite:
     def legacy_functions(self) -> None:
         """The deprecated functions and function_call, as tools and tool_choice."""
         functions, choice = self.body.pop("functions", None), self.body.pop("function_call", None)
-        if functions is not None:
-            tools = [{"type": "function", "function": function} for function in functions]
-            self.body.setdefault("tools", tools)
+        if functions and not self.body.get("tools"):
+            self.body["tools"] = [{"type": "function", "function": each} for each in functions]
+        if isinstance(choice, dict):
+            choice = {"type": "function", "function": choice}
         if choice is not None:
-            named = {"type": "function", "function": choice}
-            self.body.setdefault("tool_choice", named if isinstance(choice, dict) else choice)
+            self.body.setdefault("tool_choice", choice)
 
     def custom_tools(self) -> None:
         """Custom tools, their calls and their choice, as functions with one string."""

@@ -3304,6 +3304,8 @@ web search | | web_search_options={} | enable_search=True, rule="web-search"
 functions | | functions=[{"name": "f", "parameters": {}}], function_call={"name": "f"}
     | tools=[F], tool_choice=function(), rule="legacy-functions"
 functions, automatic | | functions=[{"name": "f"}], function_call="auto" | tools=[F], tool_choice="auto"
+functions beside no tools | | functions=[{"name": "f"}], tools=[] | tools=[F]
+functions with a reserved name beside no tools | | functions=[{"name": "search"}], tools=[] | tools=[function("search_tool", parameters=EMPTY)]
 nulls that mean not set, and others | | tools=[{**function(parameters=ODD_SCHEMA), "strict": None}],
     response_format={"type": "json_schema", "json_schema": NULL_FORMAT},
     messages=[user("Hi", name=None), assistant(None, function_call=None), *HI]
