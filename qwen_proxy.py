@@ -5176,7 +5176,7 @@ class Rewrite:
 
     def json_word(self) -> None:
         """Messages that ask for JSON hold that word."""
-        texts = [text_of(message.get("content")) for message in self.body["messages"]]
+        texts = (text_of(message.get("content")) for message in self.body["messages"])
         if wants_json(self.body) and not any("json" in text.lower() for text in texts):
             add_instruction(self.body, "Answer in JSON.")
 
@@ -5742,7 +5742,7 @@ def check_messages(messages: Any) -> None:
         raise BadRequest("messages must be a list of at least one message", param="messages")
     for index, message in enumerate(messages):
         where = f"messages.{index}"
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        if not isinstance(dig(message, "role"), str):
             raise BadRequest(f"messages[{index}] must be an object with a role", param=where)
         content, where = message.get("content"), f"{where}.content"
         if content is not None and not isinstance(content, (str, list)):
@@ -7461,11 +7461,6 @@ class EmbeddingsApi(ChatApi):
         user = None if "alibaba" in target.provider.family.traits else request.get("user")
         body = {**request, "user": user, "model": target.model, "encoding_format": "float"}
         return stated(body), {}
-
-    @staticmethod
-    def repair(body: Json, error: UpstreamError) -> str:
-        """Repair nothing."""
-        return ""
 
     def decoder(self, request: Json, target: Target) -> EmbeddingsDecoder:
         """Return what takes the bytes of an answer."""
