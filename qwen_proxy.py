@@ -4139,13 +4139,22 @@ DONE = b"[DONE]"
 
 
 THINKING_FIELDS = (
-    "enable_thinking",
-    "thinking_budget",
-    "reasoning_effort",
-    "reasoning",
-    "thinking",
-    "think",
-    "chat_template_kwargs",
+    "enable_thinking thinking_budget reasoning_effort reasoning thinking think chat_template_kwargs"
+).split()
+# Where a request says whether to think, how hard, and with how many tokens, and how each is read;
+# the first that can be read counts.
+THINKING_SPELLINGS: tuple[tuple[Callable[[Any], Any], str], ...] = (
+    (
+        as_switch,
+        "enable_thinking reasoning.enabled think thinking chat_template_kwargs.enable_thinking "
+        "thinking.type",
+    ),
+    (as_effort, "reasoning_effort reasoning.effort think chat_template_kwargs.reasoning_effort"),
+    (
+        as_count,
+        "thinking_budget thinking.budget_tokens reasoning.max_tokens reasoning.budget_tokens "
+        "chat_template_kwargs.thinking_budget",
+    ),
 )
 
 
@@ -4172,7 +4181,7 @@ class Thinking(NamedTuple):
             return cls()
         found = [
             stated({path: reader(dig(body, *path.split("."))) for path in paths.split()})
-            for reader, paths in _SPELLINGS
+            for reader, paths in THINKING_SPELLINGS
         ]
         fields = {path.partition(".")[0] for values in found for path in values}
         enabled, effort, budget = (next(iter(values.values()), None) for values in found)
@@ -4184,23 +4193,6 @@ class Thinking(NamedTuple):
         effort = None if effort in ("none", "minimal") else effort
         budget = budget if (budget or 0) > 0 else None
         return cls(enabled, effort, budget, frozenset(fields - {"chat_template_kwargs"}))
-
-
-# Where a request says whether to think, how hard, and with how many tokens, and how each is read;
-# the first that can be read counts.
-_SPELLINGS: tuple[tuple[Callable[[Any], Any], str], ...] = (
-    (
-        as_switch,
-        "enable_thinking reasoning.enabled think thinking chat_template_kwargs.enable_thinking "
-        "thinking.type",
-    ),
-    (as_effort, "reasoning_effort reasoning.effort think chat_template_kwargs.reasoning_effort"),
-    (
-        as_count,
-        "thinking_budget thinking.budget_tokens reasoning.max_tokens reasoning.budget_tokens "
-        "chat_template_kwargs.thinking_budget",
-    ),
-)
 
 
 class Dialect(NamedTuple):
@@ -4228,35 +4220,45 @@ class Dialect(NamedTuple):
 _SWITCHED = Dialect(
     off={"enable_thinking": False}, on={"enable_thinking": True}, budget="thinking_budget"
 )
-_TYPED = Dialect(
-    off={"thinking": {"type": "disabled"}}, on={"thinking": {"type": "enabled"}}, efforts={}
-)
-_EFFORT = Dialect(off={"reasoning_effort": "none"}, efforts={})
-_NESTED = Dialect(off={"reasoning": {"enabled": False}}, is_nested=True)
 DIALECTS = {
-    "deepseek": _TYPED._replace(efforts={"low": "high", "medium": "high", "xhigh": "max"}),
-    "zai": _TYPED,
-    "openrouter": _NESTED,
+    "deepseek": Dialect(
+        off={"thinking": {"type": "disabled"}},
+        on={"thinking": {"type": "enabled"}},
+        efforts={"low": "high", "medium": "high", "xhigh": "max"},
+    ),
+    "zai": Dialect(
+        off={"thinking": {"type": "disabled"}}, on={"thinking": {"type": "enabled"}}, efforts={}
+    ),
+    "openrouter": Dialect(off={"reasoning": {"enabled": False}}, is_nested=True),
     "qwen": _SWITCHED._replace(budgets={"low": 4096, "medium": 16_384}),
     "unknown": _SWITCHED._replace(efforts={}),
-    "qwen3.8": _EFFORT._replace(efforts={"": "xhigh", "max": "xhigh"}, budget="thinking_budget"),
+    "qwen3.8": Dialect(
+        off={"reasoning_effort": "none"},
+        efforts={"": "xhigh", "max": "xhigh"},
+        budget="thinking_budget",
+    ),
     "own qwen3.8": _SWITCHED._replace(efforts={"high": "xhigh", "max": "xhigh"}),
     "deepseek-v4": _SWITCHED._replace(
         efforts={"low": "high", "medium": "high", "xhigh": "max"}, budget=""
     ),
     "deepseek-v4.1": _SWITCHED._replace(efforts={"medium": "high", "xhigh": "max"}, budget=""),
     "low-high-max": Dialect(off={}, efforts={"medium": "high", "xhigh": "max"}),
-    # Profiles that an entry's capabilities.reasoning names. Qwen Code 0.24.4.
-    "openai-effort": _EFFORT,
-    "dashscope-effort": _EFFORT,
-    "openai-reasoning": _NESTED,
-    "deepseek-openai": _TYPED,
-    "dashscope-thinking": _SWITCHED._replace(is_default=True),
-    "qwen-chat-template": Dialect(
+    "effort": Dialect(off={"reasoning_effort": "none"}, efforts={}),
+    "switch": _SWITCHED._replace(is_default=True),
+    "template": Dialect(
         off={"chat_template_kwargs": {"enable_thinking": False}},
         on={"chat_template_kwargs": {"enable_thinking": True}},
         is_default=True,
     ),
+}
+# The dialects of the profiles that an entry's capabilities.reasoning names. Qwen Code 0.24.4.
+PROFILES = {
+    "openai-effort": "effort",
+    "dashscope-effort": "effort",
+    "openai-reasoning": "openrouter",
+    "deepseek-openai": "zai",
+    "dashscope-thinking": "switch",
+    "qwen-chat-template": "template",
 }
 # Stands for thoughts that a client did not keep; Kimi takes an empty text for none.
 NO_THOUGHTS = "(not kept)"
@@ -4494,7 +4496,7 @@ class ToolShapes:
         for tool in [*as_list(request.get("tools")), *as_list(request.get("functions"))]:
             name = name_of(tool)
             names.add(name)
-            if name and is_custom(tool):
+            if name and self._is_custom(tool):
                 self.custom[name] = "custom" if dig(tool, "custom") else "function"
         self.sent: dict[str, str] = {}
         for name in sorted(names - {""}) if "alibaba" in traits else ():
@@ -4516,9 +4518,14 @@ class ToolShapes:
         return self._original.get(sent, sent)
 
     @staticmethod
-    def function_of(tool: Any) -> Any:
+    def _is_custom(tool: Any) -> bool:
+        """Return whether a tool takes free text; Anthropic calls one with a schema so, too."""
+        return dig(tool, "type") == "custom" and "input_schema" not in tool
+
+    @classmethod
+    def function_of(cls, tool: Any) -> Any:
         """Return the function for a custom tool; a grammar cannot be enforced, only asked for."""
-        if not is_custom(tool):
+        if not cls._is_custom(tool):
             return tool
         custom = as_object(tool.get("custom", tool))
         grammar = dig(custom, "format", "grammar") or custom.get("format")
@@ -4562,11 +4569,6 @@ def name_of(tool: Any) -> str:
     return as_text(
         dig(tool, "function", "name") or dig(tool, "custom", "name") or dig(tool, "name")
     )
-
-
-def is_custom(tool: Any) -> bool:
-    """Return whether a tool takes free text; Anthropic calls tools with a schema custom, too."""
-    return dig(tool, "type") == "custom" and "input_schema" not in tool
 
 
 def custom_input(arguments: Any) -> Any:
@@ -5074,8 +5076,8 @@ class Rewrite:
         """Return which of DIALECTS the model is told in; empty where nothing is known of it."""
         name, family = self.facts.dialect, self.family.name
         profile = as_text(self.profile.get("profile"))
-        if profile in DIALECTS:
-            return profile
+        if profile in PROFILES:
+            return PROFILES[profile]
         if family in DIALECTS:
             return family
         if "alibaba" in self.traits:
@@ -5327,33 +5329,31 @@ class Rule(NamedTuple):
 
     each: the path to the items that `apply` takes, and returns what goes in their place, where it
     does not change the body itself; where: traits or families, one of which must be there (none:
-    everywhere); unless: those that must not; apis: the kinds of request.
+    everywhere); unless: those that must not; apis: the kinds of request. Words, all three.
     """
 
     name: str
     apply: Callable[..., Any]
     source: str
     each: str = ""
-    where: frozenset[str] = frozenset()
-    unless: frozenset[str] = frozenset()
-    apis: frozenset[str] = frozenset({"chat"})
+    where: str = ""
+    unless: str = ""
+    apis: str = "chat"
 
 
-_QWEN, _ALIBABA = frozenset({"qwen"}), frozenset({"alibaba"})
-_BOTH = frozenset({"chat", "text"})
 # In this order: nulls and defaults first, thinking behind what the client and the entry say of it.
 RULES = (
     Rule(
         "no-nulls",
         Rewrite.no_nulls,
         "pydantic-ai and LangChain JS send null for 'not set'",
-        apis=_BOTH,
+        apis="chat text",
     ),
     Rule(
         "entry-defaults",
         Rewrite.entry_defaults,
         "Qwen Code, model-providers.md: samplingParams, extra_body",
-        apis=_BOTH,
+        apis="chat text",
     ),
     Rule(
         "part-shapes",
@@ -5365,14 +5365,14 @@ RULES = (
         "unseen-media",
         Rewrite.unseen_media,
         "Model Studio, model pages; Qwen Code 0.24.4, its table of modalities",
-        where=_ALIBABA,
+        where="alibaba",
     ),
     Rule(
         "audio-data",
         Rewrite.audio_data,
         "Model Studio, 'Omni': input_audio.data is a URL or a data URL",
         each="messages.content",
-        where=_ALIBABA,
+        where="alibaba",
     ),
     Rule(
         "custom-tools",
@@ -5394,7 +5394,7 @@ RULES = (
         "system-first",
         Rewrite.system_first,
         "400: System message must be at the beginning.",
-        where=_QWEN,
+        where="qwen",
     ),
     Rule(
         "history",
@@ -5405,13 +5405,13 @@ RULES = (
         "user-present",
         Rewrite.user_present,
         "DashScope 400: The input messages do not contain elements with the role of user.",
-        where=_QWEN,
+        where="qwen",
     ),
     Rule(
         "portal-system",
         Rewrite.portal_system,
         "CLIProxyAPI 29dba0399, PR #2520, #2537",
-        where=frozenset({"portal"}),
+        where="portal",
     ),
     Rule(
         "content-present",
@@ -5423,7 +5423,7 @@ RULES = (
         "reasoning-name",
         Rewrite.reasoning_name,
         "Model Studio, 'Deep thinking'",
-        unless=frozenset({"openrouter"}),
+        unless="openrouter",
     ),
     Rule(
         "reasoning-required",
@@ -5431,7 +5431,7 @@ RULES = (
         "DeepSeek API, thinking mode; Kimi 400: reasoning_content is missing in assistant tool "
         "call message",
         each="messages",
-        where=frozenset({"deepseek", "thoughts"}),
+        where="deepseek thoughts",
     ),
     Rule(
         "flat-content",
@@ -5439,30 +5439,33 @@ RULES = (
         "Model Studio, chat reference: an assistant's content is a string; Qwen Code, "
         "dashscope.ts: glm loses parts",
         each="messages",
-        where=frozenset({"alibaba", "deepseek", "strings"}),
+        where="alibaba deepseek strings",
     ),
     Rule(
         "cache-markers",
         Rewrite.cache_markers,
         "Model Studio, 'Context cache': at most 4",
-        where=_ALIBABA,
+        where="alibaba",
     ),
     Rule(
         "max-tokens",
         Rewrite.max_tokens,
         "DashScope 400: Range of max_tokens should be [1, N]",
-        where=frozenset({"limits"}),
-        apis=_BOTH,
+        where="limits",
+        apis="chat text",
     ),
     Rule(
-        "spellings", Rewrite.spellings, "open-webui #16682: custom parameters as text", apis=_BOTH
+        "spellings",
+        Rewrite.spellings,
+        "open-webui #16682: custom parameters as text",
+        apis="chat text",
     ),
     Rule(
         "sampling-range",
         Rewrite.sampling_range,
         "Model Studio, chat reference: temperature [0, 2), top_p (0, 1]",
-        where=_ALIBABA,
-        apis=_BOTH,
+        where="alibaba",
+        apis="chat text",
     ),
     Rule(
         "tools",
@@ -5473,22 +5476,22 @@ RULES = (
         "tool-names",
         Rewrite.tool_names,
         "DashScope 400: Tool names are not allowed to be [search]",
-        where=_ALIBABA,
+        where="alibaba",
     ),
     Rule("web-search", Rewrite.web_search, "Model Studio, chat reference: enable_search"),
     Rule(
         "openai-only",
         Rewrite.openai_only,
         "Model Studio, OpenAI compatibility",
-        where=frozenset({"openai-only"}),
-        apis=_BOTH,
+        where="openai-only",
+        apis="chat text",
     ),
     Rule(
         "foreign-fields",
         Rewrite.foreign_fields,
         "Open WebUI 0.12, SillyTavern 1.19, Jan 0.8: their settings",
-        where=_ALIBABA,
-        apis=_BOTH,
+        where="alibaba",
+        apis="chat text",
     ),
     Rule(
         "thinking",
@@ -5499,27 +5502,27 @@ RULES = (
         "forced-tool",
         Rewrite.forced_tool,
         "Model Studio, 'Function calling'",
-        where=_QWEN,
+        where="qwen",
     ),
     Rule(
         "json-output",
         Rewrite.json_output,
         "Model Studio, 'Structured output'",
-        where=_QWEN,
+        where="qwen",
     ),
     Rule(
         "json-word",
         Rewrite.json_word,
         "DashScope 400: 'messages' must contain the word 'json' in some form",
-        where=_QWEN,
+        where="qwen",
     ),
-    Rule("stream", Rewrite.stream, "one path for all: see relay", apis=_BOTH),
+    Rule("stream", Rewrite.stream, "one path for all: see relay", apis="chat text"),
     Rule(
         "fill-in-the-middle",
         Rewrite.fill_in_the_middle,
         "Model Studio, 'Completions': there is no suffix parameter",
-        where=_ALIBABA,
-        apis=frozenset({"text"}),
+        where="alibaba",
+        apis="text",
     ),
 )
 
@@ -5530,7 +5533,9 @@ def rules_for(api: str, traits: frozenset[str]) -> tuple[Rule, ...]:
     return tuple(
         rule
         for rule in RULES
-        if api in rule.apis and (not rule.where or rule.where & traits) and not rule.unless & traits
+        if api in rule.apis.split()
+        and (not rule.where or traits & set(rule.where.split()))
+        and not traits & set(rule.unless.split())
     )
 
 
@@ -5554,11 +5559,16 @@ class Repair(NamedTuple):
     sets: Json = {}
     drops: tuple[str, ...] = ()
 
-
-def stop_thinking(body: Json) -> None:
-    """Switch thinking off, for Qwen's hosts and for servers of one's own."""
-    body["enable_thinking"] = False
-    switch_thinking(body, False)
+    def fits(self, body: Json) -> bool:
+        """Return whether the body has what a refusal names, so that it can be taken out."""
+        is_always = model_facts(as_text(body.get("model"))).thinking == "always"
+        if self.unasked and (is_always or Thinking.read(body).enabled is not None):
+            return False
+        if self.then and "messages" not in body:
+            return False
+        has = [dig(body, *path.split(".")) in values for path, values in self.when.items()]
+        lacks = [dig(body, *path.split(".")) not in values for path, values in self.unless.items()]
+        return all(has) and all(lacks)
 
 
 def leave_out_media(body: Json) -> None:
@@ -5618,7 +5628,8 @@ REPAIRS = (
         rf"[Pp]refill is incompatible with enable_thinking|{_THOUGHTS_WANTED}",
         "without thinking",
         unasked=True,
-        then=stop_thinking,
+        then=functools.partial(switch_thinking, is_on=False),
+        sets={"enable_thinking": False},
     ),
     Repair(
         _THOUGHTS_WANTED,
@@ -5666,7 +5677,7 @@ def repair_request(body: Json, error: UpstreamError) -> str:
     """
     for repair in REPAIRS if error.status == 400 else ():
         match = re.search(repair.pattern, error.message[:MAX_ERROR_TEXT_SCANNED], re.S)
-        if match is None or not is_repairable(body, repair):
+        if match is None or not repair.fits(body):
             continue
         before, number = dict(body), match.group(match.lastindex or 0) or ""
         if repair.limit in body:
@@ -5682,18 +5693,6 @@ def repair_request(body: Json, error: UpstreamError) -> str:
         if body != before:
             return repair.how.replace("$1", number)
     return ""
-
-
-def is_repairable(body: Json, repair: Repair) -> bool:
-    """Return whether the body has what a refusal names, so that it can be taken out."""
-    is_always = model_facts(as_text(body.get("model"))).thinking == "always"
-    if repair.unasked and (is_always or Thinking.read(body).enabled is not None):
-        return False
-    if repair.then and "messages" not in body:
-        return False
-    has = [dig(body, *path.split(".")) in values for path, values in repair.when.items()]
-    lacks = [dig(body, *path.split(".")) not in values for path, values in repair.unless.items()]
-    return all(has) and all(lacks)
 
 
 def with_extra_body(request: Any) -> Any:
