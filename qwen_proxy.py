@@ -4816,7 +4816,7 @@ class Rewrite:
         self.body["messages"] = [{**system, "content": parts}, *rest]
 
     def history(self) -> None:
-        """Ids, pairs, media and order of calls and results."""
+        """Ids, pairs, media and order of calls and results, also of those that are parts."""
         messages, splits_media = self.body["messages"], "alibaba" in self.traits
         self.body["messages"], lost = History.repaired(messages, splits_media)
         if lost:
@@ -5197,7 +5197,7 @@ def mapped(value: Any, path: str, change: Callable[[Any], Any]) -> Any:
 
 
 def without_nulls(value: Any, kept: tuple[str, ...] = ("default", "const")) -> Any:
-    """Return an object without its nulls, except those that mean something: in a JSON Schema."""
+    """Return an object without its nulls, but for those of `kept`: values in a JSON Schema."""
     if not isinstance(value, dict):
         return value
     return {name: item for name, item in value.items() if item is not None or name in kept}
@@ -5217,14 +5217,14 @@ def switch_thinking(body: Json, is_on: bool) -> None:
 
 
 def with_thoughts(message: Json) -> Json:
-    """Return a message; one with tool calls gets a word for thoughts that were not kept."""
+    """Return the message; one with tool calls gets a word for thoughts that were not kept."""
     is_call = message["role"] == "assistant" and message.get("tool_calls")
     is_missing = is_call and not message.get("reasoning_content")
     return {**message, "reasoning_content": NO_THOUGHTS} if is_missing else message
 
 
 def with_flat_content(message: Json) -> Json:
-    """Return a message with one string for parts that are nothing but text."""
+    """Return the message, with one string for parts that are nothing but text."""
     content = message.get("content")
     is_text = isinstance(content, list) and all(dig(part, "type") == "text" for part in content)
     return {**message, "content": text_of(content)} if is_text else message
@@ -5399,7 +5399,8 @@ RULES = (
     Rule(
         "history",
         Rewrite.history,
-        "DashScope 400: qwen-code #656, #2360, arguments must be JSON; Qwen Code, converter.ts",
+        "DashScope 400: qwen-code #656, #2360, arguments must be JSON; Qwen Code, converter.ts; "
+        "Anthropic's messages, which Cursor sends to chat completions",
     ),
     Rule(
         "user-present",
