@@ -1428,14 +1428,8 @@ class DeadlineSocket(socket.socket):
         return super().recv_into(*arguments)
 
 
-class DeadlineTLSSocket(ssl.SSLSocket):
-    """The TLS counterpart of DeadlineSocket."""
-
-    deadline = float("inf")
-
-    def recv_into(self, *arguments: Any) -> int:
-        self.settimeout(time_left(self.deadline))
-        return super().recv_into(*arguments)
+class DeadlineTLSSocket(DeadlineSocket, ssl.SSLSocket):
+    """Its TLS counterpart: super() of a DeadlineSocket is an SSLSocket here."""
 
 
 def keep_alive(connection: socket.socket) -> None:
