@@ -1081,9 +1081,10 @@ class Login(NamedTuple):
     resource_url: str
     fields: Json
 
-    def is_fresh(self) -> bool:
-        """Return whether the access token can be used now."""
-        return time.time() < self.expires_at - REFRESH_MARGIN
+    def is_fresh(self, rejected: str = "") -> bool:
+        """Return whether the access token can be used now, and is not the rejected one."""
+        is_valid = time.time() < self.expires_at - REFRESH_MARGIN
+        return is_valid and self.access_token != rejected
 
     @classmethod
     def parse(cls, text: str) -> Login:
@@ -1641,7 +1642,7 @@ class OAuthCredentials:
         """
         asked = time.monotonic()
         login = self.login()
-        if login.is_fresh() and login.access_token != rejected:
+        if login.is_fresh(rejected):
             if self._save_again_at and time.monotonic() > self._save_again_at:
                 self._save_again(pause)
             return login.access_token
@@ -1649,7 +1650,7 @@ class OAuthCredentials:
             pause(0)
         try:
             login = self.login()
-            if login.is_fresh() and login.access_token != rejected:
+            if login.is_fresh(rejected):
                 return login.access_token
             # Those who waited while one attempt failed share its outcome; to queue up would cost
             # each of them another attempt.
@@ -1657,13 +1658,7 @@ class OAuthCredentials:
             if failed and (failed[0] > asked or time.monotonic() - failed[0] < self.PAUSE):
                 # A copy: an exception that is raised again and again keeps all its frames.
                 raise copy.copy(failed[1])
-            try:
-                login = self._refresh_locked(rejected, pause)
-            except UpstreamError as error:
-                self._failure = (time.monotonic(), copy.copy(error))
-                raise
-            self._failure = None
-            return login.access_token
+            return self._refreshed(rejected, pause).access_token
         finally:
             self._refreshing.release()
 
@@ -1765,13 +1760,18 @@ class OAuthCredentials:
             self._refused = ""
         self._login, self._failure, self.problem, self._save_again_at = login, None, "", 0.0
 
-    def _refresh_locked(self, rejected: str, pause: Callable[[float], None]) -> Login:
+    def _refreshed(self, rejected: str, pause: Callable[[float], None]) -> Login:
         """Refresh under the CLI's lock, unless another process has done it meanwhile."""
-        with self._locked(pause):
-            login = self.login()
-            if login.is_fresh() and login.access_token != rejected:
-                return login
-            return self._refresh(login)
+        try:
+            with self._locked(pause):
+                login = self.login()
+                if not login.is_fresh(rejected):
+                    login = self._refresh(login)
+        except UpstreamError as error:
+            self._failure = (time.monotonic(), copy.copy(error))
+            raise
+        self._failure = None
+        return login
 
     @contextlib.contextmanager
     def _locked(self, pause: Callable[[float], None] = time.sleep) -> Iterator[None]:
@@ -1800,26 +1800,24 @@ class OAuthCredentials:
             return refreshed
         # Only JSON is a verdict (the firewall's HTML comes with any status), and only on this
         # refresh token.
-        if status in (400, 401) and answer is not None:
-            return self._refused_by_host(login, detail)
-        raise self.refresh_failed(
-            f"the token endpoint answered {status} ({detail}); the login is kept and tried again"
-        )
+        if status not in (400, 401) or answer is None:
+            raise self.refresh_failed(
+                f"the token endpoint answered {status} ({detail}); the login is kept and tried "
+                "again"
+            )
+        current = self.login()
+        if current.refresh_token != login.refresh_token and current.is_fresh():
+            # Another process has written it meanwhile.
+            return current
+        self._refused = login.refresh_token
+        log.warning("the token endpoint refused the refresh token: %s", detail)
+        raise self._login_needed()
 
     @classmethod
     def refresh_failed(cls, message: str) -> UpstreamError:
         """Return the error for a refresh that may work in a moment."""
         headers = [("Retry-After", f"{cls.PAUSE:.0f}")]
         return UpstreamError(message, 503, "token_refresh_failed", retry=True, headers=headers)
-
-    def _refused_by_host(self, login: Login, detail: str) -> Login:
-        """Adopt what another process has written meanwhile, else remember the token as dead."""
-        current = self.login()
-        if current.refresh_token != login.refresh_token and current.is_fresh():
-            return current
-        self._refused = login.refresh_token
-        log.warning("the token endpoint refused the refresh token: %s", detail)
-        raise self._login_needed()
 
     def _login_needed(self) -> CredentialError:
         return CredentialError(
