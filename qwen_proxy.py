@@ -1108,26 +1108,20 @@ class Login(NamedTuple):
                 raise CredentialError(f"it has no {name}")
         if not _TOKEN.match(fields["access_token"]):
             raise CredentialError("its access_token holds a character that no header may hold")
-        expiry_date: Any = fields.get("expiry_date")
+        expiry_date = fields.get("expiry_date", 0)
         if not is_number(expiry_date) or not 0 < expiry_date < 1e17:
             raise CredentialError("its expiry_date is not a time in milliseconds")
         keep_secret(fields["access_token"], rotates=True)
         keep_secret(fields["refresh_token"], rotates=True)
-        resource_url: Any = fields.get("resource_url")
-        if resource_url in (None, ""):
-            resource_url = PORTAL_RESOURCE_URL
+        named = fields.get("resource_url", "")
+        resource_url = PORTAL_RESOURCE_URL if named in (None, "") else named
         SECRETS.add_userinfo(str(resource_url))
         is_text = isinstance(resource_url, str)
         fault = base_url_fault(base_url_of(resource_url) if is_text else resource_url)
         if fault:
             raise CredentialError(f"its resource_url {fault}")
-        return cls(
-            fields["access_token"],
-            fields["refresh_token"],
-            expiry_date / 1000,
-            resource_url,
-            fields,
-        )
+        tokens = fields["access_token"], fields["refresh_token"]
+        return cls(*tokens, expiry_date / 1000, resource_url, fields)
 
     @classmethod
     def from_answer(cls, answer: Json, before: Json) -> Login:
@@ -1613,14 +1607,10 @@ class OAuthCredentials:
     SAVE_PAUSE = 30.0
 
     def __init__(
-        self,
-        path: str,
-        oauth_base_url: str = OAUTH_BASE_URL,
-        forwarding: Forwarding = DIRECT,
+        self, path: str, oauth_base_url: str = OAUTH_BASE_URL, forwarding: Forwarding = DIRECT
     ):
         self.path, self.problem = path, ""
         self._oauth_base_url, self._forwarding = oauth_base_url, forwarding
-        self._token_url = oauth_base_url.rstrip("/") + TOKEN_PATH
         self._refreshing, self._reading = threading.Lock(), threading.Lock()
         self._login: Login | None = None
         self._stamp: Any = ()
@@ -1789,9 +1779,13 @@ class OAuthCredentials:
     def _refresh(self, login: Login) -> Login:
         if login.refresh_token == self._refused:
             raise self._login_needed()
-        form = {"grant_type": "refresh_token", "refresh_token": login.refresh_token}
-        form["client_id"] = CLIENT_ID
-        status, answer, detail = post_form(self._token_url, form, forwarding=self._forwarding)
+        form = {
+            "grant_type": "refresh_token",
+            "refresh_token": login.refresh_token,
+            "client_id": CLIENT_ID,
+        }
+        url = self._oauth_base_url.rstrip("/") + TOKEN_PATH
+        status, answer, detail = post_form(url, form, forwarding=self._forwarding)
         if status == 200 and answer and not answer.get("error"):
             refreshed = Login.from_answer(answer, login.fields)
             self.save(refreshed)
