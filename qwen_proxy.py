@@ -1598,7 +1598,6 @@ class OAuthCredentials:
     login by the CLI counts at once; it is written only with a refreshed token.
     """
 
-    kind = "oauth"
     # One attempt while holding the lock: a CLI before 0.24 breaks it after 10 s.
     TIMEOUT = 8.0
     # After a failure that may pass, requests fail at once for this long.
@@ -1678,7 +1677,7 @@ class OAuthCredentials:
 
     def describe(self) -> Json:
         """Return facts for /health and status; nothing secret."""
-        facts: Json = {"type": self.kind, "path": self.path, "problem": self.problem or None}
+        facts: Json = {"type": "oauth", "path": self.path, "problem": self.problem or None}
         with contextlib.suppress(CredentialError):
             facts["expires_at"] = int(self.login().expires_at)
         return facts
@@ -1822,8 +1821,6 @@ class OAuthCredentials:
 class ApiKey:
     """A key from settings, environment or command line, bound to the base URL of its entry."""
 
-    kind = "api-key"
-
     def __init__(self, value: str, source: str, problem: str = ""):
         self._value, self.source, self._problem = value, source, problem or key_fault(value, source)
         keep_secret(value)
@@ -1840,7 +1837,7 @@ class ApiKey:
 
     def describe(self) -> Json:
         """Return facts for /health and status; nothing secret."""
-        return {"type": self.kind, "source": self.source, "problem": self._problem or None}
+        return {"type": "api-key", "source": self.source, "problem": self._problem or None}
 
 
 def key_fault(value: str, source: str) -> str:
@@ -2010,6 +2007,11 @@ class Provider:
         """The base URL; for an OAuth login that of the host that its file names now."""
         return self.stated_url or self.credentials.base_url()
 
+    @property
+    def oauth(self) -> OAuthCredentials | None:
+        """The login that it is used with; None where that is a key."""
+        return self.credentials if isinstance(self.credentials, OAuthCredentials) else None
+
     def host(self) -> str:
         """Return the host of the base URL that settings or options name."""
         return host_of(self.stated_url)
@@ -2024,8 +2026,8 @@ class Provider:
     def problem(self) -> str | None:
         """Return why the provider cannot be used; None when it can."""
         try:
-            if isinstance(self.credentials, OAuthCredentials):
-                self.credentials.login()
+            if self.oauth:
+                self.oauth.login()
             else:
                 self.credentials.access_token()
         except CredentialError as error:
@@ -2667,7 +2669,8 @@ class Discovery:
         stated = {"generationConfig": dig(settings.values, "model", "generationConfig")}
         for provider in self.providers:
             provider.defaults = settings.config(stated)
-            self.notes += self._unsaved(provider)
+            if provider.oauth:
+                self.notes += self._unsaved(provider.oauth.path)
 
     def summary(self) -> str:
         """Return what would be used, in one line for the log."""
@@ -2744,7 +2747,7 @@ class Discovery:
 
     def _by_oauth(self) -> tuple[Provider | None, str] | None:
         kind, own = self._kind(), self._oauth[0]
-        is_there = isinstance(own.credentials, OAuthCredentials) and own.credentials.is_there()
+        is_there = own.oauth and own.oauth.is_there()
         return (own, "") if kind == "qwen-oauth" or kind is None and is_there else None
 
     def _by_entry(self) -> tuple[Provider | None, str] | None:
@@ -2820,7 +2823,7 @@ class Discovery:
         wanted, _ = self._wanted_model()
         if active is None or self._options.model:
             return wanted or DEFAULT_MODEL
-        if active.credentials.kind == "oauth":
+        if active.oauth:
             # Qwen Code: any other name falls back to it.
             return OAUTH_MODEL
         if active in self._listed and wanted not in active.entries:
@@ -2829,12 +2832,7 @@ class Discovery:
         return wanted or next(iter(active.model_ids()), active.family.default_model)
 
     def _others(self, active: Provider) -> list[Provider]:
-        present = [
-            provider
-            for provider in self._oauth
-            if isinstance(provider.credentials, OAuthCredentials)
-            and provider.credentials.is_there()
-        ]
+        present = [each for each in self._oauth if each.oauth and each.oauth.is_there()]
         others = [provider for provider in self._listed + present if provider is not active]
         for provider in others:
             # --base-url at the host of an entry: another key, and so another name.
@@ -2843,10 +2841,7 @@ class Discovery:
         return others
 
     @staticmethod
-    def _unsaved(provider: Provider) -> list[str]:
-        if not isinstance(provider.credentials, OAuthCredentials):
-            return []
-        path = provider.credentials.path
+    def _unsaved(path: str) -> list[str]:
         reason = LoginFile(path).why_not_saved()
         note = (
             f"{path} cannot be saved ({reason}): a refreshed token stays in memory only, and after "
@@ -2997,8 +2992,8 @@ class Providers:
         targets = self.serving(lists or []).targets(model)
         if self.options.failover:
             return targets
-        if targets[0].provider.credentials.kind == "oauth":
-            return [each for each in targets if each.provider.credentials.kind == "oauth"]
+        if targets[0].provider.oauth:
+            return [target for target in targets if target.provider.oauth]
         return targets[:1]
 
     def _unaliased(self, model: str) -> str:
@@ -11640,7 +11635,7 @@ def banner(server: ProxyServer) -> list[str]:
         lines.append(f"provider  {active.name}, from {active.source}")
         if active.problem():
             lines.append(f"warning   {active.problem()}")
-        elif active.credentials.kind == "oauth":
+        elif active.oauth:
             lines.append(f"note      {FREE_TIER_ENDED}")
     elif discovery.problem:
         lines.append(f"warning   {discovery.problem}")
@@ -11795,8 +11790,8 @@ def status_facts(providers: Providers, is_offline: bool) -> Json:
         status, problem, skew = checked_provider(active, discovery.model, is_offline, forwarding)
         described = active.describe()
         facts.update(status=status, problem=problem or None, clock_skew=skew, provider=described)
-        if isinstance(active.credentials, OAuthCredentials):
-            described["login"].update(login_file_facts(active.credentials.path))
+        if active.oauth:
+            described["login"].update(login_file_facts(active.oauth.path))
         host = host_of(described["base_url"] or "", with_port=True)
         facts["forward_proxy"] = host and forwarding.proxy_for(host) or None
     return facts
@@ -11814,15 +11809,15 @@ def checked_provider(
     A login is refreshed if that is due, and the upstream is asked for its models with the key:
     neither costs quota.
     """
-    problem, credentials = provider.problem(), provider.credentials
+    problem, oauth = provider.problem(), provider.oauth
     if problem:
         return NO, problem, None
     if is_offline:
         return NOT_CHECKED, "--offline asks nobody", None
-    if isinstance(credentials, OAuthCredentials) and not os.path.lexists(credentials.path):
-        return NOT_CHECKED, f"QWEN_CLI_AUTH is written to {credentials.path} at the start", None
+    if oauth and not os.path.lexists(oauth.path):
+        return NOT_CHECKED, f"QWEN_CLI_AUTH is written to {oauth.path} at the start", None
     try:
-        headers = {"Authorization": f"Bearer {credentials.access_token()}"}
+        headers = {"Authorization": f"Bearer {provider.credentials.access_token()}"}
         headers.update(Upstream.custom_headers(Target(provider, model)))
         request = urllib.request.Request(provider.base_url + "/models", headers=headers)
         request.add_header("User-Agent", f"qwen_proxy/{__version__}")
@@ -11840,9 +11835,9 @@ def judged(provider: Provider, model: str, status: int, text: str) -> tuple[str,
     """Return what the answer to a question for the models says of a request, and why."""
     family, refusal = provider.family, Refusal.read(status, text)
     if status in (401, 403, *range(300, 400)) or status >= 500:
-        is_oauth = provider.credentials.kind == "oauth"
-        return NO, FREE_TIER_ENDED if is_oauth else to_upstream_error(refusal, family).message
-    if provider.credentials.kind == "oauth":
+        message = to_upstream_error(refusal, family).message
+        return NO, FREE_TIER_ENDED if provider.oauth else message
+    if provider.oauth:
         return NOT_CHECKED, FREE_TIER_ENDED
     listed = [dig(entry, "id") for entry in as_list(dig(loads(text), "data"))]
     if status != 200 or not family.has_list or "open-list" in family.traits:
