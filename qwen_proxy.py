@@ -2466,21 +2466,23 @@ def spellings(path: str) -> set[str]:
     return {os.path.normcase(each) for each in (os.path.abspath(path), os.path.realpath(path))}
 
 
-def preset_of(base_url: str) -> str | None:
-    """Return the name of the preset with this base URL."""
-    matches = (name for name, (url, _) in PRESETS.items() if url == base_url.rstrip("/"))
-    return next(matches, None)
+def name_at(base_url: str) -> str:
+    """Return the name of a provider at a base URL: that of its preset, else the host."""
+    names = {url: name for name, (url, _) in PRESETS.items()}
+    return names.get(base_url.rstrip("/")) or host_of(base_url, with_port=True)
 
 
-def preset_provider(name: str, settings: CliSettings) -> Provider:
-    """Return a provider from PRESETS, with the key of its own variable."""
-    return named_provider(name, *PRESETS[name], settings)
+def keyed_provider(
+    settings: CliSettings, where: str, name: str, base_url: str, variable: str
+) -> Provider:
+    """Return a provider with the key of a variable; where: what names it."""
+    credentials, family = key_from(settings, variable, base_url), family_of(base_url, variable)
+    return Provider(name, base_url, credentials, f"{where}, {variable}", family=family)
 
 
-def named_provider(name: str, base_url: str, variable: str, settings: CliSettings) -> Provider:
-    """Return the provider that --provider names, with the key of a variable."""
-    credentials, source = key_from(settings, variable), f"--provider {name}, {variable}"
-    return Provider(name, base_url, credentials, source, family=family_of(base_url, variable))
+def unusable_provider(where: str, problem: str, name: str = "unnamed") -> Provider:
+    """Return a provider that has nothing but a problem; where: what was meant to name it."""
+    return Provider(name, "", ApiKey("", where, problem), where)
 
 
 def key_from(settings: CliSettings, variable: str, base_url: str = "") -> ApiKey:
@@ -2568,16 +2570,12 @@ class SettingsProviders:
         self._providers[key].entries.setdefault(entry["id"], self._settings.config(entry))
 
     def _provider(self, base_url: str, variable: str, problem: str, where: str) -> Provider:
-        host = host_of(base_url, with_port=True)
-        name = "unnamed" if problem else preset_of(base_url) or host
-        others = [other.name.split("#")[0] for other in self._providers.values()]
-        taken = others.count(name)
+        name = "unnamed" if problem else name_at(base_url)
+        taken = [other.name.split("#")[0] for other in self.all()].count(name)
         name = f"{name}#{taken + 1}" if taken else name
         if problem:
-            return Provider(name, "", ApiKey("", where, f"{where}: {problem}"), where)
-        credentials = key_from(self._settings, variable, base_url)
-        family = family_of(base_url, variable)
-        return Provider(name, base_url, credentials, f"{where}, {variable}", family=family)
+            return unusable_provider(where, f"{where}: {problem}", name)
+        return keyed_provider(self._settings, where, name, base_url, variable)
 
     def _base_url(self, entry: Json) -> tuple[str, str]:
         """Return an entry's base URL and '', or what it says and why that is none."""
@@ -2604,13 +2602,13 @@ def environment_provider(settings: CliSettings, base_url: Any, source: str) -> P
     base_url = base_url.strip() if isinstance(base_url, str) else base_url
     fault = base_url_fault(base_url)
     if fault:
-        return Provider("unnamed", "", ApiKey("", source, f"{source} {fault}"), source)
-    host = host_of(base_url, with_port=True)
-    presets = PRESETS.values()
-    plan = next((variable for url, variable in presets if host_of(url) == host), "OPENAI_API_KEY")
-    is_of_plan = not settings.variable("OPENAI_API_KEY") and settings.variable(plan)
-    credentials = key_from(settings, plan if is_of_plan else "OPENAI_API_KEY", base_url)
-    return Provider(preset_of(base_url) or host, base_url, credentials, source)
+        return unusable_provider(source, f"{source} {fault}")
+    variable = "OPENAI_API_KEY"
+    plans = {host_of(url): name for url, name in PRESETS.values()}
+    plan = plans.get(host_of(base_url, with_port=True), variable)
+    if settings.variable(plan) and not settings.variable(variable):
+        variable = plan
+    return Provider(name_at(base_url), base_url, key_from(settings, variable, base_url), source)
 
 
 def login_names(folder: str) -> list[str]:
@@ -2707,12 +2705,16 @@ class Discovery:
             if name in (provider.name, provider.host()):
                 return provider, ""
         if name in PRESETS:
-            return preset_provider(name, self._settings), ""
+            return self._preset(name), ""
         if WORKSPACE_HOST.match(name):
-            base_url = f"https://{name}/compatible-mode/v1"
-            return named_provider(name, base_url, family_of(base_url).variable, self._settings), ""
+            where, base_url = f"--provider {name}", f"https://{name}/compatible-mode/v1"
+            variable = family_of(base_url).variable
+            return keyed_provider(self._settings, where, name, base_url, variable), ""
         known = sorted({*PRESETS, "oauth", *(provider.name for provider in found)})
         return None, f"there is no provider {name!r}; known are {', '.join(known)}"
+
+    def _preset(self, name: str) -> Provider:
+        return keyed_provider(self._settings, f"--provider {name}", name, *PRESETS[name])
 
     def _kind(self) -> Any:
         """Return the kind of login that the CLI uses: selected, or guessed from the environment."""
@@ -2764,7 +2766,7 @@ class Discovery:
         where = self._flagged.get(name)
         if where:
             problem = f"{where}: {name} is no chat model; choose one with /model in `qwen`"
-            return Provider("unnamed", "", ApiKey("", where, problem), where), ""
+            return unusable_provider(where, problem), ""
         return (having[0], "") if having else None
 
     def _by_environment(self) -> tuple[Provider | None, str] | None:
@@ -2796,7 +2798,7 @@ class Discovery:
         variables = sorted({name for _, name in PRESETS.values() if variable(name)})
         fitting = [name for name, (_, key) in PRESETS.items() if key in variables]
         if len(fitting) == 1:
-            return preset_provider(fitting[0], self._settings), ""
+            return self._preset(fitting[0]), ""
         if variables:
             choices = " or ".join(f"--provider {name}" for name in fitting)
             return None, (
