@@ -2654,13 +2654,14 @@ class Discovery:
         listed = SettingsProviders(settings)
         self._listed, self._flagged = [] if self.problem else listed.all(), listed.flagged
         self._oauth = oauth_providers(settings, known)
-        active, note = (None, "") if self.problem else self._choose()
-        if active is None and options.provider:
-            raise ValueError(note)
-        self.notes += listed.notes
         flagged = [f"{where} is no chat model" for where in listed.flagged.values()]
         # What to do as long as there is no provider.
-        self.advice = "; ".join([note] if note else [*listed.notes, *flagged]) or NO_LOGIN
+        self.advice = "; ".join([*listed.notes, *flagged]) or NO_LOGIN
+        try:
+            active = None if self.problem else self._choose()
+        except CredentialError as error:
+            active, self.advice = None, error.message
+        self.notes += listed.notes
         self.model = self._default_model(active)
         # None is chosen in the place of one that was meant.
         self.providers = [active, *self._others(active)] if active else []
@@ -2679,8 +2680,12 @@ class Discovery:
         besides = f"; besides {names}" if names else ""
         return f"{self.model or 'no model'} via {active.name} ({active.source}){besides}"
 
-    def _choose(self) -> tuple[Provider | None, str]:
-        """Return the provider that the first rule to apply names, or None and why there is none."""
+    def _choose(self) -> Provider | None:
+        """Return the provider that the first rule to apply names.
+
+        Raises CredentialError with what to do where a rule says that there can be none, ValueError
+        for an unknown name.
+        """
         rules = (
             self._by_base_url,
             self._by_name,
@@ -2689,29 +2694,29 @@ class Discovery:
             self._by_entry,
             self._by_environment,
             self._by_first_entry,
+            self._by_lone_key,
         )
-        chosen = (found for found in (rule() for rule in rules) if found is not None)
-        return next(chosen, None) or self._by_lone_key()
+        return next(filter(None, (rule() for rule in rules)), None)
 
-    def _by_base_url(self) -> tuple[Provider | None, str] | None:
+    def _by_base_url(self) -> Provider | None:
         url = self._options.base_url
-        return (environment_provider(self._settings, url, "--base-url"), "") if url else None
+        return environment_provider(self._settings, url, "--base-url") if url else None
 
-    def _by_name(self) -> tuple[Provider | None, str] | None:
+    def _by_name(self) -> Provider | None:
         name, found = self._options.provider, self._listed + self._oauth
         if not name:
             return None
         for provider in found:
             if name in (provider.name, provider.host()):
-                return provider, ""
+                return provider
         if name in PRESETS:
-            return self._preset(name), ""
+            return self._preset(name)
         if WORKSPACE_HOST.match(name):
             where, base_url = f"--provider {name}", f"https://{name}/compatible-mode/v1"
             variable = family_of(base_url).variable
-            return keyed_provider(self._settings, where, name, base_url, variable), ""
+            return keyed_provider(self._settings, where, name, base_url, variable)
         known = sorted({*PRESETS, "oauth", *(provider.name for provider in found)})
-        return None, f"there is no provider {name!r}; known are {', '.join(known)}"
+        raise ValueError(f"there is no provider {name!r}; known are {', '.join(known)}")
 
     def _preset(self, name: str) -> Provider:
         return keyed_provider(self._settings, f"--provider {name}", name, *PRESETS[name])
@@ -2731,28 +2736,27 @@ class Discovery:
         }
         return next((other for other, names in others.items() if all(map(variable, names))), None)
 
-    def _by_other_kind(self) -> tuple[Provider | None, str] | None:
+    def _by_other_kind(self) -> None:
         kind, way_out = self._kind(), "choose another one with --provider NAME"
         enforced = dig(self._settings.values, "security", "auth", "enforcedType")
         if enforced and enforced != kind:
-            return None, (
+            raise CredentialError(
                 f"security.auth.enforcedType in settings.json allows {shorten(str(enforced), 40)} "
                 f"only, and the CLI is set to {shorten(str(kind or 'nothing'), 40)}; {way_out}"
             )
-        if not kind or kind in ("openai", "qwen-oauth"):
-            return None
-        return None, (
-            f"the CLI is set to {shorten(str(kind), 40)} (security.auth.selectedType in "
-            "settings.json, or the environment), which has no OpenAI-compatible endpoint here; "
-            f"{way_out}"
-        )
+        if kind and kind not in ("openai", "qwen-oauth"):
+            raise CredentialError(
+                f"the CLI is set to {shorten(str(kind), 40)} (security.auth.selectedType in "
+                "settings.json, or the environment), which has no OpenAI-compatible endpoint here; "
+                f"{way_out}"
+            )
 
-    def _by_oauth(self) -> tuple[Provider | None, str] | None:
+    def _by_oauth(self) -> Provider | None:
         kind, own = self._kind(), self._oauth[0]
         is_there = own.oauth and own.oauth.is_there()
-        return (own, "") if kind == "qwen-oauth" or kind is None and is_there else None
+        return own if kind == "qwen-oauth" or kind is None and is_there else None
 
-    def _by_entry(self) -> tuple[Provider | None, str] | None:
+    def _by_entry(self) -> Provider | None:
         """Return the provider of the entry with the wanted id; of several, that of model.baseUrl.
 
         Qwen Code, its model resolver.
@@ -2766,22 +2770,22 @@ class Discovery:
         where = self._flagged.get(name)
         if where:
             problem = f"{where}: {name} is no chat model; choose one with /model in `qwen`"
-            return unusable_provider(where, problem), ""
-        return (having[0], "") if having else None
+            return unusable_provider(where, problem)
+        return having[0] if having else None
 
-    def _by_environment(self) -> tuple[Provider | None, str] | None:
+    def _by_environment(self) -> Provider | None:
         url = self._settings.variable("OPENAI_BASE_URL")
         if url:
-            return environment_provider(self._settings, url, "OPENAI_BASE_URL"), ""
+            return environment_provider(self._settings, url, "OPENAI_BASE_URL")
         stored = dig(self._settings.values, "security", "auth", "baseUrl")
         if stored not in (None, ""):
             source = "security.auth.baseUrl in settings.json"
-            return environment_provider(self._settings, stored, source), ""
+            return environment_provider(self._settings, stored, source)
         # The CLI would send this key for such a model to a host that it guesses.
         is_lone = self._wanted_model()[0] and self._settings.variable("OPENAI_API_KEY")
         return self._by_lone_key() if is_lone and self._listed else None
 
-    def _by_first_entry(self) -> tuple[Provider | None, str] | None:
+    def _by_first_entry(self) -> Provider | None:
         """Return the first entry, or that of the CLI's default model if none is named.
 
         It is never another one because that has no key.
@@ -2790,26 +2794,26 @@ class Discovery:
             return None
         wanted, _ = self._wanted_model()
         having = (each for each in self._listed if not wanted and DEFAULT_MODEL in each.entries)
-        return next(having, self._listed[0]), ""
+        return next(having, self._listed[0])
 
-    def _by_lone_key(self) -> tuple[Provider | None, str]:
+    def _by_lone_key(self) -> Provider | None:
         """Return the provider of the only key in the environment, if its host is certain."""
         variable = self._settings.variable
         variables = sorted({name for _, name in PRESETS.values() if variable(name)})
         fitting = [name for name, (_, key) in PRESETS.items() if key in variables]
         if len(fitting) == 1:
-            return self._preset(fitting[0]), ""
+            return self._preset(fitting[0])
         if variables:
             choices = " or ".join(f"--provider {name}" for name in fitting)
-            return None, (
+            raise CredentialError(
                 f"{' and '.join(variables)} is set, but the key works on more than one host, and "
                 f"the proxy does not guess: start with python3 qwen_proxy.py {choices}"
             )
         if variable("OPENAI_API_KEY"):
-            return None, (
+            raise CredentialError(
                 "OPENAI_API_KEY is set, but not its host; add --base-url URL or OPENAI_BASE_URL"
             )
-        return None, ""
+        return None
 
     def _wanted_model(self) -> tuple[str, bool]:
         """Return the model that the CLI would use, and whether settings.json names it."""
