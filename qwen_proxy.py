@@ -2542,15 +2542,15 @@ class SettingsProviders:
             self.notes.append(f"{where} is not read: its id must be a string")
             return
         flag = next((flag for flag in self.FLAGS if entry.get(flag)), "")
+        wire = entry.get("wireApi", "chat-completions")
         if flag:
-            is_first = not any(entry["id"] in each.entries for each in self._providers.values())
-            self.flagged.update({entry["id"]: f"{where}: {flag}"} if is_first else {})
-            return
-        if entry.get("wireApi", "chat-completions") != "chat-completions":
-            wire = shorten(str(entry["wireApi"]), 40)
-            self.notes.append(f"{where} is not read: wireApi {wire} is not spoken here")
-            return
-        self._add(entry, where)
+            if not any(entry["id"] in provider.entries for provider in self.all()):
+                self.flagged[entry["id"]] = f"{where}: {flag}"
+        elif wire != "chat-completions":
+            words = f"wireApi {shorten(str(wire), 40)} is not spoken here"
+            self.notes.append(f"{where} is not read: {words}")
+        else:
+            self._add(entry, where)
 
     def _add(self, entry: Json, where: str) -> None:
         """Put an entry under its provider; key and base URL come from the entry alone.
@@ -2559,11 +2559,11 @@ class SettingsProviders:
         key to another; here a variable that is not set stays an error with its name in it. Nor does
         anything wrong or missing get a default host.
         """
-        variable = "OPENAI_API_KEY" if entry.get("envKey") is None else entry["envKey"]
+        named = entry.get("envKey")
+        variable = "OPENAI_API_KEY" if named is None else as_text(named).strip()
         base_url, problem = self._base_url(entry)
-        if not as_text(variable).strip():
-            variable, problem = "", "envKey must be the name of a variable"
-        variable = variable.strip()
+        if not variable:
+            problem = "envKey must be the name of a variable"
         key = (where if problem else base_url, variable)
         if key not in self._providers:
             self._providers[key] = self._provider(base_url, variable, problem, where)
@@ -2581,16 +2581,15 @@ class SettingsProviders:
         """Return an entry's base URL and '', or what it says and why that is none."""
         stated = {
             "baseUrl": entry.get("baseUrl"),
-            "OPENAI_BASE_URL": self._settings.variable("OPENAI_BASE_URL") or None,
+            "OPENAI_BASE_URL": self._settings.variable("OPENAI_BASE_URL"),
             "security.auth.baseUrl": dig(self._settings.values, "security", "auth", "baseUrl"),
         }
-        named = next((item for item in stated.items() if item[1] and str(item[1]).strip()), None)
-        if named is None:
-            return "", "baseUrl is missing, and no host is guessed for a key"
-        name, url = named
-        url = url.strip().rstrip("/") if isinstance(url, str) else url
-        fault = base_url_fault(url)
-        return str(url), f"{name} {fault}" if fault else ""
+        for name, url in stated.items():
+            if url and str(url).strip():
+                base_url = url.strip().rstrip("/") if isinstance(url, str) else url
+                fault = base_url_fault(base_url)
+                return str(base_url), f"{name} {fault}" if fault else ""
+        return "", "baseUrl is missing, and no host is guessed for a key"
 
 
 def environment_provider(settings: CliSettings, base_url: Any, source: str) -> Provider:
