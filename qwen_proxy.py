@@ -2303,10 +2303,11 @@ class CliSettings:
         is_own = base_url and own in ("", base_url.strip().rstrip("/"))
         return as_text(auth.get("apiKey")).strip() if is_own else ""
 
-    def oauth_base_url(self) -> str:
-        """Return the identity host, which gets the refresh token: no project may move it."""
+    def login_at(self, path: str) -> OAuthCredentials:
+        """Return the login in a file. Its host gets the refresh token: no project may move it."""
         name = "QWEN_OAUTH_BASE_URL"
-        return self.environ.get(name) or self._own_variables.get(name) or OAUTH_BASE_URL
+        host = self.environ.get(name) or self._own_variables.get(name) or OAUTH_BASE_URL
+        return OAuthCredentials(path, host, self.forwarding())
 
     def forwarding(self) -> Forwarding:
         """Return the forward proxy that the settings or the variables name."""
@@ -2610,31 +2611,27 @@ def environment_provider(settings: CliSettings, base_url: Any, source: str) -> P
     return Provider(name_at(base_url), base_url, key_from(settings, variable, base_url), source)
 
 
-def login_names(folder: str) -> list[str]:
-    """Return the names of the login files in a folder; raises OSError."""
+def login_names(folder: str) -> tuple[list[str], str]:
+    """Return the names of the login files in a folder, and why it cannot be searched."""
     try:
-        return sorted(fnmatch.filter(os.listdir(folder), "oauth_creds*.json"))
-    except FileNotFoundError:
-        return []
+        return sorted(fnmatch.filter(os.listdir(folder), "oauth_creds*.json")), ""
+    except OSError as error:
+        return [], "" if isinstance(error, FileNotFoundError) else reason_of(error)
 
 
 def oauth_providers(settings: CliSettings, known: dict[str, OAuthCredentials]) -> list[Provider]:
     """Return a provider for oauth_creds.json and for every oauth_creds*.json beside it."""
-    try:
-        names = login_names(settings.home)
-    except OSError as error:
-        names = []
-        settings.notes.append(f"{settings.home} cannot be searched for logins: {reason_of(error)}")
+    names, fault = login_names(settings.home)
+    if fault:
+        settings.notes.append(f"{settings.home} cannot be searched for logins: {fault}")
     providers = []
     for name in dict.fromkeys(["oauth_creds.json", *names]):
         path = os.path.join(settings.home, name)
         if path not in known:
-            base_url, forwarding = settings.oauth_base_url(), settings.forwarding()
-            known[path] = OAuthCredentials(path, base_url, forwarding)
+            known[path] = settings.login_at(path)
         suffix = name[len("oauth_creds") : -len(".json")].strip("._-")
-        label = f"oauth-{suffix}" if suffix else "oauth"
-        entries: dict[str, Json] = {OAUTH_MODEL: {}}
-        providers.append(Provider(label, "", known[path], path, entries, FAMILIES["portal"]))
+        label, portal = f"oauth-{suffix}" if suffix else "oauth", FAMILIES["portal"]
+        providers.append(Provider(label, "", known[path], path, {OAUTH_MODEL: {}}, portal))
     return providers
 
 
@@ -2955,7 +2952,7 @@ class Providers:
         with self._lock:
             if time.monotonic() - self._checked > self.INTERVAL:
                 self._checked = time.monotonic()
-                if self._files.has_changed() or self._login_names() != self._logins:
+                if self._files.has_changed() or login_names(self.home)[0] != self._logins:
                     before, self._discovery = self._discovery.summary(), self._discover()
                     summary = self._discovery.summary()
                     if summary != before:
@@ -3005,15 +3002,9 @@ class Providers:
         matches = (target for name, target in self.aliases if fnmatch.fnmatchcase(model, name))
         return next(matches, model)
 
-    def _login_names(self) -> list[str]:
-        try:
-            return login_names(self.home)
-        except OSError:
-            return []
-
     def _discover(self) -> Discovery:
         # Login files come and go.
-        self._logins = self._login_names()
+        self._logins, _ = login_names(self.home)
         settings = CliSettings(self.home, self._environ, self._folder, self._files)
         self.forwarding = settings.forwarding()
         return Discovery(self.options, settings, self._known)
@@ -3032,8 +3023,8 @@ class Providers:
         except CredentialError as error:
             log.warning("QWEN_CLI_AUTH is ignored: %s", error.message)
             return
-        base_url = CliSettings(self.home, self._environ, self._folder).oauth_base_url()
-        self._known[path] = OAuthCredentials(path, base_url)
+        settings = CliSettings(self.home, self._environ, self._folder)
+        self._known[path] = settings.login_at(path)
         if is_read_only:
             self._known[path].adopt(login)
         else:
@@ -11664,10 +11655,8 @@ def cmd_login(options: Options, with_browser: bool) -> int:
     import webbrowser
 
     home = qwen_home(os.environ, options.qwen_home)
-    settings = CliSettings(home, os.environ, home)
-    credentials = OAuthCredentials(
-        os.path.join(home, "oauth_creds.json"), settings.oauth_base_url(), settings.forwarding()
-    )
+    path = os.path.join(home, "oauth_creds.json")
+    credentials = CliSettings(home, os.environ, home).login_at(path)
 
     def show(device: DeviceCode) -> None:
         """Tell the person where to approve the log-in."""
