@@ -2863,10 +2863,10 @@ class Serving:
 
     def __init__(self, discovery: Discovery, lists: list[list[str]], is_chosen: bool):
         self._providers, self._is_chosen = discovery.providers, is_chosen
+        # The settings may have changed since the lists were asked for.
+        padded = itertools.chain(lists, itertools.repeat([]))
         self._known = [
-            provider.model_ids(listed)
-            for provider, listed in itertools.zip_longest(discovery.providers, lists, fillvalue=())
-            if isinstance(provider, Provider)
+            provider.model_ids(listed) for provider, listed in zip(discovery.providers, padded)
         ]
         if self._known and not self._known[0] and discovery.model:
             self._known[0] = [discovery.model]
@@ -2877,9 +2877,8 @@ class Serving:
         return self._targets(self._spelled(model))
 
     def _targets(self, model: str) -> list[Target]:
-        ranks = [self._rank(place, model) for place in range(len(self._providers))]
-        places = [place for place, rank in enumerate(ranks) if rank < 9]
-        places.sort(key=lambda place: (ranks[place], place))
+        ranks = sorted((self._rank(place, model), place) for place in range(len(self._providers)))
+        places = [place for rank, place in ranks if rank < 9]
         if not places or self._is_chosen and model not in self._of_active:
             for provider in self._providers:
                 if model.startswith(provider.name + "/"):
@@ -2888,11 +2887,10 @@ class Serving:
 
     def _spelled(self, model: str) -> str:
         """Return the id as it is listed: without regard to case, if it is not listed as it is."""
-        if model in self._of_active or any(model in each.entries for each in self._providers):
+        if any(model in known for known in self._known):
             return model
-        listed = [*itertools.chain.from_iterable(self._known)]
-        alike = (known for known in listed if known.lower() == model.lower())
-        return model if model in listed else next(alike, model)
+        listed = (name for known in self._known for name in known)
+        return next((name for name in listed if name.lower() == model.lower()), model)
 
     def listing(self) -> list[tuple[str, Target]]:
         """Return each model under the id that leads to it.
@@ -2932,20 +2930,17 @@ class Providers:
     ):
         self.options = options
         self._environ = dict(os.environ if environ is None else environ)
-        self._folder = self._working_folder()
         self._known: dict[str, OAuthCredentials] = {}
         self._lock, self._checked, self._files = threading.Lock(), 0.0, WatchedFiles()
         self.aliases = [alias.partition("=")[::2] for alias in options.alias]
         self.home = qwen_home(self._environ, options.qwen_home)
+        try:
+            self._folder = os.getcwd()
+        except OSError:
+            # It was deleted. The home is no project.
+            self._folder = self._environ.get("HOME") or os.path.expanduser("~")
         self._seed_login(is_read_only)
         self._discovery = self._discover()
-
-    def _working_folder(self) -> str:
-        """Return the working directory; where it was deleted the home, which is no project."""
-        try:
-            return os.getcwd()
-        except OSError:
-            return self._environ.get("HOME") or os.path.expanduser("~")
 
     def current(self) -> Discovery:
         """Return the discovery as of now."""
@@ -2954,9 +2949,8 @@ class Providers:
                 self._checked = time.monotonic()
                 if self._files.has_changed() or login_names(self.home)[0] != self._logins:
                     before, self._discovery = self._discovery.summary(), self._discover()
-                    summary = self._discovery.summary()
-                    if summary != before:
-                        log.info("the settings were read again: %s", summary)
+                    if self._discovery.summary() != before:
+                        log.info("the settings were read again: %s", self._discovery.summary())
             return self._discovery
 
     def own_login(self) -> OAuthCredentials:
@@ -2980,12 +2974,18 @@ class Providers:
             raise BadRequest(f"model is longer than {self.MAX_MODEL_ID} characters", param="model")
         discovery = self.current()
         if discovery.problem:
-            headers = [("x-should-retry", "false")]
-            code = "settings_unreadable"
-            raise ProxyError(discovery.problem, 503, code, "server_error", headers=headers)
+            raise ProxyError(
+                discovery.problem,
+                503,
+                "settings_unreadable",
+                "server_error",
+                headers=[("x-should-retry", "false")],
+            )
         if not discovery.providers:
             raise CredentialError(". ".join([discovery.advice, *discovery.notes]))
-        model = self._unaliased(model.strip() if model else "") or discovery.model
+        name = (model or "").strip()
+        aliases = (meant for alias, meant in self.aliases if fnmatch.fnmatchcase(name, alias))
+        model = next(aliases, name) or discovery.model
         if not model:
             raise BadRequest(
                 "the request names no model: name one of /v1/models, or start with --model ID",
@@ -2997,10 +2997,6 @@ class Providers:
         if targets[0].provider.oauth:
             return [target for target in targets if target.provider.oauth]
         return targets[:1]
-
-    def _unaliased(self, model: str) -> str:
-        matches = (target for name, target in self.aliases if fnmatch.fnmatchcase(model, name))
-        return next(matches, model)
 
     def _discover(self) -> Discovery:
         # Login files come and go.
