@@ -2182,17 +2182,14 @@ def current_form(settings: Json) -> Json:
     models within an object in version 5 or without one.
     """
     settings, version = dict(settings), settings.get("$version")
-    flat = {
-        name: settings.pop(name, None) for name in ("selectedAuthType", "excludedProjectEnvVars")
-    }
-    model = settings.get("model")
-    if isinstance(model, str):
-        flat["model"] = settings.pop("model")
+    kind = settings.pop("selectedAuthType", None)
+    excluded = settings.pop("excludedProjectEnvVars", None)
+    model = settings.pop("model") if isinstance(settings.get("model"), str) else None
     if not isinstance(version, int) or version < 2:
         moved = {
-            "security": {"auth": stated({"selectedType": flat["selectedAuthType"]})},
-            "advanced": stated({"excludedEnvVars": flat["excludedProjectEnvVars"]}),
-            "model": stated({"name": flat.get("model")}),
+            "security": {"auth": stated({"selectedType": kind})},
+            "advanced": stated({"excludedEnvVars": excluded}),
+            "model": stated({"name": model}),
         }
         settings = merge(moved, settings)
     listed = as_object(settings.get("modelProviders"))
@@ -2279,13 +2276,17 @@ class CliSettings:
         self.files: list[str] = []
         self.notes: list[str] = []
         self._user_home = environ.get("HOME") or os.path.expanduser("~")
+        # The user's own .env files, the most important first, and those of the CLI among them.
+        of_cli = [os.path.join(home, ".env"), os.path.join(self._user_home, ".qwen", ".env")]
+        paths = dict.fromkeys([*of_cli, os.path.join(self._user_home, ".env")])
+        self._own = [self._load(path, parse_dotenv) for path in paths]
+        self._of_cli = [layer for path, layer in zip(paths, self._own) if path in of_cli]
         self.variables: dict[str, str] = {}
-        # Of the files in ~/.qwen alone.
-        self._own_variables: dict[str, str] = {}
-        self._own = self._read_own_dotenv()
         self.values: Json = {}
         # security.auth of the file that holds the key: another file must not move it.
         self._stored: Json = {}
+        # Names that a project's .env does not set: those of all files together.
+        self._excluded: list[Any] = []
         self.problem = ""
         self._read_settings(folder)
         self._read_variables(folder)
@@ -2294,7 +2295,7 @@ class CliSettings:
 
     def variable(self, name: str) -> str:
         """Return a variable without blanks around it; '' when it is unset or empty."""
-        return (self.environ.get(name) or self.variables.get(name) or "").strip()
+        return self._filled(name, self.environ, self.variables).strip()
 
     def stored_key(self, base_url: str) -> str:
         """Return security.auth.apiKey, unless it was stored for another base URL than this."""
@@ -2305,9 +2306,8 @@ class CliSettings:
 
     def login_at(self, path: str) -> OAuthCredentials:
         """Return the login in a file. Its host gets the refresh token: no project may move it."""
-        name = "QWEN_OAUTH_BASE_URL"
-        host = self.environ.get(name) or self._own_variables.get(name) or OAUTH_BASE_URL
-        return OAuthCredentials(path, host, self.forwarding())
+        host = self._filled("QWEN_OAUTH_BASE_URL", self.environ, *self._of_cli)
+        return OAuthCredentials(path, host or OAUTH_BASE_URL, self.forwarding())
 
     def forwarding(self) -> Forwarding:
         """Return the forward proxy that the settings or the variables name."""
@@ -2332,18 +2332,13 @@ class CliSettings:
             reasoning = None
         return {**config, **stated({"reasoning": reasoning, "profile": profile or None})}
 
-    def _read_own_dotenv(self) -> list[Json]:
-        """Return what the user's .env files say, the most important first."""
-        own = [os.path.join(self.home, ".env"), os.path.join(self._user_home, ".qwen", ".env")]
-        found = []
-        for path in dict.fromkeys([*own, os.path.join(self._user_home, ".env")]):
-            found.append(self._load(path, parse_dotenv))
-            if path in own:
-                self._own_variables = {**found[-1], **self._own_variables}
-        return found
+    @staticmethod
+    def _filled(name: str, *layers: Mapping[str, str]) -> str:
+        """Return the first value of a variable that is not empty."""
+        return next(filter(None, (layer.get(name) for layer in layers)), "")
 
     def _read_variables(self, folder: str) -> None:
-        for layer in [*self._project_variables(folder), *self._own]:
+        for layer in [self._project_variables(folder), *self._own]:
             self._add_variables(layer)
         known = {**self.variables, **self.environ}
         self._add_variables(expand_variables(as_object(self.values.get("env")), known))
@@ -2352,19 +2347,13 @@ class CliSettings:
         self.values = expand_variables(self.values, known)
         self._stored = expand_variables(self._stored, known)
 
-    def _project_variables(self, folder: str) -> list[Json]:
+    def _project_variables(self, folder: str) -> Json:
         """Return what the project's .env says, without the names that the settings exclude."""
-        named = dig(self.values, "advanced", "excludedEnvVars")
-        excluded = ([named] if isinstance(named, str) else as_list(named)) or [
-            "DEBUG",
-            "DEBUG_MODE",
-        ]
-        layers = []
-        for path in self._project_dotenv(folder):
-            is_plain = os.path.basename(os.path.dirname(path)) != ".qwen"
-            found = self._load(path, parse_dotenv)
-            layers.append(without_keys(found, excluded if is_plain else ()))
-        return layers
+        path = self._project_dotenv(folder)
+        found = self._load(path, parse_dotenv) if path else {}
+        is_plain = os.path.basename(os.path.dirname(path)) != ".qwen"
+        excluded = self._excluded or ["DEBUG", "DEBUG_MODE"]
+        return without_keys(found, excluded if is_plain else ())
 
     def _add_variables(self, layer: Json) -> None:
         """Add a layer below those before it; an empty value leaves its name to the next one."""
@@ -2373,33 +2362,27 @@ class CliSettings:
                 self.variables[name] = value
 
     def _read_settings(self, folder: str) -> None:
-        # Where one of these is broken, the CLI stops.
         system = self.environ.get("QWEN_CODE_SYSTEM_SETTINGS_PATH") or os.path.join(
             self.FOLDERS.get(sys.platform, "/etc/qwen-code"), "settings.json"
         )
-        defaults = os.path.join(os.path.dirname(system), "system-defaults.json")
-        binding = [
-            self.environ.get("QWEN_CODE_SYSTEM_DEFAULTS_PATH") or defaults,
-            os.path.join(self.home, "settings.json"),
-            system,
-        ]
+        defaults = self.environ.get("QWEN_CODE_SYSTEM_DEFAULTS_PATH") or os.path.join(
+            os.path.dirname(system), "system-defaults.json"
+        )
+        user = os.path.join(self.home, "settings.json")
         project = os.path.join(folder, ".qwen", "settings.json")
         trusted = [project] if self._counts(folder, project) else []
-        excluded: list[Any] = []
-        for path in [*binding[:2], *trusted, binding[2]]:
+        for path in [defaults, user, *trusted, system]:
             settings = current_form(self._load(path, parse_settings))
             auth = as_object(dig(settings, "security", "auth"))
             self._stored = auth if auth.get("apiKey") else self._stored
             self.values = merge(self.values, settings)
-            excluded += as_list(dig(settings, "advanced", "excludedEnvVars"))
-        if excluded:
-            # Those of all files together.
-            self.values = merge(self.values, {"advanced": {"excludedEnvVars": excluded}})
-        for path in binding:
-            if path in self._files.faults:
-                reason = self._files.faults[path]
+            excluded = dig(settings, "advanced", "excludedEnvVars")
+            self._excluded += [excluded] if isinstance(excluded, str) else as_list(excluded)
+            fault = self._files.faults.get(path)
+            if fault and path not in trusted and not self.problem:
+                # Here the CLI stops.
                 ways_out = "mend it, or start with --provider NAME"
-                self.problem = self.problem or f"{path} cannot be used: {reason}; {ways_out}"
+                self.problem = f"{path} cannot be used: {fault}; {ways_out}"
 
     def _load(self, path: str, parse: Callable[[str], Json]) -> Json:
         found = self._files.load(path, parse)
@@ -2410,8 +2393,8 @@ class CliSettings:
             self.files.append(path)
         return found
 
-    def _project_dotenv(self, folder: str) -> list[str]:
-        """Return the nearest .env of the working directory or above.
+    def _project_dotenv(self, folder: str) -> str:
+        """Return the nearest .env of the working directory or above; '' if there is none.
 
         Both that directory and the folder that holds the file must be trusted.
         """
@@ -2419,11 +2402,11 @@ class CliSettings:
         while os.path.realpath(above) != user_home:
             for path in (os.path.join(above, ".qwen", ".env"), os.path.join(above, ".env")):
                 if self._counts(above, path) and self._is_trusted(folder):
-                    return [path]
+                    return path
             if above == os.path.dirname(above):
                 break
             above = os.path.dirname(above)
-        return []
+        return ""
 
     def _counts(self, folder: str, path: str) -> bool:
         """Return whether there is such a file, not the user's own, in a trusted folder."""
@@ -2446,10 +2429,10 @@ class CliSettings:
 
         Qwen Code, trustedFolders.ts. Of two rules for one folder DO_NOT_TRUST counts.
         """
-        name = "QWEN_CODE_TRUSTED_FOLDERS_PATH"
-        named = [layer.get(name) for layer in (self.environ, *self._own)]
-        path = next(filter(None, named), None) or os.path.join(self.home, "trustedFolders.json")
-        deciding = (-1, False)
+        named = self._filled("QWEN_CODE_TRUSTED_FOLDERS_PATH", self.environ, *self._own)
+        path = named or os.path.join(self.home, "trustedFolders.json")
+        # Folders in the path of the deciding rule, and whether it is one that denies.
+        deciding = (-1, True)
         for rule, level in self._load(path, parse_settings).items():
             if level not in ("TRUST_FOLDER", "TRUST_PARENT", "DO_NOT_TRUST"):
                 continue
@@ -2457,9 +2440,8 @@ class CliSettings:
             for spelled in spellings(root):
                 prefix = spelled.rstrip(os.sep) + os.sep
                 if any((place + os.sep).startswith(prefix) for place in spellings(folder)):
-                    found = (prefix.count(os.sep), level != "DO_NOT_TRUST")
-                    deciding = max(deciding, found, key=lambda match: (match[0], not match[1]))
-        return deciding[1]
+                    deciding = max(deciding, (prefix.count(os.sep), level == "DO_NOT_TRUST"))
+        return not deciding[1]
 
 
 def spellings(path: str) -> set[str]:
