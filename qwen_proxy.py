@@ -8429,7 +8429,7 @@ GROUPS = {
     "client": "client",
 }
 MEASURES = {
-    **{name: f"sum({name})" for name in CountsFile.SUMS[:5]},
+    **{name: f"sum({name})" for name in ("requests", *CountsFile.TOKENS)},
     "errors": "sum(requests * (outcome >= 400 AND outcome <> 499))",
     "tokens_per_second": "round(1000.0 * sum(output_tokens * (outcome < 400)) / "
     "sum((whole_ms - first_ms) * (outcome < 400)), 1)",
@@ -8491,6 +8491,13 @@ def read_counts(
         }
 
 
+class Counters(Dict[Any, "collections.Counter[Any]"]):
+    """A counter for each key, made when it is first asked for."""
+
+    def __missing__(self, key: Any) -> collections.Counter[Any]:
+        return self.setdefault(key, collections.Counter())
+
+
 class Ledger:
     """Counts what requests used: since the start in memory, over time in a file; never a text.
 
@@ -8509,6 +8516,10 @@ class Ledger:
     MOST_NAMES, MAX_NAME = 200, 100
     # That are not in the file; the oldest give way.
     MOST_ROWS = 50_000
+    HISTOGRAMS = {
+        "first_ms": ("first_byte_seconds", "first byte"),
+        "whole_ms": ("duration_seconds", "end"),
+    }
     # Of the histograms, in seconds.
     BOUNDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
     LABELS = ("route", "provider", "model", "status", "le")
@@ -8516,9 +8527,10 @@ class Ledger:
     def __init__(self, path: str | None = None):
         self.path, self.problem = path, ""
         self._lock, self._file_lock = threading.Lock(), threading.Lock()
-        self._pending: dict[tuple[Any, ...], list[int]] = {}
-        # Of route, provider, model, outcome: SUMS, and both histograms.
-        self._totals: dict[tuple[Any, ...], list[int]] = {}
+        # Of KEYS: SUMS, in their order.
+        self._pending = Counters()
+        # Of route, provider, model and outcome: SUMS, and how many spans are within each bound.
+        self._totals = Counters()
         self._names: list[dict[str, str]] = [{}, {}, {}]
         self._file, self._retry_at = CountsFile(path or ""), 0.0
         self._news, self._end = threading.Event(), threading.Event()
@@ -8541,29 +8553,20 @@ class Ledger:
         """
         bucket = int(time.time()) // CountsFile.BUCKET * CountsFile.BUCKET
         times = [round(1000 * (seconds or 0)) for seconds in spans] or [0, 0]
-        sums = [1, *tokens, *times]
-        size = len(self.BOUNDS) + 1
+        sums = dict(zip(CountsFile.SUMS, (1, *tokens, *times)))
         with self._lock:
             provider, model, client = map(self._bounded, self._names, names)
-            total = self._added(self._totals, (route, provider, model, outcome), sums, 2 * size)
-            for place, seconds in enumerate(spans):
+            total = self._totals[route, provider, model, outcome]
+            total.update(sums)
+            for name, seconds in zip(self.HISTOGRAMS, spans):
                 if seconds is not None:
-                    bound = bisect.bisect_left(self.BOUNDS, seconds)
-                    total[len(sums) + place * size + bound] += 1
+                    total[name, bisect.bisect_left(self.BOUNDS, seconds)] += 1
             if route in self.ROUTES:
-                self._added(self._pending, (bucket, route, provider, model, client, outcome), sums)
+                self._pending[bucket, route, provider, model, client, outcome].update(sums)
                 if len(self._pending) > self.MOST_ROWS:
                     del self._pending[next(iter(self._pending))]
         if not self._news.is_set():
             self._news.set()
-
-    @staticmethod
-    def _added(
-        rows: dict[tuple[Any, ...], list[int]], key: tuple[Any, ...], sums: list[int], more: int = 0
-    ) -> list[int]:
-        row = rows.get(key) or rows.setdefault(key, [0] * (len(sums) + more))
-        row[: len(sums)] = map(operator.add, row, sums)
-        return row
 
     def _bounded(self, known: dict[str, str], name: str) -> str:
         if name not in known and len(known) >= self.MOST_NAMES:
@@ -8593,14 +8596,14 @@ class Ledger:
     def _write(self) -> None:
         with self._file_lock:
             with self._lock:
-                pending, self._pending = self._pending, {}
+                pending, self._pending = self._pending, Counters()
             try:
-                self._file.add([(*key, *sums) for key, sums in pending.items()])
+                self._file.add([(*key, *sums.values()) for key, sums in pending.items()])
                 self.problem = ""
             except Exception as error:
                 with self._lock:
                     for key, sums in pending.items():
-                        self._added(self._pending, key, sums)
+                        self._pending[key].update(sums)
                 self._retry_at = time.monotonic() + self.RETRY
                 if not self.problem:
                     log.warning("%s: %s; usage is counted in memory", self.path, reason_of(error))
@@ -8615,7 +8618,7 @@ class Ledger:
         # Not in the middle of a write: a count would be in both places, or in none.
         with self._file_lock:
             with self._lock:
-                rows = [(*key, *sums) for key, sums in self._pending.items()]
+                rows = [(*key, *sums.values()) for key, sums in self._pending.items()]
             # What is in memory is told, too, if the file cannot be read.
             for path in (self.path, None):
                 try:
@@ -8627,12 +8630,12 @@ class Ledger:
 
     def since_start(self) -> Json:
         """Return the sums since the start."""
-        rows = [
-            (*row[:5], row[0] if outcome >= 400 and outcome != 499 else 0)
-            for (route, _, _, outcome), row in self._snapshot()
-            if route in self.ROUTES
-        ]
-        return dict(zip(MEASURES, map(sum, zip([0] * 6, *rows))))
+        sums: collections.Counter[Any] = collections.Counter()
+        for (route, _, _, outcome), row in self._snapshot():
+            if route in self.ROUTES:
+                sums.update(row)
+                sums["errors"] += row["requests"] if outcome >= 400 and outcome != 499 else 0
+        return {name: sums[name] for name in ("requests", *CountsFile.TOKENS, "errors")}
 
     def summary(self) -> str:
         """Return the sums since the start as the last words of the program."""
@@ -8643,46 +8646,42 @@ class Ledger:
             f"tokens ({sums['cached_tokens']:,} cached), {counted(sums['errors'], 'error')}"
         )
 
-    def _snapshot(self) -> list[tuple[tuple[Any, ...], list[int]]]:
+    def _snapshot(self) -> list[tuple[Any, collections.Counter[Any]]]:
         with self._lock:
-            return [(key, list(row)) for key, row in sorted(self._totals.items())]
+            return [(key, row.copy()) for key, row in sorted(self._totals.items())]
 
     def metrics(self, gauges: Iterable[tuple[str, str, float]]) -> str:
         """Return the text of /metrics; gauges are name, help and value."""
-        requests: dict[tuple[Any, ...], list[int]] = {}
-        tokens: dict[tuple[Any, ...], list[int]] = {}
+        requests, tokens = Counters(), Counters()
         for (route, provider, model, outcome), row in self._snapshot():
-            self._added(requests, (route, provider, model, f"{outcome // 100}xx"), row)
-            self._added(tokens, (provider, model), row[1:5])
+            requests[route, provider, model, f"{outcome // 100}xx"].update(row)
+            tokens[provider, model].update({name: row[name] for name in CountsFile.TOKENS})
         text = "Requests, one for each provider that was asked."
-        counts = (("", key, row[0]) for key, row in requests.items())
+        counts = (("", key, row["requests"]) for key, row in requests.items())
         lines = metric("requests_total", "counter", text, self.LABELS, counts)
         text = "Tokens as the upstream counts them; cached is in input, reasoning in output."
         counts = (
             ("", (*key, name.partition("_")[0]), count)
             for key, row in tokens.items()
-            for name, count in zip(CountsFile.TOKENS, row)
-            if any(row)
+            for name, count in row.items()
+            if any(row.values())
         )
         lines += metric("tokens_total", "counter", text, ("provider", "model", "kind"), counts)
-        for place, name in enumerate(("first_byte_seconds", "duration_seconds")):
-            text = f"Time to the {'end' if place else 'first byte'} of the answer."
-            lines += metric(name, "histogram", text, self.LABELS, self._histogram(requests, place))
+        for span, (name, end) in self.HISTOGRAMS.items():
+            text = f"Time to the {end} of the answer."
+            lines += metric(name, "histogram", text, self.LABELS, self._histogram(requests, span))
         for name, text, value in gauges:
             lines += metric(name, "gauge", text, (), [("", (), value)])
         return "\n".join(lines) + "\n"
 
-    def _histogram(
-        self, rows: dict[tuple[Any, ...], list[int]], place: int
-    ) -> Iterator[tuple[str, tuple[Any, ...], float]]:
-        bounds = (*self.BOUNDS, "+Inf")
-        start = len(CountsFile.SUMS) + place * len(bounds)
+    def _histogram(self, rows: Counters, span: str) -> Iterator[tuple[str, tuple[Any, ...], float]]:
         for key, row in rows.items():
-            counts = list(itertools.accumulate(row[start : start + len(bounds)]))
-            for bound, count in zip(bounds, counts):
+            count = 0
+            for place, bound in enumerate((*self.BOUNDS, "+Inf")):
+                count += row[span, place]
                 yield "_bucket", (*key, bound), count
-            yield "_sum", key, row[5 + place] / 1000
-            yield "_count", key, counts[-1]
+            yield "_sum", key, row[span] / 1000
+            yield "_count", key, count
 
 
 def metric(
