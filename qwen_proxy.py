@@ -11288,14 +11288,10 @@ def value_of(variable: str, text: str, default: Any, option: Option) -> Any:
         raise ValueError(f"{variable} must be one of {', '.join(option.choices)}")
     if not is_number(default):
         return text
-    try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"{variable} must be a number") from None
+    for number in (int, float):
+        with contextlib.suppress(ValueError):
+            return number(text)
+    raise ValueError(f"{variable} must be a number")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -11430,15 +11426,13 @@ def signal_handlers(stop: Callable[[int, Any], None]) -> Iterator[None]:
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     if threading.current_thread() is not threading.main_thread():
         numbers = []
-    before = {number: signal.getsignal(number) for number in numbers}
-    for number in numbers:
-        if before[number] is not signal.SIG_IGN:
-            signal.signal(number, stop)
+    ignored = [number for number in numbers if signal.getsignal(number) is signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in numbers if number not in ignored}
     try:
         yield
     finally:
-        for number in numbers:
-            signal.signal(number, before[number] or signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def say(*lines: str) -> None:
@@ -11452,12 +11446,13 @@ def server_for(options: Options, environ: Mapping[str, str] | None = None) -> Pr
     """Return the server that the options describe; raises ValueError, and OSError."""
     if not options.demo:
         return ProxyServer(options, environ)
-    folder = f"qwen_proxy-demo-{secrets.token_hex(8)}"
-    home = os.path.join(tempfile.gettempdir(), folder)
-    model = options.model or DEMO_MODEL
-    url = DemoServer.start()
+    home = os.path.join(tempfile.gettempdir(), f"qwen_proxy-demo-{secrets.token_hex(8)}")
     options = options._replace(
-        base_url=url, provider=None, model=model, qwen_home=home, usage_file=None
+        base_url=DemoServer.start(),
+        provider=None,
+        model=options.model or DEMO_MODEL,
+        qwen_home=home,
+        usage_file=None,
     )
     return ProxyServer(options, {"OPENAI_API_KEY": "demo", "HOME": home})
 
@@ -11662,11 +11657,10 @@ def span_of(seconds: float) -> str:
     >>> span_of(3 * 3600 + 61), span_of(-90)
     ('in 3 h 1 min', '1 min ago')
     """
-    minutes = int(abs(seconds)) // 60
-    days, hours, minutes = minutes // 1440, minutes % 1440 // 60, minutes % 60
-    words = f"{minutes} min"
-    if days or hours:
-        words = f"{days} d {hours} h" if days else f"{hours} h {words}"
+    hours, minutes = divmod(int(abs(seconds)) // 60, 60)
+    words = f"{hours} h {minutes} min" if hours else f"{minutes} min"
+    if hours >= 24:
+        words = f"{hours // 24} d {hours % 24} h"
     return f"in {words}" if seconds >= 0 else f"{words} ago"
 
 
