@@ -2080,14 +2080,11 @@ class Target(NamedTuple):
 
 def family_of(base_url: str, variable: str = "") -> Family:
     """Return the kind of an endpoint: by its host, else by the key's variable or the path."""
-    host = host_of(base_url)
-    for family in FAMILIES.values():
-        if re.search(family.hosts, host):
-            return family
-    for family in FAMILIES.values():
-        if variable and variable == family.variable:
-            return family
-    return FAMILIES["dashscope" if "/compatible-mode/" in base_url + "/" else "other"]
+    host, families = host_of(base_url), FAMILIES.values()
+    by_host = (family for family in families if re.search(family.hosts, host))
+    by_variable = (family for family in families if variable and family.variable == variable)
+    by_path = FAMILIES["dashscope" if "/compatible-mode/" in base_url + "/" else "other"]
+    return next(itertools.chain(by_host, by_variable), by_path)
 
 
 def qwen_home(environ: Mapping[str, str], option: str | None = None) -> str:
@@ -2629,6 +2626,7 @@ class Discovery:
         self._options, self._settings = options, settings
         self.settings_files, self.notes = settings.files, settings.notes
         self.problem = "" if options.provider or options.base_url else settings.problem
+        self._wanted, self._is_stored = self._wanted_model()
         listed = SettingsProviders(settings)
         self._listed, self._flagged = [] if self.problem else listed.all(), listed.flagged
         self._oauth = oauth_providers(settings, known)
@@ -2739,12 +2737,11 @@ class Discovery:
 
         Qwen Code, its model resolver.
         """
-        model, is_stored = self._wanted_model()
         stored_url = str(dig(self._settings.values, "model", "baseUrl") or "").rstrip("/")
-        having = [provider for provider in self._listed if model in provider.entries]
-        if is_stored:
+        having = [provider for provider in self._listed if self._wanted in provider.entries]
+        if self._is_stored:
             having.sort(key=lambda provider: provider.stated_url != stored_url)
-        name = model or DEFAULT_MODEL
+        name = self._wanted or DEFAULT_MODEL
         where = self._flagged.get(name)
         if where:
             problem = f"{where}: {name} is no chat model; choose one with /model in `qwen`"
@@ -2760,19 +2757,17 @@ class Discovery:
             source = "security.auth.baseUrl in settings.json"
             return environment_provider(self._settings, stored, source)
         # The CLI would send this key for such a model to a host that it guesses.
-        is_lone = self._wanted_model()[0] and self._settings.variable("OPENAI_API_KEY")
-        return self._by_lone_key() if is_lone and self._listed else None
+        has_key = self._settings.variable("OPENAI_API_KEY")
+        return self._by_lone_key() if self._wanted and has_key and self._listed else None
 
     def _by_first_entry(self) -> Provider | None:
         """Return the first entry, or that of the CLI's default model if none is named.
 
         It is never another one because that has no key.
         """
-        if not self._listed:
-            return None
-        wanted, _ = self._wanted_model()
-        having = (each for each in self._listed if not wanted and DEFAULT_MODEL in each.entries)
-        return next(having, self._listed[0])
+        is_default = not self._wanted
+        having = [each for each in self._listed if is_default and DEFAULT_MODEL in each.entries]
+        return next(iter(having + self._listed), None)
 
     def _by_lone_key(self) -> Provider | None:
         """Return the provider of the only key in the environment, if its host is certain."""
@@ -2804,7 +2799,7 @@ class Discovery:
         return variable("OPENAI_MODEL") or variable("QWEN_MODEL"), False
 
     def _default_model(self, active: Provider | None) -> str:
-        wanted, _ = self._wanted_model()
+        wanted = self._wanted
         if active is None or self._options.model:
             return wanted or DEFAULT_MODEL
         if active.oauth:
