@@ -1961,9 +1961,8 @@ def poll_for_login(
             raise CredentialError(
                 f"the token endpoint answered {status}: {detail}; run login again"
             )
-    minutes = device.expires_in / 60
     raise CredentialError(
-        f"the log-in was not approved within {minutes:.0f} minutes; run login again"
+        f"the log-in was not approved within {device.expires_in / 60:.0f} minutes; run login again"
     )
 
 
@@ -2296,10 +2295,9 @@ class CliSettings:
 
     def stored_key(self, base_url: str) -> str:
         """Return security.auth.apiKey, unless it was stored for another base URL than this."""
-        auth = self._stored
-        own = as_text(auth.get("baseUrl")).strip().rstrip("/")
+        own = as_text(self._stored.get("baseUrl")).strip().rstrip("/")
         is_own = base_url and own in ("", base_url.strip().rstrip("/"))
-        return as_text(auth.get("apiKey")).strip() if is_own else ""
+        return as_text(self._stored.get("apiKey")).strip() if is_own else ""
 
     def login_at(self, path: str) -> OAuthCredentials:
         """Return the login in a file. Its host gets the refresh token: no project may move it."""
@@ -2546,16 +2544,15 @@ class SettingsProviders:
             problem = "envKey must be the name of a variable"
         key = (where if problem else base_url, variable)
         if key not in self._providers:
-            self._providers[key] = self._provider(base_url, variable, problem, where)
+            name = "unnamed" if problem else name_at(base_url)
+            taken = [other.name.split("#")[0] for other in self.all()].count(name)
+            name = f"{name}#{taken + 1}" if taken else name
+            self._providers[key] = (
+                unusable_provider(where, f"{where}: {problem}", name)
+                if problem
+                else keyed_provider(self._settings, where, name, base_url, variable)
+            )
         self._providers[key].entries.setdefault(entry["id"], self._settings.config(entry))
-
-    def _provider(self, base_url: str, variable: str, problem: str, where: str) -> Provider:
-        name = "unnamed" if problem else name_at(base_url)
-        taken = [other.name.split("#")[0] for other in self.all()].count(name)
-        name = f"{name}#{taken + 1}" if taken else name
-        if problem:
-            return unusable_provider(where, f"{where}: {problem}", name)
-        return keyed_provider(self._settings, where, name, base_url, variable)
 
     def _base_url(self, entry: Json) -> tuple[str, str]:
         """Return an entry's base URL and '', or what it says and why that is none."""
@@ -2644,8 +2641,12 @@ class Discovery:
         stated = {"generationConfig": dig(settings.values, "model", "generationConfig")}
         for provider in self.providers:
             provider.defaults = settings.config(stated)
-            if provider.oauth:
-                self.notes += self._unsaved(provider.oauth.path)
+            reason = provider.oauth and LoginFile(provider.oauth.path).why_not_saved()
+            if reason:
+                self.notes.append(
+                    f"{provider.source} cannot be saved ({reason}): a refreshed token stays in "
+                    "memory only, and after a restart the login is dead, for the CLI too"
+                )
 
     def summary(self) -> str:
         """Return what would be used, in one line for the log."""
@@ -2663,8 +2664,7 @@ class Discovery:
         for an unknown name.
         """
         rules = (
-            self._by_base_url,
-            self._by_name,
+            self._by_option,
             self._by_other_kind,
             self._by_oauth,
             self._by_entry,
@@ -2674,11 +2674,9 @@ class Discovery:
         )
         return next(filter(None, (rule() for rule in rules)), None)
 
-    def _by_base_url(self) -> Provider | None:
-        url = self._options.base_url
-        return environment_provider(self._settings, url, "--base-url") if url else None
-
-    def _by_name(self) -> Provider | None:
+    def _by_option(self) -> Provider | None:
+        if self._options.base_url:
+            return environment_provider(self._settings, self._options.base_url, "--base-url")
         name, found = self._options.provider, self._listed + self._oauth
         if not name:
             return None
@@ -2818,15 +2816,6 @@ class Discovery:
             if provider.name == active.name:
                 provider.name += "#settings"
         return others
-
-    @staticmethod
-    def _unsaved(path: str) -> list[str]:
-        reason = LoginFile(path).why_not_saved()
-        note = (
-            f"{path} cannot be saved ({reason}): a refreshed token stays in memory only, and after "
-            "a restart the login is dead, for the CLI too"
-        )
-        return [note] if reason else []
 
 
 class Serving:
@@ -11200,13 +11189,6 @@ QWEN_PROXY_API_KEYS=KEY,KEY.
 """
 
 
-class _HelpFormatter(argparse.HelpFormatter):
-    """Wraps all but the epilog, which is a table."""
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return text if "\n" in text else super()._fill_text(text, width, indent)
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser for all commands; `serve` is the default one."""
     parser = argparse.ArgumentParser(
@@ -11217,7 +11199,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=HELP.format(
             keys="\n".join(f"  {name:15} {key}" for name, (_, key) in PRESETS.items())
         ),
-        formatter_class=lambda prog: _HelpFormatter(prog, max_help_position=30, width=100),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 30, 100),
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"qwen_proxy {__version__}")
