@@ -2619,6 +2619,14 @@ class Discovery:
     ValueError for --provider with an unknown name.
     """
 
+    # The kind of login that variables stand for, if all of them are set.
+    KINDS = (
+        ("openai", ("OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_MODEL")),
+        ("openai", ("OPENAI_API_KEY", "OPENAI_BASE_URL", "QWEN_MODEL")),
+        ("anthropic", ("ANTHROPIC_API_KEY", "ANTHROPIC_BASE_URL", "ANTHROPIC_MODEL")),
+        ("gemini", ("GEMINI_API_KEY", "GEMINI_MODEL")),
+    )
+
     def __init__(self, options: Options, settings: CliSettings, known: dict[str, OAuthCredentials]):
         self._options, self._settings = options, settings
         self.settings_files, self.notes = settings.files, settings.notes
@@ -2698,17 +2706,9 @@ class Discovery:
     def _kind(self) -> Any:
         """Return the kind of login that the CLI uses: selected, or guessed from the environment."""
         variable = self._settings.variable
-        kind = dig(self._settings.values, "security", "auth", "selectedType")
-        has_model = variable("OPENAI_MODEL") or variable("QWEN_MODEL")
-        if kind:
-            return kind
-        if variable("OPENAI_API_KEY") and variable("OPENAI_BASE_URL") and has_model:
-            return "openai"
-        others = {
-            "anthropic": ("ANTHROPIC_API_KEY", "ANTHROPIC_BASE_URL", "ANTHROPIC_MODEL"),
-            "gemini": ("GEMINI_API_KEY", "GEMINI_MODEL"),
-        }
-        return next((other for other, names in others.items() if all(map(variable, names))), None)
+        selected = dig(self._settings.values, "security", "auth", "selectedType")
+        guessed = (kind for kind, names in self.KINDS if all(map(variable, names)))
+        return selected or next(guessed, None)
 
     def _by_other_kind(self) -> None:
         kind, way_out = self._kind(), "choose another one with --provider NAME"
@@ -2763,9 +2763,8 @@ class Discovery:
 
         It is never another one because that has no key.
         """
-        is_default = not self._wanted
-        having = [each for each in self._listed if is_default and DEFAULT_MODEL in each.entries]
-        return next(iter(having + self._listed), None)
+        having = [provider for provider in self._listed if DEFAULT_MODEL in provider.entries]
+        return next(iter(self._listed if self._wanted else having + self._listed), None)
 
     def _by_lone_key(self) -> Provider | None:
         """Return the provider of the only key in the environment, if its host is certain."""
@@ -2788,13 +2787,11 @@ class Discovery:
 
     def _wanted_model(self) -> tuple[str, bool]:
         """Return the model that the CLI would use, and whether settings.json names it."""
-        stored = as_text(dig(self._settings.values, "model", "name"))
-        if stored.startswith("$runtime|") and stored.count("|") > 1:
-            stored = stored.split("|", 2)[2]
-        if self._options.model or stored:
-            return self._options.model or stored, not self._options.model
         variable = self._settings.variable
-        return variable("OPENAI_MODEL") or variable("QWEN_MODEL"), False
+        stored = as_text(dig(self._settings.values, "model", "name"))
+        stored = re.sub(r"^\$runtime\|[^|]*\|", "", stored)
+        named = self._options.model or stored or variable("OPENAI_MODEL") or variable("QWEN_MODEL")
+        return named, bool(stored) and not self._options.model
 
     def _default_model(self, active: Provider | None) -> str:
         wanted = self._wanted
@@ -11276,7 +11273,7 @@ def main(argv: list[str] | None = None) -> int:
     if sys.version_info < (3, 8):  # noqa: UP036
         say("qwen_proxy.py needs Python 3.8 or newer")
         return 2
-    for output in filter(None, (sys.stdout, sys.stderr)):
+    for output in (sys.stdout, sys.stderr):
         if isinstance(output, io.TextIOWrapper):
             # A terminal that cannot show a character is no reason to say nothing.
             output.reconfigure(errors="backslashreplace")
