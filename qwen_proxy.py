@@ -1831,10 +1831,6 @@ class ApiKey:
             raise CredentialError(self._problem)
         return self._value
 
-    def base_url(self) -> str:
-        """Raise CredentialError: an entry without a base URL has a problem."""
-        raise CredentialError(self._problem)
-
     def describe(self) -> Json:
         """Return facts for /health and status; nothing secret."""
         return {"type": "api-key", "source": self.source, "problem": self._problem or None}
@@ -2003,8 +1999,8 @@ class Provider:
 
     @property
     def base_url(self) -> str:
-        """The base URL; for an OAuth login that of the host that its file names now."""
-        return self.stated_url or self.credentials.base_url()
+        """The base URL, '' if there is none; for an OAuth login that which its file names now."""
+        return self.stated_url or (self.oauth.base_url() if self.oauth else "")
 
     @property
     def oauth(self) -> OAuthCredentials | None:
@@ -2051,13 +2047,13 @@ class Provider:
 
     def describe(self) -> Json:
         """Return facts for status; nothing secret."""
-        base_url: str | None = None
+        base_url = ""
         with contextlib.suppress(CredentialError):
             base_url = self.base_url
         return {
             "name": self.name,
             "family": self.family.name,
-            "base_url": base_url,
+            "base_url": base_url or None,
             "source": self.source,
             "models": self.model_ids(),
             "login": self.credentials.describe(),
