@@ -2832,10 +2832,13 @@ class Serving:
         self._of_active = set(self._known[0]) if self._known else set()
 
     def targets(self, model: str) -> list[Target]:
-        """Return where a model is asked for, best first; never empty if there is a provider."""
-        return self._targets(self._spelled(model))
+        """Return where a model is asked for, best first; never empty if there is a provider.
 
-    def _targets(self, model: str) -> list[Target]:
+        An id that is not listed as it is counts without regard to case.
+        """
+        if not any(model in known for known in self._known):
+            listed = (name for known in self._known for name in known)
+            model = next((name for name in listed if name.lower() == model.lower()), model)
         ranks = sorted((self._rank(place, model), place) for place in range(len(self._providers)))
         places = [place for rank, place in ranks if rank < 9]
         if not places or self._is_chosen and model not in self._of_active:
@@ -2843,13 +2846,6 @@ class Serving:
                 if model.startswith(provider.name + "/"):
                     return [Target(provider, model[len(provider.name) + 1 :])]
         return [Target(self._providers[place], model) for place in places or [0]]
-
-    def _spelled(self, model: str) -> str:
-        """Return the id as it is listed: without regard to case, if it is not listed as it is."""
-        if any(model in known for known in self._known):
-            return model
-        listed = (name for known in self._known for name in known)
-        return next((name for name in listed if name.lower() == model.lower()), model)
 
     def listing(self) -> list[tuple[str, Target]]:
         """Return each model under the id that leads to it.
@@ -2859,7 +2855,7 @@ class Serving:
         listed = []
         for provider, models in zip(self._providers, self._known):
             for model in models:
-                is_first = self._targets(model)[0].provider is provider
+                is_first = self.targets(model)[0].provider is provider
                 name = model if is_first else f"{provider.name}/{model}"
                 listed.append((name, Target(provider, model)))
         return listed
