@@ -2192,6 +2192,20 @@ def current_form(settings: Json) -> Json:
     return {**settings, "modelProviders": listed} if listed else settings
 
 
+def layered(*layers: Mapping[str, Any]) -> dict[str, str]:
+    """Return the variables of all layers; an empty value leaves its name to the next one.
+
+    >>> layered({"A": "", "B": "1"}, {"A": "2", "B": "3"})
+    {'A': '2', 'B': '1'}
+    """
+    merged: dict[str, str] = {}
+    for layer in layers:
+        for name, value in layer.items():
+            if isinstance(value, str) and not merged.get(name):
+                merged[name] = value
+    return merged
+
+
 class WatchedFiles:
     """The CLI's files in their last good state, and what they looked like when they were read.
 
@@ -2271,9 +2285,9 @@ class CliSettings:
         # The user's own .env files, the most important first, and those of the CLI among them.
         of_cli = [os.path.join(home, ".env"), os.path.join(self._user_home, ".qwen", ".env")]
         paths = dict.fromkeys([*of_cli, os.path.join(self._user_home, ".env")])
-        self._own = [self._load(path, parse_dotenv) for path in paths]
-        self._of_cli = [layer for path, layer in zip(paths, self._own) if path in of_cli]
-        self.variables: dict[str, str] = {}
+        found = {path: self._load(path, parse_dotenv) for path in paths}
+        self._own = layered(*found.values())
+        self._of_cli = layered(*(found[path] for path in of_cli))
         self.values: Json = {}
         # security.auth of the file that holds the key: another file must not move it.
         self._stored: Json = {}
@@ -2287,7 +2301,7 @@ class CliSettings:
 
     def variable(self, name: str) -> str:
         """Return a variable without blanks around it; '' when it is unset or empty."""
-        return self._filled(name, self.environ, self.variables).strip()
+        return (self.environ.get(name) or self.variables.get(name) or "").strip()
 
     def stored_key(self, base_url: str) -> str:
         """Return security.auth.apiKey, unless it was stored for another base URL than this."""
@@ -2297,8 +2311,8 @@ class CliSettings:
 
     def login_at(self, path: str) -> OAuthCredentials:
         """Return the login in a file. Its host gets the refresh token: no project may move it."""
-        host = self._filled("QWEN_OAUTH_BASE_URL", self.environ, *self._of_cli)
-        return OAuthCredentials(path, host or OAUTH_BASE_URL, self.forwarding())
+        host = layered(self.environ, self._of_cli).get("QWEN_OAUTH_BASE_URL") or OAUTH_BASE_URL
+        return OAuthCredentials(path, host, self.forwarding())
 
     def forwarding(self) -> Forwarding:
         """Return the forward proxy that the settings or the variables name."""
@@ -2323,34 +2337,33 @@ class CliSettings:
             reasoning = None
         return {**config, **stated({"reasoning": reasoning, "profile": profile or None})}
 
-    @staticmethod
-    def _filled(name: str, *layers: Mapping[str, str]) -> str:
-        """Return the first value of a variable that is not empty."""
-        return next(filter(None, (layer.get(name) for layer in layers)), "")
-
     def _read_variables(self, folder: str) -> None:
-        for layer in [self._project_variables(folder), *self._own]:
-            self._add_variables(layer)
-        known = {**self.variables, **self.environ}
-        self._add_variables(expand_variables(as_object(self.values.get("env")), known))
-        filled = {name: value for name, value in self.environ.items() if value}
-        known = {**self.environ, **self.variables, **filled}
+        self.variables = layered(self._project_variables(folder), self._own)
+        known: Mapping[str, str] = {**self.variables, **self.environ}
+        stated = expand_variables(as_object(self.values.get("env")), known)
+        self.variables = layered(self.variables, stated)
+        known = layered(self.environ, self.variables)
         self.values = expand_variables(self.values, known)
         self._stored = expand_variables(self._stored, known)
 
     def _project_variables(self, folder: str) -> Json:
-        """Return what the project's .env says, without the names that the settings exclude."""
-        path = self._project_dotenv(folder)
-        found = self._load(path, parse_dotenv) if path else {}
-        is_plain = os.path.basename(os.path.dirname(path)) != ".qwen"
-        excluded = self._excluded or ["DEBUG", "DEBUG_MODE"]
-        return without_keys(found, excluded if is_plain else ())
+        """Return what the nearest .env of the working directory or above says.
 
-    def _add_variables(self, layer: Json) -> None:
-        """Add a layer below those before it; an empty value leaves its name to the next one."""
-        for name, value in layer.items():
-            if isinstance(value, str) and not self.variables.get(name):
-                self.variables[name] = value
+        Both that directory and the folder that holds the file must be trusted. The names that the
+        settings exclude count in .qwen/.env only.
+        """
+        above, user_home = folder, os.path.realpath(self._user_home)
+        excluded = self._excluded or ["DEBUG", "DEBUG_MODE"]
+        while os.path.realpath(above) != user_home:
+            for path in (os.path.join(above, ".qwen", ".env"), os.path.join(above, ".env")):
+                if self._counts(above, path) and self._is_trusted(folder):
+                    is_plain = os.path.basename(os.path.dirname(path)) != ".qwen"
+                    found = self._load(path, parse_dotenv)
+                    return without_keys(found, excluded if is_plain else ())
+            if above == os.path.dirname(above):
+                break
+            above = os.path.dirname(above)
+        return {}
 
     def _read_settings(self, folder: str) -> None:
         system = self.environ.get("QWEN_CODE_SYSTEM_SETTINGS_PATH") or os.path.join(
@@ -2384,21 +2397,6 @@ class CliSettings:
             self.files.append(path)
         return found
 
-    def _project_dotenv(self, folder: str) -> str:
-        """Return the nearest .env of the working directory or above; '' if there is none.
-
-        Both that directory and the folder that holds the file must be trusted.
-        """
-        above, user_home = folder, os.path.realpath(self._user_home)
-        while os.path.realpath(above) != user_home:
-            for path in (os.path.join(above, ".qwen", ".env"), os.path.join(above, ".env")):
-                if self._counts(above, path) and self._is_trusted(folder):
-                    return path
-            if above == os.path.dirname(above):
-                break
-            above = os.path.dirname(above)
-        return ""
-
     def _counts(self, folder: str, path: str) -> bool:
         """Return whether there is such a file, not the user's own, in a trusted folder."""
         own = {
@@ -2420,7 +2418,7 @@ class CliSettings:
 
         Qwen Code, trustedFolders.ts. Of two rules for one folder DO_NOT_TRUST counts.
         """
-        named = self._filled("QWEN_CODE_TRUSTED_FOLDERS_PATH", self.environ, *self._own)
+        named = layered(self.environ, self._own).get("QWEN_CODE_TRUSTED_FOLDERS_PATH")
         path = named or os.path.join(self.home, "trustedFolders.json")
         # Folders in the path of the deciding rule, and whether it is one that denies.
         deciding = (-1, True)
