@@ -1561,11 +1561,13 @@ def post_form(
     if fault:
         raise UpstreamError(f"QWEN_OAUTH_BASE_URL {fault}", 500)
     data = urllib.parse.urlencode(fields).encode("ascii", "replace")
-    request = urllib.request.Request(url, data, dict(headers or {}))
-    request.add_header("Content-Type", "application/x-www-form-urlencoded")
-    request.add_header("Accept", "application/json")
-    # Without a User-Agent of its own choice the host answers HTML (hermes-agent #7746).
-    request.add_header("User-Agent", f"qwen_proxy/{__version__}")
+    own = {
+        "Content-Type": "application/x-www-form-urlencoded",
+        "Accept": "application/json",
+        # Without a User-Agent of its own choice the host answers HTML (hermes-agent #7746).
+        "User-Agent": f"qwen_proxy/{__version__}",
+    }
+    request = urllib.request.Request(url, data, {**(headers or {}), **own})
     try:
         with open_before(request, OAuthCredentials.TIMEOUT, forwarding) as response:
             status, body = response.getcode(), response.read(MAX_ERROR_BODY)
@@ -11569,10 +11571,9 @@ def banner(server: ProxyServer) -> list[str]:
             lines.append(f"warning   {active.problem()}")
         elif active.oauth:
             lines.append(f"note      {FREE_TIER_ENDED}")
-    elif discovery.problem:
-        lines.append(f"warning   {discovery.problem}")
     else:
-        lines.append(f"warning   {discovery.advice}; until then requests get 401")
+        advice = f"{discovery.advice}; until then requests get 401"
+        lines.append(f"warning   {discovery.problem or advice}")
     lines += [f"note      {note}" for note in discovery.notes]
     models = [model["id"] for model in server.models(0)]
     shown = ", ".join(models[:12]) or "unknown until there is a login"
@@ -11669,8 +11670,8 @@ def cmd_usage(options: Options, by: str, days: int, as_json: bool) -> int:
     if not counts["groups"]:
         tell(f"no requests were counted in {counted(days, 'day')}; counts are kept in {path}")
         return 0
-    lines = usage_table((by,), counts["groups"])
-    tell("\n".join([*lines, *usage_table(("provider", "window"), counts["windows"])]))
+    windows = usage_table(("provider", "window"), counts["windows"])
+    tell("\n".join(usage_table((by,), counts["groups"]) + windows))
     return 0
 
 
@@ -11746,10 +11747,12 @@ def checked_provider(
     if oauth and not os.path.lexists(oauth.path):
         return NOT_CHECKED, f"QWEN_CLI_AUTH is written to {oauth.path} at the start", None
     try:
-        headers = {"Authorization": f"Bearer {provider.credentials.access_token()}"}
-        headers.update(Upstream.custom_headers(Target(provider, model)))
+        headers = {
+            "Authorization": f"Bearer {provider.credentials.access_token()}",
+            **Upstream.custom_headers(Target(provider, model)),
+            "User-Agent": f"qwen_proxy/{__version__}",
+        }
         request = urllib.request.Request(provider.base_url + "/models", headers=headers)
-        request.add_header("User-Agent", f"qwen_proxy/{__version__}")
         with open_before(request, STATUS_TIMEOUT, forwarding) as response:
             answer = response.getcode(), response.read(ModelLists.SIZE).decode("utf-8", "replace")
     except ProxyError as error:
