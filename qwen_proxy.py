@@ -6041,9 +6041,9 @@ def is_periodic(text: str) -> bool:
 class ContentFilter:
     """Takes out of the content what does not belong there, at its very beginning and end.
 
-    That is thoughts that a server left in the content (<think>...</think> first, or the lone
-    closing tag), and, where the client asked for JSON, the code fence around it. Such a word in the
-    middle is the answer's.
+    That is what a cumulative text repeats (see Increments), thoughts that a server left in the
+    content (<think>...</think> first, or the lone closing tag), and, where the client asked for
+    JSON, the code fence around it. Such a word in the middle is the answer's.
     """
 
     TAGS = (("<think>", "</think>"), ("<thinking>", "</thinking>"))
@@ -6051,19 +6051,36 @@ class ContentFilter:
     _FENCE = re.compile(r"\s*```[a-zA-Z0-9]*[ \t]*\n?")
 
     def __init__(self, is_json: bool):
-        self._is_json, self._kept, self._closing = is_json, "", ""
-        self._in_fence = self._took_tag = False
-        # Nothing to look for any more: feed() need not be asked.
-        self.is_open = False
+        self._increments, self._is_json = Increments(), is_json
+        self._kept = self._closing = ""
+        self._in_fence = self._took_tag = self._is_plain = False
+
+    def is_open(self) -> bool:
+        """Return whether all passes as it is from now on: feed() need not be asked."""
+        return self._is_plain and self._increments.is_settled
 
     def feed(self, text: str) -> tuple[str, str]:
         """Return (reasoning, content) to pass on now."""
-        if self.is_open:
+        return self._feed_increment(self._increments.feed(text))
+
+    def close(self) -> tuple[str, str]:
+        """Return (reasoning, content) that was kept back: no more will come, or a tool call."""
+        thoughts, content = self._feed_increment(self._increments.close())
+        kept, self._kept = self._kept, ""
+        if self._closing:
+            return thoughts + kept, content
+        if self._in_fence:
+            bare = kept.rstrip()
+            kept = bare[:-3].rstrip() if bare.endswith("```") else kept
+        elif self._took_tag:
+            kept = kept.lstrip()
+        return thoughts, content + kept
+
+    def _feed_increment(self, text: str) -> tuple[str, str]:
+        if self._is_plain:
             return "", text
         self._kept += text
-        if self._closing:
-            return self._feed_thoughts()
-        if not self._in_fence and not self._starts():
+        if not (self._closing or self._in_fence or self._starts()):
             return "", ""
         if self._closing:
             return self._feed_thoughts()
@@ -6072,19 +6089,9 @@ class ContentFilter:
             body = self._kept.rstrip("` \t\r\n") if is_short else self._kept
             self._kept = self._kept[len(body) :]
             return "", body
-        self.is_open = True
+        self._is_plain = True
         text, self._kept = self._kept, ""
         return "", text.lstrip() if self._took_tag else text
-
-    def close(self) -> tuple[str, str]:
-        """Return (reasoning, content) that was kept back, when no more will come."""
-        kept, self._kept = self._kept, ""
-        if self._closing:
-            return kept, ""
-        if self._in_fence:
-            bare = kept.rstrip()
-            return "", bare[:-3].rstrip() if bare.endswith("```") else kept
-        return "", kept.lstrip() if self._took_tag else kept
 
     def _starts(self) -> bool:
         """Return whether the beginning is known: a tag or a fence was taken off, or it is plain."""
@@ -6114,7 +6121,7 @@ class ContentFilter:
         thoughts, tag, rest = self._kept.partition(self._closing)
         if tag:
             self._closing, self._kept = "", ""
-            more, content = self.feed(rest)
+            more, content = self._feed_increment(rest)
             return thoughts + more, content
         sizes = range(len(self._closing) - 1, 0, -1)
         begun = (size for size in sizes if thoughts.endswith(self._closing[:size]))
@@ -6460,29 +6467,174 @@ class ToolCalls:
         return call
 
 
-class ChoiceState:
-    """What the translator remembers of one choice."""
-
-    def __init__(self, is_json: bool, shapes: ToolShapes, budget: Budget):
-        self.content, self.reasoning = Increments(), Increments()
-        self.filter, self.tools = ContentFilter(is_json), ToolCalls(shapes, budget)
-        self.has_role = self.has_ended = False
-        # The upstream's; ours goes out at the end, as more may follow it.
-        self.finish_reason: str | None = None
-        # Fields of choices that brought no delta, for the next one.
-        self.extra: Json = {}
-
-    def passes_text(self) -> bool:
-        """Return whether content can go through as it is."""
-        is_plain = self.content.is_settled and self.filter.is_open
-        return self.has_role and is_plain and self.finish_reason is None
-
-
 class Chunk(NamedTuple):
     """A chunk for the client, and the bytes that it came as, if they are still right."""
 
     value: Json
     raw: bytes | None = None
+
+
+class ChatChoice:
+    """One choice of an answer: what the upstream has of it in, the choices of clean chunks out."""
+
+    # Fields of a choice and of a delta that are read; others pass as they are.
+    KNOWN = ("index", "delta", "message", "finish_reason")
+    KNOWN_DELTA = frozenset(
+        {"role", "content", "reasoning_content", "reasoning", "tool_calls", "function_call"}
+    )
+
+    def __init__(
+        self, shapes: ToolShapes, budget: Budget, is_json: bool, is_legacy: bool, index: int
+    ):
+        self._reasoning, self._content = Increments(), ContentFilter(is_json)
+        self._tools, self._is_legacy = ToolCalls(shapes, budget), is_legacy
+        self._index, self._has_role = index, False
+        # The upstream's; ours goes out at the end, as more may follow it.
+        self.finish_reason: str | None = None
+        # Fields of choices that brought no delta, for the next one.
+        self._extra: Json = {}
+
+    def feed(self, choice: Json) -> list[Json]:
+        """Return the choices to pass on now: the same object where it is right as it came."""
+        delta: Any = choice.get("delta")
+        if self._is_plain_text(choice, delta):
+            return [choice] if delta["content"] else []
+        if not isinstance(delta, dict):
+            delta = self._whole_delta(choice.get("message"))
+        for name, value in choice.items():
+            if name not in self.KNOWN and value is not None:
+                self._extra[name] = value
+        outputs = self._outputs(self._deltas(delta), isinstance(delta.get("role"), str))
+        reason = choice.get("finish_reason")
+        # Some upstreams send several.
+        if as_text(reason) not in ("", "null") and self.finish_reason in (None, "stop"):
+            self.finish_reason = reason
+        return outputs
+
+    def close(self) -> list[Json]:
+        """Return what was kept back, then the choice that finishes this one."""
+        extra, self._extra = self._extra, {}
+        reasoning = self._reasoning.close()
+        thoughts, content = self._content.close()
+        kept: list[Json] = [{"reasoning_content": reasoning + thoughts}, {"content": content}]
+        was_whole = self._tools.is_whole()
+        deltas = [delta for delta in kept if any(delta.values())]
+        outputs = self._outputs(deltas + self._tool_deltas(self._tools.close()), True)
+        # [DONE] without a reason: it is whole, and opencode loops without one.
+        reason = self.finish_reason or "stop"
+        if reason in ("stop", "function_call", "tool_calls", "length"):
+            reason = self._reason(reason, was_whole)
+        return [*outputs, {"index": self._index, "delta": {}, "finish_reason": reason, **extra}]
+
+    def _is_plain_text(self, choice: Json, delta: Any) -> bool:
+        """Return whether a choice is nothing but text that needs no look: four chunks of five."""
+        return (
+            type(delta) is dict
+            and len(delta) == 1
+            and type(delta.get("content")) is str
+            and type(choice.get("index")) is int
+            and choice["index"] == self._index
+            and choice.get("finish_reason", "") is None
+            and "message" not in choice
+            and self._has_role
+            and self.finish_reason is None
+            and self._content.is_open()
+        )
+
+    @staticmethod
+    def _whole_delta(message: Any) -> Json:
+        """Return a whole message as a delta: each of its tool calls is a call of its own."""
+        whole = as_object(message)
+        if not isinstance(whole.get("tool_calls"), list):
+            return whole
+        calls = [
+            {"index": place, **call} if isinstance(call, dict) else call
+            for place, call in enumerate(whole["tool_calls"])
+        ]
+        return {**whole, "tool_calls": calls}
+
+    def _deltas(self, delta: Json) -> list[Json]:
+        """Return the clean deltas for one of the upstream's."""
+        reasoning = as_text(delta.get("reasoning_content") or delta.get("reasoning"))
+        reasoning = self._reasoning.feed(reasoning)
+        text, calls = text_of(delta.get("content")), delta.get("tool_calls")
+        thoughts, content = self._content.feed(text) if text else ("", "")
+        if not calls and isinstance(delta.get("function_call"), dict):
+            calls = [{"index": 0, "function": delta["function_call"]}]
+        if calls:
+            # What is kept back of the text comes before the call, not behind it.
+            last_thoughts, last_content = self._content.close()
+            thoughts, content = thoughts + last_thoughts, content + last_content
+        deltas: list[Json] = []
+        if reasoning or thoughts:
+            deltas.append({"reasoning_content": reasoning + thoughts})
+        rest: Json = {"content": content} if content else {}
+        for name, value in delta.items():
+            if name not in self.KNOWN_DELTA and value is not None:
+                rest[name] = value
+        if rest:
+            deltas.append(rest)
+        return deltas + self._tool_deltas(self._tools.feed(calls))
+
+    def _tool_deltas(self, calls: list[Json]) -> list[Json]:
+        if not self._is_legacy:
+            return [{"tool_calls": [call]} for call in calls]
+        return [{"function_call": call["function"]} for call in calls if call["index"] == 0]
+
+    def _outputs(self, deltas: list[Json], role_came: bool) -> list[Json]:
+        """Return a choice for each delta: the role in the first, what else came in the last."""
+        if not self._has_role and (deltas or role_came):
+            first = deltas[0] if deltas else {}
+            head: Json = {"role": "assistant"}
+            if not first.keys() & {"content", "reasoning_content"}:
+                head["content"] = None if first.keys() & {"tool_calls", "function_call"} else ""
+            deltas[:1] = [{**head, **first}]
+            self._has_role = True
+        outputs = [
+            {"index": self._index, "delta": delta, "finish_reason": None} for delta in deltas
+        ]
+        if outputs and self._extra:
+            outputs[-1].update(self._extra)
+            self._extra = {}
+        return outputs
+
+    def _reason(self, reason: str, was_whole: bool) -> str:
+        """Return tool_calls if there are whole calls; length if the last one is cut."""
+        called = self._tools.named()
+        if not called:
+            return "length" if reason == "length" else "stop"
+        are_whole = all(call.arguments.is_whole() for call in called)
+        if not are_whole or reason == "length" and not was_whole:
+            return "length"
+        return "function_call" if self._is_legacy else "tool_calls"
+
+
+class TextChoice:
+    """The ChatChoice of text completions: text instead of deltas, no roles, no calls."""
+
+    def __init__(self, index: int):
+        self._index = index
+        self.finish_reason: str | None = None
+
+    def feed(self, choice: Json) -> list[Json]:
+        """Return the choices to pass on now: the same object where it is right as it came."""
+        text, reason = text_of(choice.get("text")), choice.get("finish_reason")
+        reason = reason if as_text(reason) not in ("", "null") else None
+        if self.finish_reason is not None or not (text or reason):
+            return []
+        self.finish_reason = reason
+        right = {
+            "index": self._index,
+            "text": text,
+            "finish_reason": reason,
+            "logprobs": choice.get("logprobs"),
+        }
+        return [choice if choice == right else {**choice, **right}]
+
+    def close(self) -> list[Json]:
+        """Return the choice that finishes this one, unless the upstream's did."""
+        last = {"index": self._index, "text": "", "finish_reason": "stop", "logprobs": None}
+        return [last] if self.finish_reason is None else []
 
 
 class ChunkTranslator:
@@ -6495,33 +6647,34 @@ class ChunkTranslator:
     """
 
     OBJECT = "chat.completion.chunk"
-    KNOWN_DELTA = frozenset(
-        {"role", "content", "reasoning_content", "reasoning", "tool_calls", "function_call"}
-    )
     MAX_ID = 200
     # Of a choice; OpenAI's n is 128 at most.
     MAX_INDEX = 1024
     # A log probability of -Infinity is no JSON.
     _DECODER = json.JSONDecoder(parse_constant=lambda name: None)
+    _MODEL = re.compile(rb'("model": ?)"([^"\\]*)"')
 
     def __init__(self, request: Json, target: Target):
         self.sink: Callable[[Chunk], None] = nowhere
-        self.model, self.family = target.model, target.provider.family
-        self.wants_usage = bool(dig(request, "stream_options", "include_usage"))
-        self._is_legacy = bool(request.get("functions")) and not request.get("tools")
-        self._is_json = wants_json(request)
-        self._shapes = ToolShapes(request, traits_of(self.family.name, self.model))
-        self._states: dict[int, ChoiceState] = {}
+        self.family, self._model = target.provider.family, target.model
+        self._wants_usage = bool(dig(request, "stream_options", "include_usage"))
+        # Otherwise the bytes are of no use.
+        self._is_stream = bool(request.get("stream"))
+        # By index, and what makes one.
+        self._choices: dict[int, Any] = {}
+        self._new_choice: Callable[[int], Any] = functools.partial(
+            ChatChoice,
+            ToolShapes(request, traits_of(self.family.name, self._model)),
+            Budget(),
+            wants_json(request),
+            bool(request.get("functions")) and not request.get("tools"),
+        )
+        # Of the first chunk: the id, object and created of all.
+        self._head: Json = {}
         # Fields of events that brought nothing else, for the next chunk.
         self._extra: Json = {}
         # The last event was nothing but the usage, which comes after everything.
         self._is_counted = False
-        self._budget = Budget()
-        self._id, self._created = "", 0
-        self._their_model: Any = None
-        self._model_bytes: list[tuple[bytes, bytes]] = []
-        # Otherwise the bytes are of no use.
-        self._is_stream = bool(request.get("stream"))
         self.usage: Json | None = None
         self.is_done = False
 
@@ -6538,46 +6691,65 @@ class ChunkTranslator:
 
     def is_finished(self) -> bool:
         """Return whether every choice has its finish reason."""
-        states = self._states.values()
-        is_ended = all(state.finish_reason is not None for state in states)
-        return bool(states) and (is_ended or self._is_counted)
+        reasons = [choice.finish_reason for choice in self._choices.values()]
+        return bool(reasons) and (self._is_counted or None not in reasons)
 
     def close(self) -> None:
         """End the stream; raises UpstreamError when the upstream broke off."""
-        if not self._states or not (self.is_done or self.is_finished()):
+        if not self._choices or not (self.is_done or self.is_finished()):
             message = "the upstream answered with an empty stream; try again"
-            if self._states:
+            if self._choices:
                 message = "the upstream ended its answer without a finish reason; try again"
             raise UpstreamError(message, code="upstream_cut")
-        for index, state in self._states.items():
-            # [DONE] without a reason: it is whole, and opencode loops without one.
-            if not state.has_ended:
-                outputs = self._finish(index, state, state.finish_reason or "stop")
-                for output in outputs[:-1]:
-                    self.sink(Chunk(self._chunk([output])))
-                self._send(self._chunk(outputs[-1:]))
-        if self.wants_usage and self.usage:
+        for choice in self._choices.values():
+            for output in choice.close():
+                self._send(self._chunk([output]))
+        if self._wants_usage and self.usage:
             self._send({**self._chunk([]), "usage": self.usage})
         elif self._extra and not self._is_stream:
             self._send(self._chunk([]))
 
     def _feed_chunk(self, event: Event, data: bytes) -> None:
         chunk = self._decoded(data)
-        if event.name == "error" or self._is_error(chunk):
+        choices = chunk.get("choices")
+        is_native_error = not choices and "message" in chunk and "code" in chunk
+        if event.name == "error" or chunk.get("error") or is_native_error:
             raise to_upstream_error(Refusal.of(event.status, chunk), self.family)
         came_from = chunk.get("model")
-        self._is_counted = not chunk.get("choices") and bool(chunk.get("usage"))
-        is_changed = self._envelope(chunk)
-        if self._is_stream and not is_changed and came_from != self.model:
+        self._is_counted = not choices and bool(chunk.get("usage"))
+        is_changed = self._envelop(chunk)
+        if self._is_stream and not is_changed and came_from != self._model:
             data = self._with_model(data, came_from)
         # Half of an emoji cannot go out as it came.
         is_same = bool(data) and not is_changed and b"\n" not in event.data and b"\\ud" not in data
-        self._send_choices(chunk, data if is_same else None)
+        self._send_choices(chunk, as_list(choices), data if is_same else None)
 
-    @staticmethod
-    def _is_error(chunk: Json) -> bool:
-        is_native = not chunk.get("choices") and "message" in chunk and "code" in chunk
-        return is_native or bool(chunk.get("error"))
+    def _send_choices(self, chunk: Json, choices: list[Any], data: bytes | None) -> None:
+        envelope = chunk
+        for choice in choices:
+            outputs = self._choice(choice) if isinstance(choice, dict) else []
+            if len(choices) == 1 and outputs and outputs[0] is choice:
+                self._send(chunk, data)
+                return
+            for output in outputs:
+                self._send({**envelope, "choices": [output]})
+                # What else is in the event goes out once, not with each of its choices.
+                envelope = self._chunk([])
+        if envelope is chunk and len(chunk) > 5:
+            self._extra.update(without_keys(stated(chunk), self._chunk([])))
+
+    def _choice(self, upstream: Json) -> list[Json]:
+        """Return the choices to pass on for one of the upstream's."""
+        if upstream.get("finish_reason") == "error_finish":
+            text = upstream.get("text") or dig(upstream, "delta", "content")
+            text = text_of(text or dig(upstream, "message", "content"))
+            raise to_upstream_error(Refusal.read(0, text), self.family)
+        index = upstream.get("index")
+        index = index if type(index) is int and 0 <= index < self.MAX_INDEX else 0
+        if index not in self._choices:
+            self._choices[index] = self._new_choice(index)
+        outputs: list[Json] = self._choices[index].feed(upstream)
+        return outputs
 
     def _send(self, chunk: Json, data: bytes | None = None) -> None:
         """Pass a chunk on, with what is left of events before it."""
@@ -6585,26 +6757,14 @@ class ChunkTranslator:
             chunk, data, self._extra = {**self._extra, **chunk}, None, {}
         self.sink(Chunk(chunk, data))
 
-    def _send_choices(self, chunk: Json, data: bytes | None) -> None:
-        envelope, choices = chunk, as_list(chunk.get("choices"))
-        for choice in choices:
-            outputs = self._choice(choice) if isinstance(choice, dict) else []
-            if outputs is None and len(choices) == 1:
-                self._send(chunk, data)
-                return
-            for output in [choice] if outputs is None else outputs:
-                self._send({**envelope, "choices": [output]})
-                # What else is in the event goes out once, not with each of its choices.
-                envelope = self._chunk([])
-        if envelope is chunk and len(chunk) > 5:
-            self._extra.update(without_keys(stated(chunk), self._chunk([])))
-
     def _decoded(self, data: bytes) -> Json:
+        """Return the object in the bytes, which begin with a brace."""
         text = data.decode("utf-8", "replace")
         try:
             chunk, end = self._DECODER.raw_decode(text)
             if end == len(text) or not text[end:].strip():
-                return as_object(chunk)
+                found: Json = chunk
+                return found
         except (ValueError, RecursionError):
             pass
         raise UpstreamError(
@@ -6613,214 +6773,46 @@ class ChunkTranslator:
         )
 
     def _chunk(self, choices: list[Json]) -> Json:
-        return {
-            "id": self._id,
-            "object": self.OBJECT,
-            "created": self._created,
-            "model": self.model,
-            "choices": choices,
-        }
+        return {**self._head, "model": self._model, "choices": choices}
 
-    def _envelope(self, chunk: Json) -> bool:
-        """Make id, object, created and model the same in all chunks, and take the usage out."""
-        if not self._id:
-            self._id = as_text(chunk.get("id"))[: self.MAX_ID]
-            self._id = self._id or "chatcmpl-" + secrets.token_hex(12)
+    def _envelop(self, chunk: Json) -> bool:
+        """Make id, object, created and model the same in all chunks, and take the usage out.
+
+        Returns whether more than the model was changed.
+        """
+        if not self._head:
+            chunk_id = as_text(chunk.get("id"))[: self.MAX_ID]
             created: Any = chunk.get("created")
             # NaN is no time.
             is_time = isinstance(created, (int, float)) and 0 < created < 1e12
-            self._created = int(created) if is_time else 1
+            self._head = {
+                "id": chunk_id or "chatcmpl-" + secrets.token_hex(12),
+                "object": self.OBJECT,
+                "created": int(created) if is_time else 1,
+            }
         usage = chunk.pop("usage", None)
-        is_changed = usage is not None
-        if is_changed:
+        if usage is not None:
             self.usage = clean_usage(usage) or self.usage
-        is_same = chunk.get("id") == self._id and chunk.get("object") == self.OBJECT
-        if not is_same or chunk.get("created") != self._created:
-            chunk["id"], chunk["object"], chunk["created"] = self._id, self.OBJECT, self._created
-            is_changed = True
-        chunk["model"] = self.model
-        return is_changed
+        is_same = usage is None and self._head.items() <= chunk.items()
+        chunk.update(self._head, model=self._model)
+        return not is_same
 
     def _with_model(self, data: bytes, came_from: Any) -> bytes:
         """Return the bytes with our model for the upstream's; b"" where that is not certain."""
-        if came_from != self._their_model:
-            self._their_model, name = came_from, encode_json(came_from)
-            ours = encode_json(self.model)
-            self._model_bytes = [
-                (b'"model":%s%s' % (space, name), b'"model":%s%s' % (space, ours))
-                for space in (b"", b" ")
-            ]
-        for theirs, ours in self._model_bytes if data.count(b'"model"') == 1 else ():
-            if theirs in data:
-                return data.replace(theirs, ours)
-        return b""
-
-    def _choice(self, choice: Json) -> list[Json] | None:
-        """Return the choices for one upstream choice; None when it is right as it came."""
-        index, state = self._state_of(choice)
-        delta, finish_reason = choice.get("delta"), choice.get("finish_reason")
-        if self._is_plain_text(choice, index, state):
-            return None if choice["delta"]["content"] else []
-        if not isinstance(delta, dict):
-            delta = self._whole_delta(choice.get("message"))
-        if finish_reason == "error_finish":
-            raise to_upstream_error(Refusal.read(0, text_of(delta.get("content"))), self.family)
-        own = ("index", "delta", "message", "finish_reason")
-        extra = {
-            name: value for name, value in choice.items() if name not in own and value is not None
-        }
-        outputs = self._deltas(index, state, delta, extra)
-        # Some upstreams send several.
-        if as_text(finish_reason) not in ("", "null") and state.finish_reason in (None, "stop"):
-            state.finish_reason = finish_reason
-        return outputs
-
-    @staticmethod
-    def _is_plain_text(choice: Json, index: int, state: ChoiceState) -> bool:
-        """Return whether a choice is nothing but text that needs no look: four chunks of five."""
-        delta = choice.get("delta")
-        return (
-            type(delta) is dict
-            and len(delta) == 1
-            and type(delta.get("content")) is str
-            and type(choice.get("index")) is int
-            and choice["index"] == index
-            and choice.get("finish_reason", "") is None
-            and "message" not in choice
-            and state.passes_text()
-        )
-
-    @staticmethod
-    def _whole_delta(message: Any) -> Json:
-        """Return a whole message as a delta: each of its tool calls is a call of its own."""
-        whole = as_object(message)
-        if not isinstance(whole.get("tool_calls"), list):
-            return whole
-        calls = [
-            {"index": place, **call} if isinstance(call, dict) else call
-            for place, call in enumerate(whole["tool_calls"])
-        ]
-        return {**whole, "tool_calls": calls}
-
-    def _state_of(self, choice: Json) -> tuple[int, ChoiceState]:
-        index = choice.get("index")
-        index = index if type(index) is int and 0 <= index < self.MAX_INDEX else 0
-        state = self._states.get(index)
-        if state is None:
-            state = ChoiceState(self._is_json, self._shapes, self._budget)
-            self._states[index] = state
-        return index, state
-
-    def _deltas(self, index: int, state: ChoiceState, delta: Json, extra: Json) -> list[Json]:
-        reasoning = delta.get("reasoning_content") or delta.get("reasoning")
-        reasoning = state.reasoning.feed(reasoning) if isinstance(reasoning, str) else ""
-        thoughts, content = state.filter.feed(state.content.feed(text_of(delta.get("content"))))
-        entries = self._call_entries(delta)
-        if entries:
-            # What is kept back of the text comes before the call, not behind it.
-            kept = [state.filter.feed(state.content.close()), state.filter.close()]
-            thoughts, content = ("".join(texts) for texts in zip((thoughts, content), *kept))
-        deltas: list[Json] = []
-        if reasoning or thoughts:
-            deltas.append({"reasoning_content": reasoning + thoughts})
-        others = {
-            name: value
-            for name, value in delta.items()
-            if name not in self.KNOWN_DELTA and value is not None
-        }
-        if content or others:
-            deltas.append({**({"content": content} if content else {}), **others})
-        if entries:
-            deltas += self._tool_deltas(state.tools.feed(entries))
-        return self._outputs(index, state, deltas, extra, isinstance(delta.get("role"), str))
-
-    @staticmethod
-    def _call_entries(delta: Json) -> Any:
-        entries = delta.get("tool_calls")
-        if not entries and isinstance(delta.get("function_call"), dict):
-            return [{"index": 0, "function": delta["function_call"]}]
-        return entries
-
-    def _tool_deltas(self, calls: list[Json]) -> list[Json]:
-        if not self._is_legacy:
-            return [{"tool_calls": [call]} for call in calls]
-        return [{"function_call": call["function"]} for call in calls if call["index"] == 0]
-
-    @staticmethod
-    def _outputs(
-        index: int, state: ChoiceState, deltas: list[Json], extra: Json, role_came: bool
-    ) -> list[Json]:
-        if not state.has_role and (deltas or role_came):
-            first = deltas[0] if deltas else {}
-            head: Json = {"role": "assistant"}
-            if "tool_calls" in first or "function_call" in first:
-                head["content"] = None
-            elif "content" not in first and "reasoning_content" not in first:
-                head["content"] = ""
-            deltas[:1] = [{**head, **first}]
-            state.has_role = True
-        outputs = [{"index": index, "delta": delta, "finish_reason": None} for delta in deltas]
-        state.extra.update(extra)
-        if outputs and state.extra:
-            outputs[-1].update(state.extra)
-            state.extra = {}
-        return outputs
-
-    def _finish(self, index: int, state: ChoiceState, reason: str) -> list[Json]:
-        """Return what was kept back, then the finish chunk."""
-        extra, state.extra = state.extra, {}
-        reasoning = state.reasoning.close()
-        thoughts, content = state.filter.feed(state.content.close())
-        last_thoughts, last_content = state.filter.close()
-        kept = [
-            {"reasoning_content": reasoning + thoughts + last_thoughts},
-            {"content": content + last_content},
-        ]
-        was_whole = state.tools.is_whole()
-        deltas = [delta for delta in kept if any(delta.values())]
-        deltas += self._tool_deltas(state.tools.close())
-        outputs = self._outputs(index, state, deltas, {}, True)
-        if reason in ("stop", "function_call", "tool_calls", "length"):
-            reason = self._reason(state.tools, reason, was_whole)
-        state.has_ended = True
-        return [*outputs, {"index": index, "delta": {}, "finish_reason": reason, **extra}]
-
-    def _reason(self, tools: ToolCalls, reason: str, was_whole: bool) -> str:
-        """Return tool_calls if there are whole calls; length if the last one is cut."""
-        called = tools.named()
-        if not called:
-            return "length" if reason == "length" else "stop"
-        are_whole = all(call.arguments.is_whole() for call in called)
-        if not are_whole or reason == "length" and not was_whole:
-            return "length"
-        return "function_call" if self._is_legacy else "tool_calls"
+        found = self._MODEL.search(data) if data.count(b'"model"') == 1 else None
+        if found is None or found.group(2).decode("utf-8", "replace") != came_from:
+            return b""
+        return data[: found.end(1)] + encode_json(self._model) + data[found.end() :]
 
 
 class TextTranslator(ChunkTranslator):
-    """The ChunkTranslator of text completions: text instead of deltas, no roles, no calls."""
+    """The ChunkTranslator of text completions."""
 
     OBJECT = "text_completion"
 
-    def _choice(self, choice: Json) -> list[Json] | None:
-        index, state = self._state_of(choice)
-        text, reason = text_of(choice.get("text")), choice.get("finish_reason")
-        if reason == "error_finish":
-            raise to_upstream_error(Refusal.read(0, text), self.family)
-        reason = reason if as_text(reason) not in ("", "null") else None
-        if state.finish_reason is not None or not (text or reason):
-            return []
-        state.finish_reason, state.has_ended = reason, reason is not None
-        right = {
-            "index": index,
-            "text": text,
-            "finish_reason": reason,
-            "logprobs": choice.get("logprobs"),
-        }
-        return None if choice == right else [{**choice, **right}]
-
-    def _finish(self, index: int, state: ChoiceState, reason: str) -> list[Json]:
-        state.has_ended = True
-        return [{"index": index, "text": "", "finish_reason": reason, "logprobs": None}]
+    def __init__(self, request: Json, target: Target):
+        super().__init__(request, target)
+        self._new_choice = TextChoice
 
 
 def clean_usage(usage: Any) -> Json | None:
