@@ -4038,16 +4038,6 @@ class EventDecoder:
         return Event(b"\n".join(found), name, status) if found else None
 
 
-def separate_events(event: Event) -> list[Event]:
-    """Return the events in one whose lines are JSON each and not together.
-
-    Some upstreams put no blank line between their events.
-    """
-    if b"\n" not in event.data or loads(event.data) is not None:
-        return [event]
-    return [event._replace(data=line) for line in event.data.split(b"\n")]
-
-
 def encode_event(data: bytes, name: str = "") -> bytes:
     """Return one event, ready to write; the data must hold no line end."""
     if name:
@@ -6637,26 +6627,35 @@ class TextChoice:
         return [last] if self.finish_reason is None else []
 
 
-class ChunkTranslator:
-    """Upstream events in, chunks as OpenAI shapes them out, into `sink`, for one answer.
+class ChatDecoder:
+    """The bytes of an answer in, chunks as OpenAI shapes them out, into `sink`.
 
-    Out come: the role in the first delta only; one id, created and model throughout;
-    reasoning_content and content never in one delta; one tool call a delta; a finish chunk whose
-    delta is empty; usage in one last chunk without choices, if the client asked for it. Raises
-    UpstreamError for an error inside the stream and for an end that is none.
+    The body is judged by its content, not by its Content-Type: a stream, one JSON object (an error,
+    or a whole completion), or a web page with status 200. Out come: the role in the first delta
+    only; one id, created and model throughout; reasoning_content and content never in one delta;
+    one tool call a delta; a finish chunk whose delta is empty; usage in one last chunk without
+    choices, if the client asked for it. Raises UpstreamError for an error inside the stream and for
+    an end that is none.
     """
 
     OBJECT = "chat.completion.chunk"
     MAX_ID = 200
     # Of a choice; OpenAI's n is 128 at most.
     MAX_INDEX = 1024
+    BLANK = b"\xef\xbb\xbf \r\n\t"
     # A log probability of -Infinity is no JSON.
     _DECODER = json.JSONDecoder(parse_constant=lambda name: None)
     _MODEL = re.compile(rb'("model": ?)"([^"\\]*)"')
 
     def __init__(self, request: Json, target: Target):
         self.sink: Callable[[Chunk], None] = nowhere
-        self.family, self._model = target.provider.family, target.model
+        self.usage: Json | None = None
+        # The stream has said that it is over.
+        self.is_done = False
+        self._events, self._has_begun = EventDecoder(), False
+        # The answer that is no stream.
+        self._whole: bytearray | None = None
+        self._family, self._model = target.provider.family, target.model
         self._wants_usage = bool(dig(request, "stream_options", "include_usage"))
         # Otherwise the bytes are of no use.
         self._is_stream = bool(request.get("stream"))
@@ -6664,7 +6663,7 @@ class ChunkTranslator:
         self._choices: dict[int, Any] = {}
         self._new_choice: Callable[[int], Any] = functools.partial(
             ChatChoice,
-            ToolShapes(request, traits_of(self.family.name, self._model)),
+            ToolShapes(request, traits_of(self._family.name, self._model)),
             Budget(),
             wants_json(request),
             bool(request.get("functions")) and not request.get("tools"),
@@ -6675,19 +6674,21 @@ class ChunkTranslator:
         self._extra: Json = {}
         # The last event was nothing but the usage, which comes after everything.
         self._is_counted = False
-        self.usage: Json | None = None
-        self.is_done = False
 
-    def feed(self, event: Event) -> None:
-        """Translate one event."""
-        data = event.data.lstrip(b" \t")
-        if data[:1] == b"{":
-            self._feed_chunk(event, data)
-        elif data.strip() == DONE:
-            self.is_done = True
-        elif event.name == "error":
-            text = event.data.decode("utf-8", "replace")
-            raise to_upstream_error(Refusal.read(event.status, text), self.family)
+    def feed(self, piece: bytes) -> None:
+        """Take the next piece of the body."""
+        if not self._has_begun:
+            piece = piece.lstrip(self.BLANK)
+            self._has_begun = bool(piece)
+            if piece[:1] in (b"{", b"<", b"["):
+                self._whole = bytearray()
+        if self._whole is None:
+            for event in self._events.feed(piece):
+                self._feed_event(event)
+            return
+        self._whole += piece
+        if len(self._whole) > MAX_EVENT:
+            raise UpstreamError(f"the upstream sent an answer of more than {MAX_EVENT} bytes")
 
     def is_finished(self) -> bool:
         """Return whether every choice has its finish reason."""
@@ -6695,7 +6696,19 @@ class ChunkTranslator:
         return bool(reasons) and (self._is_counted or None not in reasons)
 
     def close(self) -> None:
-        """End the stream; raises UpstreamError when the upstream broke off."""
+        """Take the end of the body; raises UpstreamError when the upstream broke off."""
+        if self._whole is not None:
+            self._feed_event(Event(self._completion(self._whole)))
+            # JSON that can be read is whole, even if it names no finish reason.
+            self.is_done = True
+        elif not self.is_done:
+            try:
+                for event in self._events.close():
+                    self._feed_event(event)
+            except UpstreamError as error:
+                # An event that is cut is no loss once the finish reason is there.
+                if error.code != "upstream_cut" or not self.is_finished():
+                    raise
         if not self._choices or not (self.is_done or self.is_finished()):
             message = "the upstream answered with an empty stream; try again"
             if self._choices:
@@ -6709,12 +6722,37 @@ class ChunkTranslator:
         elif self._extra and not self._is_stream:
             self._send(self._chunk([]))
 
+    def _completion(self, body: bytearray) -> bytes:
+        """Return the JSON of a whole completion; raises UpstreamError where it is none."""
+        text = body.decode("utf-8", "replace").strip("\ufeff \r\n\t")
+        if dig(loads(text), "choices"):
+            return text.encode()
+        refusal = Refusal.read(0, text)
+        if not refusal.message:
+            words = "the upstream answered with something that is no completion"
+            refusal = refusal._replace(message=words)
+        raise to_upstream_error(refusal, self._family)
+
+    def _feed_event(self, event: Event) -> None:
+        data = event.data.lstrip(b" \t")
+        if b"\n" in data and loads(data) is None:
+            # Some upstreams put no blank line between their events.
+            for line in event.data.split(b"\n"):
+                self._feed_event(event._replace(data=line))
+        elif data[:1] == b"{":
+            self._feed_chunk(event, data)
+        elif data.strip() == DONE:
+            self.is_done = True
+        elif event.name == "error":
+            text = event.data.decode("utf-8", "replace")
+            raise to_upstream_error(Refusal.read(event.status, text), self._family)
+
     def _feed_chunk(self, event: Event, data: bytes) -> None:
         chunk = self._decoded(data)
         choices = chunk.get("choices")
         is_native_error = not choices and "message" in chunk and "code" in chunk
         if event.name == "error" or chunk.get("error") or is_native_error:
-            raise to_upstream_error(Refusal.of(event.status, chunk), self.family)
+            raise to_upstream_error(Refusal.of(event.status, chunk), self._family)
         came_from = chunk.get("model")
         self._is_counted = not choices and bool(chunk.get("usage"))
         is_changed = self._envelop(chunk)
@@ -6743,7 +6781,7 @@ class ChunkTranslator:
         if upstream.get("finish_reason") == "error_finish":
             text = upstream.get("text") or dig(upstream, "delta", "content")
             text = text_of(text or dig(upstream, "message", "content"))
-            raise to_upstream_error(Refusal.read(0, text), self.family)
+            raise to_upstream_error(Refusal.read(0, text), self._family)
         index = upstream.get("index")
         index = index if type(index) is int and 0 <= index < self.MAX_INDEX else 0
         if index not in self._choices:
@@ -6805,8 +6843,8 @@ class ChunkTranslator:
         return data[: found.end(1)] + encode_json(self._model) + data[found.end() :]
 
 
-class TextTranslator(ChunkTranslator):
-    """The ChunkTranslator of text completions."""
+class TextDecoder(ChatDecoder):
+    """The ChatDecoder of text completions."""
 
     OBJECT = "text_completion"
 
@@ -6836,93 +6874,6 @@ def clean_usage(usage: Any) -> Json | None:
     if isinstance(usage.get("cached_tokens"), int):
         cleaned.setdefault("prompt_tokens_details", {"cached_tokens": usage["cached_tokens"]})
     return cleaned
-
-
-class AnswerDecoder:
-    """The bytes of an answer in, chunks out, into the translator's sink.
-
-    The body is judged by its content, not by its Content-Type: a stream, one JSON object (an error,
-    or a whole completion), or a web page with status 200.
-    """
-
-    BLANK = b"\xef\xbb\xbf \r\n\t"
-
-    def __init__(self, translator: ChunkTranslator):
-        self.translator, self._events = translator, EventDecoder()
-        self._has_begun = False
-        # The answer that is no stream.
-        self._whole: bytearray | None = None
-
-    @property
-    def sink(self) -> Callable[[Chunk], None]:
-        """Where the chunks go."""
-        return self.translator.sink
-
-    @sink.setter
-    def sink(self, sink: Callable[[Chunk], None]) -> None:
-        self.translator.sink = sink
-
-    @property
-    def is_done(self) -> bool:
-        """True if the stream has said that it is over."""
-        return self.translator.is_done
-
-    @property
-    def usage(self) -> Json | None:
-        """The usage, once it came."""
-        return self.translator.usage
-
-    def is_finished(self) -> bool:
-        """Return whether nothing is missing if the connection breaks now."""
-        return self.translator.is_finished()
-
-    def feed(self, piece: bytes) -> None:
-        """Take the next piece of the body."""
-        if not self._has_begun:
-            piece = piece.lstrip(self.BLANK)
-            if not piece:
-                return
-            self._has_begun = True
-            if piece[:1] in (b"{", b"<", b"["):
-                self._whole = bytearray()
-        if self._whole is None:
-            self._feed_events(self._events.feed(piece))
-            return
-        self._whole += piece
-        if len(self._whole) > MAX_EVENT:
-            raise UpstreamError(f"the upstream sent an answer of more than {MAX_EVENT} bytes")
-
-    def close(self) -> None:
-        """Take the end of the body."""
-        if self._whole is not None:
-            self.translator.feed(Event(self._completion(bytes(self._whole))))
-            # JSON that can be read is whole, even if it names no finish reason.
-            self.translator.is_done = True
-        elif not self.translator.is_done:
-            try:
-                self._feed_events(self._events.close())
-            except UpstreamError as error:
-                # An event that is cut is no loss once the finish reason is there.
-                if error.code != "upstream_cut" or not self.translator.is_finished():
-                    raise
-        self.translator.close()
-
-    def _feed_events(self, events: list[Event]) -> None:
-        for event in events:
-            for separate in separate_events(event):
-                self.translator.feed(separate)
-
-    def _completion(self, body: bytes) -> bytes:
-        """Return the JSON of a whole completion; raises UpstreamError where it is none."""
-        text = body.decode("utf-8", "replace").strip("\ufeff \r\n\t")
-        if dig(loads(text), "choices"):
-            return text.encode()
-        refusal = Refusal.read(0, text)
-        if not refusal.message:
-            refusal = refusal._replace(
-                message="the upstream answered with something that is no completion"
-            )
-        raise to_upstream_error(refusal, self.translator.family)
 
 
 class CompletionCollector:
@@ -7140,12 +7091,14 @@ class ChatApi:
 
     Each API has the same methods: check() a client's body, to_upstream() its translation, repair()
     of that after a refusal, refusal() as an error, decoder() from bytes to chunks, writer() from
-    chunks to the client. There is one object for each request.
+    chunks to the client, collector() from chunks to one answer. One object serves one request.
     """
 
     path = "/chat/completions"
     accept = "text/event-stream"
     name = "chat"
+    decoder: Any = ChatDecoder
+    collector: Any = CompletionCollector
 
     def __init__(self, memory: Any = None, owner: str = ""):
         self._memory, self._owner = memory, owner
@@ -7176,10 +7129,6 @@ class ChatApi:
             refusal = refusal._replace(request_id=headers.get("x-request-id"))
         return to_upstream_error(refusal, target.provider.family, retry_after_of(headers))
 
-    def decoder(self, request: Json, target: Target) -> Any:
-        """Return what makes chunks of the bytes of an answer."""
-        return AnswerDecoder(ChunkTranslator(request, target))
-
     @staticmethod
     def split(request: Json, targets: list[Target]) -> list[Json]:
         """Return the requests to the upstream that a client's request takes, mostly one."""
@@ -7190,17 +7139,14 @@ class ChatApi:
         is_stream = request.get("stream") is True
         return Writer(out) if is_stream else CollectingWriter(out, self.collector())
 
-    @staticmethod
-    def collector() -> CompletionCollector:
-        """Return what makes one answer of the chunks."""
-        return CompletionCollector()
-
 
 class TextApi(ChatApi):
     """POST /v1/completions."""
 
     path = "/completions"
     name = "text"
+    decoder = TextDecoder
+    collector = TextCollector
 
     def check(self, body: Any) -> Json:
         """Return the request in a client's body; raises BadRequest."""
@@ -7208,15 +7154,6 @@ class TextApi(ChatApi):
         if not isinstance(request.get("prompt"), (str, list)):
             raise BadRequest("prompt must be a string or a list", param="prompt")
         return request
-
-    def decoder(self, request: Json, target: Target) -> AnswerDecoder:
-        """Return what makes chunks of the bytes of an answer."""
-        return AnswerDecoder(TextTranslator(request, target))
-
-    @staticmethod
-    def collector() -> CompletionCollector:
-        """Return what makes one answer of the chunks."""
-        return TextCollector()
 
 
 # ------------------------------------------------------------------------------------------------

@@ -688,7 +688,7 @@ def translate(pieces, request=None, model="qwen3.7-plus", family="dashscope"):
     url = "http://127.0.0.1/compatible-mode/v1"
     provider = qp.Provider("test", url, None, "test", family=qp.FAMILIES[family])
     request = request or {"stream_options": {"include_usage": True}}
-    decoder, chunks = qp.AnswerDecoder(qp.ChunkTranslator(request, qp.Target(provider, model))), []
+    decoder, chunks = qp.ChatDecoder(request, qp.Target(provider, model)), []
     decoder.sink = lambda chunk: chunks.append(chunk.value)
     push(decoder, pieces)
     return chunks
@@ -3114,7 +3114,7 @@ def test_a_client_that_leaves_is_noticed_while_the_upstream_takes_nothing(keyed)
 
 def test_blank_lines_before_the_first_event_are_not_kept():
     provider, chunks = qp.Provider("test", "http://127.0.0.1/v1", None, "test"), []
-    decoder = qp.AnswerDecoder(qp.ChunkTranslator({}, qp.Target(provider, "m")))
+    decoder = qp.ChatDecoder({}, qp.Target(provider, "m"))
     decoder.sink = lambda chunk: chunks.append(chunk.value)
     for blank in (b"\r\n", b"\n \n", b"\xef\xbb\xbf"):
         decoder.feed(blank)
