@@ -6151,7 +6151,7 @@ class Budget:
 class LongText:
     """A text that grows piece by piece; joining it at each piece would take quadratic time."""
 
-    def __init__(self, budget: Budget | None = None) -> None:
+    def __init__(self, budget: Budget) -> None:
         self._parts: list[str] = []
         self._budget, self.size = budget, 0
 
@@ -6159,8 +6159,7 @@ class LongText:
         """Append a piece."""
         self._parts.append(text)
         self.size += len(text)
-        if self._budget:
-            self._budget.count(len(text))
+        self._budget.count(len(text))
 
     def __str__(self) -> str:
         if len(self._parts) > 1:
@@ -6176,7 +6175,7 @@ class JsonText(LongText):
 
     _TOKENS = re.compile(r'\\.|["{}\[\]]', re.S)
 
-    def __init__(self, budget: Budget | None = None) -> None:
+    def __init__(self, budget: Budget) -> None:
         super().__init__(budget)
         self._depth, self._in_string, self._carry = 0, False, ""
         self._is_broken, self._parsed_size = False, -1
@@ -6222,50 +6221,56 @@ class ToolCall:
     # Bytes of memory besides its arguments, about.
     COST = 2048
 
-    def __init__(
-        self,
-        number: Callable[[], int],
-        shapes: ToolShapes,
-        upstream_id: str,
-        has_index: bool,
-        budget: Budget,
-    ):
-        self.index, self._number, self._shapes = -1, number, shapes
-        self.upstream_id, self.has_index = upstream_id, has_index
-        self.id = upstream_id or "call_" + secrets.token_hex(12)
-        self.name, self.arguments, self._kept = "", JsonText(budget), ""
-        self._increments = Increments()
-        self._repeats_name = self._is_closed = False
+    def __init__(self, shapes: ToolShapes, budget: Budget, upstream_id: str, has_index: bool):
+        self._shapes, self.upstream_id, self.has_index = shapes, upstream_id, has_index
+        self.id = "call_" + secrets.token_hex(12)
+        # The upstream's name and the client's; the envelope that a custom tool came in.
+        self.name = self._client_name = ""
+        self._envelope: str | None = None
+        # Known with the name, so that the calls that a client is told of have no holes.
+        self.index = -1
+        self.arguments, self._increments = JsonText(budget), Increments()
+        self._kept, self._repeats_name, self._is_closed = "", False, False
+        # Deltas that wait for the call before it to end.
+        self.waiting: list[Json] = []
         budget.count(self.COST)
 
-    def add(self, name: str, arguments: str) -> Json | None:
-        """Return the delta to pass on now.
+    def add(self, name: str, arguments: str, index: int) -> Json | None:
+        """Return the delta to pass on now; the index is for a call that had no name.
 
         id, type and name come once and first, then nothing but arguments.
         """
         if self._is_closed or self._is_all(name, arguments):
             # The whole call once more.
             arguments = ""
-        self._repeats_name = self._repeats_name or bool(name and self.name)
+        is_first = bool(name) and not self.name
+        if is_first:
+            self.index, self.name = index, name
+            self._client_name = self._shapes.original(name)
+            self._envelope = self._shapes.custom.get(self._client_name)
+        elif name:
+            self._repeats_name = True
         fresh = self._increments.feed(arguments)
         # Some send {} first and then the arguments.
-        is_replaced = self._has_none() and fresh.lstrip()[:1] == "{"
-        fresh = fresh if is_replaced else self._kept + fresh
-        is_first, self.name = not self.name and bool(name), self.name or name
+        if not (self._kept and self._has_none() and fresh.lstrip()[:1] == "{"):
+            fresh = self._kept + fresh
         # Arguments before the name are of no use to the client yet.
         is_kept = not self.name or not self.arguments.size and self._may_be_empty(fresh)
         self._kept, fresh = (fresh, "") if is_kept else ("", fresh)
         if not self.name:
             return None
         self.arguments.add(fresh)
-        if is_first:
-            self.index = self._number()
-            return self._head(fresh)
-        return self._more("" if self.name in self._shapes.custom else fresh)
+        # What a custom tool is called with is known at the end.
+        text = "" if self._envelope else fresh
+        return self._delta(text, is_first) if text or is_first else None
 
-    def _more(self, fresh: str) -> Json | None:
-        has_news = bool(fresh and self.name)
-        return {"index": self.index, "function": {"arguments": fresh}} if has_news else None
+    def _delta(self, text: str, is_first: bool = False) -> Json:
+        kind = self._envelope or "function"
+        field = "input" if kind == "custom" else "arguments"
+        if not is_first:
+            return {"index": self.index, kind: {field: text}}
+        head = {"index": self.index, "id": self.id, "type": kind}
+        return {**head, kind: {"name": self._client_name, field: text}}
 
     def is_whole(self) -> bool:
         """Return whether its arguments are whole as they came."""
@@ -6278,19 +6283,6 @@ class ToolCall:
 
     def _has_none(self) -> bool:
         return "".join(self._kept[:20].split()) in self.EMPTY
-
-    def _head(self, fresh: str) -> Json:
-        head = {"index": self.index, "id": self.id, "type": "function"}
-        if self.name in self._shapes.custom:
-            envelope = self._shapes.custom[self.name]
-            return {**head, "type": envelope, **self._custom("", name=self.name)}
-        name = self._shapes.original(self.name)
-        return {**head, "function": {"name": name, "arguments": fresh}}
-
-    def _custom(self, text: str, **fields: str) -> Json:
-        """Return the free text of a custom call in the envelope that its tool came in."""
-        envelope = self._shapes.custom[self.name]
-        return {envelope: {**fields, "input" if envelope == "custom" else "arguments": text}}
 
     def is_followed_by(self, name: str, arguments: str) -> bool:
         """Return whether a delta with this call's id starts a new one; some repeat one id."""
@@ -6309,20 +6301,19 @@ class ToolCall:
         is_new = bool(arguments.strip()) or not self._repeats_name
         return name != self.name or is_new and self.is_whole()
 
-    def close(self) -> Json | None:
-        """Return the delta that completes it: what was kept back, {} for no arguments."""
+    def close(self) -> list[Json]:
+        """Return the deltas that complete it: what waited or was kept back, {} for no arguments."""
+        deltas, self.waiting = self.waiting, []
         if self._is_closed:
-            return None
+            return deltas
         self._is_closed = True
-        if self._has_none():
-            self._kept = ""
-        fresh, self._kept = self._kept + self._increments.close(), ""
+        kept, self._kept = "" if self._has_none() else self._kept, ""
+        fresh = kept + self._increments.close()
         if not (self.arguments.size or fresh.strip()):
             fresh = "{}"
         self.arguments.add(fresh)
-        if self.name in self._shapes.custom:
-            return {"index": self.index, **self._custom(custom_input(str(self.arguments)))}
-        return self._more(fresh)
+        text = custom_input(str(self.arguments)) if self._envelope else fresh
+        return [*deltas, self._delta(text)] if text or self._envelope else deltas
 
     def _is_all(self, name: str, arguments: str) -> bool:
         """Return whether these are all of the arguments once more, perhaps in other blanks."""
@@ -6352,16 +6343,13 @@ class ToolCalls:
     """
 
     def __init__(self, shapes: ToolShapes, budget: Budget) -> None:
-        self.calls: list[ToolCall] = []
         self._shapes, self._budget = shapes, budget
-        # By index: the named calls, each with the deltas that wait for the call before it to end.
-        self._named: list[tuple[ToolCall, list[Json]]] = []
+        self.calls: list[ToolCall] = []
+        # Those that the client is told of, by index; this one is being told.
+        self.named: list[ToolCall] = []
         self._current = 0
-        self._by_index: dict[int, ToolCall] = {}
+        self._by_index: dict[int | None, ToolCall] = {}
         self._by_id: dict[tuple[str, int | None], ToolCall] = {}
-        self._ids: set[str] = set()
-        # Given out as names come, so that there are no holes.
-        self._number = itertools.count().__next__
 
     def feed(self, entries: Any) -> list[Json]:
         """Return the deltas to pass on for the tool_calls of one upstream delta."""
@@ -6379,39 +6367,26 @@ class ToolCalls:
             index = entry.get("index")
             index = index if type(index) is int and 0 <= index < 100_000 else None
             call = self._call_for(index, call_id, name, arguments)
-            deltas += self._in_order(call, call.add(name, arguments))
+            deltas += self._in_order(call, call.add(name, arguments, len(self.named)))
         return deltas
 
     def _in_order(self, call: ToolCall, delta: Json | None) -> list[Json]:
         """Return the deltas to pass on now that this one came."""
         if delta is None:
             return []
-        if call.index == len(self._named):
-            self._named.append((call, []))
+        if call.index == len(self.named):
+            self.named.append(call)
         if call.index <= self._current:
             return [delta]
-        self._named[call.index][1].append(delta)
+        call.waiting.append(delta)
         deltas: list[Json] = []
-        while self._current < call.index and self._named[self._current][0].arguments.is_whole():
-            deltas += self._ended(self._current)
+        while self._current < call.index and self.named[self._current].arguments.is_whole():
+            deltas += self.named[self._current].close()
             self._current += 1
         if self._current == call.index:
-            deltas += self._waiting(call.index)
+            deltas += call.waiting
+            call.waiting = []
         return deltas
-
-    def _waiting(self, index: int) -> list[Json]:
-        deltas = self._named[index][1][:]
-        self._named[index][1].clear()
-        return deltas
-
-    def _ended(self, index: int) -> list[Json]:
-        """Return the deltas of a call that waited, and the one that completes it."""
-        last = self._named[index][0].close()
-        return [*self._waiting(index), *([last] if last else [])]
-
-    def named(self) -> list[ToolCall]:
-        """Return the calls that the client was told of."""
-        return [call for call, _ in self._named]
 
     def is_whole(self) -> bool:
         """Return whether the last call's arguments are whole as they came."""
@@ -6419,10 +6394,10 @@ class ToolCalls:
 
     def close(self) -> list[Json]:
         """Return the deltas that complete all calls."""
-        return [delta for index in range(len(self._named)) for delta in self._ended(index)]
+        return [delta for call in self.named for delta in call.close()]
 
     def _call_for(self, index: int | None, call_id: str, name: str, arguments: str) -> ToolCall:
-        same_index = self._by_index.get(index) if index is not None else None
+        same_index = self._by_index.get(index)
         if call_id:
             call = self._by_id.get((call_id, index)) or self._by_id.get((call_id, None))
             if call and not call.is_followed_by(name, arguments):
@@ -6431,26 +6406,22 @@ class ToolCalls:
                 # Its id comes late: ours has not gone out yet.
                 return same_index
             return self._new(index, call_id)
-        latest = same_index or self._latest_without_index(index, name)
+        last = self.calls[-1] if self.calls else None
+        if last and index is not None and (name or last.has_index):
+            last = None
+        latest = same_index or last
         if latest is None or latest.is_followed_without_id_by(name, arguments):
             return self._new(index, "")
         return latest
 
-    def _latest_without_index(self, index: int | None, name: str) -> ToolCall | None:
-        last = self.calls[-1] if self.calls else None
-        if last and (index is None or not name and not last.has_index):
-            return last
-        return None
-
     def _new(self, index: int | None, call_id: str) -> ToolCall:
-        call = ToolCall(self._number, self._shapes, call_id, index is not None, self._budget)
-        if call.id in self._ids:
-            call.id = "call_" + secrets.token_hex(12)
-        self._ids.add(call.id)
+        call = ToolCall(self._shapes, self._budget, call_id, index is not None)
         self.calls.append(call)
         if index is not None:
             self._by_index[index] = call
         if call_id:
+            # Two calls of one id have two at the client.
+            call.id = call.id if (call_id, None) in self._by_id else call_id
             self._by_id[call_id, index] = call
             # For a delta of the same call that names no index.
             self._by_id[call_id, None] = call
@@ -6590,7 +6561,7 @@ class ChatChoice:
 
     def _reason(self, reason: str, was_whole: bool) -> str:
         """Return tool_calls if there are whole calls; length if the last one is cut."""
-        called = self._tools.named()
+        called = self._tools.named
         if not called:
             return "length" if reason == "length" else "stop"
         are_whole = all(call.arguments.is_whole() for call in called)
