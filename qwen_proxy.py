@@ -5677,7 +5677,8 @@ def check_messages(messages: Any) -> None:
 # Pure: the upstream's events in, clean chunks out; a refusal's text in, an UpstreamError out.
 
 
-STATUS = re.compile(r"[45]\d\d\Z")
+# No status, and no message, which has blanks.
+ERROR_CODE = re.compile(r"(?![45]\d\d\Z)\S{1,60}")
 
 
 class Refusal(NamedTuple):
@@ -5721,14 +5722,9 @@ class Refusal(NamedTuple):
         error = cls._error_object(value)
         messages = (error.get("message"), error.get("detail"), value.get("detail"))
         message = first_of(str, *messages, value.get("message")) or ""
-        codes = [
-            str(item)
-            for item in (error.get("code"), error.get("type"))
-            # A status is no code.
-            if isinstance(item, (str, int)) and item != "" and not STATUS.match(str(item))
-        ]
-        # One with a blank in it is a message.
-        code = next((each for each in codes if re.fullmatch(r"\S{1,60}", each)), "")
+        codes = (error.get("code"), error.get("type"))
+        names = [str(code) for code in codes if isinstance(code, (str, int))]
+        code = next((name for name in names if ERROR_CODE.fullmatch(name)), "")
         ids = (value.get("request_id"), error.get("request_id"), value.get("traceId"))
         request_id = first_of(str, *ids)
         if message.startswith(("{", "data:", "id:", "event:")):
@@ -5978,16 +5974,19 @@ class Increments:
         if self.is_settled or not text:
             return text
         if self._is_cumulative:
-            return self._feed_cumulative(text)
-        is_repeat = bool(self._latest) and text == self._latest
-        if not text.startswith(self._latest) or is_repeat and self._is_increment(text):
+            fresh = text[len(self._latest) :] if text.startswith(self._latest) else text
+            self._latest += fresh
+            return fresh
+        is_repeat = text == self._latest
+        # A longer repeat is kept back two times at most.
+        is_kept = len(text) >= self.EVIDENCE and len(self._joined) <= 2 * len(text)
+        if not text.startswith(self._latest) or is_repeat and not is_kept:
             return self._settle(self._joined + text)
         self._evidence += 0 if is_repeat else len(self._latest)
         self._joined, self._latest = self._joined + text, text
         if self._evidence >= self.EVIDENCE and not is_periodic(text):
             self._is_cumulative = True
-            fresh, self._sent = text[self._sent :], len(text)
-            return fresh
+            return text[self._sent :]
         agreed = len(os.path.commonprefix([self._joined, text]))
         fresh, self._sent = self._joined[self._sent : agreed], max(agreed, self._sent)
         return fresh
@@ -5997,20 +5996,9 @@ class Increments:
         is_decided = self.is_settled or self._is_cumulative
         return "" if is_decided else self._settle(self._joined)
 
-    def _is_increment(self, repeat: str) -> bool:
-        # A longer repeat is kept back two times at most.
-        return len(repeat) < self.EVIDENCE or len(self._joined) > 2 * len(repeat)
-
     def _settle(self, joined: str) -> str:
         self.is_settled, self._joined, self._latest = True, "", ""
         return joined[self._sent :]
-
-    def _feed_cumulative(self, text: str) -> str:
-        if text.startswith(self._latest):
-            fresh, self._latest = text[len(self._latest) :], text
-            return fresh
-        self._latest += text
-        return text
 
 
 def is_periodic(text: str) -> bool:
@@ -6855,23 +6843,21 @@ class CompletionCollector:
     FIELD_COST = 256
     # Of a chunk, what is not its envelope.
     OWN = frozenset({"choices", "usage"})
-    # Strings within objects of deltas that come in pieces: sound, arguments.
+    # Strings within objects of deltas that come in pieces, as all of a delta itself do.
     GROWING = frozenset({"data", "transcript", "arguments", "input"})
 
     class Choice:
         """What was collected of one choice."""
 
         def __init__(self) -> None:
-            self.texts: dict[str, LongText] = {}
             self.message: Json = {}
             self.calls: list[Json] = []
             self.fields: Json = {"finish_reason": None}
-            self.is_legacy = False
 
     def __init__(self) -> None:
         self._head: Json = {}
         self._budget = Budget()
-        self._choices: dict[int, CompletionCollector.Choice] = {}
+        self._choices: dict[int, CompletionCollector.Choice] = collections.defaultdict(self.Choice)
 
     def feed(self, chunk: Json) -> None:
         """Add one chunk."""
@@ -6879,10 +6865,7 @@ class CompletionCollector:
             if self._head.get(name, self) != chunk[name]:
                 self._keep(self._head, name, chunk[name])
         for part in chunk["choices"]:
-            choice = self._choices.get(part["index"])
-            if choice is None:
-                choice = self._choices[part["index"]] = self.Choice()
-            self._add(choice, part)
+            self._add(self._choices[part["index"]], part)
 
     def completion(self, usage: Json | None) -> Json:
         """Return the completion, with usage where the upstream gave it."""
@@ -6897,31 +6880,40 @@ class CompletionCollector:
         for name, value in part["delta"].items():
             if name == "tool_calls":
                 self._add_call(choice.calls, value[0])
-            elif name == "function_call":
-                self._add_call(choice.calls, {"index": 0, "function": value})
-                choice.is_legacy = True
-            elif isinstance(value, str) and name != "role":
-                self._add_text(choice, name, value)
-            elif isinstance(value, list) and isinstance(choice.message.get(name, []), list):
-                self._budget.take(value)
-                choice.message.setdefault(name, []).extend(value)
-            elif isinstance(value, dict) and isinstance(choice.message.get(name, {}), dict):
-                self._merge(choice.message.setdefault(name, {}), value)
-            elif value is not None:
-                self._keep(choice.message, name, value)
+            else:
+                self._merge(choice.message, name, value)
         if len(part) > 3 or part.get("finish_reason"):
             self._add_fields(choice, part)
+
+    def _add_call(self, calls: list[Json], delta: Json) -> None:
+        if delta["index"] == len(calls):
+            self._budget.count(ToolCall.COST)
+            calls.append({"id": None, "type": "function"})
+        for name, value in delta.items():
+            if name != "index":
+                self._merge(calls[delta["index"]], name, value, 1)
+
+    def _merge(self, kept: Json, name: str, value: Any, depth: int = 0) -> None:
+        """Add a field to those that came before, at the top of a delta or in an object in it."""
+        if isinstance(value, str) and (not depth or name in self.GROWING):
+            if not isinstance(kept.get(name), LongText):
+                self._keep(kept, name, LongText(self._budget))
+            kept[name].add(value)
+        elif isinstance(value, dict) and depth < 4 and isinstance(kept.get(name, {}), dict):
+            inner = kept.setdefault(name, {})
+            for each, item in value.items():
+                self._merge(inner, each, item, depth + 1)
+        elif isinstance(value, list) and not depth and isinstance(kept.get(name, []), list):
+            self._budget.take(value)
+            kept.setdefault(name, []).extend(value)
+        elif value is not None:
+            self._keep(kept, name, value)
 
     def _keep(self, fields: dict[str, Any], name: str, value: Any) -> None:
         if name not in fields:
             self._budget.count(len(name) + self.FIELD_COST)
         self._budget.take(value)
         fields[name] = value
-
-    def _add_text(self, choice: Choice, name: str, text: str) -> None:
-        if name not in choice.texts:
-            self._keep(choice.texts, name, LongText(self._budget))
-        choice.texts[name].add(text)
 
     def _add_fields(self, choice: Choice, part: Json) -> None:
         for name, value in part.items():
@@ -6933,36 +6925,13 @@ class CompletionCollector:
             elif name not in ("index", "delta", "text", "message") and value is not None:
                 self._keep(choice.fields, name, value)
 
-    def _add_call(self, calls: list[Json], delta: Json) -> None:
-        if delta["index"] == len(calls):
-            self._budget.count(ToolCall.COST)
-            calls.append({"id": None, "type": "function"})
-        self._merge(calls[delta["index"]], without_keys(delta, ("index",)))
-
-    def _merge(self, kept: Json, more: Json, depth: int = 3) -> None:
-        """Add the fields of an object to those that came before."""
-        for name, value in more.items():
-            if depth and isinstance(value, dict) and isinstance(kept.get(name, {}), dict):
-                self._merge(kept.setdefault(name, {}), value, depth - 1)
-            elif name in self.GROWING and isinstance(value, str):
-                if not isinstance(kept.get(name), LongText):
-                    self._keep(kept, name, LongText(self._budget))
-                kept[name].add(value)
-            elif value is not None:
-                self._keep(kept, name, value)
-
     def _finished(self, choice: Choice) -> Json:
-        texts = {name: str(text) for name, text in choice.texts.items()}
-        message = {"role": "assistant", "content": None, **texts, **joined_texts(choice.message)}
-        choice.calls = [joined_texts(call) for call in choice.calls]
-        if not choice.calls:
-            message["content"] = "" if message["content"] is None else message["content"]
-        else:
-            message["content"] = message["content"] or None
-            if choice.is_legacy:
-                message["function_call"] = choice.calls[0]["function"]
-            else:
-                message["tool_calls"] = choice.calls
+        message = {"role": "assistant", "content": None, **joined_texts(choice.message)}
+        calls = [joined_texts(call) for call in choice.calls]
+        is_call = bool(calls) or "function_call" in message
+        message["content"] = message["content"] or (None if is_call else "")
+        if calls:
+            message["tool_calls"] = calls
         return {"message": message, "logprobs": None, **choice.fields}
 
 
@@ -6981,13 +6950,13 @@ class TextCollector(CompletionCollector):
     OBJECT = "text_completion"
 
     def _add(self, choice: CompletionCollector.Choice, part: Json) -> None:
-        self._add_text(choice, "text", part["text"])
+        self._merge(choice.message, "text", part["text"])
         self._add_fields(choice, part)
 
     def _finished(self, choice: CompletionCollector.Choice) -> Json:
         fields = choice.fields
         return {
-            "text": str(choice.texts["text"]),
+            "text": str(choice.message["text"]),
             "logprobs": fields.get("logprobs"),
             "finish_reason": fields["finish_reason"],
         }
