@@ -3975,6 +3975,8 @@ class Event(NamedTuple):
 class EventDecoder:
     r"""Bytes in, events out; the bytes may be cut anywhere, also in a character or a line end.
 
+    A byte order mark at their beginning is taken off before.
+
     >>> decoder = EventDecoder()
     >>> decoder.feed(b'data: a\r\ndata:b\r') + decoder.feed(b'\n\r\n: note\n\ndata: c')
     [Event(data=b'a\nb', name='', status=0)]
@@ -3983,7 +3985,7 @@ class EventDecoder:
     """
 
     def __init__(self) -> None:
-        self._buffer, self._after_cr, self._is_first = bytearray(), False, True
+        self._buffer, self._after_cr = bytearray(), False
 
     def feed(self, piece: bytes) -> list[Event]:
         """Return the events that are complete with this piece."""
@@ -4011,11 +4013,7 @@ class EventDecoder:
         return self._events(rest)
 
     def _events(self, blocks: bytes) -> list[Event]:
-        if self._is_first and blocks:
-            self._is_first = False
-            blocks = blocks[3:] if blocks.startswith(b"\xef\xbb\xbf") else blocks
-        events = (self._parse(block) for block in blocks.split(b"\n\n"))
-        return [event for event in events if event is not None]
+        return list(filter(None, map(self._parse, blocks.split(b"\n\n"))))
 
     @staticmethod
     def _parse(block: bytes) -> Event | None:
