@@ -6030,14 +6030,14 @@ class ContentFilter:
         self._increments, self._is_json = Increments(), is_json
         self._kept = self._closing = ""
         self._in_fence = self._took_tag = self._is_plain = False
-
-    def is_open(self) -> bool:
-        """Return whether all passes as it is from now on: feed() need not be asked."""
-        return self._is_plain and self._increments.is_settled
+        # All passes as it is from now on: feed() need not be asked.
+        self.is_open = False
 
     def feed(self, text: str) -> tuple[str, str]:
         """Return (reasoning, content) to pass on now."""
-        return self._feed_increment(self._increments.feed(text))
+        said = self._feed_increment(self._increments.feed(text))
+        self.is_open = self._is_plain and self._increments.is_settled
+        return said
 
     def close(self) -> tuple[str, str]:
         """Return (reasoning, content) that was kept back: no more will come, or a tool call."""
@@ -6270,22 +6270,21 @@ class ToolCall:
     def _has_none(self) -> bool:
         return "".join(self._kept[:20].split()) in self.EMPTY
 
-    def is_followed_by(self, name: str, arguments: str) -> bool:
-        """Return whether a delta with this call's id starts a new one; some repeat one id."""
-        if not (name and self.name):
-            return False
-        is_new = bool(arguments.strip()) and not self._is_all(name, arguments)
-        return name != self.name or is_new and self.arguments.is_whole()
+    def is_followed_by(self, call_id: str, name: str, arguments: str) -> bool:
+        """Return whether a delta with this call's id, or without one, starts a new call.
 
-    def is_followed_without_id_by(self, name: str, arguments: str) -> bool:
-        """Return whether a delta without id starts a new call.
-
-        That is a name again after whole arguments, unless it came with every delta.
+        Some repeat one id; without any, a name again after whole arguments is a new call, unless it
+        came with every delta.
         """
-        if not (name and self.name) or self.upstream_id:
+        if not (name and self.name) or self.upstream_id and not call_id:
             return False
-        is_new = bool(arguments.strip()) or not self._repeats_name
-        return name != self.name or is_new and self.is_whole()
+        if name != self.name:
+            return True
+        has_arguments = bool(arguments.strip())
+        if not call_id:
+            return (has_arguments or not self._repeats_name) and self.is_whole()
+        is_new = has_arguments and not self._is_all(name, arguments)
+        return is_new and self.arguments.is_whole()
 
     def close(self) -> list[Json]:
         """Return the deltas that complete it: what waited or was kept back, {} for no arguments."""
@@ -6386,7 +6385,7 @@ class ToolCalls:
         same_index = self._by_index.get(index)
         if call_id:
             call = self._by_id.get((call_id, index)) or self._by_id.get((call_id, None))
-            if call and not call.is_followed_by(name, arguments):
+            if call and not call.is_followed_by(call_id, name, arguments):
                 return call
             if same_index and not same_index.upstream_id and not same_index.name:
                 # Its id comes late: ours has not gone out yet.
@@ -6396,7 +6395,7 @@ class ToolCalls:
         if last and index is not None and (name or last.has_index):
             last = None
         latest = same_index or last
-        if latest is None or latest.is_followed_without_id_by(name, arguments):
+        if latest is None or latest.is_followed_by("", name, arguments):
             return self._new(index, "")
         return latest
 
@@ -6485,7 +6484,7 @@ class ChatChoice:
             and "message" not in choice
             and self._has_role
             and self.finish_reason is None
-            and self._content.is_open()
+            and self._content.is_open
         )
 
     @staticmethod
