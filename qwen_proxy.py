@@ -6022,8 +6022,9 @@ class ContentFilter:
     JSON, the code fence around it. Such a word in the middle is the answer's.
     """
 
-    TAGS = (("<think>", "</think>"), ("<thinking>", "</thinking>"))
-    _CLOSING = re.compile(r"(?:\s*</think(?:ing)?>)+")
+    TAGS = ("<think>", "</think>", "<thinking>", "</thinking>")
+    # Closing tags, then one that opens.
+    _THINK = re.compile(r"(?:\s*</think(?:ing)?>)*(?:\s*<(think(?:ing)?)>\n*)?")
     _FENCE = re.compile(r"\s*```[a-zA-Z0-9]*[ \t]*\n?")
 
     def __init__(self, is_json: bool):
@@ -6071,18 +6072,14 @@ class ContentFilter:
 
     def _starts(self) -> bool:
         """Return whether the beginning is known: a tag or a fence was taken off, or it is plain."""
-        closing = self._CLOSING.match(self._kept)
-        if closing:
-            self._kept, self._took_tag = self._kept[closing.end() :], True
-        start = self._kept.lstrip()
-        for opening, closing_tag in self.TAGS:
-            if start.startswith(opening):
-                self._closing, self._took_tag = closing_tag, True
-                self._kept = start[len(opening) :].lstrip("\n")
-                return True
-        if len(self._kept) > MAX_PREFIX_SCANNED:
+        found = self._THINK.match(self._kept)
+        if found and found.end():
+            self._kept, self._took_tag = self._kept[found.end() :], True
+            self._closing = f"</{found.group(1)}>" if found.group(1) else ""
+        if self._closing or len(self._kept) > MAX_PREFIX_SCANNED:
             return True
-        tags = [*itertools.chain(*self.TAGS), *(["```"] if self._is_json else [])]
+        start = self._kept.lstrip()
+        tags = (*self.TAGS, "```") if self._is_json else self.TAGS
         if any(tag.startswith(start) for tag in tags):
             return False
         fence = self._FENCE.match(self._kept) if self._is_json else None
@@ -6099,9 +6096,10 @@ class ContentFilter:
             self._closing, self._kept = "", ""
             more, content = self._feed_increment(rest)
             return thoughts + more, content
-        sizes = range(len(self._closing) - 1, 0, -1)
-        begun = (size for size in sizes if thoughts.endswith(self._closing[:size]))
-        end = len(thoughts) - next(begun, 0)
+        # The tag may have begun.
+        end = thoughts.rfind("<")
+        if end < 0 or not self._closing.startswith(thoughts[end:]):
+            end = len(thoughts)
         self._kept = thoughts[end:]
         return thoughts[:end], ""
 
