@@ -7374,9 +7374,8 @@ class ResponseMemory:
 
     def _use(self, encoded: bytes) -> bytes:
         """Count one more use of an item; returns the object that stands for it."""
-        entry = self._items.get(encoded)
-        if entry is None:
-            entry = self._items[encoded] = [encoded, 0]
+        entry = self._items.setdefault(encoded, [encoded, 0])
+        if not entry[1]:
             self.size += len(encoded) + self.ITEM_COST
         entry[1] += 1
         self.size += self.USE_COST
@@ -7523,13 +7522,7 @@ class ResponseRequest:
         last = self.items[-1] if self.items else None
         self.is_compaction = dig(last, "type") == "compaction_trigger"
         self.tools.add(self.asked.get("tools"))
-        # What items change, by name.
-        self._changes: dict[str, Json] = {"reasoning": {}, "text": {}}
         messages = self._read_messages(self.items)
-        for name, changes in self._changes.items():
-            if changes:
-                changed = {**as_object(self.asked.get(name)), **changes}
-                self.asked = {**self.asked, name: changed}
         if self.is_compaction:
             messages.append({"role": "user", "content": self.COMPACTION})
         same = {name: self.asked[name] for name in self.asked if name not in self.ONLY_HERE}
@@ -7612,7 +7605,8 @@ class ResponseRequest:
                     f"input[{index}] is of type {shorten(kind, 60)!r}; it is not supported here",
                     param=where,
                 )
-            message = self.ITEMS[kind](self, item)
+            to_message = self.ITEMS[kind]
+            message = to_message(self, item) if to_message else None
             if message:
                 self._join(messages, message)
         for message in messages:
@@ -7652,31 +7646,38 @@ class ResponseRequest:
     def _call(self, item: Json) -> Json:
         called = "tool_search" if item["type"] == "tool_search_call" else as_text(item.get("name"))
         name = self.tools.flat(called, item.get("namespace"))
-        call: Json = {"id": item.get("call_id") or item.get("id"), "type": "function"}
         if item["type"] == "custom_tool_call":
-            call.update(type="custom", name=name, input=item.get("input"))
+            call = {"type": "custom", "name": name, "input": item.get("input")}
         else:
-            call["function"] = {"name": name, "arguments": item.get("arguments")}
+            function = {"name": name, "arguments": item.get("arguments")}
+            call = {"type": "function", "function": function}
+        call["id"] = item.get("call_id") or item.get("id")
         return {"role": "assistant", "content": "", "tool_calls": [call]}
 
     def _output(self, item: Json) -> Json:
         content = self._content(item.get("output"))
-        is_plain = isinstance(content, (str, list))
-        content = content if is_plain else json.dumps(content, ensure_ascii=False)
+        if not isinstance(content, (str, list)):
+            content = json.dumps(content, ensure_ascii=False)
         return {"role": "tool", "tool_call_id": item.get("call_id"), "content": content}
 
-    def _found_tools(self, item: Json) -> Json:
-        """Offer the tools that the client found, and name them to the model."""
+    def _more_tools(self, item: Json) -> Json | None:
+        """Offer the tools of an item: Codex has them all in one (openai/codex #27946).
+
+        Those that the client found in a search are named to the model.
+        """
         found = ResponseTools()
         for tools in (found, self.tools):
             tools.add(item.get("tools"))
         content = f"Found, and can be called now: {', '.join(found.offered) or 'nothing'}"
-        return {"role": "tool", "tool_call_id": item.get("call_id"), "content": content}
+        message = {"role": "tool", "tool_call_id": item.get("call_id"), "content": content}
+        return message if item["type"] == "tool_search_output" else None
 
     def _configure(self, item: Json) -> None:
         """Take over effort or format; the last ones count."""
-        for name, changes in self._changes.items():
-            changes.update(as_object(item.get(name)))
+        for name in ("reasoning", "text"):
+            if as_object(item.get(name)):
+                changed = {**as_object(self.asked.get(name)), **item[name]}
+                self.asked = {**self.asked, name: changed}
 
     def _reasoning(self, item: Json) -> Json | None:
         parts = as_list(item.get("content")) or as_list(item.get("summary"))
@@ -7690,19 +7691,13 @@ class ResponseRequest:
         content = f"The conversation so far, in summary:\n\n{summary}"
         return {"role": "user", "content": content} if summary else None
 
-    def _more_tools(self, item: Json) -> None:
-        """Offer the tools of an item: Codex has them all in one (openai/codex #27946)."""
-        self.tools.add(item.get("tools"))
-
-    def _nothing(self, item: Json) -> None:
-        """Leave out an item that the model cannot use."""
-
-    ITEMS: Mapping[Any, Callable[[ResponseRequest, Json], Json | None]] = {
+    # None: the model cannot use it.
+    ITEMS: Mapping[str, Callable[[ResponseRequest, Json], Json | None] | None] = {
         "message": _message,
         "function_call": _call,
         "custom_tool_call": _call,
         "tool_search_call": _call,
-        "tool_search_output": _found_tools,
+        "tool_search_output": _more_tools,
         "configuration_update": _configure,
         "function_call_output": _output,
         "custom_tool_call_output": _output,
@@ -7710,9 +7705,9 @@ class ResponseRequest:
         "compaction": _compaction,
         "compaction_summary": _compaction,
         "additional_tools": _more_tools,
-        "web_search_call": _nothing,
-        "mcp_list_tools": _nothing,
-        "compaction_trigger": _nothing,
+        "web_search_call": None,
+        "mcp_list_tools": None,
+        "compaction_trigger": None,
     }
 
     @classmethod
