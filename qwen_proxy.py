@@ -7421,6 +7421,11 @@ class ResponseTools:
 
     # Model Studio, 'Function calling'.
     LONGEST = 64
+    # Of the two kinds of tools that a client runs; chat completions have them, too.
+    FIELDS = {
+        "function": ("description", "parameters", "strict"),
+        "custom": ("description", "format"),
+    }
 
     def __init__(self) -> None:
         self.offered: dict[str, Json] = {}
@@ -7439,13 +7444,12 @@ class ResponseTools:
                 self.add(tool.get("tools"), as_text(name))
             elif kind in ("function", "custom") and isinstance(name, str):
                 flat = self.flat(name, namespace)
+                fields = stated({each: tool.get(each) for each in self.FIELDS[kind]})
                 if kind == "custom":
                     self.told[flat]["type"] = "custom_tool_call"
-                    self.offered[flat] = {**tool, "name": flat}
-                    continue
-                names = ("description", "parameters", "strict")
-                function = {"name": flat, **stated({name: tool.get(name) for name in names})}
-                self.offered[flat] = {"type": "function", "function": function}
+                    self.offered[flat] = {"type": kind, "name": flat, **fields}
+                else:
+                    self.offered[flat] = {"type": kind, kind: {"name": flat, **fields}}
             else:
                 self.others.append(kind)
 
