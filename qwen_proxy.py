@@ -5920,13 +5920,12 @@ def error_message_of(refusal: Refusal) -> str:
             "the upstream wants to redirect the request elsewhere, which is not followed with a "
             "key; check the base URL"
         )
-    if refusal.message:
-        return refusal.message
-    if refusal.status == 404:
-        return "the upstream knows no such path (HTTP 404, empty answer); check the base URL"
-    if refusal.status:
-        return f"the upstream returned HTTP {refusal.status} with an empty body"
-    return "the upstream reported an error without a message"
+    silence = {
+        0: "the upstream reported an error without a message",
+        404: "the upstream knows no such path (HTTP 404, empty answer); check the base URL",
+    }
+    empty = f"the upstream returned HTTP {refusal.status} with an empty body"
+    return refusal.message or silence.get(refusal.status, empty)
 
 
 def retry_after_of(headers: Mapping[str, str]) -> float | None:
@@ -6146,9 +6145,8 @@ class LongText:
         self._budget.count(len(text))
 
     def __str__(self) -> str:
-        if len(self._parts) > 1:
-            self._parts = ["".join(self._parts)]
-        return self._parts[0] if self._parts else ""
+        self._parts = ["".join(self._parts)]
+        return self._parts[0]
 
 
 class JsonText(LongText):
@@ -6158,6 +6156,7 @@ class JsonText(LongText):
     """
 
     _TOKENS = re.compile(r'\\.|["{}\[\]]', re.S)
+    _DEPTHS = {"{": 1, "[": 1, "}": -1, "]": -1}
 
     def __init__(self, budget: Budget) -> None:
         super().__init__(budget)
@@ -6175,20 +6174,18 @@ class JsonText(LongText):
         for token in self._TOKENS.findall(text):
             if token == '"':
                 self._in_string = not self._in_string
-            elif not self._in_string and token in "{[":
-                self._depth += 1
-            elif not self._in_string and token in "}]":
-                self._depth -= 1
+            elif not self._in_string:
+                self._depth += self._DEPTHS.get(token, 0)
 
     def value(self) -> Any:
         """Return the value, or None as long as the text is not whole JSON."""
         if self._is_broken or self._depth or self._in_string or self._carry:
             return None
         if self._parsed_size != self.size:
-            broken = object()
-            value = loads(str(self), broken)
-            self._parsed_size, self._value = self.size, None if value is broken else value
-            self._is_broken = value is broken and self.size > MAX_PREFIX_SCANNED
+            # What is no JSON is read as this object.
+            value = loads(str(self), self)
+            self._parsed_size, self._value = self.size, None if value is self else value
+            self._is_broken = value is self and self.size > MAX_PREFIX_SCANNED
         return self._value
 
     def is_whole(self) -> bool:
@@ -6614,8 +6611,8 @@ class ChatDecoder:
         # Otherwise the bytes are of no use.
         self._is_stream = bool(request.get("stream"))
         # By index, and what makes one.
-        self._choices: dict[int, Any] = {}
-        self._new_choice: Callable[[int], Any] = functools.partial(
+        self._choices: dict[int, ChatChoice | TextChoice] = {}
+        self._new_choice: Callable[[int], ChatChoice | TextChoice] = functools.partial(
             ChatChoice,
             ToolShapes(request, traits_of(self._family.name, self._model)),
             Budget(),
@@ -6702,7 +6699,7 @@ class ChatDecoder:
             raise to_upstream_error(Refusal.read(event.status, text), self._family)
 
     def _feed_chunk(self, event: Event, data: bytes) -> None:
-        chunk = self._decoded(data)
+        chunk: Json = self._decoded(data)
         choices = chunk.get("choices")
         is_native_error = not choices and "message" in chunk and "code" in chunk
         if event.name == "error" or chunk.get("error") or is_native_error:
@@ -6740,8 +6737,7 @@ class ChatDecoder:
         index = index if type(index) is int and 0 <= index < self.MAX_INDEX else 0
         if index not in self._choices:
             self._choices[index] = self._new_choice(index)
-        outputs: list[Json] = self._choices[index].feed(upstream)
-        return outputs
+        return self._choices[index].feed(upstream)
 
     def _send(self, chunk: Json, data: bytes | None = None) -> None:
         """Pass a chunk on, with what is left of events before it."""
@@ -6749,14 +6745,13 @@ class ChatDecoder:
             chunk, data, self._extra = {**self._extra, **chunk}, None, {}
         self.sink(Chunk(chunk, data))
 
-    def _decoded(self, data: bytes) -> Json:
+    def _decoded(self, data: bytes) -> Any:
         """Return the object in the bytes, which begin with a brace."""
         text = data.decode("utf-8", "replace")
         try:
             chunk, end = self._DECODER.raw_decode(text)
             if end == len(text) or not text[end:].strip():
-                found: Json = chunk
-                return found
+                return chunk
         except (ValueError, RecursionError):
             pass
         raise UpstreamError(
@@ -6809,8 +6804,7 @@ class TextDecoder(ChatDecoder):
 
 def clean_usage(usage: Any) -> Json | None:
     """Return the usage with its three counts as integers; None for one that holds no count."""
-    if not isinstance(usage, dict):
-        return None
+    usage = as_object(usage)
     counts = {
         name: int(usage[name])
         for name in ("prompt_tokens", "completion_tokens", "total_tokens")
@@ -7060,8 +7054,8 @@ class ChatApi:
     ) -> UpstreamError:
         """Return the error for an answer whose status is none of success."""
         refusal = Refusal.read(status, text)
-        if not refusal.request_id:
-            refusal = refusal._replace(request_id=headers.get("x-request-id"))
+        request_id = refusal.request_id or headers.get("x-request-id")
+        refusal = refusal._replace(request_id=request_id)
         return to_upstream_error(refusal, target.provider.family, retry_after_of(headers))
 
     @staticmethod
