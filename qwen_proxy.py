@@ -5672,7 +5672,7 @@ def check_messages(messages: Any) -> None:
 # ------------------------------------------------------------------------------------------------
 # Answers
 # ------------------------------------------------------------------------------------------------
-# Pure: the upstream's events in, clean chunks out; a refusal's text in, an UpstreamError out.
+# Pure: the upstream's bytes in, clean chunks out; a refusal's text in, an UpstreamError out.
 
 
 # No status, and no message, which has blanks.
@@ -6502,7 +6502,9 @@ class ChatChoice:
         thoughts, content = self._content.feed(text) if text else ("", "")
         if not calls and isinstance(delta.get("function_call"), dict):
             calls = [{"index": 0, "function": delta["function_call"]}]
+        told: list[Json] = []
         if calls:
+            told = self._tool_deltas(self._tools.feed(calls))
             # What is kept back of the text comes before the call, not behind it.
             last_thoughts, last_content = self._content.close()
             thoughts, content = thoughts + last_thoughts, content + last_content
@@ -6515,7 +6517,7 @@ class ChatChoice:
                 rest[name] = value
         if rest:
             deltas.append(rest)
-        return deltas + self._tool_deltas(self._tools.feed(calls))
+        return deltas + told
 
     def _tool_deltas(self, calls: list[Json]) -> list[Json]:
         if not self._is_legacy:
@@ -6607,6 +6609,7 @@ class ChatDecoder:
         # The answer that is no stream.
         self._whole: bytearray | None = None
         self._family, self._model = target.provider.family, target.model
+        self._model_json = encode_json(target.model)
         self._wants_usage = bool(dig(request, "stream_options", "include_usage"))
         # Otherwise the bytes are of no use.
         self._is_stream = bool(request.get("stream"))
@@ -6789,7 +6792,7 @@ class ChatDecoder:
         found = self._MODEL.search(data) if data.count(b'"model"') == 1 else None
         if found is None or found.group(2).decode("utf-8", "replace") != came_from:
             return b""
-        return data[: found.end(1)] + encode_json(self._model) + data[found.end() :]
+        return data[: found.end(1)] + self._model_json + data[found.end() :]
 
 
 class TextDecoder(ChatDecoder):
