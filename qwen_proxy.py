@@ -7315,8 +7315,9 @@ class ResponseMemory:
 
     def __init__(self, limit: int = LIMIT):
         self.size, self._limit, self._lock = 0, limit, threading.Lock()
-        self._responses: collections.OrderedDict[tuple[str, str], StoredResponse]
-        self._responses = collections.OrderedDict()
+        self._responses: collections.OrderedDict[tuple[str, str], StoredResponse] = (
+            collections.OrderedDict()
+        )
         # The JSON of an item: the one object that stands for it, and how often it is used.
         self._items: dict[bytes, list[Any]] = {}
         self._by_id: dict[tuple[str, str], bytes] = {}
@@ -7329,8 +7330,9 @@ class ResponseMemory:
         if sum(map(size_of_json, given)) > self.DECODED * self._limit:
             return
         with self._lock:
-            uses = [self._use(item) for item in (*given, *output)]
-            stored = StoredResponse(head, tuple(uses[: len(given)]), tuple(uses[len(given) :]))
+            stored = StoredResponse(
+                head, tuple(map(self._use, given)), tuple(map(self._use, output))
+            )
             self._responses[owner, response["id"]] = stored
             for item, encoded in zip(response["output"], stored.output):
                 self._by_id[owner, item["id"]] = encoded
