@@ -5723,8 +5723,9 @@ class Refusal(NamedTuple):
         codes = (error.get("code"), error.get("type"))
         names = [str(code) for code in codes if isinstance(code, (str, int))]
         code = next((name for name in names if ERROR_CODE.fullmatch(name)), "")
-        ids = (value.get("request_id"), error.get("request_id"), value.get("traceId"))
-        request_id = first_of(str, *ids)
+        request_id = first_of(
+            str, value.get("request_id"), error.get("request_id"), value.get("traceId")
+        )
         if message.startswith(("{", "data:", "id:", "event:")):
             # JSON or a frame as the message.
             inner = cls.read(status, message)
@@ -5874,9 +5875,9 @@ def to_upstream_error(
 ) -> UpstreamError:
     """Return the error for the client: by the first of ERROR_RULES, with advice."""
     rule = error_rule_for(refusal, family)
-    code = rule.code or refusal.code or None
+    code = rule.code or refusal.code
     message = error_message_of(refusal)
-    advice = family.advice.get(code or "", ADVICE.get(code or "", ""))
+    advice = {**ADVICE, **family.advice}.get(code)
     headers = []
     if rule.status == 429 and rule.retry or rule.status == 503 and retry_after is not None:
         seconds = max(5 if retry_after is None else retry_after, 1)
@@ -6486,13 +6487,9 @@ class ChatChoice:
     def _whole_delta(message: Any) -> Json:
         """Return a whole message as a delta: each of its tool calls is a call of its own."""
         whole = as_object(message)
-        if not isinstance(whole.get("tool_calls"), list):
-            return whole
-        calls = [
-            {"index": place, **call} if isinstance(call, dict) else call
-            for place, call in enumerate(whole["tool_calls"])
-        ]
-        return {**whole, "tool_calls": calls}
+        calls = enumerate(as_list(whole.get("tool_calls")))
+        entries = [{"index": place, **call} for place, call in calls if isinstance(call, dict)]
+        return {**whole, "tool_calls": entries}
 
     def _deltas(self, delta: Json) -> list[Json]:
         """Return the clean deltas for one of the upstream's."""
@@ -6664,10 +6661,9 @@ class ChatDecoder:
                 if error.code != "upstream_cut" or not self.is_finished():
                     raise
         if not self._choices or not (self.is_done or self.is_finished()):
-            message = "the upstream answered with an empty stream; try again"
-            if self._choices:
-                message = "the upstream ended its answer without a finish reason; try again"
-            raise UpstreamError(message, code="upstream_cut")
+            cut = "ended its answer without a finish reason"
+            fault = cut if self._choices else "answered with an empty stream"
+            raise UpstreamError(f"the upstream {fault}; try again", code="upstream_cut")
         for choice in self._choices.values():
             for output in choice.close():
                 self._send(self._chunk([output]))
@@ -6682,10 +6678,8 @@ class ChatDecoder:
         if dig(loads(text), "choices"):
             return text.encode()
         refusal = Refusal.read(0, text)
-        if not refusal.message:
-            words = "the upstream answered with something that is no completion"
-            refusal = refusal._replace(message=words)
-        raise to_upstream_error(refusal, self._family)
+        message = refusal.message or "the upstream answered with something that is no completion"
+        raise to_upstream_error(refusal._replace(message=message), self._family)
 
     def _feed_event(self, event: Event) -> None:
         data = event.data.lstrip(b" \t")
@@ -6834,7 +6828,7 @@ class CompletionCollector:
     # Bytes of memory of a field besides its name and value, about.
     FIELD_COST = 256
     # Of a chunk, what is not its envelope.
-    OWN = frozenset({"choices", "usage"})
+    OWN = ("choices", "usage")
     # Strings within objects of deltas that come in pieces, as all of a delta itself do.
     GROWING = frozenset({"data", "transcript", "arguments", "input"})
 
@@ -6853,9 +6847,9 @@ class CompletionCollector:
 
     def feed(self, chunk: Json) -> None:
         """Add one chunk."""
-        for name in chunk.keys() - self.OWN if len(chunk) > 5 or not self._head else ():
-            if self._head.get(name, self) != chunk[name]:
-                self._keep(self._head, name, chunk[name])
+        for name, value in chunk.items():
+            if name not in self.OWN and self._head.get(name, self) != value:
+                self._keep(self._head, name, value)
         for part in chunk["choices"]:
             self._add(self._choices[part["index"]], part)
 
