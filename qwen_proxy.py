@@ -6326,7 +6326,7 @@ class ToolCalls:
     def __init__(self, shapes: ToolShapes, budget: Budget) -> None:
         self._shapes, self._budget = shapes, budget
         self.calls: list[ToolCall] = []
-        # Those that the client is told of, by index; this one is being told.
+        # Those that the client knows of, by index, and which of them is going out.
         self.named: list[ToolCall] = []
         self._current = 0
         self._by_index: dict[int | None, ToolCall] = {}
@@ -6426,7 +6426,7 @@ class ChatChoice:
     )
 
     def __init__(
-        self, shapes: ToolShapes, budget: Budget, is_json: bool, is_legacy: bool, index: int
+        self, shapes: ToolShapes, budget: Budget, index: int, is_json: bool, is_legacy: bool
     ):
         self._reasoning, self._content = Increments(), ContentFilter(is_json)
         self._tools, self._is_legacy = ToolCalls(shapes, budget), is_legacy
@@ -6616,8 +6616,8 @@ class ChatDecoder:
             ChatChoice,
             ToolShapes(request, traits_of(self._family.name, self._model)),
             Budget(),
-            wants_json(request),
-            bool(request.get("functions")) and not request.get("tools"),
+            is_json=wants_json(request),
+            is_legacy=bool(request.get("functions")) and not request.get("tools"),
         )
         # Of the first chunk: the id, object and created of all.
         self._head: Json = {}
@@ -7496,13 +7496,6 @@ class ResponseRequest:
         "nothing but your summary: the task, what was decided and found out, which files and "
         "commands matter, what is left to do."
     )
-    # Fields that chat completions do not have, or have in another shape.
-    ONLY_HERE = frozenset(
-        "input instructions tools tool_choice reasoning text max_output_tokens "
-        "previous_response_id store include truncation metadata prompt_cache_key client_metadata "
-        "background conversation prompt max_tool_calls top_logprobs service_tier "
-        "safety_identifier prompt_cache_retention stream_options context_management".split()
-    )
     # Fields without a counterpart, and what of theirs means nothing.
     LOST: Mapping[str, tuple[Any, ...]] = {
         "context_management": (None, []),
@@ -7511,6 +7504,13 @@ class ResponseRequest:
         "top_logprobs": (None, 0),
         "truncation": (None, "disabled"),
     }
+    # Fields that chat completions do not have, or have in another shape.
+    ONLY_HERE = LOST.keys() | frozenset(
+        "input instructions tools tool_choice reasoning text max_output_tokens "
+        "previous_response_id store include metadata prompt_cache_key client_metadata "
+        "background conversation prompt safety_identifier prompt_cache_retention "
+        "stream_options".split()
+    )
 
     def __init__(self, request: Any, memory: ResponseMemory, owner: str = ""):
         self.asked: Json = check_object(request, "stream")
