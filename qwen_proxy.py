@@ -6777,9 +6777,11 @@ class ChatDecoder:
         usage = chunk.pop("usage", None)
         if usage is not None:
             self.usage = clean_usage(usage) or self.usage
-        is_same = usage is None and self._head.items() <= chunk.items()
-        chunk.update(self._head, model=self._model)
-        return not is_same
+        is_changed = usage is not None or not self._head.items() <= chunk.items()
+        if is_changed:
+            chunk.update(self._head)
+        chunk["model"] = self._model
+        return is_changed
 
     def _with_model(self, data: bytes, came_from: Any) -> bytes:
         """Return the bytes with our model for the upstream's; b"" where that is not certain."""
@@ -6847,7 +6849,8 @@ class CompletionCollector:
 
     def feed(self, chunk: Json) -> None:
         """Add one chunk."""
-        for name, value in chunk.items():
+        # Most envelopes hold nothing that the first one did not.
+        for name, value in chunk.items() if len(chunk) > 5 or not self._head else ():
             if name not in self.OWN and self._head.get(name, self) != value:
                 self._keep(self._head, name, value)
         for part in chunk["choices"]:
