@@ -670,8 +670,9 @@ class Secrets:
         for form in self._forms:
             if form in text:
                 text = self._without(text, form)
-        if any(sign in text for sign in self.SIGNS):
-            text = self.SHAPES.sub("***", text)
+        for sign in self.SIGNS:
+            if sign in text:
+                return self.SHAPES.sub("***", text)
         return text
 
     def _without(self, text: str, form: str) -> str:
