@@ -2897,6 +2897,8 @@ class Providers:
             self._folder = self._environ.get("HOME") or os.path.expanduser("~")
         self._seed_login(is_read_only)
         self._discovery = self._discover()
+        # The latest Serving, and what it was made from.
+        self._serving: tuple[list[Any], Any] = ([], None)
 
     def current(self) -> Discovery:
         """Return the discovery as of now."""
@@ -2914,9 +2916,17 @@ class Providers:
         return self._known[os.path.join(self.home, "oauth_creds.json")]
 
     def serving(self, lists: list[list[str]]) -> Serving:
-        """Return who serves which model now; lists are the live ones, in the providers' order."""
-        is_chosen = self.options.base_url is not None or self.options.provider is not None
-        return Serving(self.current(), lists, is_chosen)
+        """Return who serves which model now; lists are the live ones, in the providers' order.
+
+        It is the same object until the settings or one of the lists are others.
+        """
+        discovery = self.current()
+        made_from, (before, serving) = [discovery, *lists], self._serving
+        if [*map(id, before)] != [*map(id, made_from)]:
+            is_chosen = self.options.base_url is not None or self.options.provider is not None
+            serving = Serving(discovery, lists, is_chosen)
+            self._serving = (made_from, serving)
+        return serving  # type: ignore[no-any-return]
 
     def targets(self, model: Any, lists: list[list[str]] | None = None) -> list[Target]:
         """Return where a model can be had, best first: all with --failover, else only one.
@@ -10741,18 +10751,15 @@ class ProxyServer:
         """
         discovery = self.providers.current()
         lists = self._lists.get(discovery.providers, seconds)
+        serving = self.providers.serving(lists)
         # Made once for each state of the lists: one of thousands of models takes its time.
-        made_from = [discovery, *lists]
-        before = self._models[0]
-        is_same = before and len(before) == len(made_from)
-        if not is_same or any(map(lambda one, other: one is not other, before, made_from)):
-            serving = self.providers.serving(lists)
+        if serving is not self._models[0]:
             listing = dict(serving.listing())
             for name, model in self.providers.aliases if discovery.providers else ():
                 if not re.search(r"[*?\[]", name):
                     listing[name] = serving.targets(model)[0]
             models = [self._model_object(name, target) for name, target in listing.items()]
-            self._models = (made_from, models)
+            self._models = (serving, models)
             self._listed = set(listing.values())
         return self._models[1]
 
