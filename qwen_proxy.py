@@ -1973,8 +1973,9 @@ def poll_for_login(
 class Provider:
     """One base URL with the one credential that belongs to it, and what it is known to serve.
 
-    name: for --provider, `provider/model` and x-qwen-provider; family: the kind of its endpoint;
-    entries: model id -> generationConfig of settings.json; source: where all this was found;
+    name: for --provider, `provider/model` and x-qwen-provider; host: that of the base URL which
+    settings or options name; family: the kind of its endpoint; entries: model id ->
+    generationConfig of settings.json; source: where all this was found;
     cooldown_until: another provider goes first until then (monotonic); refusal: why it could not
     serve the last request, for /health.
     """
@@ -1995,6 +1996,7 @@ class Provider:
         self.entries = entries or {}
         self.family = family or family_of(base_url)
         self.stated_url = base_url.rstrip("/")
+        self.host = host_of(self.stated_url)
         # generationConfig of models without an entry.
         self.defaults: Json = {}
         self.cooldown_until = 0.0
@@ -2009,10 +2011,6 @@ class Provider:
     def oauth(self) -> OAuthCredentials | None:
         """The login that it is used with; None where that is a key."""
         return self.credentials if isinstance(self.credentials, OAuthCredentials) else None
-
-    def host(self) -> str:
-        """Return the host of the base URL that settings or options name."""
-        return host_of(self.stated_url)
 
     def model_ids(self, listed: Iterable[str] = ()) -> list[str]:
         """Return the models that the provider is known to serve, none if only the upstream knows.
@@ -2686,7 +2684,7 @@ class Discovery:
         if not name:
             return None
         for provider in found:
-            if name in (provider.name, provider.host()):
+            if name in (provider.name, provider.host):
                 return provider
         if name in PRESETS:
             return self._preset(name)
@@ -3919,7 +3917,7 @@ class ModelLists:
 
     def get(self, providers: list[Provider], seconds: float) -> list[list[str]]:
         """Return the list of each provider, after at most so long; with 0 no upstream is asked."""
-        keys = [(provider.name, provider.host()) for provider in providers]
+        keys = [(provider.name, provider.host) for provider in providers]
         if seconds:
             for provider, key in zip(providers, keys):
                 if provider.family.has_list:
