@@ -9265,7 +9265,7 @@ class AccessPolicy:
             if is_required:
                 raise BadRequest("the Host header is missing")
             return
-        if self._place_of_key(headers):
+        if self._keys and self._place_of_key(headers):
             return
         match = self._HOST.match(host.strip().lower())
         name = (match.group(1) or match.group(2)).rstrip(".") if match else ""
@@ -9285,10 +9285,9 @@ class AccessPolicy:
     def check_origin(self, method: str, headers: Mapping[str, str]) -> list[tuple[str, str]]:
         """Return the CORS headers for the answer; raises ProxyError for a foreign page."""
         origin = headers.get("origin")
-        is_json = declares_json(headers)
         if origin is None:
             is_cross_site = headers.get("sec-fetch-site") == "cross-site"
-            if is_cross_site and not self._is_harmless(method, headers, is_json):
+            if is_cross_site and not self._is_harmless(method, headers):
                 raise ProxyError(
                     "cross-site request without an Origin header was refused; call from a local "
                     "page, or start with --allow-origin ORIGIN and send Origin",
@@ -9343,7 +9342,7 @@ class AccessPolicy:
             )
 
     @staticmethod
-    def _is_harmless(method: str, headers: Mapping[str, str], is_json: bool) -> bool:
+    def _is_harmless(method: str, headers: Mapping[str, str]) -> bool:
         """Return whether a request is a visit by link, or of an app that has web security off.
 
         Browsers send Origin with every cross-site request in mode cors (Fetch, 'append a request
@@ -9351,7 +9350,7 @@ class AccessPolicy:
         """
         mode = headers.get("sec-fetch-mode")
         is_visit = mode == "navigate" and method == "GET"
-        return is_visit or mode == "cors" and (method != "POST" or is_json)
+        return is_visit or mode == "cors" and (method != "POST" or declares_json(headers))
 
     def check_key(self, headers: Mapping[str, str]) -> str:
         """Return the name of the key that is presented, '' where none is needed.
