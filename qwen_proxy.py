@@ -9388,6 +9388,12 @@ class AccessPolicy:
         return matches.index(True) + 1 if any(matches) else 0
 
 
+@functools.lru_cache(maxsize=1)
+def http_date(second: int) -> str:
+    """Return a time as the header Date has it; made once for all answers of a second."""
+    return formatdate(second, usegmt=True)
+
+
 def declares_json(headers: Mapping[str, str]) -> bool:
     """Return whether a body is declared as JSON."""
     content_type = headers.get("content-type", "").partition(";")[0]
@@ -9705,7 +9711,7 @@ class Exchange:
         lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, 'Status')}"]
         all_headers = [*headers, *self._more_headers, *self.cors]
         lines += [f"{name}: {value}" for name, value in all_headers]
-        lines += [f"Date: {formatdate(usegmt=True)}", f"X-Request-Id: {self._request_id}"]
+        lines += [f"Date: {http_date(int(time.time()))}", f"X-Request-Id: {self._request_id}"]
         if self._unread and body is not None:
             self._drop_body()
             self.closes = self.closes or self._unread
@@ -9718,8 +9724,7 @@ class Exchange:
         self._head_sent, self.status = True, status
         # One line each, whatever a header's value holds, and nothing secret in them.
         lines = [line if line.isprintable() else public(line) for line in lines]
-        text = public("\r\n".join(lines), keep="\r\n")
-        head = f"{text}\r\n\r\n".encode("latin-1", "replace")
+        head = (SECRETS.mask("\r\n".join(lines)) + "\r\n\r\n").encode("latin-1", "replace")
         self._write(head if self.method == "HEAD" else head + (body or b""))
 
     def send_json(self, status: int, value: Any, headers: Iterable[tuple[str, str]] = ()) -> None:
