@@ -4519,15 +4519,18 @@ class Rewrite:
         "service_tier store verbosity web_search_options"
     ).split()
     # Open WebUI sends custom parameters as text.
-    READERS: tuple[tuple[Callable[[Any], Any], str], ...] = (
-        (
-            as_decimal,
+    READERS: dict[str, Callable[[Any], Any]] = {
+        **dict.fromkeys(
             "temperature top_p presence_penalty frequency_penalty repetition_penalty "
-            "repeat_penalty",
+            "repeat_penalty".split(),
+            as_decimal,
         ),
-        (as_count, "top_k seed n top_logprobs"),
-        (as_switch, "logprobs parallel_tool_calls enable_search preserve_thinking tool_stream"),
-    )
+        **dict.fromkeys("top_k seed n top_logprobs".split(), as_count),
+        **dict.fromkeys(
+            "logprobs parallel_tool_calls enable_search preserve_thinking tool_stream".split(),
+            as_switch,
+        ),
+    }
     # What these values mean to OpenAI is what happens here anyway.
     MEANT: Mapping[str, tuple[Any, ...]] = {
         "n": (1,),
@@ -4856,10 +4859,9 @@ class Rewrite:
     def spellings(self) -> None:
         """Numbers and switches that came in another spelling, where it is clear."""
         found = {
-            name: reader(self.body[name])
-            for reader, names in self.READERS
-            for name in names.split()
-            if type(self.body.get(name)) in (str, float)
+            name: self.READERS[name](value)
+            for name, value in self.body.items()
+            if name in self.READERS and type(value) in (str, float)
         }
         self.body.update(stated(found))
 
