@@ -3184,16 +3184,6 @@ class Connection:
         self._connected.close()
 
 
-class _Head:
-    """The head of a response in the place of the socket that http.client reads it from."""
-
-    def __init__(self, head: bytes):
-        self._head = head
-
-    def makefile(self, *_: object) -> io.BytesIO:
-        return io.BytesIO(self._head)
-
-
 class BodyDecoder:
     """Takes the framing off a response's body, as it comes (RFC 9112 6.3).
 
@@ -3272,37 +3262,42 @@ class UpstreamResponse:
     # Of compressed content at once.
     MAX_INFLATED = 65_536
     _HEAD_END = re.compile(rb"\r?\n\r?\n")
+    _STATUS_LINE = re.compile(rb"HTTP/1\.(\d) +([1-9]\d\d)\b.*\n")
 
     def __init__(self, connection: Connection, pool: KeepAliveHandler, key: Any):
         self._connection: Connection | None = connection
         # The socket that the body comes from.
         self.source = connection.socket
         self._pool, self._key, self._received = pool, key, b""
-        parsed = self._read_head(connection)
-        self.status, self._stays_open = parsed.status, not parsed.will_close
+        line, parsed = self._read_head(connection)
+        self.status = int(line.group(2))
         self.headers: dict[str, str] = {}
-        for name, value in parsed.headers.items():
+        for name, value in parsed.items():
             lower = name.lower()
             before = self.headers.get(lower)
             self.headers[lower] = value if before is None else f"{before}, {value}"
+        closes = "close" in self.headers.get("connection", "").lower()
+        self._stays_open = line.group(1) != b"0" and not closes
         self._coding = self.headers.get("content-encoding", "").strip().lower()
         self._inflater: Any = None
         self._body = BodyDecoder(self.status, self.headers)
         if self._body.is_done:
             self._body.surplus = self._received
 
-    def _read_head(self, connection: Connection) -> http.client.HTTPResponse:
+    def _read_head(self, connection: Connection) -> tuple[re.Match[bytes], http.client.HTTPMessage]:
         size = 0
         while True:
             end = self._HEAD_END.search(self._received)
             if end:
                 head, self._received = self._received[: end.end()], self._received[end.end() :]
-                if re.match(rb"HTTP/1\.\d 1\d\d\b", head):
+                line = self._STATUS_LINE.match(head)
+                if not line:
+                    raise http.client.BadStatusLine(repr(head[:100]))
+                if line.group(2).startswith(b"1"):
                     # 100 Continue, 103 Early Hints: the response is still to come.
                     continue
-                parsed = http.client.HTTPResponse(_Head(head))  # type: ignore[arg-type]
-                parsed.begin()
-                return parsed
+                # Not HTTPResponse, which looks for much that is not needed here.
+                return line, http.client.parse_headers(io.BytesIO(head[line.end() :]))
             connection.wait()
             piece = connection.receive_now()
             if piece is None:
