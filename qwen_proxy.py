@@ -4097,7 +4097,7 @@ class Thinking(NamedTuple):
         >>> Thinking.read({"reasoning": {"effort": "minimal"}}).enabled
         False
         """
-        if not any(name in body for name in THINKING_FIELDS):
+        if body.keys().isdisjoint(THINKING_FIELDS):
             return cls()
         found = [
             stated({path: reader(dig(body, *path.split("."))) for path in paths.split()})
@@ -4981,7 +4981,7 @@ class Rewrite:
         reasoning = as_object(self.body.get("reasoning"))
         asked = Thinking.read(without_keys(self.body, self.entry_fields))
         self.body = without_keys(self.body, asked.fields)
-        if "alibaba" in self.traits:
+        if "alibaba" in self.traits and "chat_template_kwargs" in self.body:
             self.body = self._with_open_template(self.body)
         if asked.enabled is None:
             asked = self.entry_thinking
