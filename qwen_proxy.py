@@ -9851,12 +9851,12 @@ class Exchange:
         attempt = self.headers.get("x-stainless-retry-count", "0")
         if attempt != "0":
             words.append(f"(the client's attempt {attempt[:4]})")
-        remarks = self._remarks(300)
+        remarks = shorten(self._remarks(), 300)
         return " ".join(words) + (f": {remarks}" if remarks else "")
 
-    def _remarks(self, size: int) -> str:
+    def _remarks(self) -> str:
         faults = [self.error.message] if self.error else []
-        return shorten("; ".join(dict.fromkeys([*faults, *self.notes])), size)
+        return "; ".join(dict.fromkeys([*faults, *self.notes]))
 
     def facts(self) -> Json:
         """Return what the page shows of the exchange; nothing that client or model said."""
@@ -9865,12 +9865,12 @@ class Exchange:
             "id": self._request_id,
             "started_at": round(time.time() - seconds, 1),
             "client": self.client,
-            "model": public(shorten(self.target.model if self.target else self.model, 100)),
+            "model": public(self.target.model if self.target else self.model)[:100],
             "status": self.status,
             "first": self.began and round(self.began - self.started, 3),
             "seconds": round(seconds, 3),
             "output_tokens": sum(tokens[2] for tokens in list(self.tokens.values())),
-            "remarks": public(self._remarks(200)),
+            "remarks": public(self._remarks())[:200],
         }
 
     def _tokens_text(self) -> str:
