@@ -10179,8 +10179,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.exchange = exchange = self._new_exchange()
         try:
             if exchange.read_head():
-                path = exchange.path.partition("?")[0]
-                log.debug("%s %s from %s", exchange.method, path, exchange.client)
+                if log.isEnabledFor(logging.DEBUG):
+                    path = exchange.path.partition("?")[0]
+                    log.debug("%s %s from %s", exchange.method, path, exchange.client)
                 self.serve(exchange)
         except Exception as error:
             exchange.fail(error)
