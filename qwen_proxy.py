@@ -93,7 +93,6 @@ import traceback
 import urllib.error
 import urllib.parse
 import urllib.request
-import uuid
 import zlib
 from email.utils import formatdate, parsedate_to_datetime
 from typing import Any, Callable, Dict, Iterable, Iterator, Mapping, NamedTuple
@@ -1042,6 +1041,14 @@ def read_regular(path: str, errors: str = "strict") -> tuple[str, os.stat_result
         os.close(handle)
 
 
+def random_uuid() -> str:
+    """Return a new UUID."""
+    # Only a refresh and a login need one, and the module takes 2 ms at start.
+    import uuid
+
+    return str(uuid.uuid4())
+
+
 def stamp_of(path: str) -> Any:
     """Return what changes when a file does; None where there is none."""
     try:
@@ -1177,7 +1184,7 @@ class LockFile:
     _held: dict[str, LockFile] = {}
 
     def __init__(self, path: str, pause: Callable[[float], None] = time.sleep):
-        self.path, self._owner, self._pause = path, str(uuid.uuid4()), pause
+        self.path, self._owner, self._pause = path, random_uuid(), pause
 
     def __enter__(self) -> LockFile:
         if not LockFile._held:
@@ -1266,7 +1273,7 @@ class LockFile:
 
     def _break(self, holder: tuple[str, int] | None) -> None:
         """Rename a stale lock away, and put back what turns out to be a new one; raises OSError."""
-        away = f"{self.path}.stale.{uuid.uuid4()}"
+        away = f"{self.path}.stale.{random_uuid()}"
         try:
             os.rename(self.path, away)
         except FileNotFoundError:
@@ -1879,7 +1886,7 @@ def request_device_code(oauth_base_url: str, forwarding: Forwarding = DIRECT) ->
     status, answer, detail = post_form(
         oauth_base_url.rstrip("/") + DEVICE_CODE_PATH,
         {**form, "code_challenge_method": "S256"},
-        {"x-request-id": str(uuid.uuid4())},
+        {"x-request-id": random_uuid()},
         forwarding,
     )
     if not answer or not isinstance(answer.get("device_code"), str):
