@@ -219,7 +219,7 @@ class FakeQwen:
         self.port = self.server.server_port
         self.origin = f"http://127.0.0.1:{self.port}"
         self.dashscope = self.origin + "/compatible-mode/v1"
-        threading.Thread(target=self.server.serve_forever, args=(0.005,), daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.002,), daemon=True).start()
 
     def close(self):
         self.server.shutdown()
@@ -528,9 +528,13 @@ def pieces_of(cell):
 # ----------------------------------------------------------------------------------------------------
 
 
+# What is waited for in seconds where nothing is to come: an end, more lines, a model's pace.
+WAITS = [(qp.Listener, "poll_interval"), (qp.LogListener, "PAUSE"), (qp.DemoUpstream, "PAUSE")]
+
+
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
-    """A HOME with an empty ~/.qwen; no variable of the real one leaks in."""
+    """A HOME with an empty ~/.qwen, and short waits; no variable of the real one leaks in."""
     for name in list(os.environ):
         ours = "QWEN_ OPENAI_ DASHSCOPE_ BAILIAN_ OPENROUTER_ MODELSCOPE_".split()
         if name.startswith(tuple(ours)) or name.lower().endswith("_proxy"):
@@ -542,7 +546,8 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv("QWEN_CODE_SYSTEM_SETTINGS_PATH", str(tmp_path / "none"))
     monkeypatch.setenv("QWEN_CODE_SYSTEM_DEFAULTS_PATH", str(tmp_path / "none"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(qp.Listener, "poll_interval", 0.005)
+    for owner, name in WAITS:
+        monkeypatch.setattr(owner, name, 0.002)
     return folder
 
 
