@@ -1871,7 +1871,7 @@ def test_what_is_no_file_holds_no_start_up(home, upstream, tmp_path, line):  # H
         place.unlink()
     make(place, kind)
     pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
-    done = subprocess.run([sys.executable, PROGRAM, "status"], timeout=WAIT / 2, **pipes)
+    done = subprocess.run([*program(), "status"], timeout=WAIT / 2, **pipes)
     is_told = str(place).encode() in done.stdout
     assert done.returncode == 1 and (is_told or b"not checked" in done.stdout)
     assert b"Traceback" not in done.stderr
@@ -7618,19 +7618,27 @@ def test_odd_answers_come_out_whole_or_as_an_error(name):
 # ----------------------------------------------------------------------------------------------------
 
 
-class Process:
-    """The program as a person runs it."""
+def program(*lines):
+    """The command that runs the program from its compiled file, after some lines of Python."""
+    begin = f"import signal, sys; sys.path.insert(0, {HERE!r}); import qwen_proxy as qp"
+    return [sys.executable, "-c", "\n".join([begin, *lines, "sys.exit(qp.main())"])]
 
+
+SHORT_WAITS = "qp.Listener.poll_interval = qp.DemoUpstream.PAUSE = 0.002"
+
+
+class Process:
+    """The program as a person runs it, but with short waits."""
+
+    command = program(SHORT_WAITS)
     # What a shell starts in the background ignores SIGINT.
     begin = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     begin = begin if os.name == "posix" else None
 
     def __init__(self, *arguments, **environ):
-        env = dict(os.environ.items())
-        env.update(environ)
+        more = {"env": {**os.environ, **environ}, "preexec_fn": self.begin}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        command = [sys.executable, PROGRAM, *arguments]
-        self.popen = subprocess.Popen(command, env=env, preexec_fn=self.begin, **pipes)
+        self.popen = subprocess.Popen([*self.command, *arguments], **more, **pipes)
         self.lines, self.is_up = [], threading.Event()
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
@@ -7671,7 +7679,8 @@ def test_demo_serves_thoughts_a_tool_call_and_its_result():
     assert "Traceback" not in "".join(process.lines)
 
 
-def test_start_says_what_a_newcomer_needs(login, upstream):
+def test_start_says_what_a_newcomer_needs(login, upstream, monkeypatch):
+    monkeypatch.setattr(Process, "command", [sys.executable, PROGRAM])
     process = Process("--port", "0")
     try:
         assert process.port
@@ -7693,14 +7702,18 @@ def test_start_says_what_a_newcomer_needs(login, upstream):
 
 @pytest.mark.skipif(os.name == "nt", reason="there is no SIGTERM")
 def test_a_log_that_nobody_reads_does_not_keep_the_program_from_ending(home):
-    arguments = [sys.executable, PROGRAM, "--demo", "--port", "0"]
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(arguments, **pipes)
-    with process.stderr:
-        port = int(re.search(rb"http://localhost:(\d+)", process.stderr.readline()).group(1))
-        target = type("Target", (), {"port": port})
-        for _ in range(1000):  # more than the 64 KiB that a pipe holds
-            ask(target, method="GET", path="/" + "x" * 90)
+    unread, log = os.pipe()
+    process = subprocess.Popen([*Process.command, "--demo", "--port=0"], stderr=log)
+    with open(unread, "rb") as said, open(log, "wb", 0) as pipe:
+        port = int(re.search(rb"http://localhost:(\d+)", said.readline()).group(1))
+        target = argparse.Namespace(port=port)
+        assert (
+            ask(target, method="GET", path="/")[0] == 200
+        )  # all that is said at the start is said
+        while select.select([], [pipe], [], 0)[1]:
+            pipe.write(b"x" * select.PIPE_BUF)
+        for _ in range(3):
+            assert ask(target, method="GET", path="/x")[0] == 404
         process.terminate()
         assert process.wait(WAIT) == 0
 
@@ -7878,24 +7891,19 @@ def test_grace_is_8_seconds_unless_told_otherwise(capsys, value):  # H10
     assert re.search(r"error: .*--grace(?!=)", capsys.readouterr().err)
 
 
-# The program with a log that is held for long, and with two more ways to end.
+# A log that is held for long, and two more ways to end.
 SLOW_LOG = """
-import signal, sys
-sys.path.insert(0, %r)
-import qwen_proxy as qp
-qp.LOG_PAUSE = 2
+qp.LogListener.PAUSE = 0.2
 signal.signal(signal.SIGUSR1, lambda *_: sys.exit(3))
 signal.signal(signal.SIGUSR2, lambda *_: 1 // 0)
-sys.exit(qp.main(sys.argv[1:]))
 """
 ENDINGS = {"SIGTERM": 0, "SIGUSR1": 3, "SIGUSR2": 1, "SIGHUP SIGINT": 1}
 
 
 @posix
 @pytest.mark.parametrize("names", ENDINGS)
-def test_no_line_of_the_log_is_lost(login, upstream, tmp_path, monkeypatch, names):  # O14
-    (tmp_path / "program.py").write_text(SLOW_LOG % HERE)
-    monkeypatch.setattr(sys.modules[__name__], "PROGRAM", str(tmp_path / "program.py"))
+def test_no_line_of_the_log_is_lost(login, upstream, monkeypatch, names):  # O14
+    monkeypatch.setattr(Process, "command", program(SHORT_WAITS, SLOW_LOG))
     process, requests = Process("--port", "0"), ["/v1/chat/completions"] * 5 + ["/health"]
     connection = http.client.HTTPConnection("127.0.0.1", process.port, timeout=WAIT)
     try:
@@ -8145,7 +8153,7 @@ def test_status_writes_no_file(home, upstream, monkeypatch, capsys):  # U2
 def test_status_is_said_in_any_encoding(home, upstream, monkeypatch, encoding, arguments):  # O4
     monkeypatch.setenv("PYTHONIOENCODING", encoding)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
-    command = [sys.executable, PROGRAM, "status", "--offline", "--base-url", upstream.dashscope]
+    command = [*program(), "status", "--offline", "--base-url", upstream.dashscope]
     done = subprocess.run([*command, "--model", "m\u6a21\u2013", *arguments], capture_output=True)
     assert done.returncode == 1 and done.stderr == b""
     encoding, said = encoding.partition(":")[0], done.stdout
@@ -8163,8 +8171,7 @@ status --offline --json 2>&- | true
 @posix
 @pytest.mark.parametrize("command", LEFT_READERS.strip().split("\n"))
 def test_a_reader_that_leaves_is_no_error(login, command):  # O4
-    program = f"{shlex.quote(sys.executable)} {shlex.quote(PROGRAM)}"
-    script = f"{program} {command}; exit ${{PIPESTATUS[0]}}"
+    script = f"{shlex.join(program())} {command}; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", script], capture_output=True)
     assert (done.returncode, done.stderr) == (1, b"")
 
