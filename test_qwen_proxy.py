@@ -10,6 +10,7 @@ import argparse
 import ast
 import base64
 import collections
+import concurrent.futures
 import contextlib
 import copy
 import doctest
@@ -667,6 +668,13 @@ def statuses(received):
     return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+) ", received)]
 
 
+def at_once(*works):
+    """What each of the works returns, of which each has a thread."""
+    with concurrent.futures.ThreadPoolExecutor(len(works)) as executor:
+        running = [executor.submit(work) for work in works]
+    return [each.result() for each in running]
+
+
 def until(is_true):
     """Wait for what must come true in time."""
     end = time.monotonic() + WAIT
@@ -1296,17 +1304,13 @@ def test_forced_refresh_names_the_rejected_token_and_spares_a_newer_one(login, u
 
 
 def test_one_refresh_for_twenty_threads(upstream, stale):
-    _, credentials = stale
-    results, barrier = [], threading.Barrier(20)
+    barrier = threading.Barrier(20)
 
     def run():
         barrier.wait(WAIT)
-        results.append(credentials.access_token())
+        return stale[1].access_token()
 
-    threads = [threading.Thread(target=run) for _ in range(20)]
-    [thread.start() for thread in threads]
-    [thread.join(WAIT) for thread in threads]
-    assert (results, upstream.refreshes) == (["at_2"] * 20, ["rt_1"])
+    assert (at_once(*[run] * 20), upstream.refreshes) == (["at_2"] * 20, ["rt_1"])
 
 
 def test_login_refreshed_by_another_process_while_waiting_for_the_lock_is_adopted(
@@ -3002,13 +3006,13 @@ def test_frames_end_in_time_and_leave_nothing_behind(keyed, answer, expected):
     threads = threading.active_count()
     fake.script.extend([answer, answer, HEAD + b"\r\n" + SSE])
     with contextlib.closing(fake.listener):
-        status, _, completion = chat(server)
+        whole_, streamed = at_once(lambda: chat(server), lambda: chat(server, stream=True))
+        status, _, completion = whole_
         code = dig(completion, "error", "code")
         assert [str(status), *([code] if code else [])] == expected[0].split()
-        status, _, body = chat(server, stream=True)
+        status, _, body = streamed
         if expected[1] == "200":
-            streamed = collect([json.loads(value) for value in body[:-1]])
-            for each in (completion, streamed):
+            for each in (completion, collect([json.loads(value) for value in body[:-1]])):
                 assert each["choices"][0]["message"]["content"] == "Hello, wörld"
         else:
             error = json.loads(body[-1]) if status == 200 else body
@@ -6276,7 +6280,7 @@ length with underscore | POST + b"Content-Length: 1_0\r\n\r\n" | 400
 length with space | POST + b"Content-Length: 1 0\r\n\r\n" | 400
 length negative | POST + b"Content-Length: -1\r\n\r\n" | 400
 length too large | POST + b"Content-Length: 99999999999\r\n\r\n" | 413
-chunk size | POST + CHUNKS + b"xyz\r\n" | 400
+chunk size | POST + CHUNKS + b"xyz\r\nxyz\r\n" | 400
 chunk extension with NUL | POST + CHUNKS + b"2;\0\r\n{}\r\n0\r\n\r\n" | 400
 chunk extensions without end | POST + CHUNKS + (b"1;" + b"a" * 9000 + b"\r\n \r\n") * 9 | 400
 chunk trailer with a blank | POST + CHUNKS + b"0\r\nX : y\r\n\r\n" | 400
@@ -6385,14 +6389,8 @@ def test_the_connection_lives_on_after_an_error_in_mid_stream(key_server, upstre
 
 
 def test_many_clients_at_once_share_connections(key_server, upstream):
-    results = []
-    threads = [
-        threading.Thread(target=lambda: results.extend(chat(key_server)[0] for _ in range(10)))
-        for _ in range(8)
-    ]
-    [thread.start() for thread in threads]
-    [thread.join(WAIT) for thread in threads]
-    assert results == [200] * 80 and upstream.connections <= 16
+    found = at_once(*[lambda: [chat(key_server)[0] for _ in range(10)]] * 8)
+    assert found == [[200] * 10] * 8 and upstream.connections <= 16
 
 
 LINES = {
