@@ -7140,7 +7140,8 @@ def test_an_upstream_that_never_falls_silent_is_left_with_the_client(noisy, name
 @pytest.mark.parametrize("name", NOISE)
 def test_bytes_that_bring_nothing_have_a_limit(noisy, monkeypatch, name, is_stream):  # B1
     monkeypatch.setattr(qp.Waiter, "LOOK", 0.02)
-    fake = noisy(NOISE[name], timeout=0.02)
+    monkeypatch.setattr(qp.Waiter, "PATIENCE", 0.01)
+    fake = noisy(NOISE[name], timeout=5)
     status, _, body = chat(fake.server, stream=is_stream)
     error = json.loads(body[-1]) if isinstance(body, list) else body
     assert error["error"]["message"] and (status in (502, 504) or is_stream)
@@ -7157,7 +7158,8 @@ def test_a_sign_of_life_goes_out_however_busy_the_upstream_is(noisy, monkeypatch
     lines.close()
 
 
-def test_trailers_without_end_do_not_hold_the_next_request_up(noisy):  # B2
+def test_trailers_without_end_do_not_hold_the_next_request_up(noisy, monkeypatch):  # B2
+    monkeypatch.setattr(qp.UpstreamResponse, "DRAIN_TIMEOUT", 0.02)
     fake = noisy((EVENTS + in_chunks(SSE) + b"0\r\n", b"X-Trailer: 1\r\n"))
     assert statuses(raw(fake.server, post(stream=True) + HEALTH)) == [200, 200]
     assert fake.left.wait(WAIT)
