@@ -3051,7 +3051,7 @@ def test_a_kept_connection_that_cannot_be_used_is_replaced(raw_upstream, script)
     assert said == ["Hello, wörld"] * 2 and raw_upstream.accepted == 2
 
 
-@pytest.mark.parametrize("size, count", [(10_000_000, 1), (3, 20_000)])
+@pytest.mark.parametrize("size, count", [(4_000_000, 1), (3, 20_000)])
 def test_large_and_many_chunks_arrive_whole(raw_upstream, size, count):
     said = ["ab "[:size] if size < 10 else "x" * size] * count
     answer = IN_CHUNKS + chunked(b"".join([*texts(*said), *END]), 30_000)
@@ -6632,7 +6632,7 @@ def test_a_program_that_vendors_it_passes_a_strict_type_check(tmp_path):  # U9
         "import qwen_proxy\n\nwith qwen_proxy.make_server(port=0, api_key='k-1') as server:\n"
         "    url: str = server.url\n"
     )
-    command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path), str(program)]
+    command = [sys.executable, "-m", "mypy", "--strict", "--no-incremental", str(program)]
     done = subprocess.run(command, capture_output=True, env={**os.environ, "MYPYPATH": HERE})
     assert done.returncode == 0, done.stdout
 
