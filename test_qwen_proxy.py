@@ -2168,8 +2168,7 @@ OpenRouter | OPENROUTER_API_KEY="sk-or-1" | openrouter |
 DashScope of which region | DASHSCOPE_API_KEY="sk-1" | | --provider dashscope-intl
 OpenAI | OPENAI_API_KEY="sk-1" | | --base-url
 OpenAI and an address | OPENAI_API_KEY="sk-1", OPENAI_BASE_URL="http://h:1/v1" | h:1 |
-a plan | BAILIAN_CODING_PLAN_API_KEY="sk-sp-1",
-    OPENAI_BASE_URL="https://coding.dashscope.aliyuncs.com/v1" | coding |
+a plan | BAILIAN_CODING_PLAN_API_KEY="sk-sp-1", OPENAI_BASE_URL="https://coding.dashscope.aliyuncs.com/v1" | coding |
 none | | |
 """)
 
@@ -3293,20 +3292,15 @@ a known field of theirs, client 26 | | repeat_penalty=1.1 | repetition_penalty=1
 both names of it | | repeat_penalty=2, repetition_penalty=1 | repetition_penalty=1, rule="foreign-fields"
 think, client 26 | qwen3.7-plus | think=False | enable_thinking=False
 all of theirs, client 26 | | unheard_of=1, **dict.fromkeys(qp.Rewrite.FOREIGN, 1) | unheard_of=1
-OpenAI's alone, client 26 | | prediction={}, verbosity="low", prompt_cache_key="k",
-    prompt_cache_retention="24h", safety_identifier="s", modalities=["text"], n=1,
-    user={"name": "me"}, seed=None, stop=None, tools=None, tool_choice=None, response_format=None,
-    parallel_tool_calls=True, stream_options={"include_obfuscation": False},
-    logit_bias={"1": 1}, metadata={"a": "b"}, store=True
-    | stream_options={"include_usage": True}
+OpenAI's alone, client 26 | | prediction={}, verbosity="low", prompt_cache_key="k", prompt_cache_retention="24h", safety_identifier="s", modalities=["text"], n=1,
+    user={"name": "me"}, seed=None, stop=None, tools=None, tool_choice=None, response_format=None, parallel_tool_calls=True, stream_options={"include_obfuscation": False},
+    logit_bias={"1": 1}, metadata={"a": "b"}, store=True | stream_options={"include_usage": True}
 no tools | | tools=[], tool_choice="auto" | rule="tools"
 a tool without parameters, client 29 | | tools=[function()] | tools=[F]
 a strict tool, client 29 | | tools=[function(strict=True, description=None)] | tools=[F], rule="tools"
-a schema, client 29 | | tools=[function(parameters={"$schema": "s", **ODD_SCHEMA})]
-    | tools=[function(parameters={"$schema": "s", **CLEAN_SCHEMA})]
+a schema, client 29 | | tools=[function(parameters={"$schema": "s", **ODD_SCHEMA})] | tools=[function(parameters={"$schema": "s", **CLEAN_SCHEMA})]
 web search | | web_search_options={} | enable_search=True, rule="web-search"
-functions | | functions=[{"name": "f", "parameters": {}}], function_call={"name": "f"}
-    | tools=[F], tool_choice=function(), rule="legacy-functions"
+functions | | functions=[{"name": "f", "parameters": {}}], function_call={"name": "f"} | tools=[F], tool_choice=function(), rule="legacy-functions"
 functions, automatic | | functions=[{"name": "f"}], function_call="auto" | tools=[F], tool_choice="auto"
 functions beside no tools | | functions=[{"name": "f"}], tools=[] | tools=[F]
 functions with a reserved name beside no tools | | functions=[{"name": "search"}], tools=[] | tools=[function("search_tool", parameters=EMPTY)]
@@ -3319,35 +3313,24 @@ nulls that mean not set, and others | | tools=[{**function(parameters=ODD_SCHEMA
 
 effort low | qwen3.7-plus@coding | reasoning_effort="low" | enable_thinking=True, thinking_budget=4096
 effort none | qwen3.7-plus@coding | reasoning={"effort": "none"} | enable_thinking=False
-Anthropic's budget | qwen3.7-plus@coding | thinking={"type": "enabled", "budget_tokens": 99}
-    | enable_thinking=True, thinking_budget=99
+Anthropic's budget | qwen3.7-plus@coding | thinking={"type": "enabled", "budget_tokens": 99} | enable_thinking=True, thinking_budget=99
 vLLM's | qwen3.7-plus@portal | chat_template_kwargs=NO_THOUGHTS | enable_thinking=False
 effort max | qwen3.8-max | reasoning_effort="max" | reasoning_effort="xhigh"
 effort none, always thinks | qwen3.8-max@token | reasoning_effort="none" |
 effort none, may think | qwen3.8-flash | reasoning_effort="none" | reasoning_effort="none"
 effort, never thinks | qwen3-coder-plus@coding | reasoning_effort="high" |
-effort at OpenRouter | qwen/qwen3.7-plus@openrouter | reasoning_effort="high"
-    | reasoning={"effort": "high"}
-more of OpenRouter | x/y@openrouter | reasoning={"effort": "high", "exclude": True}
-    | reasoning={"effort": "high", "exclude": True}
-effort at DeepSeek | deepseek-v4-pro@deepseek | reasoning_effort="low"
-    | thinking={"type": "enabled"}, reasoning_effort="high"
+effort at OpenRouter | qwen/qwen3.7-plus@openrouter | reasoning_effort="high" | reasoning={"effort": "high"}
+more of OpenRouter | x/y@openrouter | reasoning={"effort": "high", "exclude": True} | reasoning={"effort": "high", "exclude": True}
+effort at DeepSeek | deepseek-v4-pro@deepseek | reasoning_effort="low" | thinking={"type": "enabled"}, reasoning_effort="high"
 thinking of who knows | unknown | enable_thinking=True | enable_thinking=True
 
-forced tool, client 28 | qwen3.7-plus | tools=[F, G], tool_choice="required"
-    | tools=[F, G], tool_choice="required", enable_thinking=False
-forced by name, client 28 | qwen3.7-plus | tools=[F, G], tool_choice=function()
-    | tools=[F, G], tool_choice=function(), enable_thinking=False
-forced as Anthropic does, client 28 | qwen3.7-plus | tools=[F], tool_choice={"type": "any"}
-    | tools=[F], tool_choice="required", enable_thinking=False
-by name, as Anthropic does, client 28 | qwen3.7-plus | tools=[F], tool_choice={"type": "tool", "name": "f"}
-    | tools=[F], tool_choice=function(), enable_thinking=False
-forced, thinks | qwen3.7-plus | tools=[F, G], tool_choice="required", enable_thinking=True
-    | tools=[F, G], tool_choice="auto", enable_thinking=True, rule="forced-tool"
-forced by name, thinks | qwen3.7-plus | tools=[F, G], tool_choice=function(), enable_thinking=True
-    | tools=[F], tool_choice="auto", enable_thinking=True, rule="forced-tool"
-forced, always thinks, client 28 | qwq-plus | tools=[F], tool_choice="required"
-    | tools=[F], tool_choice="auto", rule="forced-tool"
+forced tool, client 28 | qwen3.7-plus | tools=[F, G], tool_choice="required" | tools=[F, G], tool_choice="required", enable_thinking=False
+forced by name, client 28 | qwen3.7-plus | tools=[F, G], tool_choice=function() | tools=[F, G], tool_choice=function(), enable_thinking=False
+forced as Anthropic does, client 28 | qwen3.7-plus | tools=[F], tool_choice={"type": "any"} | tools=[F], tool_choice="required", enable_thinking=False
+by name, as Anthropic does, client 28 | qwen3.7-plus | tools=[F], tool_choice={"type": "tool", "name": "f"} | tools=[F], tool_choice=function(), enable_thinking=False
+forced, thinks | qwen3.7-plus | tools=[F, G], tool_choice="required", enable_thinking=True | tools=[F, G], tool_choice="auto", enable_thinking=True, rule="forced-tool"
+forced by name, thinks | qwen3.7-plus | tools=[F, G], tool_choice=function(), enable_thinking=True | tools=[F], tool_choice="auto", enable_thinking=True, rule="forced-tool"
+forced, always thinks, client 28 | qwq-plus | tools=[F], tool_choice="required" | tools=[F], tool_choice="auto", rule="forced-tool"
 JSON | qwen3.7-plus | response_format=JSON_OBJECT | response_format=JSON_OBJECT, enable_thinking=False
 JSON by a schema | qwen3.7-plus | response_format=JSON_SCHEMA | response_format=JSON_SCHEMA, enable_thinking=False
 JSON, thinks | qwen3.7-plus | response_format=JSON_OBJECT, reasoning_effort="high" | enable_thinking=True
@@ -3355,95 +3338,60 @@ JSON, only thinks | qwen3-235b-a22b-thinking-2507 | response_format=JSON_OBJECT 
 JSON, only thinks, sees | qwen3-vl-32b-thinking | response_format=JSON_OBJECT |
 JSON, may think | qwen3-32b | response_format=JSON_OBJECT | response_format=JSON_OBJECT, enable_thinking=False
 
-entry gives defaults | qwen3.7-plus | temperature=0, reasoning_effort="none",
-    entry={"samplingParams": {"temperature": 0.1, "top_p": 0.2}, "extra_body": {"top_p": 0.3, **THINKS}}
+entry gives defaults | qwen3.7-plus | temperature=0, reasoning_effort="none", entry={"samplingParams": {"temperature": 0.1, "top_p": 0.2}, "extra_body": {"top_p": 0.3, **THINKS}}
     | temperature=0, top_p=0.3, enable_thinking=False
-entry, client's null | qwen3.7-plus | temperature=None, entry={"samplingParams": {"temperature": 0.5}}
-    | temperature=0.5
-entry, client's null for thinking | qwen3.7-plus | reasoning_effort=None, entry={"extra_body": THINKS}
-    | enable_thinking=True
-entry's limit of another name | qwen3.7-plus | max_completion_tokens=8000,
-    entry={"samplingParams": {"max_tokens": 1000}} | max_tokens=8000
-entry, thinking off in vLLM's way | qwen3.7-plus | chat_template_kwargs=NO_THOUGHTS,
-    entry={"extra_body": THINKS} | enable_thinking=False
-entry, thinking on in vLLM's way | qwen3.7-plus | chat_template_kwargs=THINKS, entry={"reasoning": False}
-    | enable_thinking=True
-entry thinks, tool forced | qwen3.7-plus@coding | tool_choice="required", tools=[F, G],
-    entry={"extra_body": THINKS} | tool_choice="required", tools=[F, G], enable_thinking=False
+entry, client's null | qwen3.7-plus | temperature=None, entry={"samplingParams": {"temperature": 0.5}} | temperature=0.5
+entry, client's null for thinking | qwen3.7-plus | reasoning_effort=None, entry={"extra_body": THINKS} | enable_thinking=True
+entry's limit of another name | qwen3.7-plus | max_completion_tokens=8000, entry={"samplingParams": {"max_tokens": 1000}} | max_tokens=8000
+entry, thinking off in vLLM's way | qwen3.7-plus | chat_template_kwargs=NO_THOUGHTS, entry={"extra_body": THINKS} | enable_thinking=False
+entry, thinking on in vLLM's way | qwen3.7-plus | chat_template_kwargs=THINKS, entry={"reasoning": False} | enable_thinking=True
+entry thinks, tool forced | qwen3.7-plus@coding | tool_choice="required", tools=[F, G], entry={"extra_body": THINKS} | tool_choice="required", tools=[F, G], enable_thinking=False
 entry thinks, client, too | qwen3.7-plus@coding | tool_choice="required", tools=[F, G], **THINKS,
     entry={"extra_body": THINKS} | tool_choice="auto", tools=[F, G], enable_thinking=True
-entry thinks, JSON | qwen3.7-plus@coding | response_format=JSON_OBJECT, entry={"extra_body": THINKS}
-    | response_format=JSON_OBJECT, enable_thinking=False
+entry thinks, JSON | qwen3.7-plus@coding | response_format=JSON_OBJECT, entry={"extra_body": THINKS} | response_format=JSON_OBJECT, enable_thinking=False
 
-roles, client 23 | | messages=[message("developer", "a"), *HI, *HI, system("b")]
-    | messages=[system("a\n\nb"), *HI, *HI]
-system without user, client 23 | | messages=[system("a"), assistant("."), system("b")]
-    | messages=[system("a"), assistant("."), user("b")]
+roles, client 23 | | messages=[message("developer", "a"), *HI, *HI, system("b")] | messages=[system("a\n\nb"), *HI, *HI]
+system without user, client 23 | | messages=[system("a"), assistant("."), system("b")] | messages=[system("a"), assistant("."), user("b")]
 portal marks the system message | coder-model@portal | messages=EVERYTHING["messages"][:2]
     | messages=[system(parts("Be brief. Grüße 你好 \u2028", **CACHED)), EVERYTHING["messages"][1]]
 portal, none | coder-model@portal | messages=HI | contents=[parts("", **CACHED), "Hi"]
-portal, system in parts | coder-model@portal | messages=[system(parts("a", "b")), *HI]
-    | messages=[system(parts("a", **CACHED) + parts("b")), *HI]
-portal, markers to spare | coder-model@portal | tools=[{**F, **CACHED}], messages=[user(FIVE_CACHED)]
-    | tools=[F], contents=[parts("", **CACHED), parts(*"01") + FIVE_CACHED[2:]]
-four markers at most | | tools=[{**F, **CACHED}], messages=[user(FIVE_CACHED[1:])]
-    | tools=[{**F, **CACHED}], contents=[FIVE_CACHED[1:2] + parts("2") + FIVE_CACHED[3:]]
-a marker for GLM | glm-5 | messages=[user(parts("x", **CACHED))], tools=[F, G]
-    | messages=[user(parts("x", **CACHED))], tools=[F, G]
+portal, system in parts | coder-model@portal | messages=[system(parts("a", "b")), *HI] | messages=[system(parts("a", **CACHED) + parts("b")), *HI]
+portal, markers to spare | coder-model@portal | tools=[{**F, **CACHED}], messages=[user(FIVE_CACHED)] | tools=[F], contents=[parts("", **CACHED), parts(*"01") + FIVE_CACHED[2:]]
+four markers at most | | tools=[{**F, **CACHED}], messages=[user(FIVE_CACHED[1:])] | tools=[{**F, **CACHED}], contents=[FIVE_CACHED[1:2] + parts("2") + FIVE_CACHED[3:]]
+a marker for GLM | glm-5 | messages=[user(parts("x", **CACHED))], tools=[F, G] | messages=[user(parts("x", **CACHED))], tools=[F, G]
 call cut short | | messages=[*HI, call("c", arguments="{cut"), *HI] | contents=["Hi", "", NO_RESULT, "Hi"]
 orphan | | messages=[result("x", "orphan"), *HI] | messages=HI
-call without content, client 24 | | messages=[*HI, {"role": "assistant", "tool_calls": [use("c")]},
-    result("c", parts("ok"))] | messages=[*HI, call("c"), result("c", parts("ok"))]
-content null, client 24 | | messages=[*HI, call("c", content=None), result("c", "ok")]
-    | messages=[*HI, call("c"), result("c", "ok")]
+call without content, client 24 | | messages=[*HI, {"role": "assistant", "tool_calls": [use("c")]}, result("c", parts("ok"))] | messages=[*HI, call("c"), result("c", parts("ok"))]
+content null, client 24 | | messages=[*HI, call("c", content=None), result("c", "ok")] | messages=[*HI, call("c"), result("c", "ok")]
 thoughts, client 24 | qwen3.7-plus | messages=[*HI, {**call("c", content=None), "reasoning": "hm"}, result("c", "ok")]
     | messages=[*HI, {**call("c"), "reasoning_content": "hm"}, result("c", "ok")]
-thoughts for none | qwen3-coder-plus | messages=[*HI, assistant("a", reasoning="hm"), *HI]
-    | messages=[*HI, assistant("a"), *HI]
-result of nobody, client 25 | | messages=[*HI, call("c"), result("gone", "x"), *HI]
-    | messages=[*HI, call("c"), result("c", NO_RESULT), *HI]
-id used again, one lost | | messages=[*HI, call("c"), *HI, call("c", name="g"), result("c", "of g")]
-    | contents=["Hi", "", NO_RESULT, "Hi", "", "of g"]
-id used again | | messages=[*HI, call("c"), result("c", "1"), call("c", name="g"), result("c", "2")]
-    | contents=["Hi", "", "1", "", "2"]
+thoughts for none | qwen3-coder-plus | messages=[*HI, assistant("a", reasoning="hm"), *HI] | messages=[*HI, assistant("a"), *HI]
+result of nobody, client 25 | | messages=[*HI, call("c"), result("gone", "x"), *HI] | messages=[*HI, call("c"), result("c", NO_RESULT), *HI]
+id used again, one lost | | messages=[*HI, call("c"), *HI, call("c", name="g"), result("c", "of g")] | contents=["Hi", "", NO_RESULT, "Hi", "", "of g"]
+id used again | | messages=[*HI, call("c"), result("c", "1"), call("c", name="g"), result("c", "2")] | contents=["Hi", "", "1", "", "2"]
 result too early | | messages=[*HI, result("c", "early"), call("c")] | contents=["Hi", "", "early"]
 result too late | | messages=[*HI, call("c"), *HI, result("c", "late")] | contents=["Hi", "", "late", "Hi"]
-said between results | | messages=[*HI, call("a", "b"), result("a", "1"), assistant("."), result("b", "2")]
-    | contents=["Hi", ".", "", "1", "2"]
-said behind them | | messages=[*HI, call("a"), result("a", "1"), assistant("."), result("a", "1")]
-    | contents=["Hi", "", "1", "."]
-said before the result | | messages=[*HI, call("a"), assistant("."), result("a", "1")]
-    | contents=["Hi", ".", "", "1"]
-said at the end | | messages=[*HI, call("a"), result("a", "1"), assistant(".")]
-    | contents=["Hi", "", "1", "."]
+said between results | | messages=[*HI, call("a", "b"), result("a", "1"), assistant("."), result("b", "2")] | contents=["Hi", ".", "", "1", "2"]
+said behind them | | messages=[*HI, call("a"), result("a", "1"), assistant("."), result("a", "1")] | contents=["Hi", "", "1", "."]
+said before the result | | messages=[*HI, call("a"), assistant("."), result("a", "1")] | contents=["Hi", ".", "", "1"]
+said at the end | | messages=[*HI, call("a"), result("a", "1"), assistant(".")] | contents=["Hi", "", "1", "."]
 said before an orphan | | messages=[*HI, assistant("."), result("orphan", "2")] | contents=["Hi", "."]
-said between, then asked | | messages=[*HI, call("a", "b"), result("a", "1"), assistant("."),
-    result("b", "2"), user("?")] | contents=["Hi", ".", "", "1", "2", "?"]
-asked and said between | | messages=[*HI, call("a"), user("?"), assistant("."), result("a", "1")]
-    | contents=["Hi", "", "1", "?", "."]
-no ids, results of one turn | | messages=[*HI, call(None), *HI, call(None, name="g"),
-    message("tool", "of g"), *HI] | contents=["Hi", "", NO_RESULT, "Hi", "", "of g", "Hi"]
-no ids, two calls | | messages=[*HI, call(None, None), message("tool", "1"), result(None, "2")]
-    | contents=["Hi", "", "1", "2"]
+said between, then asked | | messages=[*HI, call("a", "b"), result("a", "1"), assistant("."), result("b", "2"), user("?")] | contents=["Hi", ".", "", "1", "2", "?"]
+asked and said between | | messages=[*HI, call("a"), user("?"), assistant("."), result("a", "1")] | contents=["Hi", "", "1", "?", "."]
+no ids, results of one turn | | messages=[*HI, call(None), *HI, call(None, name="g"), message("tool", "of g"), *HI] | contents=["Hi", "", NO_RESULT, "Hi", "", "of g", "Hi"]
+no ids, two calls | | messages=[*HI, call(None, None), message("tool", "1"), result(None, "2")] | contents=["Hi", "", "1", "2"]
 Anthropic's shapes | | tools=[{"name": "f", "description": "d", "input_schema": EMPTY}],
     messages=[*HI, assistant([*parts("I look."), {"type": "tool_use", "id": "t", "name": "f", "input": {"a": "ö"}}]),
-    user([{"type": "tool_result", "tool_use_id": "t", "content": parts("sunny")}, *parts("And?")])]
-    | tools=[function(description="d", parameters=EMPTY)],
-    messages=[*HI, call("t", content="I look.", arguments='{"a": "ö"}'), result("t", parts("sunny")),
-    user(parts("And?"))]
-an assistant's parts | | messages=[*HI, assistant(parts("a", "b")), *HI]
-    | messages=[*HI, assistant("a\nb"), *HI], rule="flat-content"
+    user([{"type": "tool_result", "tool_use_id": "t", "content": parts("sunny")}, *parts("And?")])] | tools=[function(description="d", parameters=EMPTY)],
+    messages=[*HI, call("t", content="I look.", arguments='{"a": "ö"}'), result("t", parts("sunny")), user(parts("And?"))]
+an assistant's parts | | messages=[*HI, assistant(parts("a", "b")), *HI] | messages=[*HI, assistant("a\nb"), *HI], rule="flat-content"
 an assistant's parts, portal | coder-model@portal | messages=[system("s"), *HI, assistant(parts("a", "b")), *HI]
     | contents=[parts("s", **CACHED), "Hi", "a\nb", "Hi"], rule="flat-content"
-an assistant's parts, marked | | messages=[*HI, assistant(parts("a", "b", **CACHED)), *HI]
-    | messages=[*HI, assistant(parts("a", "b", **CACHED)), *HI]
-an assistant's parts, OpenRouter | x/y@openrouter | messages=[*HI, assistant(parts("a", "b")), *HI]
-    | messages=[*HI, assistant(parts("a", "b")), *HI]
+an assistant's parts, marked | | messages=[*HI, assistant(parts("a", "b", **CACHED)), *HI] | messages=[*HI, assistant(parts("a", "b", **CACHED)), *HI]
+an assistant's parts, OpenRouter | x/y@openrouter | messages=[*HI, assistant(parts("a", "b")), *HI] | messages=[*HI, assistant(parts("a", "b")), *HI]
 a user's parts | | messages=[user(parts("a", "b")), *HI] | messages=[user(parts("a", "b")), *HI]
-a user's parts, DeepSeek | deepseek-v4-pro@deepseek | messages=[user(parts("a", "b")), *HI]
-    | messages=[user("a\nb"), *HI], rule="flat-content"
-a user's parts, GLM | glm-5.1 | messages=[user(parts("a", "b")), *HI]
-    | messages=[user("a\nb"), *HI], rule="flat-content"
+a user's parts, DeepSeek | deepseek-v4-pro@deepseek | messages=[user(parts("a", "b")), *HI] | messages=[user("a\nb"), *HI], rule="flat-content"
+a user's parts, GLM | glm-5.1 | messages=[user(parts("a", "b")), *HI] | messages=[user("a\nb"), *HI], rule="flat-content"
 """)
 
 
@@ -3498,8 +3446,7 @@ SENT_PATCH = old_call('{"input": "*** Begin"}', name="patch")
 
 REQUESTS += table(r"""
 off in vLLM's way, own server | Qwen/Qwen3-8B@other; everywhere | chat_template_kwargs=NO_THOUGHTS | **SILENT
-the same beside more of it | Qwen/Qwen3-8B@other; everywhere | chat_template_kwargs={**NO_THOUGHTS, "x": 1}
-    | enable_thinking=False, chat_template_kwargs={**NO_THOUGHTS, "x": 1}
+the same beside more of it | Qwen/Qwen3-8B@other; everywhere | chat_template_kwargs={**NO_THOUGHTS, "x": 1} | enable_thinking=False, chat_template_kwargs={**NO_THOUGHTS, "x": 1}
 the same in extra_body | Qwen/Qwen3-8B@other | extra_body={"chat_template_kwargs": NO_THOUGHTS} | **SILENT
 the same, ModelScope | Qwen/Qwen3-8B@modelscope; everywhere | chat_template_kwargs=NO_THOUGHTS | **SILENT
 the same, another model | zai-org/GLM-4.7@other | chat_template_kwargs=NO_THOUGHTS | chat_template_kwargs=NO_THOUGHTS
@@ -3565,8 +3512,7 @@ no thoughts, Kimi, claude-code-router #1227 | kimi-k2.6@token; everywhere | mess
 no thoughts, Kimi, own server | moonshotai/Kimi-K2.5@other; everywhere | messages=LOOP | messages=THOUGHTFUL
 no thoughts, DeepSeek, crush #2696 | deepseek-v4-pro; everywhere | messages=LOOP | messages=THOUGHTFUL
 no thoughts, DeepSeek's own host | deepseek-v4-pro@deepseek; everywhere | messages=LOOP | messages=[*HI, {**call("c"), "reasoning_content": ""}, result("c", "ok")]
-thoughts of its own, Kimi | kimi-k2.6@token | messages=[*HI, {**call("c"), **KEPT_THOUGHTS}, result("c", "ok")]
-    | messages=[*HI, {**call("c"), **KEPT_THOUGHTS}, result("c", "ok")]
+thoughts of its own, Kimi | kimi-k2.6@token | messages=[*HI, {**call("c"), **KEPT_THOUGHTS}, result("c", "ok")] | messages=[*HI, {**call("c"), **KEPT_THOUGHTS}, result("c", "ok")]
 no thoughts, Qwen | qwen3.7-plus@token; everywhere | messages=LOOP | messages=LOOP
 
 custom tool, flat, Cursor | qwen3-coder-plus; everywhere | tools=[FLAT] | tools=[PATCH]
@@ -3648,14 +3594,12 @@ no parts | ; everywhere | messages=[*HI, assistant("a"), user([])] | messages=[*
 no parts of a system message | | messages=[system([]), *HI] | messages=[system(""), *HI]
 no parts beside a call | any@other | messages=[*HI, call("c", content=[]), result("c", [])] | messages=[*LOOP[:2], result("c", "")]
 
-tool called search, forgecode #1580 | qwen3-coder-plus; everywhere | tools=[F, SEARCH], tool_choice=function("search"),
-    messages=[*HI, call("c", name="search"), result("c", "ok")]
+tool called search, forgecode #1580 | qwen3-coder-plus; everywhere | tools=[F, SEARCH], tool_choice=function("search"), messages=[*HI, call("c", name="search"), result("c", "ok")]
     | tools=[F, SEARCH_TOOL], tool_choice=function("search_tool"), messages=[*HI, call("c", name="search_tool"), result("c", "ok")]
 tool called search, a plan | kimi-k2.6@token; everywhere | tools=[SEARCH] | tools=[SEARCH_TOOL]
 tool called search, its new name is taken | qwen3-coder-plus@coding; everywhere | tools=[SEARCH_TOOL, SEARCH]
     | tools=[SEARCH_TOOL, function("search_241932906782", parameters=EMPTY)]
-JSON at a server of one's own, as Ollama names it | qwen3:14b@other | response_format={"type": "json_object"}
-    | response_format={"type": "json_object"}, enable_thinking=False,
+JSON at a server of one's own, as Ollama names it | qwen3:14b@other | response_format={"type": "json_object"} | response_format={"type": "json_object"}, enable_thinking=False,
     chat_template_kwargs={"enable_thinking": False}, messages=[system("Answer in JSON."), *HI]
 tool called search, functions | qwen3-coder-plus | functions=[SEARCH["function"]] | tools=[SEARCH_TOOL]
 tool called search, OpenRouter | qwen/qwen3-coder-plus@openrouter; everywhere | tools=[SEARCH] | tools=[SEARCH]
@@ -3889,8 +3833,7 @@ usage on every chunk, client 8 | *texts(*WORDS, usage={**USAGE, "completion_toke
 usage in floats, a part missing | *DELTAS, delta("stop"), chunk(usage={"prompt_tokens": 9.0, "completion_tokens": 3.0}), DONE |
 usage without a total | *DELTAS, *end(prompt_tokens=9.0, total_tokens=None) |
 usage empty, client 9 | *DELTAS, *stop(usage={}) | usage=None
-cached tokens at the top | *DELTAS, *end(cached_tokens=4)
-    | usage={**USAGE, "cached_tokens": 4, "prompt_tokens_details": {"cached_tokens": 4}}
+cached tokens at the top | *DELTAS, *end(cached_tokens=4) | usage={**USAGE, "cached_tokens": 4, "prompt_tokens_details": {"cached_tokens": 4}}
 finish reason as the word null | *[delta("null", content=text) for text in WORDS], *END |
 finish reason empty | *[delta("", content=text) for text in WORDS], *END |
 several finish chunks | *DELTAS, delta("stop"), *END |
@@ -3991,8 +3934,7 @@ whole arguments, length, client 22 | tool(0, "c1", "f", "{}"), *end("length") | 
 arguments cut, client 22 | tool(0, "c1", "f", '{"a": "b'), *end("tool_calls") | calls=[("f", '{"a": "b')], content=None, finish_reason="length"
 arguments cut, stop | tool(0, "c1", "f", '{"a": "b'), *END | calls=[("f", '{"a": "b')], content=None, finish_reason="length"
 no name | tool(0, "c1", None, "{}"), *end("tool_calls") | content=""
-finish with each call | tool(0, "c1", "f", "{}", reason="tool_calls"), tool(1, "c2", "g", "{}", reason="tool_calls"), DONE
-    | calls=[("f", {}), ("g", {})], usage=None, **CALLED
+finish with each call | tool(0, "c1", "f", "{}", reason="tool_calls"), tool(1, "c2", "g", "{}", reason="tool_calls"), DONE | calls=[("f", {}), ("g", {})], usage=None, **CALLED
 text held before a call | HELLO[0], *texts("\n\n"), *CALLS[1:] | **{**TWO, "content": "\n\n"}
 functions | tool(0, "a", "f", "{}"), *END | content=None, function_call={"name": "f", "arguments": "{}"}, finish_reason="function_call", asked={"functions": [{"name": "f"}]}
 tools: as documented | *CALLS | reasoning="I must look.", **TWO
@@ -4080,10 +4022,8 @@ by turns, the first without arguments | tool(0, "c", "f"), tool(1, "d", "g", '{"
 half an emoji | cut_emoji("Hi @"), *END | content="Hi \ufffd"
 half an emoji in thoughts | cut_emoji("<think>@</think>x"), *END | content="x", reasoning="\ufffd"
 
-sound by turns | sound(transcript="Hel"), sound(data="AA"), sound(transcript="lo"), sound(data="BB"), *END
-    | content="", more={"audio": {"data": "AABB", "transcript": "Hello"}}
-sound with id and end | sound(id="a1", data="AA"), sound(id="a1", data="BB"), sound(expires_at=9), *END
-    | content="", more={"audio": {"id": "a1", "data": "AABB", "expires_at": 9}}
+sound by turns | sound(transcript="Hel"), sound(data="AA"), sound(transcript="lo"), sound(data="BB"), *END | content="", more={"audio": {"data": "AABB", "transcript": "Hello"}}
+sound with id and end | sound(id="a1", data="AA"), sound(id="a1", data="BB"), sound(expires_at=9), *END | content="", more={"audio": {"id": "a1", "data": "AABB", "expires_at": 9}}
 sound beside text | delta(content="He", audio={"data": "AA"}), delta(content="llo", audio={"data": "BB"}), *END | content="Hello", more={"audio": {"data": "AABB"}}
 any other object | delta(extra={"a": 1, "in": {"b": 2}}), delta(extra={"in": {"c": 3}}), *END | content="", more={"extra": {"a": 1, "in": {"b": 2, "c": 3}}}
 """)
@@ -6290,11 +6230,9 @@ chunk extension with NUL | POST + CHUNKS + b"2;\0\r\n{}\r\n0\r\n\r\n" | 400
 chunk extensions without end | POST + CHUNKS + (b"1;" + b"a" * 9000 + b"\r\n \r\n") * 9 | 400
 chunk trailer with a blank | POST + CHUNKS + b"0\r\nX : y\r\n\r\n" | 400
 chunk trailers without end | POST + CHUNKS + b"0\r\n" + (b"X: " + b"y" * 9000 + b"\r\n") * 9 | 400
-chunk extension, RFC 9112 7.1.1 | POST + CHUNKS + BODY_CHUNKS.replace(b"\r\n", b";a=b\r\n", 1) + HEALTH
-    | 200 200
+chunk extension, RFC 9112 7.1.1 | POST + CHUNKS + BODY_CHUNKS.replace(b"\r\n", b";a=b\r\n", 1) + HEALTH | 200 200
 chunk extensions | POST + CHUNKS + BODY_CHUNKS.replace(b"\r\n", b' ; a="b;c" ;d\r\n', 1) + HEALTH | 200 200
-trailers, RFC 9112 7.1.2 | POST + CHUNKS + BODY_CHUNKS[:-2] + b"X-Sum: 1\r\nHost: evil\r\n\r\n" + HEALTH
-    | 200 200
+trailers, RFC 9112 7.1.2 | POST + CHUNKS + BODY_CHUNKS[:-2] + b"X-Sum: 1\r\nHost: evil\r\n\r\n" + HEALTH | 200 200
 other coding | POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n" | 400
 folded header | POST + b"X: a\r\n b\r\n\r\n" | 400
 space before colon | POST + b"X : a\r\n\r\n" | 400
@@ -6313,8 +6251,7 @@ no HTTP | b"\x15\x03\x01\x00\r\n\r\n" | 400
 TLS | b"\x16\x03\x01\x00\r\n\r\n" | 400
 absolute, RFC 9112 3.2.2 | HEALTH.replace(b"/health", b"HTTP://localhost:1/v1/models") | 200
 absolute, its host counts | HEALTH.replace(b"/health", b"http://evil/v1/models") | 403
-absolute, another Host | b"GET http://127.0.0.1//v1/models?x HTTP/1.1\r\nHost: evil\r\n"
-    b"Connection: close\r\n\r\n" | 200
+absolute, another Host | b"GET http://127.0.0.1//v1/models?x HTTP/1.1\r\nHost: evil\r\n" b"Connection: close\r\n\r\n" | 200
 absolute, HTTP/1.0 | b"GET https://localhost HTTP/1.0\r\n\r\n" | 200
 absolute, no Host | b"GET http://localhost/v1/models HTTP/1.1\r\nConnection: close\r\n\r\n" | 400
 absolute, user | HEALTH.replace(b"/health", b"http://u@localhost/health") | 400
@@ -7275,13 +7212,11 @@ LINEAR = table(r"""
 turns that share one id | 100 | asked(turns("c" * n))
 turns with ids of their own | 100 | asked(turns(range(n)))
 names of tools that are cut to one | 100 | asked(tools=numbered([function("x" * 80 + "@")], n))
-items that change the configuration | 200 | responded(numbered([{"type": "configuration_update",
-    "text": {"k@": 1}}], n) + HI)
+items that change the configuration | 200 | responded(numbered([{"type": "configuration_update", "text": {"k@": 1}}], n) + HI)
 calls without results | 100 | asked(turns(range(n))[::2])
 results without calls | 100 | asked(turns(range(n))[1::2])
 many calls in one message | 100 | asked([call(*map(str, range(n))), *(result(str(i), "1") for i in reversed(range(n)))])
-allowed tools | 200 | asked(tools=numbered([function("f@")], n), tool_choice={"type": "allowed_tools",
-    "allowed_tools": {"mode": "auto", "tools": numbered([function("f@")], n)}})
+allowed tools | 200 | asked(tools=numbered([function("f@")], n), tool_choice={"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": numbered([function("f@")], n)}})
 images in tool messages | 100 | asked(turns(range(n), IMAGE))
 system messages | 200 | asked([system("x"), *HI] * n)
 consecutive messages of one role | 200 | asked(HI * n)
