@@ -117,12 +117,8 @@ def text_chunk(text, finish_reason=None, **more):
     return b"data: " + json.dumps({**value, **more}).encode() + b"\n\n"
 
 
-TEXT = (
-    *map(text_chunk, ("def ", "f():")),
-    text_chunk("", "stop"),
-    text_chunk("", choices=[], usage=USAGE),
-    DONE,
-)
+TEXT = [text_chunk(text) for text in ("def ", "f():")]
+TEXT += [text_chunk("", "stop"), text_chunk("", choices=[], usage=USAGE), DONE]
 
 
 def tool_call(index, call_id, name=None, arguments=""):
@@ -158,23 +154,17 @@ INVALID = "<400> InternalError.Algo.InvalidParameter: "
 WRONG_TYPE = INVALID + "a field has the wrong type"
 NO_TEXTS = INVALID + "contents is neither str nor list of str.: input.contents"
 TOO_MANY_TEXTS = (
-    INVALID + "Value error, batch size is invalid, it should not be larger than 10.: input.contents"
+    f"{INVALID}Value error, batch size is invalid, it should not be larger than 10.: input.contents"
 )
 ROLES = "is not one of ['system', 'assistant', 'user', 'tool', 'function'] - 'messages.['{}].role'"
-NO_CALL = (
-    INVALID
-    + 'messages with role "tool" must be a response to a preceeding message with "tool_calls".'
-)
+NO_CALL = f'{INVALID}messages with role "tool" must be a response to a preceeding message with "tool_calls".'
 NO_JSON = 'The "function.arguments" parameter of the code model must be in JSON format.'
 UNANSWERED = (
     'An assistant message with "tool_calls" must be followed by tool messages responding to each '
     '"tool_call_id". The following tool_call_ids did not have response messages: '
 )
 BUDGET = "The thinking_budget parameter must be a positive integer and not greater than "
-NO_WORD = (
-    "'messages' must contain the word 'json' in some form, to use 'response_format' of type "
-    "'json_object'."
-)
+NO_WORD = "'messages' must contain the word 'json' in some form, to use 'response_format' of type 'json_object'."
 
 
 class FakeQwen:
@@ -243,16 +233,12 @@ class FakeQwen:
         if path.endswith("/v1/embeddings"):
             return self.refuse_key(path, headers) or self.embeddings(json.loads(body))
         if path.endswith("/v1/completions"):
-            return (
-                self.refuse_key(path, headers)
-                or self.refuse_text(json.loads(body))
-                or (self.script.popleft() if self.script else stream(*TEXT))
-            )
+            refused = self.refuse_key(path, headers) or self.refuse_text(json.loads(body))
+            return refused or (self.script.popleft() if self.script else stream(*TEXT))
         if not path.endswith("/v1/chat/completions"):
             return Reply(404, [("Content-Length", "0")], [])  # as the real one: without a word
-        return self.refuse(path, headers, body) or (
-            self.script.popleft() if self.script else stream(*HELLO)
-        )
+        refused = self.refuse(path, headers, body)
+        return refused or (self.script.popleft() if self.script else stream(*HELLO))
 
     @staticmethod
     def embeddings(request):
@@ -264,10 +250,8 @@ class FakeQwen:
             return refusal(TOO_MANY_TEXTS)
         if request.get("encoding_format") != "float" or "user" in request:
             return refusal("encoding_format must be float")
-        data = [
-            {"object": "embedding", "index": index, "embedding": [len(text) / 2, 0.25]}
-            for index, text in enumerate(given)
-        ]
+        vectors = [[len(text) / 2, 0.25] for text in given]
+        data = [{"object": "embedding", "index": n, "embedding": x} for n, x in enumerate(vectors)]
         usage = {"prompt_tokens": len(given), "total_tokens": len(given)}
         answer = {"object": "list", "model": request["model"], "id": "r-1", "usage": usage}
         return reply(200, {**answer, "data": data[::-1]})
@@ -295,10 +279,8 @@ class FakeQwen:
         key = headers.get("Authorization", "").replace("Bearer ", "")
         if key in self.access_tokens or key.startswith("sk-good"):
             return None
-        is_portal = path.startswith("/v1")
-        words = (
-            "invalid access token or token expired" if is_portal else "Incorrect API key provided."
-        )
+        words = "Incorrect API key provided."
+        words = "invalid access token or token expired" if path.startswith("/v1") else words
         return refusal(words, 401, "invalid_api_key")
 
     @staticmethod
@@ -458,9 +440,8 @@ def message(role, content, **more):
     return {"role": role, "content": content, **more}
 
 
-system, user, assistant = (
-    functools.partial(message, role) for role in ("system", "user", "assistant")
-)
+roles = ("system", "user", "assistant")
+system, user, assistant = (functools.partial(message, role) for role in roles)
 
 
 def function(name="f", **more):
