@@ -961,10 +961,8 @@ def traces(no_secrets, caplog, capsys):
             qp.main(["status", "--json"])
         text = "\n".join([*texts, caplog.text, *capsys.readouterr()])
         caplog.clear()
-        forms = forms_of(secret).values()
-        return {
-            form for form in forms if any(form[n : n + 6] in text for n in range(len(form) - 5))
-        }
+        pieces = {form: range(len(form) - 5) for form in forms_of(secret).values()}
+        return {form for form in pieces if any(form[n : n + 6] in text for n in pieces[form])}
 
     return find
 
@@ -2017,12 +2015,9 @@ class NoiseUpstream:
 
     def __init__(self, start, *noise, pace=0.002, most=10**9):
         self.start, self.noise, self.pace, self.most, self.sent = start, noise, pace, most, 0
-        self.listener, self.never = socket.create_server(("127.0.0.1", 0)), threading.Event()
-        self.left, self.is_flowing, self.url = (
-            threading.Event(),
-            threading.Event(),
-            url_of(self.listener),
-        )
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.left, self.is_flowing, self.never = (threading.Event() for _ in range(3))
+        self.url = url_of(self.listener)
         threading.Thread(target=self.run, daemon=True).start()
 
     def run(self):
@@ -2446,9 +2441,8 @@ def base_url_and_key():
 
 @pytest.mark.parametrize("rule", TRUST_RULES)
 def test_trust_is_asked_for_each_folder_whose_file_is_read(world, rule):  # H3
-    is_odd = (
-        TRUST_RULES.index(rule) % 2
-    )  # every other row has the file elsewhere, and .env in .qwen
+    # Every other row has the file elsewhere, and .env in .qwen.
+    is_odd = TRUST_RULES.index(rule) % 2
     folders = repository(world, [".env", ".qwen/.env"][is_odd])
     rules, _, trusted = rule.rpartition(":")
     found = {}
@@ -2478,10 +2472,8 @@ def test_trust_that_cannot_be_read_at_the_start_trusts_nothing(world, text):  # 
 
 
 IDENTITY_HOSTS = {"environment": True, "home/.qwen/.env": True, "elsewhere/.env": True}
-OTHERS = (
-    "home/.env work/.env .qwen/.env home/.qwen/settings.json system.json work/.qwen/settings.json"
-)
-IDENTITY_HOSTS.update(dict.fromkeys(OTHERS.split(), False))
+OTHERS = "home/.env work/.env .qwen/.env system.json home/.qwen/settings.json".split()
+IDENTITY_HOSTS.update(dict.fromkeys([*OTHERS, "work/.qwen/settings.json"], False))
 
 
 @pytest.mark.parametrize("source", IDENTITY_HOSTS)
@@ -2660,12 +2652,8 @@ def test_unreachable_upstream_is_502(serve, upstream, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-x-123456")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        urls = [
-            url_of(free),
-            "http://no-such-host.invalid/v1",
-            f"https://127.0.0.1:{upstream.port}/v1",
-        ]
-        for url in urls:
+        urls = ["http://no-such-host.invalid/v1", f"https://127.0.0.1:{upstream.port}/v1"]
+        for url in [url_of(free), *urls]:
             server = serve(base_url=url, model="m", retries=0)
             for is_stream in (False, True):
                 status, _, body = chat(server, stream=is_stream)
@@ -2868,9 +2856,8 @@ class RawUpstream:
             except OSError:
                 return
             self.accepted += 1
-            threading.Thread(
-                target=self.talk_and_count, args=(connection, self.script.popleft()), daemon=True
-            ).start()
+            both = (connection, self.script.popleft())
+            threading.Thread(target=self.talk_and_count, args=both, daemon=True).start()
 
     def talk_and_count(self, connection, answers):
         with contextlib.suppress(OSError):
@@ -3151,9 +3138,8 @@ def test_events_are_the_same_however_the_bytes_are_cut():
 
 def to_upstream(request, model="qwen3-max", family="dashscope", config=None, api=qp.ChatRouteApi):
     """The body that goes out for a request, and the rules that fired."""
-    provider = qp.Provider(
-        "t", "http://h/v1", None, "t", {model: config or {}}, qp.FAMILIES[family]
-    )
+    entries, family = {model: config or {}}, qp.FAMILIES[family]
+    provider = qp.Provider("t", "http://h/v1", None, "t", entries, family)
     request = request if {"input", "prompt"} & set(request) else {"messages": HI, **request}
     before, api = json.dumps(request), api(qp.ResponseMemory())
     body, fired = api.to_upstream(api.check(request), qp.Target(provider, model))
@@ -3412,9 +3398,8 @@ GRAMMAR = {"type": "grammar", "grammar": LARK}
 NESTED_TOOL = {"type": "custom", "custom": {"name": "patch", "format": GRAMMAR}}
 TEXT_INPUT = {"type": "string", "description": "It must match this grammar:\nstart: hunk"}
 ONE_TEXT = {"type": "object", "required": ["input"], "properties": {"input": TEXT_INPUT}}
-PATCH, EXEC = (
-    function(name, description="", parameters=ONE_TEXT) for name in ("patch", "functions__exec")
-)
+PATCH = function("patch", description="", parameters=ONE_TEXT)
+EXEC = function("functions__exec", description="", parameters=ONE_TEXT)
 SPACE = {"type": "namespace", "name": "functions", "tools": [flat(G), {**FLAT, "name": "exec"}]}
 OFFERED = [function("functions__g", parameters=EMPTY), EXEC]
 USED_SPACE = json.loads("""[
@@ -3742,6 +3727,10 @@ def test_a_text_completion_is_not_repaired_in_words(key_server, upstream):
 # ----------------------------------------------------------------------------------------------------
 
 
+def heading(value):
+    return tuple(value[name] for name in ("id", "created", "model", "object"))
+
+
 def test_clean_stream_has_the_canonical_shape():
     chunks = translate([b"".join(HELLO)])
     deltas = [value["choices"][0]["delta"] for value in chunks[:-1]]
@@ -3749,10 +3738,8 @@ def test_clean_stream_has_the_canonical_shape():
     assert deltas == [{"role": "assistant", "content": ""}, *said, {}]
     assert chunks[-2]["choices"][0]["finish_reason"] == "stop"
     assert (chunks[-1]["choices"], chunks[-1]["usage"]) == ([], USAGE)
-    facts = {
-        tuple(value[name] for name in ("id", "created", "model", "object")) for value in chunks
-    }
-    assert facts == {("chatcmpl-1", 1790000000, "qwen3.7-plus", "chat.completion.chunk")}
+    facts = ("chatcmpl-1", 1790000000, "qwen3.7-plus", "chat.completion.chunk")
+    assert {heading(value) for value in chunks} == {facts}
 
 
 def test_unchanged_chunks_go_out_as_the_bytes_that_came(key_server, upstream):
@@ -3825,11 +3812,8 @@ PARIS, A, B = '{"city": "Paris"}', ("call_a", "get_weather"), ("call_b", "get_ti
 ENDING_B = [tool(1, *B, "{}"), *END]
 SPLIT_PARIS = ['{"city"', ': "Paris"}']
 CALLED = {"content": None, "finish_reason": "tool_calls"}
-TWO = {
-    **CALLED,
-    "calls": [("get_weather", {"city": "Paris"}), ("get_time", {})],
-    "ids": ["call_a", "call_b"],
-}
+TWO = {**CALLED, "calls": [("get_weather", {"city": "Paris"}), ("get_time", {})]}
+TWO["ids"] = ["call_a", "call_b"]
 FOX = "The quick brown fox jumps over the lazy dog"
 QWEN = "Hello, I am a model by Qwen"
 POEM = "a line of the poem that comes twice\n"
@@ -4063,17 +4047,13 @@ def same_ids(monkeypatch):
 
 def check_canonical(chunks):
     """The shape of a stream that every client takes."""
-    facts = {
-        tuple(value[name] for name in ("id", "created", "model", "object")) for value in chunks
-    }
-    assert len(facts) == 1
+    assert len({heading(value) for value in chunks}) == 1
     assert isinstance(chunks[0]["id"], str) and isinstance(chunks[0]["created"], int)
     assert all(value["choices"] or "usage" in value for value in chunks)
     assert sum(value.get("usage") is not None for value in chunks) <= 1
     choices = [choice for value in chunks for choice in value["choices"]]
-    assert all(
-        {"index", "finish_reason"} <= set(choice) and "message" not in choice for choice in choices
-    )
+    assert all({"index", "finish_reason"} <= set(choice) for choice in choices)
+    assert not any("message" in choice for choice in choices)
     deltas = [choice["delta"] for choice in choices]
     assert ["role" in delta for delta in deltas] == [True] + [False] * (len(deltas) - 1)
     assert not any({"content", "reasoning_content"} <= set(delta) for delta in deltas)
@@ -4361,12 +4341,8 @@ def respond(server, stream=False, **request):
     return status, [(name, json.loads(data)) for name, data in found]
 
 
-THINK_TEXT_CALLS = [
-    *texts("Hm", "m", name="reasoning_content"),
-    *DELTAS,
-    *texts("Again", name="reasoning_content"),
-    *CALLS[1:],
-]
+THINK_TEXT_CALLS = [*texts("Hm", "m", name="reasoning_content"), *DELTAS]
+THINK_TEXT_CALLS += [*texts("Again", name="reasoning_content"), *CALLS[1:]]
 CALL_TOOLS = [{"type": "function", "name": "get_weather", "parameters": EMPTY, "strict": True}]
 IN_ORDER = """
 created in_progress output_item.added reasoning_summary_part.added reasoning_summary_text.delta
@@ -4668,9 +4644,8 @@ def test_the_items_of_an_input_come_in_pages(key_server, upstream):
     def page(query):
         listed = get(key_server, f"{path}?{query}")[1]
         found = [item["content"][0]["text"] for item in listed["data"]]
-        assert (listed["first_id"], listed["last_id"]) == (
-            (listed["data"][0]["id"], listed["data"][-1]["id"]) if found else (None, None)
-        )
+        ids = [item["id"] for item in listed["data"]] or [None]
+        assert (listed["first_id"], listed["last_id"]) == (ids[0], ids[-1])
         return found, listed["last_id"], listed["has_more"]
 
     found, last, has_more = page("limit=2&order=asc")
@@ -4689,11 +4664,8 @@ def test_listed_items_have_ids_of_their_own(key_server, upstream):
     nulls = {"id": None, "status": None}
     call = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}", **nulls}
     output = {"type": "function_call_output", "call_id": "c1", "output": "x", **nulls}
-    _, second = respond(
-        key_server,
-        input=[again, {"role": "user", "content": "z", **nulls}, call, output],
-        previous_response_id=first["id"],
-    )
+    items = [again, {"role": "user", "content": "z", **nulls}, call, output]
+    _, second = respond(key_server, input=items, previous_response_id=first["id"])
     assert roles_of(upstream) == ["user", "assistant", "assistant", "user", "assistant", "tool"]
     listed = get(key_server, f"/v1/responses/{second['id']}/input_items")[1]["data"]
     assert len({item["id"] for item in listed}) == len(listed) == 6
@@ -4805,19 +4777,15 @@ def test_a_previous_response_that_is_unknown_is_said_in_openai_s_words(key_serve
 
 ODD_FIELDS = """instructions tools tool_choice reasoning text include metadata max_output_tokens
 truncation stream_options""".split()
-ODD_KINDS = (
-    "function_call function_call_output reasoning compaction custom_tool_call message".split()
-)
-ODD_NAMES = (
-    "content summary output arguments name namespace call_id encrypted_content input".split()
-)
+ODD_KINDS = "function_call function_call_output reasoning compaction custom_tool_call message"
+ODD_NAMES = "content summary output arguments name namespace call_id encrypted_content input"
 
 
 def test_odd_types_in_a_response_request_are_no_500(key_server):
     for value in (5, "x", [5], {"a": 5}, None, True):
         for name in ODD_FIELDS:
             assert respond(key_server, **{name: value})[0] in (200, 400), (name, value)
-        for kind, name in itertools.product(ODD_KINDS, ODD_NAMES):
+        for kind, name in itertools.product(ODD_KINDS.split(), ODD_NAMES.split()):
             item = {"type": kind, "role": "user", name: value}
             assert respond(key_server, input=[item, *HI])[0] in (200, 400), item
 
@@ -5516,9 +5484,7 @@ def test_the_page_logs_in_to_the_end(home, upstream, serve, monkeypatch, name):
     if answers is None:
         upstream.device_answer = lambda form: reply(500, b"<html>no")
     if name == "no write":
-        monkeypatch.setattr(
-            qp.OAuthCredentials, "save", lambda self, _: setattr(self, "problem", "x")
-        )
+        monkeypatch.setattr(qp.OAuthCredentials, "save", lambda it, _: vars(it).update(problem="x"))
     server = serve()
     own = {"Origin": f"http://127.0.0.1:{server.port}"}
 
@@ -5653,9 +5619,8 @@ def test_the_page_in_chromium(home, upstream, serve, monkeypatch, tmp_path):
         browser.run("#send.click()")
         browser.until("#answer.textContent === 'Hel' && /running/.test(#activity.textContent)")
         go.set()
-        browser.until(
-            "#answer.textContent === 'Hello, wörld' && /^First/.test(#outcome.textContent)"
-        )
+        browser.until("#answer.textContent === 'Hello, wörld'")
+        browser.until("/^First/.test(#outcome.textContent)")
         browser.until("/coder-model1/.test(#usage.textContent.replace(/\\s/g, ''))")
         browser.run("#base.nextSibling.click()")
         browser.until("#base.nextSibling.textContent === 'Copied'")
@@ -5869,13 +5834,8 @@ evil.example|127.0.0.1.evil.example|1.2.3.4|a b||x.other.example"""
 
 
 def test_host_must_name_this_machine(serve, login):
-    allowed = [
-        "friend.example",
-        "qwen-proxy:8080",
-        "https://Other.Example.:1/v1",
-        "[2001:db8:0::1]",
-    ]
-    server = serve(allow_host=allowed)  # O10
+    allowed = "friend.example qwen-proxy:8080 https://Other.Example.:1/v1 [2001:db8:0::1]"
+    server = serve(allow_host=allowed.split())  # O10
     for hosts, status in zip(HOSTS.split("\n"), (200, 403)):
         for host in hosts.split("|"):
             assert get(server, "/health", Host=host)[0] == status, host
@@ -5918,10 +5878,8 @@ def test_pages_of_other_sites_cannot_spend_the_quota(keyed, upstream):
 
 
 def test_preflight_and_errors_are_for_allowed_origins_only(key_server):
-    wanted = {
-        "Access-Control-Request-Headers": "authorization, x-stainless-new",
-        "Access-Control-Request-Method": "POST",
-    }
+    wanted = {"Access-Control-Request-Headers": "authorization, x-stainless-new"}
+    wanted["Access-Control-Request-Method"] = "POST"
     ours, theirs = {"Origin": "http://localhost:1"}, {"Origin": "https://evil.example"}
     status, headers, body = ask(key_server, method="OPTIONS", headers={**ours, **wanted})
     assert (status, body, headers["Access-Control-Allow-Credentials"]) == (204, b"", None)
@@ -5991,12 +5949,8 @@ a PDF, qwen-code #1888 | chat | {"model": "qwen3.7-plus", "messages": [user([{"t
 a response before, chat | chat | {"input": "Hi", "previous_response_id": "resp_1"} | Previous response with id 'resp_1' not found.
 a response before, streamed | responses | {"input": "Hi", "previous_response_id": "é", "stream": True} | Previous response with id 'é' not found.
 """)
-ENDPOINTS = {
-    "chat": CHAT,
-    "text": "/v1/completions",
-    "embeddings": "/v1/embeddings",
-    "responses": "/v1/responses",
-}
+ENDPOINTS = {"chat": CHAT, "text": "/v1/completions"}
+ENDPOINTS.update({name: "/v1/" + name for name in ("embeddings", "responses")})
 
 
 @pytest.mark.parametrize("path, body, words", BAD_REQUESTS)
@@ -6095,12 +6049,9 @@ def test_wire(key_server, upstream, request_, expected):
     assert get(key_server, "/health")[0] == 200
 
 
-NO_HOSTS = [
-    ("--allow-host", name) for name in ("*", "*.x", "", " ", "a b", "http://", "a,b", "mü.x")
-]
-NO_HOSTS += [
-    ("--host", name) for name in ("localhost:8080", "http://localhost", "*", "a b", "[::1]:80")
-]
+NAMES = {"--allow-host": ["*", "*.x", "", " ", "a b", "http://", "a,b", "mü.x"]}
+NAMES["--host"] = ["localhost:8080", "http://localhost", "*", "a b", "[::1]:80"]
+NO_HOSTS = [(option, name) for option, names in NAMES.items() for name in names]
 
 
 @pytest.mark.parametrize("option, name", NO_HOSTS)
@@ -6117,19 +6068,21 @@ def test_addresses_of_ipv6_are_listened_on(serve, login, host):  # O10
         assert statuses(raw(server, request, family)) == [200]
 
 
-RIGHT_KEYS = [(["good-key"], {"Authorization": "Bearer good-key"}, 200, "")]
-RIGHT_KEYS += [(["k-1", "good-key"], {"X-API-Key": "good-key"}, 200, "")]
-RIGHT_KEYS += [
-    (["good-key"], {"Authorization": "Bearer bad-key"}, 403, "--allow-host qwen-proxy, or")
-]
-RIGHT_KEYS += [([], {"Authorization": "Bearer good-key"}, 403, "--allow-host qwen-proxy")]
+# The keys of the server, the header of the client, and what is said of the host.
+RIGHT_KEYS = table("""
+the only key | good-key | Authorization: Bearer good-key | 200 |
+one of two | k-1 good-key | X-API-Key: good-key | 200 |
+another | good-key | Authorization: Bearer bad-key | 403 | --allow-host qwen-proxy, or
+where there is none | | Authorization: Bearer good-key | 403 | --allow-host qwen-proxy
+""")
 
 
-@pytest.mark.parametrize("keys, headers, status, words", RIGHT_KEYS)
-def test_a_right_key_needs_no_known_host(serve, login, keys, headers, status, words):  # O13
-    server, headers = serve(api_key=keys), {**headers, "Host": "qwen-proxy:8080"}
+@pytest.mark.parametrize("keys, header, status, words", RIGHT_KEYS)
+def test_a_right_key_needs_no_known_host(serve, login, keys, header, status, words):  # O13
+    server = serve(api_key=keys.split())
+    headers = dict([header.split(": ")], Host="qwen-proxy:8080")
     got, body = get(server, "/v1/models", **headers)
-    assert got == status and words in json.dumps(body)
+    assert got == int(status) and words in json.dumps(body)
     assert get(server, "/v1/models", **headers, Origin="http://x.y")[0] == 403
 
 
@@ -6147,12 +6100,8 @@ def test_many_clients_at_once_share_connections(key_server, upstream):
     assert found == [[200] * 10] * 8 and upstream.connections <= 16
 
 
-LINES = {
-    "blanks": b"X: a%sa",
-    "blanks and an end": b"X:%s\0",
-    "a name": b"X%s",
-    "tabs": b"X:\t%s\0",
-}
+LINES = {"blanks": b"X: a%sa", "blanks and an end": b"X:%s\0", "a name": b"X%s"}
+LINES["tabs"] = b"X:\t%s\0"
 
 
 @pytest.mark.parametrize("name", LINES)
@@ -6168,9 +6117,7 @@ def test_no_header_takes_the_square_of_its_length(key_server, name):
 def test_connections_above_the_limit_do_not_hold_the_others_up(keyed, monkeypatch):
     server = keyed(max_connections=2)
     gate, real = threading.Event(), qp.Listener._reject
-    monkeypatch.setattr(
-        qp.Listener, "_reject", lambda it, request: gate.wait(WAIT) and real(it, request)
-    )
+    monkeypatch.setattr(qp.Listener, "_reject", lambda *both: gate.wait(WAIT) and real(*both))
     with contextlib.ExitStack() as stack:
 
         def connect():
@@ -6348,11 +6295,9 @@ def test_vendored_server_runs_in_a_thread_and_stops(login, upstream):
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads cannot be bound here")
 def test_connections_share_a_processor_and_the_rest_of_the_program_is_free(key_server, monkeypatch):
     before, seen = os.sched_getaffinity(0), []
-    serve_ = qp.Handler.serve
+    serve_, look = qp.Handler.serve, lambda: seen.append(os.sched_getaffinity(0))
     monkeypatch.setattr(qp.Listener, "shares_processor", True)
-    monkeypatch.setattr(
-        qp.Handler, "serve", lambda *both: (seen.append(os.sched_getaffinity(0)), serve_(*both))
-    )
+    monkeypatch.setattr(qp.Handler, "serve", lambda *both: look() or serve_(*both))
     assert chat(key_server)[0] == chat(key_server)[0] == 200
     assert len(set().union(*seen)) == 1 and len(seen) == 2 and os.sched_getaffinity(0) == before
 
@@ -6379,12 +6324,9 @@ def test_a_with_statement_runs_a_server(home):  # U9
 
 def test_a_program_that_vendors_it_passes_a_strict_type_check(tmp_path):  # U9
     pytest.importorskip("mypy")
-    program = tmp_path / "program.py"
-    program.write_text(
-        "import qwen_proxy\n\nwith qwen_proxy.make_server(port=0, api_key='k-1') as server:\n"
-        "    url: str = server.url\n"
-    )
-    command = [sys.executable, "-m", "mypy", "--strict", "--no-incremental", str(program)]
+    text = "import qwen_proxy\nwith qwen_proxy.make_server(port=0, api_key='k-1') as server:\n"
+    (tmp_path / "it.py").write_text(text + "    url: str = server.url\n")
+    command = [sys.executable, "-m", "mypy", "--strict", "--no-incremental", "it.py"]
     done = subprocess.run(command, capture_output=True, env={**os.environ, "MYPYPATH": HERE})
     assert done.returncode == 0, done.stdout
 
@@ -6605,9 +6547,8 @@ def test_client_16_no_character_is_ever_split_between_writes(key_server, upstrea
     whole_answer = b"".join(HELLO)
     at = whole_answer.index("ö".encode()) + 1
     upstream.script.append(stream(whole_answer[:at], whole_answer[at:]))
-    head, _, rest = raw(key_server, post(head=b"Connection: close\r\n", stream=True)).partition(
-        b"\r\n\r\n"
-    )
+    received = raw(key_server, post(head=b"Connection: close\r\n", stream=True))
+    head, _, rest = received.partition(b"\r\n\r\n")
     assert b"Transfer-Encoding: chunked" in head
     pieces = []
     while rest:
@@ -6658,15 +6599,10 @@ def test_client_34_a_thousand_texts_come_back_in_order(key_server, upstream):
     assert answer["usage"] == {"prompt_tokens": 1000, "total_tokens": 1000}
 
 
-def test_a_batch_that_fails_fails_the_request(key_server, upstream, monkeypatch):
+def test_a_batch_that_fails_fails_the_request(key_server, upstream):
     words, numbers = "Input data may contain inappropriate content.", iter(range(1000))
     refusals = {2: refusal(words, 400, "data_inspection_failed")}
-    silent = Reply(200, [("Transfer-Encoding", "chunked")], [threading.Event()])
-    monkeypatch.setattr(
-        upstream,
-        "embeddings",
-        lambda request: refusals.get(next(numbers)) or silent._replace(pieces=[threading.Event()]),
-    )
+    upstream.embeddings = lambda _: refusals.get(next(numbers)) or stream(threading.Event())
     status, body = embed(key_server, ["x"] * 200)
     assert (status, body["error"]["code"]) == (400, "content_filter")
     # The others are dropped, or never begun.
@@ -6824,10 +6760,8 @@ def test_retries_and_failover_end_with_the_clients_patience(
     assert len(upstream.bodies()) == 2 and second.requests == []
 
 
-NO_QUOTA = [
-    "Free allocated quota exceeded.",
-    "You exceeded your current quota, please check your plan",
-]
+NO_QUOTA = ["Free allocated quota exceeded."]
+NO_QUOTA += ["You exceeded your current quota, please check your plan"]
 
 
 @pytest.mark.parametrize("words", NO_QUOTA)
@@ -7114,9 +7048,7 @@ def test_a_request_leaves_nothing_to_the_garbage_collector(key_server, upstream)
 def test_a_long_list_of_models_is_built_once(key_server, upstream, monkeypatch):  # B8
     get(key_server, "/v1/models")
     built, real = [], qp.ProxyServer._model_object
-    monkeypatch.setattr(
-        qp.ProxyServer, "_model_object", lambda *made: built.append(1) or real(*made)
-    )
+    monkeypatch.setattr(qp.ProxyServer, "_model_object", lambda *a: built.append(1) or real(*a))
     assert {get(key_server, "/v1/models")[0] for _ in range(3)} == {200} and not built
 
 
@@ -7158,10 +7090,8 @@ ODD += [{}, {"x": 1}, {"type": "text"}, {"function": None}]
 
 def places(value, path=()):
     """The paths to all values inside a JSON value."""
-    found = (
-        value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
-    )
-    for name in list(found):
+    found = range(len(value)) if isinstance(value, list) else ()
+    for name in list(value if isinstance(value, dict) else found):
         yield path + (name,)
         yield from places(value[name], path + (name,))
 
@@ -7293,12 +7223,8 @@ def test_odd_response_and_embedding_requests_are_served_or_refused_by_name():
 FUZZED = """plain|usage on every chunk|cumulative text|error_finish|native error frame later
 a think tag|tools: as documented|no ids, the name on every delta
 whole: calls without ids and arguments"""
-FUZZED_STREAMS = {
-    name: pieces_of(row.values[0])
-    for row in DIRTY
-    for name in [row.id.partition(", client")[0]]
-    if name in re.split(r"[|\n]", FUZZED)
-}
+FUZZED_STREAMS = {row.id.partition(", client")[0]: row.values[0] for row in DIRTY}
+FUZZED_STREAMS = {name: pieces_of(FUZZED_STREAMS[name]) for name in re.split(r"[|\n]", FUZZED)}
 
 
 SKIPPED = {"cut": 9, "insert": 0, "replace": 1}
@@ -7438,9 +7364,7 @@ def test_a_log_that_nobody_reads_does_not_keep_the_program_from_ending(home):
     with open(unread, "rb") as said, open(log, "wb", 0) as pipe:
         port = int(re.search(rb"http://localhost:(\d+)", said.readline()).group(1))
         target = argparse.Namespace(port=port)
-        assert (
-            ask(target, method="GET", path="/")[0] == 200
-        )  # all that is said at the start is said
+        ask(target, method="GET", path="/")  # by then all that is said at the start is said
         while select.select([], [pipe], [], 0)[1]:
             pipe.write(b"x" * select.PIPE_BUF)
         for _ in range(3):
