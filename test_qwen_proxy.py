@@ -517,16 +517,15 @@ WAITS = [(qp.Listener, "poll_interval"), (qp.LogListener, "PAUSE"), (qp.DemoUpst
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
     """A HOME with an empty ~/.qwen, and short waits; no variable of the real one leaks in."""
-    for name in list(os.environ):
-        ours = "QWEN_ OPENAI_ DASHSCOPE_ BAILIAN_ OPENROUTER_ MODELSCOPE_".split()
-        if name.startswith(tuple(ours)) or name.lower().endswith("_proxy"):
-            monkeypatch.delenv(name)
+    ours = "(QWEN|OPENAI|DASHSCOPE|BAILIAN|OPENROUTER|MODELSCOPE)_|.*_proxy$"
+    for name in [name for name in os.environ if re.match(ours, name, re.I)]:
+        monkeypatch.delenv(name)
     folder = tmp_path / "home" / ".qwen"
     folder.mkdir(parents=True)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
-    monkeypatch.setenv("QWEN_CODE_SYSTEM_SETTINGS_PATH", str(tmp_path / "none"))
-    monkeypatch.setenv("QWEN_CODE_SYSTEM_DEFAULTS_PATH", str(tmp_path / "none"))
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(folder.parent))
+    for name in ("SETTINGS", "DEFAULTS"):
+        monkeypatch.setenv(f"QWEN_CODE_SYSTEM_{name}_PATH", str(tmp_path / "none"))
     monkeypatch.chdir(tmp_path)
     for owner, name in WAITS:
         monkeypatch.setattr(owner, name, 0.002)
@@ -3268,8 +3267,8 @@ forced by name, client 28 | qwen3.7-plus | tools=[F, G], tool_choice=function() 
 forced as Anthropic does, client 28 | qwen3.7-plus | tools=[F], tool_choice={"type": "any"} | tools=[F], tool_choice="required", enable_thinking=False
 by name, as Anthropic does, client 28 | qwen3.7-plus | tools=[F], tool_choice={"type": "tool", "name": "f"} | tools=[F], tool_choice=function(), enable_thinking=False
 forced, thinks | qwen3.7-plus | tools=[F, G], tool_choice="required", enable_thinking=True | tools=[F, G], tool_choice="auto", enable_thinking=True, rule="forced-tool"
-forced by name, thinks | qwen3.7-plus | tools=[F, G], tool_choice=function(), enable_thinking=True | tools=[F], tool_choice="auto", enable_thinking=True, rule="forced-tool"
-forced, always thinks, client 28 | qwq-plus | tools=[F], tool_choice="required" | tools=[F], tool_choice="auto", rule="forced-tool"
+forced by name, thinks | qwen3.7-plus | tools=[F, G], tool_choice=function(), enable_thinking=True | tools=[F], tool_choice="auto", enable_thinking=True, rule="forced-tool", contents=["Call the tool f now; do not answer in text.", "Hi"]
+forced, always thinks, client 28 | qwq-plus | tools=[F], tool_choice="required" | tools=[F], tool_choice="auto", rule="forced-tool", contents=["Call one of the tools now; do not answer in text.", "Hi"]
 JSON | qwen3.7-plus | response_format=JSON_OBJECT | response_format=JSON_OBJECT, enable_thinking=False
 JSON by a schema | qwen3.7-plus | response_format=JSON_SCHEMA | response_format=JSON_SCHEMA, enable_thinking=False
 JSON, thinks | qwen3.7-plus | response_format=JSON_OBJECT, reasoning_effort="high" | enable_thinking=True
@@ -3609,20 +3608,7 @@ def test_requests(target, given, sent):
         assert {name: value for name, value in body.items() if name not in always} == sent
 
 
-FORCED = {"model": "qwq-plus", "tools": [F], "tool_choice": "required"}
 EXTRA = {"seed": 3, "top_k": 1, "temperature": 0.5, "stream_options": {"include_usage": True}}
-
-
-def test_what_a_request_does_not_get_is_said(key_server, upstream, caplog):  # client 28
-    caplog.set_level(logging.INFO, "qwen_proxy")
-    upstream.script.extend([stream(*CALLS)] * 2)
-    for model, words in (
-        ("qwq-plus", "an instruction in the prompt"),
-        ("qwen3.7-plus", "no thinking"),
-    ):
-        assert chat(key_server, **{**FORCED, "model": model})[0] == 200 and words in caplog.text
-    assert "f" in upstream.bodies()[0]["messages"][0]["content"]
-
 
 # What a request does not get, and words for it at info and in the notes of the exchange.
 LEFT_OUT_OF = table(r"""
@@ -3637,6 +3623,8 @@ a strict tool | model="qwen3-max", tools=[function(strict=True)] | strict of too
 a picture long ago | model="qwen3.7-max", messages=LOOK | 1 media part of
 a result without a call | model="qwen3-max", messages=[*HI, result("x", "y")] | 1 tool result without
 thoughts for none | model="qwen3-coder-plus", messages=[*HI, assistant("a", reasoning_content="Hm"), *HI] | the thoughts of 1
+a forced tool, client 28 | model="qwen3.7-plus", tools=[F], tool_choice="required" | no thinking
+a forced tool, always thinks, client 28 | model="qwq-plus", tools=[F], tool_choice="required" | an instruction in the prompt
 """)
 
 
@@ -4359,13 +4347,9 @@ def test_every_delta_names_its_item_and_the_done_item_is_whole():
     assert json.loads(weather["arguments"]) == {"city": "Paris"} and clock["arguments"] == "{}"
     final = events[-1]["response"]
     assert final["output"] == ended and final["status"] == "completed"
-    assert final["usage"] == {
-        "input_tokens": 9,
-        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
-        "output_tokens": 3,
-        "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": 12,
-    }
+    counts = {"input_tokens": 9, "output_tokens": 3, "total_tokens": 12}
+    counts["input_tokens_details"] = {"cached_tokens": 0, "cache_write_tokens": 0}
+    assert final["usage"] == {**counts, "output_tokens_details": {"reasoning_tokens": 0}}
 
 
 KEPT_FIELDS = fields("""
@@ -4737,15 +4721,9 @@ def test_a_shared_beginning_is_remembered_once():
 def test_a_previous_response_that_is_unknown_is_said_in_openai_s_words(key_server, upstream):
     """Clients tell by them that they must send the conversation again."""
     status, body = respond(key_server, previous_response_id="resp_1")
-    message = body["error"].pop("message")
-    assert (status, body["error"]) == (
-        400,
-        {
-            "code": "previous_response_not_found",
-            "param": "previous_response_id",
-            "type": "invalid_request_error",
-        },
-    )
+    message, error = body["error"].pop("message"), {"code": "previous_response_not_found"}
+    error.update(param="previous_response_id", type="invalid_request_error")
+    assert (status, body["error"]) == (400, error)
     assert message.startswith("Previous response with id 'resp_1' not found.")
     assert upstream.requests == []
 
@@ -5260,11 +5238,6 @@ def test_metrics_are_histograms_and_gauges(login, upstream, counted):
     assert re.search(r"\nqwen_proxy_login_expiry_timestamp_seconds \d{10}\n", text)
 
 
-@pytest.mark.parametrize("path", ["/usage?by=color", "/usage?days=0", "/usage?days=x"])
-def test_usage_of_a_query_that_cannot_be_meant_is_400(key_server, path):
-    assert ask(key_server, method="GET", path=path)[0] == 400
-
-
 @pytest.mark.parametrize("path", ["/usage", "/metrics"])
 def test_counts_want_the_key_where_there_is_one(counted, path):
     server = counted(None, api_key=["one-key", "two-key"])
@@ -5742,6 +5715,7 @@ GET /v1/nothing 404 /v1/chat/completions | POST /v1/batches 404 /v1/embeddings
 POST /v1/files 404 /v1/embeddings | POST /v1/audio/speech 404 /v1/embeddings
 POST /v1/images/generations 404 /v1/embeddings | GET /v1/chat/completions 405 POST
 GET /v1/responses//input_items 404
+GET /usage?by=color 400 | GET /usage?days=0 400 | GET /usage?days=x 400
 GET /v1/responses/resp_1 404 response_not_found | DELETE /v1/responses/resp_1 404 response_not_found
 """
 
@@ -5802,10 +5776,6 @@ def test_keys_in_any_shape_let_in_that_key_only(serve, login, keys):  # H1
         assert get(server, "/v1/models", Authorization="Bearer " + key)[0] == status, key
 
 
-def test_empty_bearer_is_fine_without_keys(key_server):
-    assert ask(key_server, {"messages": HI}, headers={"Authorization": "Bearer "})[0] == 200
-
-
 HOSTS = """localhost|127.0.0.1:1|[::1]:8080|app.localhost|host.docker.internal:8080|friend.example\
 |Qwen-Proxy:8080|other.example.|[2001:DB8::1]:8080
 evil.example|127.0.0.1.evil.example|1.2.3.4|a b||x.other.example"""
@@ -5839,6 +5809,7 @@ Sec-Fetch-Site: cross-site; Sec-Fetch-Mode: cors | 200
 Sec-Fetch-Site: cross-site; Sec-Fetch-Mode: websocket | 403
 Origin: http://localhost:3000; Content-Type: text/plain | 415
 Content-Type: application/x-www-form-urlencoded | 200
+Authorization: Bearer  | 200
 """
 
 
@@ -6132,13 +6103,9 @@ def test_a_slow_sender_is_cut_off(key_server, monkeypatch):
         assert statuses(raw(key_server, request)) == [408]
 
 
-FIELDS = [("chat/completions", "messages"), ("completions", "prompt"), ("responses", "input")]
-
-
-@pytest.mark.parametrize("path, field", FIELDS)
-def test_a_stream_is_not_held_back_by_what_is_in_front(key_server, path, field):  # O1
-    body = {field: HI if field == "messages" else "x", "stream": True}
-    headers = ask(key_server, body, path="/v1/" + path)[1]
+@pytest.mark.parametrize("route", ["chat", "text", "responses"])
+def test_a_stream_is_not_held_back_by_what_is_in_front(key_server, route):  # O1
+    headers = ask(key_server, {**ASKED[route], "stream": True}, path=ENDPOINTS[route])[1]
     assert headers["X-Accel-Buffering"] == "no"
     assert headers["Cache-Control"] == "no-cache, no-transform"
 
@@ -7152,22 +7119,15 @@ def test_odd_requests_are_served_or_refused_by_name(name):
     assert 0 < refused < 1500
 
 
-FUZZED_RESPONSE = {
-    "model": "m",
-    "input": REPLAYED,
-    "tools": [
-        *CALL_TOOLS,
-        {"type": "namespace", "name": "n", "tools": CALL_TOOLS},
-        {"type": "custom", "name": "c", "format": {"definition": "d"}},
-    ],
-    "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"name": "c"}]},
-    "reasoning": {"effort": "low"},
-    "text": {"format": {"type": "json_schema", "name": "x", "schema": {}}},
-    "include": ["reasoning.encrypted_content"],
-    "metadata": {},
-    "max_output_tokens": 5,
-    "instructions": "x",
-}
+FUZZED_RESPONSE = fields(r"""
+    model="m", input=REPLAYED,
+    tools=[*CALL_TOOLS, {"type": "namespace", "name": "n", "tools": CALL_TOOLS},
+        {"type": "custom", "name": "c", "format": {"definition": "d"}}],
+    tool_choice={"type": "allowed_tools", "mode": "auto", "tools": [{"name": "c"}]},
+    reasoning={"effort": "low"},
+    text={"format": {"type": "json_schema", "name": "x", "schema": {}}},
+    include=["reasoning.encrypted_content"], metadata={}, max_output_tokens=5, instructions="x"
+""")
 AN_EMBEDDING = {"model": "m", "input": ["a", "b"], "encoding_format": "float"}
 
 
