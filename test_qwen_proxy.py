@@ -490,6 +490,12 @@ def table(text):
     return [pytest.param(*cells, id=name) for name, *cells in rows]
 
 
+def rows(text):
+    """Run a test with each row of a table; its first line names the columns."""
+    names, _, text = text.strip().partition("\n")
+    return pytest.mark.parametrize(names.replace(" | ", ", "), table(text))
+
+
 def value_of(cell, **names):
     """What a cell says in Python, with the names of this file."""
     return eval(cell, {**globals(), **names})
@@ -1202,7 +1208,8 @@ def test_userinfo_is_in_no_host_or_words(home, upstream, serve, outside, traces,
 # ----------------------------------------------------------------------------------------------------
 
 
-INCOMPLETE = table("""
+@rows("""
+text | words
 nothing | | not JSON
 a list | [] | not a JSON object
 one token | {"access_token": "a"} | refresh_token
@@ -1211,9 +1218,6 @@ true | {"access_token":"a","refresh_token":"b","token_type":"Bearer","expiry_dat
 a word | {"access_token":"a","refresh_token":"b","token_type":"Bearer","expiry_date":"x"} | expiry_date
 empty token | {"access_token":"","refresh_token":"b","token_type":"Bearer","expiry_date":1} | access_token
 """)
-
-
-@pytest.mark.parametrize("text, words", INCOMPLETE)
 def test_incomplete_login_is_named(text, words):
     with pytest.raises(qp.CredentialError, match=words):
         qp.Login.parse(text)
@@ -2103,7 +2107,8 @@ def test_broken_settings_are_said_and_skipped(home):
 
 
 # The variables that are set, the name of the provider, and what is said.
-LONE_KEYS = table("""
+@rows("""
+environ | name | words
 OpenRouter | OPENROUTER_API_KEY="sk-or-1" | openrouter |
 DashScope of which region | DASHSCOPE_API_KEY="sk-1" | | --provider dashscope-intl
 OpenAI | OPENAI_API_KEY="sk-1" | | --base-url
@@ -2111,9 +2116,6 @@ OpenAI and an address | OPENAI_API_KEY="sk-1", OPENAI_BASE_URL="http://h:1/v1" |
 a plan | BAILIAN_CODING_PLAN_API_KEY="sk-sp-1", OPENAI_BASE_URL="https://coding.dashscope.aliyuncs.com/v1" | coding |
 none | | |
 """)
-
-
-@pytest.mark.parametrize("environ, name, words", LONE_KEYS)
 def test_a_lone_key_is_enough_if_its_host_is_certain(home, environ, name, words):
     discovery = catalogue(home, **fields(environ)).current()
     assert [provider.name for provider in discovery.providers] == ([name] if name else [])
@@ -2962,13 +2964,11 @@ def test_an_answer_that_is_held_has_a_limit_and_a_stream_has_none(raw_upstream, 
 
 
 # Each connection with the answers that come on it.
-REUSED = table("""
+@rows("""
+script
 closed at the moment of reuse | [WHOLE_ANSWER, b""], WHOLE_ANSWER
 bytes behind an answer | [WHOLE_ANSWER + b"HTTP/1.1 200 OK\\r\\n\\r\\nsmuggled", WHOLE_ANSWER], WHOLE_ANSWER
 """)
-
-
-@pytest.mark.parametrize("script", REUSED)
 def test_a_kept_connection_that_cannot_be_used_is_replaced(raw_upstream, script):
     raw_upstream.script.extend(pieces_of(script))
     answers = [chat(raw_upstream.server)[2] for _ in range(2)]
@@ -3577,8 +3577,10 @@ def test_requests(target, given, sent):
 
 EXTRA = {"seed": 3, "top_k": 1, "temperature": 0.5, "stream_options": {"include_usage": True}}
 
+
 # What a request does not get, and words for it at info and in the notes of the exchange.
-LEFT_OUT_OF = table(r"""
+@rows(r"""
+given | words
 fields of OpenAI | model="qwen3.7-plus", logit_bias={"1": 1}, verbosity="low", store=True | logit_bias; verbosity; store
 fields of other servers | model="qwen3.7-plus", min_p=0.1, num_ctx=9 | min_p; num_ctx
 top_p 0 | model="qwen3.7-plus", top_p=0 | top_p
@@ -3593,9 +3595,6 @@ thoughts for none | model="qwen3-coder-plus", messages=[*HI, assistant("a", reas
 a forced tool, client 28 | model="qwen3.7-plus", tools=[F], tool_choice="required" | no thinking
 a forced tool, always thinks, client 28 | model="qwq-plus", tools=[F], tool_choice="required" | an instruction in the prompt
 """)
-
-
-@pytest.mark.parametrize("given, words", LEFT_OUT_OF)
 def test_what_is_left_out_is_named_in_log_and_notes(key_server, caplog, monkeypatch, given, words):
     caplog.set_level(logging.INFO, "qwen_proxy")
     notes = []
@@ -4121,7 +4120,9 @@ def test_dirty_answers_are_responses_one_item_after_the_other(pieces, expected):
 
 # Calls come back in the envelope in which their tools came: the route and the request, the name and
 # the arguments that the upstream calls with, and what the client gets of it.
-RETURNED = table(r"""
+@pytest.mark.parametrize("is_stream", [False, True])
+@rows(r"""
+route | given | called | expected
 search, forgecode #1580 | chat | tools=[SEARCH] | "search_tool", "{}" | function("search", arguments="{}")
 search, of functions | chat | functions=[SEARCH["function"]] | "search_tool", "{}" | {"name": "search", "arguments": "{}"}
 search, of a Response | responses | tools=[flat(SEARCH)] | "search_tool", "{}" | {"type": "function_call", "name": "search", "arguments": "{}"}
@@ -4138,10 +4139,6 @@ search for tools, Codex | responses | tools=[SEARCH_FIRST] | "tool_search", '{"q
     | {"type": "tool_search_call", "execution": "client", "call_id": "c", "arguments": {"q": "x"}, "status": "completed"}
 tool in an item beside its namesake | responses | input=lite(SPACE), tools=[flat(G)] | "g", "{}" | {"type": "function_call", "name": "g", "arguments": "{}"}
 """)
-
-
-@pytest.mark.parametrize("is_stream", [False, True])
-@pytest.mark.parametrize("route, given, called, expected", RETURNED)
 def test_calls_return_as_offered(key_server, upstream, route, given, called, expected, is_stream):
     given, (name, arguments) = fields(given), value_of(called)
     start = {} if "input" in given else ASKED[route]
@@ -4161,16 +4158,14 @@ def test_calls_return_as_offered(key_server, upstream, route, given, called, exp
         assert name in [entry["function"]["name"] for entry in upstream.bodies()[-1]["tools"]]
 
 
-TEXT_ANSWERS = table(r"""
+@rows(r"""
+pieces | expected
 usage is the end, opencrabs #694 | *TEXT[:2], text_chunk("", choices=[], usage=USAGE) | usage=USAGE
 search_info on the finish chunk | *TEXT[:2], text_chunk("", "stop", **INFO), DONE | **INFO
 search_info on the usage chunk | *TEXT[:3], text_chunk("", choices=[], usage=USAGE, **INFO), DONE | usage=USAGE, **INFO
 search_info beside an empty text | *TEXT[:2], text_chunk("", **INFO), *TEXT[2:] | **INFO
 half an emoji | *TEXT[:2], text_chunk("\ud83d"), *TEXT[2:] | text="def f():\ufffd"
 """)
-
-
-@pytest.mark.parametrize("pieces, expected", TEXT_ANSWERS)
 def test_text_answers_keep_what_comes_with_them(key_server, upstream, pieces, expected):
     upstream.script.extend([stream(*pieces_of(pieces))] * 2)
     _, data = complete(key_server, stream=True, stream_options={"include_usage": True})
@@ -4763,9 +4758,12 @@ WILD = fields("""
 BROKEN_OFF = [*HELLO[:2], chunk({}, usage=USAGE), CUT]
 LINE_WHO = r"qwen3-max via 127\.0\.0\.1:\d+ \d\.\d\ds"
 LINE_FIRST = r" first \d\.\d\ds"
+
+
 # What the upstream answers, route, what the client asks; then status, tokens (input, cached, output,
 # reasoning), level and line of the log.
-COUNTED = table(r"""
+@rows(r"""
+script | route | asked | expected | line
 streamed | stream(*HELLO) | chat | stream=True | 200 9 0 3 0 I | WHO FIRST 9\+3 tokens codex_cli_rs$
 collected | stream(*HELLO) | chat | | 200 9 0 3 0 I | WHO FIRST 9\+3 tokens codex_cli_rs$
 details | stream(*HELLO[:5], chunk(usage=RICH), DONE) | chat | | 200 900 512 213 96 I | 900\+213 tokens \(512 cached, 96 thoughts\) codex_cli_rs$
@@ -4783,9 +4781,6 @@ cut but counted | stream(*BROKEN_OFF) | chat | stream=True | 502 9 0 3 0 W | 502
 no JSON | | chat | messages=float("nan") | 400 0 0 0 0 W | 400 \d\.\d\ds codex_cli_rs: the body is not valid JSON
 given up | stream(*HELLO) | chat | model="qwen3.7-plus", tools=[function()], tool_choice="required" | 200 9 0 3 0 I | codex_cli_rs: no thinking, since a tool call is forced$
 """)
-
-
-@pytest.mark.parametrize("script, route, asked, expected, line", COUNTED)
 def test_each_outcome_counts(counted, upstream, home, caplog, script, route, asked, expected, line):
     caplog.set_level(logging.INFO, "qwen_proxy")
     *numbers, level = expected.split()
@@ -4818,14 +4813,12 @@ def test_each_outcome_counts(counted, upstream, home, caplog, script, route, ask
     assert in_file(home / "c.sqlite3", "PRAGMA integrity_check") == ("ok",)
 
 
-LEFT_AT = table(r"""
+@rows(r"""
+pieces | words
 before the answer | | the client left while it waited for the first byte
 in it | *HELLO[:2] | the client left \d\.\d s after the first byte
 behind the usage | HELLO[0], chunk({}, usage=USAGE), HELLO[1] |  9\+3 tokens .*the client left
 """)
-
-
-@pytest.mark.parametrize("pieces, words", LEFT_AT)
 def test_who_leaves_is_no_error_and_stops_the_upstream(counted, upstream, caplog, pieces, words):
     caplog.set_level(logging.INFO, "qwen_proxy")
     server, pieces = counted(None), pieces_of(pieces)
@@ -4877,8 +4870,12 @@ def a_database(path, *statements):
 
 
 OURS = f"PRAGMA application_id = {qp.CountsFile.APPLICATION_ID}"
+
+
 # What is made in place of the file, and what the warning says.
-UNUSABLE = table(r"""
+@posix
+@rows(r"""
+made | words
 a directory | path.mkdir() | not a regular file
 a pipe | make(path, "pipe") | not a regular file
 a device | path.symlink_to("/dev/full") | not a regular file
@@ -4890,10 +4887,6 @@ newer | a_database(path, OURS, "PRAGMA user_version = 2") | a newer qwen_proxy
 another table | a_database(path, OURS, "CREATE TABLE buckets (x)") | no such column
 no sqlite3 | | sqlite3
 """)
-
-
-@posix
-@pytest.mark.parametrize("made, words", UNUSABLE)
 def test_a_useless_file_costs_a_warning_alone(counted, home, caplog, monkeypatch, made, words):
     path = home / "c.sqlite3"
     if made:
@@ -5108,16 +5101,14 @@ def test_usage_as_json_and_by_day(filled, capsys):
     assert [row["window"] for row in report["windows"]] == windows
 
 
-NO_COUNTS = table("""
+@rows("""
+made | code | words
 nothing | None | 0 | requests
 empty | path.write_bytes(b"") | 0 | requests
 no database | path.write_bytes(b"x" * 5000) | 1 | cannot be read: file is not a database
 foreign | a_database(path, "CREATE TABLE x (y)") | 1 | another program's
 a directory | path.mkdir() | 1 | cannot be read
 """)
-
-
-@pytest.mark.parametrize("made, code, words", NO_COUNTS)
 def test_usage_of_what_is_no_file_of_counts(home, capsys, made, code, words):
     value_of(made, path=home / "qwen_proxy.sqlite3")
     before = sorted(os.listdir(str(home)))
@@ -5135,15 +5126,13 @@ def test_usage_reads_while_a_server_writes(counted, home, capsys):
         assert re.search(rf"^qwen3-max +{number + 1} ", capsys.readouterr().out, re.M)
 
 
-PLACES = table("""
+@rows("""
+options | environ | name
 the default | | | home/.qwen/qwen_proxy.sqlite3
 named | | QWEN_PROXY_USAGE_FILE="my.sqlite3" | my.sqlite3
 unwanted | "--no-usage" | |
 the demo | "--demo" | |
 """)
-
-
-@pytest.mark.parametrize("options, environ, name", PLACES)
 def test_where_counts_are_kept_and_the_last_line(login, upstream, tmp_path, options, environ, name):
     with Process("--port", "0", *pieces_of(options), **fields(environ)) as process:
         assert chat(process)[0] == 200
@@ -5968,15 +5957,13 @@ def test_addresses_of_ipv6_are_listened_on(serve, login, host):  # O10
 
 
 # The keys of the server, the header of the client, and what is said of the host.
-RIGHT_KEYS = table("""
+@rows("""
+keys | header | status | words
 the only key | good-key | Authorization: Bearer good-key | 200 |
 one of two | k-1 good-key | X-API-Key: good-key | 200 |
 another | good-key | Authorization: Bearer bad-key | 403 | --allow-host qwen-proxy, or
 where there is none | | Authorization: Bearer good-key | 403 | --allow-host qwen-proxy
 """)
-
-
-@pytest.mark.parametrize("keys, header, status, words", RIGHT_KEYS)
 def test_a_right_key_needs_no_known_host(serve, login, keys, header, status, words):  # O13
     server = serve(api_key=keys.split())
     headers = dict([header.split(": ")], Host="qwen-proxy:8080")
@@ -6117,16 +6104,14 @@ def test_a_compressed_answer_is_read(key_server, upstream, coding, status):  # O
     assert got == status and text in said.values()
 
 
-NOT_UNPACKED = table(r"""
+@rows(r"""
+coding | pieces | words
 another coding | br | *HELLO | 'br'
 two codings | gzip, br | *HELLO | 'gzip, br'
 not packed | gzip | *HELLO | is not
 cut | gzip | *packed_in(b"".join(HELLO[:3]), "gzip") | finish reason
 a bomb | gzip | *packed_in(b"data:" + b" " * 3_000_000, "gzip") | more than 100000 bytes
 """)
-
-
-@pytest.mark.parametrize("coding, pieces, words", NOT_UNPACKED)
 def test_what_cannot_be_unpacked_says_why(key_server, upstream, monkeypatch, coding, pieces, words):
     monkeypatch.setattr(qp, "MAX_EVENT", 100_000)  # O8
     upstream.script.extend([coded(stream(*pieces_of(pieces)), coding)] * 3)
@@ -6515,15 +6500,13 @@ def test_text_completions_whole_and_streamed(key_server, upstream):
     assert not any(value.get("usage") for value in chunks)
 
 
-BAD_TEXTS = table(r"""
+@rows(r"""
+pieces | status
 cut | *TEXT[:2] | 502
 refused | NATIVE % FREE | 429
 a page | b"<html></html>" | 502
 error_finish | *TEXT[:2], text_chunk("", "error_finish") | 502
 """)
-
-
-@pytest.mark.parametrize("pieces, status", BAD_TEXTS)
 def test_text_completions_end_as_carefully_as_chats(key_server, upstream, pieces, status):
     upstream.script.extend([stream(*pieces_of(pieces))] * 2)
     assert complete(key_server)[0] == int(status)
@@ -6750,7 +6733,8 @@ def test_ids_and_names_have_a_length():  # B5
 
 
 # What a choice holds in each of 300 events, with their number for @.
-HELD = table(r"""
+@rows(r"""
+choice
 an unknown list | delta={"annotations": [{"a": 1}] * 100}
 log probabilities | delta={"content": "x"}, logprobs={"content": [{"token": "a"}] * 100}
 ever new texts | delta={f"text{n}@": "x" for n in range(20)}
@@ -6761,9 +6745,6 @@ arguments | delta=tool_call(0, "c", "f", "x" * 1000)
 reasoning | delta={"reasoning_content": "x" * 1000}
 many calls | delta={"tool_calls": [{"index": n, "id": f"c@{n}", "function": {"name": "f" * 50}} for n in range(50)]}
 """)
-
-
-@pytest.mark.parametrize("choice", HELD)
 def test_a_collected_answer_has_one_budget(raw_upstream, monkeypatch, choice):  # B5
     monkeypatch.setattr(qp.Budget, "LIMIT", 200_000)
     data = event({"choices": [{"index": 0, "finish_reason": None, **fields(choice)}]})
@@ -6834,7 +6815,8 @@ def numbered(values, count):
 
 
 # A small n, and the work that may cost no more than so many times as much.
-LINEAR = table(r"""
+@rows(r"""
+small | work
 turns that share one id | 100 | asked(turns("c" * n))
 turns with ids of their own | 100 | asked(turns(range(n)))
 names of tools that are cut to one | 100 | asked(tools=numbered([function("x" * 80 + "@")], n))
@@ -6864,9 +6846,6 @@ colliding indexes of embeddings | 500 | embedded([i * COLLIDING for i in range(n
 lines of an event | 1000 | answered(b"data: x\n" * n + b"\n")
 bytes without a line's end | 1000 | answered(*[b": " + b"x" * 10] * n, b"\n\n")
 """)
-
-
-@pytest.mark.parametrize("small, work", LINEAR)
 def test_work_grows_like_what_is_sent(small, work):  # B6
     works = {n: value_of(work, n=n) for n in (int(small), int(small) * 8)}
     check_linear(lambda n: works[n](), int(small))
@@ -7559,7 +7538,8 @@ def test_status_tells_what_is_known_of_a_login(login, upstream, capsys, monkeypa
 
 
 # What the other end is, what its /models answers, the verdict, and words.
-STATUS = table("""
+@rows("""
+kind | models | verdict | words
 right key | dashscope | ["m"] | ok |
 own server | /v1 | ["a/b", "m"] | ok |
 wrong key | dashscope | refusal("Incorrect API key", 401, "invalid_api_key") | no | Incorrect
@@ -7580,9 +7560,6 @@ refused login | login | refusal("no", 401, "invalid_api_key") | no | 2026-04-15
 dead login | dead login | None | no | its refresh token was refused
 no login | nothing | None | no | no Qwen login on this machine
 """)
-
-
-@pytest.mark.parametrize("kind, models, verdict, words", STATUS)
 def test_status_says_what_would_happen_to_a_request(
     home, upstream, monkeypatch, capsys, kind, models, verdict, words
 ):  # U1
