@@ -855,8 +855,8 @@ def test_readme_names_every_host_and_holds_the_help(monkeypatch, capsys):
 
 
 def test_doctests_pass():
-    assert doctest.testmod(qp).attempted > 5
-    assert doctest.testmod(qp).failed == 0
+    found = doctest.testmod(qp)
+    assert found.attempted > 5 and found.failed == 0
 
 
 def test_import_starts_nothing_and_needs_no_home():
@@ -1252,12 +1252,13 @@ def test_refresh_30_seconds_before_expiry_keeps_what_it_must(home, upstream, mon
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now)
     upstream.rotates, kept = rotates, "rt_2" if rotates else "rt_1"
-    path = write_login(home, upstream, expires_in=29, note={"of": "another program"})
+    note = {"of": "another program", "half": "\ud83d"}
+    path = write_login(home, upstream, expires_in=29, note=note)
     path.chmod(0o644)
     before = path.stat().st_mtime_ns
     assert credentials_of(path, upstream).access_token() == "at_2"
     fields = json.loads(path.read_text())
-    assert (fields["refresh_token"], fields["note"]) == (kept, {"of": "another program"})
+    assert (fields["refresh_token"], fields["note"]) == (kept, note)
     assert fields["resource_url"] == upstream.origin
     assert fields["expiry_date"] == int((time.time() + 21600) * 1000)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600 and path.stat().st_mtime_ns > before
@@ -1424,15 +1425,6 @@ def refuse_to_write(*arguments):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_unwritable_file_is_said_and_served_from_memory(home, stale, monkeypatch):
-    path, credentials = stale
-    monkeypatch.setattr(qp.LoginFile, "write", refuse_to_write)
-    assert credentials.access_token() == "at_2" and "no space" in credentials.problem.lower()
-    assert credentials.access_token() == "at_2"
-    assert json.loads(path.read_text())["access_token"] == "at_1"
-    assert os.listdir(str(home)) == ["oauth_creds.json"]
-
-
 @pytest.mark.parametrize("new", [None, "new"])
 def test_what_is_not_written_is_written_later_or_gives_way(home, upstream, stale, monkeypatch, new):
     (path, credentials), real = stale, os.replace
@@ -1440,6 +1432,7 @@ def test_what_is_not_written_is_written_later_or_gives_way(home, upstream, stale
     monkeypatch.setattr(qp.os, "replace", refuse_to_write)
     assert [credentials.access_token(), credentials.access_token()] == ["at_2"] * 2
     assert "no space" in credentials.problem.lower()
+    assert json.loads(path.read_text())["access_token"] == "at_1"
     monkeypatch.setattr(qp.os, "replace", real)
     if new:
         write_login(home, upstream, access_token="at_new", refresh_token="rt_new")
@@ -1469,13 +1462,6 @@ def test_a_failure_that_many_share_keeps_nobodys_frames(upstream, stale):
         seen.append(caught.value)
     assert len({id(error) for error in seen}) == 3 and len({str(error) for error in seen}) == 1
     assert credentials._failure[1].__traceback__ is None and len(upstream.requests) == 1
-
-
-def test_half_a_surrogate_pair_in_the_file_is_kept(home, upstream):
-    path = write_login(home, upstream, expires_in=0, note="\ud83d")
-    assert credentials_of(path, upstream).access_token() == "at_2"
-    assert json.loads(path.read_text())["note"] == "\ud83d"
-    assert os.listdir(str(home)) == ["oauth_creds.json"]
 
 
 def test_a_lock_that_cannot_be_written_does_not_stay(home, monkeypatch):
@@ -2101,11 +2087,6 @@ def test_missing_variable_is_never_filled_with_another_key(home):
         provider.credentials.access_token()
 
 
-def test_broken_settings_are_said_and_skipped(home):
-    (home / "settings.json").write_text('{"a": 1,}')
-    assert "settings.json is ignored" in catalogue(home).current().notes[0]
-
-
 # The variables that are set, the name of the provider, and what is said.
 @rows("""
 environ | name | words
@@ -2130,11 +2111,6 @@ def test_presets(home):
         assert provider.credentials.access_token() == "sk-x"
 
 
-def test_unknown_provider_is_named(home):
-    with pytest.raises(ValueError, match="no provider 'x'"):
-        catalogue(home, qp.Options(provider="x"))
-
-
 def test_provider_of_the_command_line_is_never_overruled(home):
     write_entries(home)
     for options in (qp.Options(base_url="http://chosen:1/v1"), qp.Options(provider="openrouter")):
@@ -2157,11 +2133,6 @@ def test_odd_settings_do_not_stop_the_start(home, text):
     (home / "settings.json").write_text(text)
     for provider in catalogue(home).current().providers:
         provider.describe()
-
-
-def test_oauth_file_is_active_when_nothing_is_selected(home, upstream, login):
-    discovery = catalogue(home).current()
-    assert (discovery.providers[0].name, discovery.model) == ("oauth", "coder-model")
 
 
 HOMES = [("/a/b", "/a/b"), ("~/q", "{home}/q"), ("~", "{home}"), (None, "{home}/.qwen")]
@@ -2580,13 +2551,6 @@ def test_upstream_connection_is_kept(key_server, upstream):
         assert chat(key_server, stream=True)[0] == 200
     # A client may be faster than the return of a connection to the pool.
     assert upstream.connections <= 3
-
-
-def test_kept_connection_that_died_is_replaced(key_server, upstream):
-    upstream.script.append(stream(*HELLO, CUT))
-    assert chat(key_server)[0] == 200
-    assert chat(key_server)[0] == 200
-    assert 2 <= upstream.connections <= 3
 
 
 @pytest.mark.parametrize("status", [429, 502, 503, 529])
@@ -4700,11 +4664,6 @@ def test_odd_types_in_a_response_request_are_no_500(key_server):
             assert respond(key_server, input=[item, *HI])[0] in (200, 400), item
 
 
-def test_a_responses_body_on_the_chat_route_is_understood(key_server):
-    status, _, body = ask(key_server, {"input": [user("Hi")], "instructions": "x"})
-    assert status == 200 and json.loads(body)["choices"][0]["message"]["content"] == "Hello, wörld"
-
-
 # ----------------------------------------------------------------------------------------------------
 # Ledger
 # ----------------------------------------------------------------------------------------------------
@@ -5527,17 +5486,6 @@ def test_the_page_in_chromium(home, upstream, serve, monkeypatch, tmp_path):
 # ----------------------------------------------------------------------------------------------------
 
 
-def test_chat_answers_whole_and_streamed_alike(login, upstream, serve):
-    server = serve()
-    for script in (HELLO, CALLS):
-        upstream.script.extend([stream(*script), stream(*script)])
-        _, headers, completion = chat(server)
-        _, _, data = chat(server, stream=True, stream_options={"include_usage": True})
-        assert data.pop() == "[DONE]"
-        assert collect([json.loads(value) for value in data]) == completion
-        assert headers["x-qwen-provider"] == "oauth" and completion["usage"] == USAGE
-
-
 def test_client_that_leaves_while_the_lock_is_held_is_let_go(home, upstream, serve):
     write_login(home, upstream, expires_in=0)
     (home / "oauth_creds.lock").write_text("somebody")
@@ -5850,7 +5798,7 @@ def test_bad_requests_are_refused_with_a_word(key_server, upstream, path, body, 
 
 
 @pytest.mark.parametrize("asked", ["QWEN3-MAX", "Qwen3-Max", "qwen/Qwen3-Max"])
-def test_a_model_is_found_in_any_case(key_server, upstream, asked):
+def test_client_02_a_model_is_found_by_its_encoded_id_in_any_case(key_server, upstream, asked):
     upstream.models = [asked.lower(), "MiniMax-M2.5"]
     status, found = get(key_server, "/v1/models/" + urllib.parse.quote(asked, ""))
     assert status == 200 and found["id"].lower() == asked.lower()
@@ -5949,7 +5897,7 @@ def test_a_name_that_would_never_match_or_be_listened_on_is_refused(option, name
         qp.make_server(host, 0, api_key="good-key", allow_host=allowed)
 
 
-@pytest.mark.parametrize("host", ["::", "[::]", "0:0::0", "[::1]", "::1"])
+@pytest.mark.parametrize("host", ["::", "[::]", "0:0::0", "[::1]", "::1", "localhost"])
 def test_addresses_of_ipv6_are_listened_on(serve, login, host):  # O10
     server, request = serve(host=host, api_key="good-key"), HEALTH.replace(b"localhost", b"[::1]")
     for family in [socket.AF_INET6, *([] if "1" in host else [socket.AF_INET])]:
@@ -6036,7 +5984,8 @@ def test_no_line_of_the_log_is_forged_and_none_is_cut_inside_a_key(key_server, u
 def test_a_slow_sender_is_cut_off(key_server, monkeypatch):
     monkeypatch.setattr(qp.Exchange, "HEADER_TIMEOUT", 0.1)
     monkeypatch.setattr(qp.Exchange, "BODY_TIMEOUT", 0.1)
-    for request in (POST[:13], POST[:-12], POST + b"Content-Length: 10\r\n\r\n{"):
+    begun, large = POST + LENGTH % 10 + b"{", POST + LENGTH % 67_108_864
+    for request in (POST[:13], POST[:-12], begun, large):  # B7
         assert statuses(raw(key_server, request)) == [408]
 
 
@@ -6131,12 +6080,6 @@ def test_http_1_0_gets_an_unframed_stream(key_server):
     assert b"chunked" not in received and received.endswith(DONE)
 
 
-def test_both_loopback_addresses_answer(key_server):
-    if len(key_server._listeners) < 2:
-        pytest.skip("this machine has no ::1")
-    assert statuses(raw(key_server, post() + HEALTH, socket.AF_INET6)) == [200, 200]
-
-
 def test_fault_of_ours_is_a_500_without_traceback(counted, monkeypatch, caplog):
     monkeypatch.setattr(qp, "parse_json", lambda body: 1 // 0)
     server = counted(None)
@@ -6146,11 +6089,6 @@ def test_fault_of_ours_is_a_500_without_traceback(counted, monkeypatch, caplog):
     assert [one.levelname for one in caplog.records if " 500 " in one.getMessage()] == ["ERROR"]
     said = [record.getMessage() for record in caplog.records if record.levelno > logging.DEBUG]
     assert "Traceback" not in "".join(said)
-
-
-def test_beyond_loopback_needs_a_key():
-    with pytest.raises(ValueError, match="quota"):
-        qp.make_server("0.0.0.0", 0)
 
 
 def test_vendored_server_runs_in_a_thread_and_stops(login, upstream):
@@ -6185,7 +6123,14 @@ def test_make_server_takes_the_options_and_their_checks():  # U9
     assert {*arguments, "log_level", "no_usage"} == {*qp.OPTIONS, "environ"}
     listed = re.findall(r"^ {4}(\w+) +\S", inspect.cleandoc(qp.make_server.__doc__), re.M)
     assert listed == arguments
-    odd = [("base_url", "foo"), ("timeout", 0), ("port", "8080"), ("retries", -1), ("alias", "x")]
+    odd = [
+        ("base_url", "foo"),
+        ("timeout", 0),
+        ("host", "0.0.0.0"),
+        ("port", "8080"),
+        ("retries", -1),
+        ("alias", "x"),
+    ]
     for name, value in odd:
         with pytest.raises(ValueError, match="--" + name.replace("_", "-")):
             qp.make_server(**{"port": 0, name: value})
@@ -6389,17 +6334,13 @@ def test_aliases_are_listed_and_found(keyed, login, home, upstream):  # O3
         status, model = get(server, "/v1/models/" + name)
         assert (status, model.get("id")) == (200, name), name
     assert get(server, "/v1/models/gpt-4o")[1]["context_length"] == 262_144
-    assert get(server, "/v1/models/unheard-of")[0] == 404
+    status, body = get(server, "/v1/models/unheard-of")
+    assert (status, body["error"]["code"], body["error"]["param"]) == (
+        404,
+        "model_not_found",
+        "model",
+    )
     assert chat(server, model="fast")[2]["model"] == "b/c"
-
-
-def test_client_02_a_model_is_found_by_its_encoded_id(home, upstream, serve):
-    settings(home, upstream, {"id": "qwen/qwen3 x"})
-    server = serve()
-    assert get(server, "/v1/models/qwen%2Fqwen3%20x")[1]["id"] == "qwen/qwen3 x"
-    status, body = get(server, "/v1/models/nope")
-    error = body["error"]
-    assert (status, error["code"], error["param"]) == (404, "model_not_found", "model")
 
 
 def test_client_05_the_body_decides_about_streaming_and_07_about_usage(key_server):
@@ -6851,11 +6792,6 @@ def test_work_grows_like_what_is_sent(small, work):  # B6
     check_linear(lambda n: works[n](), int(small))
 
 
-def test_time_is_credited_for_bytes_that_came(key_server, monkeypatch):  # B7
-    monkeypatch.setattr(qp.Exchange, "BODY_TIMEOUT", 0.2)
-    assert statuses(raw(key_server, POST + b"Content-Length: 67108864\r\n\r\n")) == [408]
-
-
 def test_a_slow_body_that_keeps_its_rate_passes(key_server, monkeypatch):  # B7
     """The whole takes several times as long as the first byte may."""
     monkeypatch.setattr(qp.Exchange, "BODY_TIMEOUT", 0.5)
@@ -7238,6 +7174,7 @@ status x | there is no command x
 --alias x | NAME=ID
 --timeout 0 | --timeout
 --base-url ftp://x | --base-url
+--provider x | no provider 'x'
 --host 0.0.0.0 --port 0 | --api-key
 --port TAKEN | choose another --port
 """
