@@ -5496,16 +5496,6 @@ def test_client_that_leaves_while_the_lock_is_held_is_let_go(home, upstream, ser
     until(lambda: server.health()["in_flight"] == 0)
 
 
-@pytest.mark.parametrize("pieces", [[], HELLO[:2]], ids=["before the answer", "in it"])
-def test_client_that_leaves_stops_the_upstream_at_once(key_server, upstream, pieces):
-    upstream.script.append(stream(*pieces, threading.Event()))
-    with socket.create_connection(("127.0.0.1", key_server.port), timeout=WAIT) as client:
-        client.sendall(post(stream=True))
-        upstream.wait_for_request()
-        assert not pieces or client.recv(1)
-    assert upstream.gone.wait(WAIT)
-
-
 # More than the buffers of all sockets on the way.
 LONG = [*texts(*["x" * 65_000] * 120), *END]
 
@@ -5545,12 +5535,12 @@ def test_a_client_that_takes_nothing_is_left(key_server, upstream, slow_client, 
 
 
 def test_a_fault_in_one_stream_ends_no_other(key_server, upstream, monkeypatch):
-    translate, gates = qp.ChunkTranslator.feed, [threading.Event(), threading.Event()]
+    translate, gates = qp.ChatDecoder._feed_event, [threading.Event(), threading.Event()]
 
     def feed(self, event):
         return translate(self, event if b"fault" not in event.data else None)
 
-    monkeypatch.setattr(qp.ChunkTranslator, "feed", feed)
+    monkeypatch.setattr(qp.ChatDecoder, "_feed_event", feed)
     upstream.script.append(stream(HELLO[0], gates[0], *texts("fault"), *END))
     upstream.script.append(stream(HELLO[0], gates[1], *HELLO[1:]))
     streams = [lines_of(key_server, CHAT, {"messages": HI}) for _ in gates]
