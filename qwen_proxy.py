@@ -3580,6 +3580,9 @@ class Answer:
     The decoder pushes what it makes into emit(), which keeps it until deliver() names a writer.
     """
 
+    # Bytes that are kept until they are whole, and then translated in one long step.
+    HEAVY = 262_144
+
     def __init__(self, response: UpstreamResponse, target: Target, decoder: Any, waiter: Waiter):
         self.response, self.target, self.decoder, self.waiter = response, target, decoder, waiter
         self._pending: list[Any] = []
@@ -3587,12 +3590,19 @@ class Answer:
         # An error behind chunks that have not been delivered yet.
         self._failure: UpstreamError | None = None
         self.is_over = self._has_news = False
+        # Bytes that have come since the last chunk.
+        self._kept = 0
         decoder.sink = self.emit
 
     def emit(self, chunk: Any) -> None:
         """Take a chunk from the decoder."""
         self._has_news = True
         self._emit(chunk)
+
+    @property
+    def is_heavy(self) -> bool:
+        """True if the next step may take long."""
+        return self._kept > self.HEAVY
 
     def begin(self) -> None:
         """Read until the first chunk is there: until then an error is an HTTP status."""
@@ -3625,8 +3635,9 @@ class Answer:
             if not piece or self.decoder.is_done:
                 self.is_over = True
                 self.decoder.close()
+            self._kept += len(piece)
             if self._has_news:
-                self._has_news = False
+                self._has_news, self._kept = False, 0
                 self.waiter.progressed()
         except UpstreamError as error:
             if not self._pending:
@@ -10008,7 +10019,7 @@ class StreamLoop:
         threading.Thread(target=self._run, daemon=True).start()
 
     def carry(self, stream: Stream) -> None:
-        """Return when a stream is over; raises what ended it."""
+        """Return when a stream is over, or too heavy for the loop; raises what ended it."""
         stream.exchange.is_on_loop = True
         self._ready.append(stream)
         self._ring()
@@ -10061,7 +10072,7 @@ class StreamLoop:
             return
         try:
             stream.move()
-            if stream.answer.is_over:
+            if stream.answer.is_over or stream.answer.is_heavy:
                 self._end(stream)
                 return
             self._await(stream)
@@ -10114,8 +10125,14 @@ def relay(
     feed = exchange.writer.part(place)
     answer.deliver(functools.partial(feed_both, collector, feed) if collector else feed)
     exchange.writer.flush()
-    if not answer.is_over:
-        loop.carry(Stream(answer, exchange))
+    while not answer.is_over:
+        if answer.is_heavy:
+            # In its own thread, since it would hold up the other streams.
+            answer.response.wait()
+            answer.pump()
+            exchange.writer.flush()
+        else:
+            loop.carry(Stream(answer, exchange))
     if collector:
         log.debug("answer: %s", excerpt(collector.completion(answer.decoder.usage)))
 
