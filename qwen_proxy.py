@@ -4200,8 +4200,6 @@ PROFILES = {
     "dashscope-thinking": "switch",
     "qwen-chat-template": "template",
 }
-# Stands for thoughts that a client did not keep; Kimi takes an empty text for none.
-NO_THOUGHTS = "(not kept)"
 # Stands for an image or another part that a model refuses in its history.
 NO_MEDIA = {"type": "text", "text": "(left out: the model cannot take it)"}
 
@@ -4709,8 +4707,7 @@ class Rewrite:
         """Sound is input_audio with a URL; OpenAI has bare base64."""
         audio = as_object(part.get("input_audio"))
         if part.get("type") == "audio_url":
-            found = part.get("audio_url")
-            audio = {"data": dig(found, "url") if isinstance(found, dict) else found}
+            audio = {"data": dig(part, "audio_url", "url") or part.get("audio_url")}
         data = audio.get("data")
         if not isinstance(data, str):
             return part
@@ -5162,7 +5159,8 @@ def with_thoughts(message: Json) -> Json:
     """Return the message; one with tool calls gets a word for thoughts that were not kept."""
     is_call = message["role"] == "assistant" and message.get("tool_calls")
     is_missing = is_call and not message.get("reasoning_content")
-    return {**message, "reasoning_content": NO_THOUGHTS} if is_missing else message
+    # Kimi takes an empty text for none.
+    return {**message, "reasoning_content": "(not kept)"} if is_missing else message
 
 
 def with_flat_content(message: Json) -> Json:
@@ -5172,25 +5170,15 @@ def with_flat_content(message: Json) -> Json:
     return {**message, "content": text_of(content)} if is_text else message
 
 
-# Parts that are nothing but text, in other APIs' words, and the field that holds it.
-TEXT_PARTS = {
-    "input_text": "text",
-    "output_text": "text",
-    "summary_text": "text",
-    "reasoning_text": "text",
-    "refusal": "refusal",
-}
-
-
 def chat_part(part: Json) -> Json:
     """Return a part of a message as chat completions have it; as it is where it is unknown.
 
     Those of the Responses API and of Anthropic's messages stand in histories that clients keep.
     """
     kind = as_text(part.get("type"))
-    if kind in TEXT_PARTS:
-        text, mark = as_text(part.get(TEXT_PARTS[kind])), part.get("cache_control")
-        return stated({"type": "text", "text": text, "cache_control": mark})
+    if kind in ("input_text", "output_text", "summary_text", "reasoning_text", "refusal"):
+        text = as_text(part.get("refusal" if kind == "refusal" else "text"))
+        return stated({"type": "text", "text": text, "cache_control": part.get("cache_control")})
     if kind in ("image", "input_image"):
         return image_part(part)
     if kind == "input_file" and (part.get("file_data") or part.get("file_url")):
