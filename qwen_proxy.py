@@ -4512,8 +4512,8 @@ def name_of(tool: Any) -> str:
 def custom_input(arguments: Any) -> Any:
     """Return the one string that a custom tool is called with, or what is there instead of it."""
     value = loads(arguments) if isinstance(arguments, str) else arguments
-    found = dig(value, "input")
-    return found if isinstance(found, str) else "" if value == {} else arguments
+    found = "" if value == {} else dig(value, "input")
+    return found if isinstance(found, str) else arguments
 
 
 class Rewrite:
@@ -5217,9 +5217,12 @@ def parts_of(content: Any) -> list[Json]:
     return [{"type": "text", "text": content}] if content else []
 
 
+JSON_TYPES = ("json_object", "json_schema")
+
+
 def wants_json(body: Json) -> bool:
     """Return whether a request asks for nothing but JSON."""
-    return dig(body, "response_format", "type") in ("json_object", "json_schema")
+    return dig(body, "response_format", "type") in JSON_TYPES
 
 
 def system_and_rest(messages: list[Json]) -> tuple[Json, list[Json]]:
@@ -5512,7 +5515,6 @@ def leave_out_media(body: Json) -> None:
     body["messages"] = [*earlier, *messages[last:]]
 
 
-_JSON_ASKED = {"response_format.type": ("json_object", "json_schema")}
 _NO_CALL_FORCED: Mapping[str, tuple[Any, ...]] = {
     "tools": (None, []),
     "tool_choice": (None, "auto", "none"),
@@ -5532,7 +5534,7 @@ REPAIRS = (
     Repair(
         r"enable_thinking is true",
         "without thinking",
-        when=_JSON_ASKED,
+        when={"response_format.type": JSON_TYPES},
         unasked=True,
         sets={"enable_thinking": False},
     ),
@@ -5540,7 +5542,7 @@ REPAIRS = (
     Repair(
         r"enable_thinking is true",
         "with the JSON asked for by prompt",
-        when={**_JSON_ASKED, "enable_thinking": (True,)},
+        when={"response_format.type": JSON_TYPES, "enable_thinking": (True,)},
         then=ask_for_json,
     ),
     Repair(
