@@ -8167,9 +8167,10 @@ class CountsFile:
         f"ON CONFLICT ({', '.join(KEYS)}) DO UPDATE SET "
         + ", ".join(f"{name} = {name} + excluded.{name}" for name in SUMS)
     )
-    # The first second of a day here, of a time and days before it.
+    # The first second of a day here: so many days after that of a time, or before it.
     MIDNIGHT = (
-        "CAST(strftime('%s', date(?, 'unixepoch', 'localtime', ? || ' days'), 'utc') AS INTEGER)"
+        "CAST(strftime('%s', date(:now, 'unixepoch', 'localtime', :days || ' days'), 'utc') "
+        "AS INTEGER)"
     )
     # Noon, so that a day stays the same one in most other time zones.
     MERGE = (
@@ -8262,9 +8263,9 @@ class CountsFile:
         Old by the newest bucket, too: a clock that is years ahead must not merge this week.
         """
         newest = connection.execute("SELECT max(bucket) FROM buckets").fetchone()[0] or 0
+        values = {"now": min(newest, time.time()), "days": -self.KEEP}
         for statement in self.MERGE:
-            values = (min(newest, time.time()), -self.KEEP)
-            connection.execute(statement, values[: statement.count("?")])
+            connection.execute(statement, values)
         self._next_merge = time.monotonic() + self.DAY
 
 
@@ -8314,7 +8315,7 @@ def read_counts(
                 sources.append("SELECT * FROM file.buckets")
         connection.execute(f"CREATE TEMP VIEW counts AS {' UNION ALL '.join(sources)}")
 
-        def select(names: Iterable[str], where: str, *values: float) -> list[Json]:
+        def select(names: Iterable[str], where: str, **values: float) -> list[Json]:
             columns = {**{name: GROUPS[name] for name in names}, **MEASURES}
             places = ", ".join(str(place + 1) for place, _ in enumerate(names))
             sql = f"SELECT {', '.join(columns.values())} FROM counts WHERE {where}"
@@ -8328,13 +8329,13 @@ def read_counts(
             # A bucket that only reaches into the window counts: better too early than too late.
             for row in select(
                 ["provider"],
-                "bucket > ? AND bucket <= ? AND provider <> ''",
-                now - seconds - CountsFile.BUCKET,
-                now,
+                "bucket > :start AND bucket <= :now AND provider <> ''",
+                start=now - seconds - CountsFile.BUCKET,
+                now=now,
             )
         ]
         return {
-            "groups": select(by, f"bucket >= {CountsFile.MIDNIGHT}", now, 1 - days),
+            "groups": select(by, f"bucket >= {CountsFile.MIDNIGHT}", now=now, days=1 - days),
             "windows": sorted(windows, key=lambda row: str(row["provider"])),
         }
 
