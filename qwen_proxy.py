@@ -1431,10 +1431,6 @@ class DeadlineSocket(socket.socket):
         return super().recv_into(*arguments)
 
 
-class DeadlineTLSSocket(DeadlineSocket, ssl.SSLSocket):
-    """Its TLS counterpart: super() of a DeadlineSocket is an SSLSocket here."""
-
-
 def keep_alive(connection: socket.socket) -> None:
     """Let the system probe a connection that is silent, since the upstream may think for minutes.
 
@@ -1497,8 +1493,9 @@ class DeadlineHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
 
     def https_open(self, request: urllib.request.Request) -> Any:
         context = tls_context()
-        timed = {"deadline": self._deadline}
-        context.sslsocket_class = type("TLSSocket", (DeadlineTLSSocket,), timed)
+        # super() of a DeadlineSocket is an SSLSocket here.
+        bases, timed = (DeadlineSocket, ssl.SSLSocket), {"deadline": self._deadline}
+        context.sslsocket_class = type("DeadlineTLSSocket", bases, timed)
         connect = functools.partial(self._connection, http.client.HTTPSConnection)
         return self.do_open(connect, request, context=context)
 
@@ -2677,7 +2674,7 @@ class Discovery:
         """
         rules = (
             self._by_option,
-            self._by_other_kind,
+            self._refuse_other_kind,
             self._by_oauth,
             self._by_entry,
             self._by_environment,
@@ -2714,7 +2711,7 @@ class Discovery:
         guessed = (kind for kind, names in self.KINDS if all(map(variable, names)))
         return selected or next(guessed, None)
 
-    def _by_other_kind(self) -> None:
+    def _refuse_other_kind(self) -> None:
         kind, way_out = self._kind(), "choose another one with --provider NAME"
         enforced = dig(self._settings.values, "security", "auth", "enforcedType")
         if enforced and enforced != kind:
