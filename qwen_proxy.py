@@ -2344,9 +2344,9 @@ class CliSettings:
 
     def _read_variables(self, folder: str) -> None:
         self.variables = layered(self._project_variables(folder), self._own)
-        known: Mapping[str, str] = {**self.variables, **self.environ}
-        stated = expand_variables(as_object(self.values.get("env")), known)
-        self.variables = layered(self.variables, stated)
+        known = {**self.variables, **self.environ}
+        own = expand_variables(as_object(self.values.get("env")), known)
+        self.variables = layered(self.variables, own)
         known = layered(self.environ, self.variables)
         self.values = expand_variables(self.values, known)
         self._stored = expand_variables(self._stored, known)
@@ -2413,12 +2413,12 @@ class CliSettings:
         }
         if os.path.realpath(path) in own:
             return False
-        if not self._is_trusted(folder):
+        is_trusted = self._is_trusted(folder)
+        if not is_trusted:
             self.notes.append(
                 f"not read, since trustedFolders.json does not trust its folder: {path}"
             )
-            return False
-        return True
+        return is_trusted
 
     def _is_trusted(self, folder: str) -> bool:
         """Return whether a folder is trusted: the most specific rule decides.
@@ -2557,12 +2557,12 @@ class SettingsProviders:
 
     def _base_url(self, entry: Json) -> tuple[str, str]:
         """Return an entry's base URL and '', or what it says and why that is none."""
-        stated = {
+        urls = {
             "baseUrl": entry.get("baseUrl"),
             "OPENAI_BASE_URL": self._settings.variable("OPENAI_BASE_URL"),
             "security.auth.baseUrl": dig(self._settings.values, "security", "auth", "baseUrl"),
         }
-        for name, url in stated.items():
+        for name, url in urls.items():
             if url and str(url).strip():
                 base_url = url.strip().rstrip("/") if isinstance(url, str) else url
                 fault = base_url_fault(base_url)
@@ -2647,9 +2647,9 @@ class Discovery:
         self.model = self._default_model(active)
         # None is chosen in the place of one that was meant.
         self.providers = [active, *self._others(active)] if active else []
-        stated = {"generationConfig": dig(settings.values, "model", "generationConfig")}
+        common = {"generationConfig": dig(settings.values, "model", "generationConfig")}
         for provider in self.providers:
-            provider.defaults = settings.config(stated)
+            provider.defaults = settings.config(common)
             reason = provider.oauth and LoginFile(provider.oauth.path).why_not_saved()
             if reason:
                 self.notes.append(
@@ -2834,7 +2834,6 @@ class Serving:
         ]
         if self._known and not self._known[0] and discovery.model:
             self._known[0] = [discovery.model]
-        self._of_active = set(self._known[0]) if self._known else set()
 
     def targets(self, model: str) -> list[Target]:
         """Return where a model is asked for, best first; never empty if there is a provider.
@@ -2846,7 +2845,7 @@ class Serving:
             model = next((name for name in listed if name.lower() == model.lower()), model)
         ranks = sorted((self._rank(place, model), place) for place in range(len(self._providers)))
         places = [place for rank, place in ranks if rank < 9]
-        if not places or self._is_chosen and model not in self._of_active:
+        if not places or self._is_chosen and model not in self._known[0]:
             for provider in self._providers:
                 if model.startswith(provider.name + "/"):
                     return [Target(provider, model[len(provider.name) + 1 :])]
@@ -2872,7 +2871,7 @@ class Serving:
             return 0
         if model in provider.entries:
             return 3 if provider.problem() else 1
-        return 2 if place == 0 and model in self._of_active else 9
+        return 2 if place == 0 and model in self._known[0] else 9
 
 
 class Providers:
@@ -11112,7 +11111,7 @@ def stated_options(arguments: argparse.Namespace, environ: Mapping[str, str]) ->
 
     Raises ValueError for a variable that cannot be meant.
     """
-    stated = {}
+    options = {}
     for name, option in OPTIONS.items():
         given, default = getattr(arguments, name), Options._field_defaults[name]
         variable = f"QWEN_PROXY_{name.upper()}"
@@ -11125,8 +11124,8 @@ def stated_options(arguments: argparse.Namespace, environ: Mapping[str, str]) ->
         elif (given is None or given is False) and environ.get(variable):
             given = value_of(variable, environ[variable], default, option)
         if given is not None:
-            stated[name] = given
-    return stated
+            options[name] = given
+    return options
 
 
 def value_of(variable: str, text: str, default: Any, option: Option) -> Any:
