@@ -2829,11 +2829,13 @@ class Serving:
         self._providers, self._is_chosen = discovery.providers, is_chosen
         # The settings may have changed since the lists were asked for.
         padded = itertools.chain(lists, itertools.repeat([]))
+        # Ids in their order; as keys, since each request looks for one.
         self._known = [
-            provider.model_ids(listed) for provider, listed in zip(discovery.providers, padded)
+            dict.fromkeys(provider.model_ids(listed))
+            for provider, listed in zip(discovery.providers, padded)
         ]
         if self._known and not self._known[0] and discovery.model:
-            self._known[0] = [discovery.model]
+            self._known[0] = dict.fromkeys([discovery.model])
 
     def targets(self, model: str) -> list[Target]:
         """Return where a model is asked for, best first; never empty if there is a provider.
