@@ -1978,10 +1978,10 @@ class Provider:
     """One base URL with the one credential that belongs to it, and what it is known to serve.
 
     name: for --provider, `provider/model` and x-qwen-provider; host: that of the base URL which
-    settings or options name; family: the kind of its endpoint; entries: model id ->
-    generationConfig of settings.json; source: where all this was found;
-    cooldown_until: another provider goes first until then (monotonic); refusal: why it could not
-    serve the last request, for /health.
+    settings or options name; oauth: its credentials if they are a login, None if they are a key;
+    family: the kind of its endpoint; entries: model id -> generationConfig of settings.json;
+    source: where all this was found; cooldown_until: another provider goes first until then
+    (monotonic); refusal: why it could not serve the last request, for /health.
     """
 
     # How long a refusal counts that may pass, so that a probe lets requests in again.
@@ -1997,6 +1997,7 @@ class Provider:
         family: Family | None = None,
     ):
         self.name, self.credentials, self.source = name, credentials, source
+        self.oauth = credentials if isinstance(credentials, OAuthCredentials) else None
         self.entries = entries or {}
         self.family = family or family_of(base_url)
         self.stated_url = base_url.rstrip("/")
@@ -2010,11 +2011,6 @@ class Provider:
     def base_url(self) -> str:
         """The base URL, '' if there is none; for an OAuth login that which its file names now."""
         return self.stated_url or (self.oauth.base_url() if self.oauth else "")
-
-    @property
-    def oauth(self) -> OAuthCredentials | None:
-        """The login that it is used with; None where that is a key."""
-        return self.credentials if isinstance(self.credentials, OAuthCredentials) else None
 
     def model_ids(self, listed: Iterable[str] = ()) -> list[str]:
         """Return the models that the provider is known to serve, none if only the upstream knows.
