@@ -1189,13 +1189,13 @@ class LockFile:
     def __enter__(self) -> LockFile:
         if not LockFile._held:
             atexit.register(LockFile.release_all)
-        wait, seen, seen_since = self.WAIT_FIRST, None, time.monotonic()
+        wait, seen, seen_since = self.WAIT_FIRST, ("", 0), time.monotonic()
         while not self._create():
             holder = self._read()
             if holder != seen:
                 seen, seen_since = holder, time.monotonic()
             if self._age(seen_since) > self.STALE:
-                self._break(holder)
+                self._break(holder[0])
                 continue
             self._pause(wait)
             wait = min(wait * self.WAIT_FACTOR, self.WAIT_MOST)
@@ -1205,8 +1205,7 @@ class LockFile:
     def __exit__(self, *_: object) -> None:
         """Remove the lock if it is still ours: a slow refresh may have lost it."""
         LockFile._held.pop(self._owner, None)
-        holder = self._read()
-        if holder and holder[0] == self._owner:
+        if self._read()[0] == self._owner:
             with contextlib.suppress(OSError):
                 os.unlink(self.path)
 
@@ -1238,13 +1237,13 @@ class LockFile:
             raise
         return True
 
-    def _read(self) -> tuple[str, int] | None:
-        """Return content and mtime (ns) of the lock as it is, or None when it is gone."""
+    def _read(self) -> tuple[str, int]:
+        """Return content and mtime (ns) of the lock as it is, '' and 0 when it is gone."""
         try:
             text, status = read_regular(self.path, "replace")
             return text[:100], status.st_mtime_ns
         except OSError:
-            return None
+            return "", 0
 
     def _age(self, seen_since: float) -> float:
         """Return the lock's age, or how long it was seen unchanged, as a clock may jump back."""
@@ -1271,7 +1270,7 @@ class LockFile:
                 os.unlink(probe)
         return 0
 
-    def _break(self, holder: tuple[str, int] | None) -> None:
+    def _break(self, holder: str) -> None:
         """Rename a stale lock away, and put back what turns out to be a new one; raises OSError."""
         away = f"{self.path}.stale.{random_uuid()}"
         try:
@@ -1279,7 +1278,7 @@ class LockFile:
         except FileNotFoundError:
             return
         with contextlib.suppress(OSError):
-            if holder is not None and read_regular(away, "replace")[0][:100] != holder[0]:
+            if read_regular(away, "replace")[0][:100] != holder:
                 os.link(away, self.path)
         with contextlib.suppress(OSError):
             os.unlink(away)
