@@ -1746,19 +1746,19 @@ def test_a_disk_that_takes_no_more_leaves_the_login_whole(home, upstream, monkey
     assert credentials.problem and path.read_bytes() == before
 
 
-WRITABLE = {
-    "neither": (0o500, 0o400, NOBODY, False),
-    "the file": (0o500, 0o600, NOBODY, True),
-    "the folder": (0o700, 0o400, NOBODY, True),
-    "neither, all is root's": (0o755, 0o644, 0, False),
-    "root's file in a sticky folder": (0o1777, 0o666, 0, True),
-}
-
-
 @pytest.mark.skipif(not (IS_ROOT and hasattr(os, "setresuid")), reason="needs root, on Linux")
-@pytest.mark.parametrize("name", WRITABLE)
-def test_what_cannot_be_saved_is_said_beforehand(upstream, monkeypatch, main, name):  # H8
-    folder_mode, file_mode, owner, is_saved = WRITABLE[name]
+@rows("""
+modes | owner | is_saved
+neither | 0o500, 0o400 | NOBODY | False
+the file | 0o500, 0o600 | NOBODY | True
+the folder | 0o700, 0o400 | NOBODY | True
+neither, all is root's | 0o755, 0o644 | 0 | False
+root's file in a sticky folder | 0o1777, 0o666 | 0 | True
+""")
+def test_what_cannot_be_saved_is_said_beforehand(
+    upstream, monkeypatch, main, modes, owner, is_saved
+):
+    (folder_mode, file_mode), owner, is_saved = map(value_of, (modes, owner, is_saved))  # H8
     with tempfile.TemporaryDirectory() as top:  # pytest's own folders are closed to nobody
         monkeypatch.setenv("HOME", top)
         for name_ in ("SETTINGS", "DEFAULTS"):
@@ -1770,6 +1770,7 @@ def test_what_cannot_be_saved_is_said_beforehand(upstream, monkeypatch, main, na
         for file, mode in ((pathlib.Path(top), 0o755), (path, file_mode), (folder, folder_mode)):
             os.chown(file, owner, owner)
             file.chmod(mode)
+        assert main("status") and main("--port=0")  # nobody may not read what Python loads at need
         os.setresuid(NOBODY, NOBODY, 0)
         try:
             said = [main("status")[1], main("--port=0")[1]]
@@ -4956,6 +4957,8 @@ def test_a_killed_writer_leaves_a_good_file(home, after):
 
 
 DAY = 86_400
+
+
 # Where the clock goes between three starts, in days, and how many buckets are left of the last 85
 # days; the file has one of each hour of the last 200 days.
 JUMPS = {
@@ -4974,8 +4977,7 @@ def test_old_buckets_become_days_and_no_clock_does_harm(home, monkeypatch, name)
     counts._next_merge = float("inf")
     counts.add([(int(real) - hour * 3600, *facts) for hour in range(1, 4800)])
     counts.close()
-    jumps, left = JUMPS[name]
-    for days in jumps:
+    for days in pieces_of(jumps):
         monkeypatch.setattr(time, "time", lambda: real + days * DAY)
         ledger = qp.Ledger(path)
         ledger.add("POST /completions", ("p", "m", "c"), 200, (1, 1, 1, 1), (1, 2))
@@ -5313,26 +5315,24 @@ def test_only_the_page_itself_may_log_in_and_read_the_code(serve, upstream, monk
 
 
 # What the identity host answers, and how the log-in ends.
-LOGIN_ENDS = {
-    "approved": ([PENDING, SUCCESS], "done", "oauth_creds.json holds the login"),
-    "refused": ([reply(400, {"error": "access_denied"})], "failed", "refused in the browser"),
-    "expired": ([reply(400, {"error": "expired_token"})], "failed", "code has expired"),
-    "no answer": (None, "failed", "device authorization endpoint"),
-    "no write": ([SUCCESS], "failed", "cannot be written"),
-    "stopped": ([], "failed", ""),
-}
-
-
-@pytest.mark.parametrize("name", LOGIN_ENDS)
-def test_the_page_logs_in_to_the_end(home, upstream, serve, monkeypatch, name):
-    (answers, phase, words), seen = LOGIN_ENDS[name], threading.Event()
+@rows("""
+answers | phase | words
+approved | [PENDING, SUCCESS] | done | oauth_creds.json holds the login
+refused | [reply(400, {"error": "access_denied"})] | failed | refused in the browser
+expired | [reply(400, {"error": "expired_token"})] | failed | code has expired
+no answer | None | failed | device authorization endpoint
+no write | [SUCCESS] | failed | cannot be written
+stopped | [] | failed |
+""")
+def test_the_page_logs_in_to_the_end(home, upstream, serve, monkeypatch, answers, phase, words):
+    answers, seen = value_of(answers), threading.Event()
     monkeypatch.setattr(qp, "LOGIN_POLL_FIRST", 0.01 if answers else WAIT)
     monkeypatch.setattr(qp.Providers, "INTERVAL", 0)
     for answer in answers or []:
         upstream.token_script.append(lambda form, answer=answer: seen.wait(WAIT) and answer)
     if answers is None:
         upstream.device_answer = lambda form: reply(500, b"<html>no")
-    if name == "no write":
+    if words == "cannot be written":
         monkeypatch.setattr(qp.OAuthCredentials, "save", lambda it, _: vars(it).update(problem="x"))
     server = serve()
     own = {"Origin": f"http://127.0.0.1:{server.port}"}
@@ -5348,7 +5348,7 @@ def test_the_page_logs_in_to_the_end(home, upstream, serve, monkeypatch, name):
         assert waiting["code"] == "ABCD-EFGH" and waiting["expires_at"] > time.time() + 800
         assert waiting["address"].startswith(upstream.origin + "/authorize?")
     seen.set()
-    if name == "stopped":
+    if answers == []:
         server.shutdown(grace=0)
     assert until(lambda: device()["phase"] == phase)
     assert words in device()["message"] and "at_9" not in str(device())
@@ -6230,14 +6230,6 @@ def test_an_origin_of_every_page_is_let_in_and_warned(key_server, upstream, serv
 
 LOCAL = b"Host: localhost\r\n"
 PAGE = LOCAL + b"Origin: http://localhost:3000\r\n"
-REFUSED_BODIES = {
-    "unknown path": (404, b"POST /v1/nothing", LOCAL, LENGTH),
-    "stored response": (404, b"POST /v1/responses/resp_1/cancel", LOCAL, CHUNKS),
-    "method": (405, b"PUT /v1/chat/completions", LOCAL, LENGTH),
-    "no key": (401, b"POST /v1/chat/completions", LOCAL, CHUNKS),
-    "host": (403, b"POST /v1/chat/completions", b"Host: evil.example\r\n", LENGTH),
-    "text of a page": (415, b"POST /v1/responses", PAGE + b"Content-Type: text/plain\r\n", CHUNKS),
-}
 NOWHERE = b"POST /v1/nothing HTTP/1.1\r\nHost: localhost\r\n"
 
 
@@ -6247,9 +6239,19 @@ def body_of(size, framing):
     return (framing % size, data) if framing is LENGTH else (framing, chunked(data, 5000))
 
 
-@pytest.mark.parametrize("name", REFUSED_BODIES)
-def test_a_refusal_of_a_small_body_keeps_the_connection(serve, login, name):  # B10
-    status, line, headers, framing = REFUSED_BODIES[name]
+@rows(r"""
+status | line | headers | framing
+unknown path | 404 | b"POST /v1/nothing" | LOCAL | LENGTH
+stored response | 404 | b"POST /v1/responses/resp_1/cancel" | LOCAL | CHUNKS
+method | 405 | b"PUT /v1/chat/completions" | LOCAL | LENGTH
+no key | 401 | b"POST /v1/chat/completions" | LOCAL | CHUNKS
+host | 403 | b"POST /v1/chat/completions" | b"Host: evil.example\r\n" | LENGTH
+text of a page | 415 | b"POST /v1/responses" | PAGE + b"Content-Type: text/plain\r\n" | CHUNKS
+""")
+def test_a_refusal_of_a_small_body_keeps_the_connection(
+    serve, login, status, line, headers, framing
+):
+    status, line, headers, framing = map(value_of, (status, line, headers, framing))  # B10
     bodies = [b"".join(body_of(size, framing)) for size in (0, 1, 1000, 65_536)]
     requests = b"".join(line + b" HTTP/1.1\r\n" + headers + body for body in bodies)
     received = raw(serve(api_key=["key-123456"]), requests + HEALTH)
@@ -6268,18 +6270,16 @@ def test_a_body_that_comes_after_its_head_was_read_is_dropped(serve, login, monk
             assert statuses(reader.read()) == [404, 200]
 
 
-OTHER_BODIES = {
-    "large, in chunks": b"".join(body_of(1 << 20, CHUNKS)),
-    "half of it comes": LENGTH % 10 + b"half",
-    "no size of a chunk": CHUNKS + b"zz\r\n" + HEALTH,
-    "waits": b"Expect: 100-continue\r\n" + LENGTH % 10,
-}
-
-
-@pytest.mark.parametrize("name", OTHER_BODIES)
-def test_a_refusal_of_any_other_body_closes_the_connection(serve, login, monkeypatch, name):  # B10
+@rows(r"""
+body
+large, in chunks | b"".join(body_of(1 << 20, CHUNKS))
+half of it comes | LENGTH % 10 + b"half"
+no size of a chunk | CHUNKS + b"zz\r\n" + HEALTH
+waits | b"Expect: 100-continue\r\n" + LENGTH % 10
+""")
+def test_a_refusal_of_any_other_body_closes_the_connection(serve, login, monkeypatch, body):  # B10
     monkeypatch.setattr(qp.Exchange, "DROP_TIMEOUT", 0.1)
-    received = raw(serve(), NOWHERE + OTHER_BODIES[name])
+    received = raw(serve(), NOWHERE + value_of(body))
     assert statuses(received) == [404] and b"connection: close" in received.lower()
 
 
@@ -7178,20 +7178,18 @@ def test_bad_options_are_a_sentence_and_exit_code_2(main, line):
     assert code == 2 and words in said and "Traceback" not in said
 
 
-STARTS = {
-    "the file": "./qwen_proxy.py --version",
-    "its name": "PYTHON qwen_proxy.py --version",
-    "a module": "PYTHON -m qwen_proxy --version",
-    "a pipe": "cat qwen_proxy.py | PYTHON - --version",
-}
-
-
 @posix
-@pytest.mark.parametrize("name", STARTS)
-def test_it_starts_however_it_is_called(name):  # U8
-    if name == "the file":
+@rows("""
+command
+the file | ./qwen_proxy.py --version
+its name | PYTHON qwen_proxy.py --version
+a module | PYTHON -m qwen_proxy --version
+a pipe | cat qwen_proxy.py |PYTHON - --version
+""")
+def test_it_starts_however_it_is_called(command):  # U8
+    if command.startswith("./"):
         assert os.access(PROGRAM, os.X_OK) and SOURCE.startswith("#!/usr/bin/env python3\n")
-    command = STARTS[name].replace("PYTHON", shlex.quote(sys.executable))
+    command = command.replace("PYTHON", shlex.quote(sys.executable))
     done = subprocess.run(command, shell=True, cwd=HERE, capture_output=True, timeout=WAIT)
     assert done.stdout.decode() == f"qwen_proxy {qp.__version__}\n", done.stderr
 
@@ -7542,23 +7540,19 @@ def test_status_sees_who_has_the_port(key_server, upstream, capsys, kind):  # U2
     assert kind in said and str(port) in said and ("ok, 0" in said) == (kind == "qwen_proxy")
 
 
-USELESS = [  # modelProviders that can never work, and the field that status names
-    (None, "modelProviders in settings.json must be"),
-    ([], "modelProviders in settings.json must be"),
-    ({"openai": "x"}, "modelProviders.openai in settings.json must be"),
-    ({"mine": [{"id": "m"}]}, "providerProtocol.mine must be openai"),
-    ({"openai": [{"id": 5}]}, "modelProviders.openai[0] in settings.json is not read: its id"),
-    (
-        {"openai": [{"id": "m", "wireApi": "responses"}]},
-        "modelProviders.openai[0] in settings.json",
-    ),
-    ({"openai": [{"id": "m", "imageOnly": True}]}, "imageOnly is no chat model"),
-]
-
-
-@pytest.mark.parametrize("providers, words", USELESS, ids=str)
+# modelProviders that can never work, and the field that status names.
+@rows("""
+providers | words
+null | null | modelProviders in settings.json must be
+a list | [] | modelProviders in settings.json must be
+a text for a list | {"openai": "x"} | modelProviders.openai in settings.json must be
+no protocol | {"mine": [{"id": "m"}]} | providerProtocol.mine must be openai
+an id of a wrong kind | {"openai": [{"id": 5}]} | modelProviders.openai[0] in settings.json is not read: its id
+another API | {"openai": [{"id": "m", "wireApi": "responses"}]} | modelProviders.openai[0] in settings.json
+images only | {"openai": [{"id": "m", "imageOnly": true}]} | imageOnly is no chat model
+""")
 def test_settings_that_can_never_work_are_named_by_their_field(home, main, providers, words):
-    (home / "settings.json").write_text(json.dumps({"modelProviders": providers}))
+    (home / "settings.json").write_text(f'{{"modelProviders": {providers}}}')
     code, said = main("status", "--json", "--offline")
     facts = json.loads(said)
     assert (code, facts["status"]) == (1, "no") and words in facts["problem"]
@@ -7622,19 +7616,18 @@ def test_a_socks_proxy_is_named(keyed, upstream, monkeypatch, capsys, variable, 
     assert "forward proxy none" in capsys.readouterr().out
 
 
-LAST_REFUSED = [
-    (refusal("Incorrect API key provided.", 401, "invalid_api_key"), 503, 503),
-    (refusal("Your quota will reset at 5", 429, "x"), 503, 503),
-    (refusal("no", 503, "x"), 503, 200),
-    (refusal("rate limit", 429, "x"), 200, 200),
-    (refusal("no such model", 404, "model_not_found"), 200, 200),
-    (refusal("bad", 400, "x"), 200, 200),
-    (stream(*HELLO[:3], CUT), 200, 200),
-]
-
-
-@pytest.mark.parametrize("answer, soon, later", LAST_REFUSED)
+@rows("""
+answer | soon | later
+wrong key | refusal("Incorrect API key provided.", 401, "invalid_api_key") | 503 | 503
+no quota | refusal("Your quota will reset at 5", 429, "x") | 503 | 503
+busy | refusal("no", 503, "x") | 503 | 200
+rate | refusal("rate limit", 429, "x") | 200 | 200
+no model | refusal("no such model", 404, "model_not_found") | 200 | 200
+bad request | refusal("bad", 400, "x") | 200 | 200
+cut | stream(*HELLO[:3], CUT) | 200 | 200
+""")
 def test_health_keeps_a_refusal_until_a_success(keyed, upstream, monkeypatch, answer, soon, later):
+    soon, later = int(soon), int(later)
     server = keyed(retries=0)  # U1
     ago = [0]
     monkeypatch.setattr(qp.time, "time", lambda real=time.time: real() + ago[0])
@@ -7643,7 +7636,7 @@ def test_health_keeps_a_refusal_until_a_success(keyed, upstream, monkeypatch, an
         return get(server, "/health")
 
     assert health()[1]["last_refusal"] is None
-    upstream.script.append(answer)
+    upstream.script.append(value_of(answer))
     chat(server)
     assert health()[0] == soon and health()[1]["status"] == ("ok" if soon == 200 else "refused")
     refused = health()[1]["last_refusal"]
