@@ -5246,6 +5246,7 @@ def test_what_comes_from_outside_is_text_and_no_secret_is_told(home, upstream, s
     upstream.script.append(refusal(EVIL, 400))
     ask(server, {"messages": HI, "model": EVIL}, headers={**key, "User-Agent": "<b>/1"})
     assert ask(server, method="GET", path="/status")[0] == 401
+    assert until(lambda: get(server, "/status", **key)[1]["latest"])  # it is noted after the answer
     _, headers, body = ask(server, method="GET", path="/status", headers=key)
     status = json.loads(body)
     assert (headers["Content-Type"], headers["Cache-Control"]) == ("application/json", "no-store")
