@@ -34,7 +34,8 @@ Start reading at Handler.serve, which is the life of a request:
     targets             provider and model, from the CLI's files: 'Providers'
     exchange.open_all   access token ('Credentials'), the request in Qwen's dialect ('Requests'),
                         repair, retry and failover, all before the first byte: 'Upstream'
-    relay               bytes to events ('Event streams') to clean chunks ('Answers') to the client
+    relay               bytes to events ('Event streams') to clean chunks ('Answers') to the
+                        client; one thread does that for all answers: StreamLoop
     proxy.note          the log line and the counts: 'Ledger'
 
 Each section uses only those above it; 'Event streams' to 'Responses API' do no I/O.
@@ -2837,9 +2838,7 @@ class Serving:
 
         An id that is not listed as it is counts without regard to case.
         """
-        if not any(model in known for known in self._known):
-            listed = (name for known in self._known for name in known)
-            model = next((name for name in listed if name.lower() == model.lower()), model)
+        model = self._spelled(model)
         ranks = sorted((self._rank(place, model), place) for place in range(len(self._providers)))
         places = [place for rank, place in ranks if rank < 9]
         if not places or self._is_chosen and model not in self._known[0]:
@@ -2847,6 +2846,13 @@ class Serving:
                 if model.startswith(provider.name + "/"):
                     return [Target(provider, model[len(provider.name) + 1 :])]
         return [Target(self._providers[place], model) for place in places or [0]]
+
+    def _spelled(self, model: str) -> str:
+        """Return a model as the lists spell it, if they do."""
+        if any(model in known for known in self._known):
+            return model
+        listed = itertools.chain.from_iterable(self._known)
+        return next((name for name in listed if name.lower() == model.lower()), model)
 
     def listing(self) -> list[tuple[str, Target]]:
         """Return each model under the id that leads to it.
@@ -2906,7 +2912,7 @@ class Providers:
             if time.monotonic() - self._checked > self.INTERVAL:
                 self._checked = time.monotonic()
                 if self._files.has_changed() or login_names(self.home)[0] != self._logins:
-                    before, self._discovery = self._discovery.summary(), self._discover()
+                    before, self._discovery = self._discovery.summary(), self._discover_again()
                     if self._discovery.summary() != before:
                         log.info("the settings were read again: %s", self._discovery.summary())
             return self._discovery
@@ -2934,11 +2940,7 @@ class Providers:
         Several OAuth logins stand in for each other in any case, since that costs nothing. Raises
         BadRequest for a model that is no string, CredentialError when there is no login at all.
         """
-        if model is not None and not isinstance(model, str):
-            raise BadRequest("model must be a string", param="model")
-        if model and len(model) > self.MAX_MODEL_ID:
-            raise BadRequest(f"model is longer than {self.MAX_MODEL_ID} characters", param="model")
-        discovery = self.current()
+        discovery, wanted = self.current(), self._wanted(model)
         if discovery.problem:
             raise ProxyError(
                 discovery.problem,
@@ -2949,20 +2951,37 @@ class Providers:
             )
         if not discovery.providers:
             raise CredentialError(". ".join([discovery.advice, *discovery.notes]))
-        name = (model or "").strip()
-        aliases = (meant for alias, meant in self.aliases if fnmatch.fnmatchcase(name, alias))
-        model = next(aliases, name) or discovery.model
-        if not model:
+        wanted = wanted or discovery.model
+        if not wanted:
             raise BadRequest(
                 "the request names no model: name one of /v1/models, or start with --model ID",
                 param="model",
             )
-        targets = self.serving(lists or []).targets(model)
+        targets = self.serving(lists or []).targets(wanted)
         if self.options.failover:
             return targets
         if targets[0].provider.oauth:
             return [target for target in targets if target.provider.oauth]
         return targets[:1]
+
+    def _wanted(self, model: Any) -> str:
+        """Return the model that a request means, after the aliases; empty if it names none."""
+        if model is not None and not isinstance(model, str):
+            raise BadRequest("model must be a string", param="model")
+        name = (model or "").strip()
+        if len(name) > self.MAX_MODEL_ID:
+            raise BadRequest(f"model is longer than {self.MAX_MODEL_ID} characters", param="model")
+        aliases = (meant for alias, meant in self.aliases if fnmatch.fnmatchcase(name, alias))
+        return next(aliases, name)
+
+    def _discover_again(self) -> Discovery:
+        try:
+            return self._discover()
+        except ValueError as error:
+            # The settings do not know the provider of the options any more.
+            discovery = copy.copy(self._discovery)
+            discovery.providers, discovery.advice = [], str(error)
+            return discovery
 
     def _discover(self) -> Discovery:
         # Login files come and go.
@@ -6241,6 +6260,16 @@ class ToolCall:
             self._envelope = self._shapes.custom.get(self._client_name)
         elif name:
             self._repeats_name = True
+        fresh = self._fresh(arguments)
+        if not self.name:
+            return None
+        self.arguments.add(fresh)
+        # What a custom tool is called with is known at the end.
+        text = "" if self._envelope else fresh
+        return self._delta(text, is_first) if text or is_first else None
+
+    def _fresh(self, arguments: str) -> str:
+        """Return what is new in the arguments and can go out now; the rest is kept."""
         fresh = self._increments.feed(arguments)
         # Some send {} first and then the arguments.
         if not (self._kept and self._has_none() and fresh.lstrip()[:1] == "{"):
@@ -6248,12 +6277,7 @@ class ToolCall:
         # Arguments before the name are of no use to the client yet.
         is_kept = not self.name or not self.arguments.size and self._may_be_empty(fresh)
         self._kept, fresh = (fresh, "") if is_kept else ("", fresh)
-        if not self.name:
-            return None
-        self.arguments.add(fresh)
-        # What a custom tool is called with is known at the end.
-        text = "" if self._envelope else fresh
-        return self._delta(text, is_first) if text or is_first else None
+        return fresh
 
     def _delta(self, text: str, is_first: bool = False) -> Json:
         kind = self._envelope or "function"
@@ -6387,22 +6411,25 @@ class ToolCalls:
         return [delta for call in self.named for delta in call.close()]
 
     def _call_for(self, index: int | None, call_id: str, name: str, arguments: str) -> ToolCall:
-        same_index = self._by_index.get(index)
         if call_id:
-            call = self._by_id.get((call_id, index)) or self._by_id.get((call_id, None))
-            if call and not call.is_followed_by(call_id, name, arguments):
-                return call
-            if same_index and not same_index.upstream_id and not same_index.name:
-                # Its id comes late: ours has not gone out yet.
-                return same_index
-            return self._new(index, call_id)
+            return self._call_of(call_id, index, name, arguments)
         last = self.calls[-1] if self.calls else None
         if last and index is not None and (name or last.has_index):
             last = None
-        latest = same_index or last
+        latest = self._by_index.get(index) or last
         if latest is None or latest.is_followed_by("", name, arguments):
             return self._new(index, "")
         return latest
+
+    def _call_of(self, call_id: str, index: int | None, name: str, arguments: str) -> ToolCall:
+        call = self._by_id.get((call_id, index)) or self._by_id.get((call_id, None))
+        if call and not call.is_followed_by(call_id, name, arguments):
+            return call
+        call = self._by_index.get(index)
+        if call and not call.upstream_id and not call.name:
+            # Its id comes late: ours has not gone out yet.
+            return call
+        return self._new(index, call_id)
 
     def _new(self, index: int | None, call_id: str) -> ToolCall:
         call = ToolCall(self._shapes, self._budget, call_id, index is not None)
@@ -6657,18 +6684,8 @@ class ChatDecoder:
 
     def close(self) -> None:
         """Take the end of the body; raises UpstreamError when the upstream broke off."""
-        if self._whole is not None:
-            self._feed_event(Event(self._completion(self._whole)))
-            # JSON that can be read is whole, even if it names no finish reason.
-            self.is_done = True
-        elif not self.is_done:
-            try:
-                for event in self._events.close():
-                    self._feed_event(event)
-            except UpstreamError as error:
-                # An event that is cut is no loss once the finish reason is there.
-                if error.code != "upstream_cut" or not self.is_finished():
-                    raise
+        if not self.is_done:
+            self._feed_rest()
         if not self._choices or not (self.is_done or self.is_finished()):
             cut = "ended its answer without a finish reason"
             fault = cut if self._choices else "answered with an empty stream"
@@ -6680,6 +6697,21 @@ class ChatDecoder:
             self._send({**self._chunk([]), "usage": self.usage})
         elif self._extra and not self._is_stream:
             self._send(self._chunk([]))
+
+    def _feed_rest(self) -> None:
+        """Translate what has no blank line behind it: the last event, or all of one JSON."""
+        if self._whole is not None:
+            self._feed_event(Event(self._completion(self._whole)))
+            # JSON that can be read is whole, even if it names no finish reason.
+            self.is_done = True
+            return
+        try:
+            for event in self._events.close():
+                self._feed_event(event)
+        except UpstreamError as error:
+            # An event that is cut is no loss once the finish reason is there.
+            if error.code != "upstream_cut" or not self.is_finished():
+                raise
 
     def _completion(self, body: bytearray) -> bytes:
         """Return the JSON of a whole completion; raises UpstreamError where it is none."""
@@ -8215,11 +8247,13 @@ class CountsFile:
             self.path, timeout=self.BUSY, isolation_level=None
         )
         if self.is_empty(connection):
-            connection.execute("PRAGMA journal_mode = WAL")
             connection.executescript(
                 f"BEGIN IMMEDIATE; {self.TABLE}; PRAGMA user_version = {self.VERSION}; "
                 f"PRAGMA application_id = {self.APPLICATION_ID}; COMMIT"
             )
+        # SQLite waits for no other process with this: the next opening does it then.
+        with contextlib.suppress(sqlite3.OperationalError):
+            connection.execute("PRAGMA journal_mode = WAL")
         # With WAL the end of the program loses nothing so, that of the machine the last moments.
         connection.execute("PRAGMA synchronous = NORMAL")
         return connection
@@ -8303,7 +8337,8 @@ def read_counts(
         if path and os.path.exists(path):
             CountsFile.check_regular(path)
             url = urllib.request.pathname2url(os.path.abspath(path))
-            connection.execute("ATTACH ? AS file", (f"file:{url}?mode=ro",))
+            # Not mode=ro, which cannot read what a program left that was killed while it wrote.
+            connection.execute("ATTACH ? AS file", (f"file:{url}?mode=rw",))
             if not CountsFile.is_empty(connection, "file"):
                 sources.append("SELECT * FROM file.buckets")
         connection.execute(f"CREATE TEMP VIEW counts AS {' UNION ALL '.join(sources)}")
@@ -9982,12 +10017,13 @@ class Stream:
 
 
 class StreamLoop:
-    """Moves the pieces of all streams in one thread, while their connections' threads sleep.
+    """Moves the pieces of all answers in one thread, while their connections' threads sleep.
 
-    A stream is little work and much waiting: to wake a thread costs more than what it does then.
+    An answer is little work and much waiting, and to wake a thread for each piece costs more than
+    the piece. What the clock decides is looked at here for all of them at once.
     """
 
-    # At least so long from one turn to the next: pieces that come together cost half.
+    # At least so long from one turn to the next: pieces that are moved together cost less.
     TURN = 0.002
 
     def __init__(self) -> None:
@@ -9996,17 +10032,19 @@ class StreamLoop:
         # New ones, and those that need not wait.
         self._ready: collections.deque[Stream] = collections.deque()
         self._next_turn, self._next_look, self._is_closed = 0.0, math.inf, False
-        self._bell, self._rope = socket.socketpair()
-        self._bell.setblocking(False)
-        self._rope.setblocking(False)
-        self._selector.register(self._bell, selectors.EVENT_READ)
+        self._woken, self._waker = socket.socketpair()
+        self._woken.setblocking(False)
+        self._waker.setblocking(False)
+        self._selector.register(self._woken, selectors.EVENT_READ)
         threading.Thread(target=self._run, daemon=True).start()
 
     def carry(self, stream: Stream) -> None:
         """Return when a stream is over, or too heavy for the loop; raises what ended it."""
+        if self._is_closed:
+            raise ShuttingDown
         stream.exchange.is_on_loop = True
         self._ready.append(stream)
-        self._ring()
+        self._wake()
         stream.is_over.wait()
         stream.exchange.is_on_loop = False
         if stream.error:
@@ -10019,19 +10057,19 @@ class StreamLoop:
     def close(self) -> None:
         """End the loop, and with ShuttingDown the streams that it still has."""
         self._is_closed = True
-        self._ring()
+        self._wake()
 
-    def _ring(self) -> None:
-        # Full is as good as rung; closed is over.
+    def _wake(self) -> None:
+        # A full one wakes it as well; a closed one has ended.
         with contextlib.suppress(OSError):
-            self._rope.send(b"!")
+            self._waker.send(b"!")
 
     def _run(self) -> None:
         while not self._is_closed:
             self._turn()
         for stream in {*self._streams, *self._ready}:
             self._end(stream, ShuttingDown())
-        for each in (self._selector, self._bell, self._rope):
+        for each in (self._selector, self._woken, self._waker):
             each.close()
 
     def _turn(self) -> None:
@@ -10045,7 +10083,7 @@ class StreamLoop:
             if key.data:
                 self._move(key.data)
             else:
-                self._bell.recv(PIECE)
+                self._woken.recv(PIECE)
         for _ in range(len(self._ready)):
             self._move(self._ready.popleft())
         if time.monotonic() >= self._next_look:

@@ -2066,6 +2066,22 @@ def test_settings_give_providers_and_the_active_one(home, version, form):
     assert "DASHSCOPE_API_KEY is not set" in other.problem() and "MY_KEY" in mine.problem()
 
 
+def test_settings_that_lose_the_provider_of_the_options_are_no_fault(
+    home, upstream, serve, monkeypatch
+):
+    monkeypatch.setattr(qp.Providers, "INTERVAL", 0)
+    key = {"K": "sk-good-1"}
+    write_settings(home, upstream, env=key)
+    server = serve(provider="127.0.0.1")
+    assert chat(server)[0] == 200
+    (home / "settings.json").write_text('{"modelProviders": {}}')
+    status, _, body = chat(server)
+    assert status == 401 and "127.0.0.1" in body["error"]["message"]
+    assert get(server, "/v1/models")[1]["data"] == []
+    write_settings(home, upstream, {"temperature": 0}, env=key)
+    assert chat(server)[0] == 200
+
+
 def test_key_precedence_environment_dotenv_settings(home):
     write_entries(home)
 
@@ -4937,6 +4953,22 @@ def test_several_processes_and_a_reader_share_one_file(home):
     assert in_file(path) == (6000, 6000) and stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
+def test_counts_are_read_after_a_death_in_the_middle_of_writing(home):
+    path, left = home / "c.sqlite3", home / "left.sqlite3"
+    facts, counts = ("r", "p", "m", "c", 200, 1, 2, 0, 3, 0, 4, 5), qp.CountsFile(str(path))
+    counts.add([(int(time.time()), *facts)])
+    counts.close()
+    with contextlib.closing(sqlite3.connect(str(path), isolation_level=None)) as writer:
+        writer.execute("PRAGMA journal_mode = DELETE")
+        # Then it writes before the transaction ends.
+        writer.execute("PRAGMA cache_size = 1")
+        writer.execute("BEGIN")
+        writer.executemany(qp.CountsFile.ADD, [(number, *facts) for number in range(2000)])
+        for suffix in ("", "-journal"):
+            shutil.copy(f"{path}{suffix}", f"{left}{suffix}")
+    assert [group["requests"] for group in qp.read_counts(str(left), ["model"], 2)["groups"]] == [1]
+
+
 @posix
 @pytest.mark.parametrize("after", [50, 400, 1500])
 def test_a_killed_writer_leaves_a_good_file(home, after):
@@ -4970,9 +5002,20 @@ JUMPS = {
 }
 
 
-@pytest.mark.parametrize("name", JUMPS)
-def test_old_buckets_become_days_and_no_clock_does_harm(home, monkeypatch, name):
-    path, real = str(home / "c.sqlite3"), time.time()
+# Where the clock goes between three starts, in days, and how many buckets are left of the last 85
+# days; the file has one of each hour of the last 200 days.
+@rows("""
+jumps | left
+steady | 0, 0, 0 | 85 * 24
+years ahead | 0, 7000, 7000 | 85
+ahead and back | 0, 7000, 0 | 85 * 24
+years back | 0, -15_000, -15_000 | 85 * 24
+back and ahead | 0, -400, 0 | 85 * 24
+""")
+def test_old_buckets_become_days_and_no_clock_does_harm(home, monkeypatch, jumps, left):
+    # In the afternoon: a day's bucket is its noon, which may be more or less than 85 days ago.
+    real = time.mktime((*time.localtime()[:3], 15, 0, 0, 0, 0, -1))
+    path = str(home / "c.sqlite3")
     facts, counts = ("POST /x", "p", "m", "c", 200, 1, 2, 0, 3, 0, 4, 5), qp.CountsFile(path)
     counts._next_merge = float("inf")
     counts.add([(int(real) - hour * 3600, *facts) for hour in range(1, 4800)])
@@ -4985,13 +5028,10 @@ def test_old_buckets_become_days_and_no_clock_does_harm(home, monkeypatch, name)
         assert ledger.problem == ""
     assert in_file(path) == (4799 + 3, 2 * 4799 + 3)
     recent = "SELECT count(*) FROM buckets WHERE route = 'POST /x' AND bucket >= "
-    # A day's bucket is at noon, which may be before now.
-    assert in_file(path, recent + str(int(real) - 85 * DAY))[0] - left in (0, 1)
-    old = in_file(
-        path,
-        "SELECT count(*), sum(requests) FROM buckets WHERE bucket < " + str(int(real) - 92 * DAY),
-    )
-    assert old[0] < 130 and (old[1] >= 107 * 24)
+    assert in_file(path, recent + str(int(real) - 85 * DAY))[0] == value_of(left)
+    older = "SELECT count(*), sum(requests) FROM buckets WHERE bucket < "
+    rows, requests = in_file(path, older + str(int(real) - 92 * DAY))
+    assert rows < 130 and requests >= 107 * 24
 
 
 # Days ago, provider, model, client, outcome, requests, tokens.
