@@ -9633,13 +9633,15 @@ class Exchange:
         self._reader.rate = self.BODY_RATE
         if self.headers.get("expect", "").lower() == "100-continue" and self._unread:
             self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        # Where a broken body ends, and the next request begins, is not known (RFC 9112 9.2).
+        closes, self.closes = self.closes, True
         if self._is_chunked:
             body = self._read_chunked(limit)
         else:
             body = self._rfile.read(self._length)
             if len(body) < self._length:
                 raise BadRequest(f"the body ended after {len(body)} of {self._length} bytes")
-        self._unread = False
+        self._unread, self.closes = False, closes
         return body
 
     def _read_chunked(self, limit: int) -> bytes:

@@ -5858,7 +5858,8 @@ length with underscore | POST + b"Content-Length: 1_0\r\n\r\n" | 400
 length with space | POST + b"Content-Length: 1 0\r\n\r\n" | 400
 length negative | POST + b"Content-Length: -1\r\n\r\n" | 400
 length too large | POST + b"Content-Length: 99999999999\r\n\r\n" | 413
-chunk size | POST + CHUNKS + b"xyz\r\nxyz\r\n" | 400
+chunk size | POST + CHUNKS + b"xyz\r\n0\r\n\r\n" + HEALTH | 400
+chunk without its end, RFC 9112 9.2 | POST + CHUNKS + b"2\r\n{}0\r\n\r\n0\r\n\r\n" + HEALTH | 400
 chunk extension with NUL | POST + CHUNKS + b"2;\0\r\n{}\r\n0\r\n\r\n" | 400
 chunk extensions without end | POST + CHUNKS + (b"1;" + b"a" * 9000 + b"\r\n \r\n") * 9 | 400
 chunk trailer with a blank | POST + CHUNKS + b"0\r\nX : y\r\n\r\n" | 400
