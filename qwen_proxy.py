@@ -3431,13 +3431,11 @@ class UpstreamResponse:
 
     def drain(self) -> None:
         """Read what little may follow the end of the stream, so that the connection can be kept."""
-        if not self._body.is_done and self._connection is not None:
-            deadline = time.monotonic() + self.DRAIN_TIMEOUT
-            with contextlib.suppress(UpstreamError):
-                while not self._body.is_done:
-                    self._connection.waiter = Waiter(timeout=deadline - time.monotonic())
-                    if not self.receive():
-                        break
+        deadline = time.monotonic() + self.DRAIN_TIMEOUT
+        with contextlib.suppress(UpstreamError):
+            while self._connection and not self._body.is_done and time.monotonic() < deadline:
+                if self.receive_now() is None:
+                    is_ready(self.source, selectors.EVENT_READ, deadline - time.monotonic())
         self.close()
 
 
