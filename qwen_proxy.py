@@ -8249,6 +8249,8 @@ class CountsFile:
                 f"BEGIN IMMEDIATE; {self.TABLE}; PRAGMA user_version = {self.VERSION}; "
                 f"PRAGMA application_id = {self.APPLICATION_ID}; COMMIT"
             )
+        # A table with other columns ends here, before anything is changed.
+        connection.execute("SELECT max(bucket) FROM buckets")
         # SQLite waits for no other process with this: the next opening does it then.
         with contextlib.suppress(sqlite3.OperationalError):
             connection.execute("PRAGMA journal_mode = WAL")
