@@ -96,7 +96,7 @@ import urllib.parse
 import urllib.request
 import zlib
 from email.utils import formatdate, parsedate_to_datetime
-from typing import Any, Callable, Dict, Iterable, Iterator, Mapping, NamedTuple
+from typing import AbstractSet, Any, Callable, Dict, Iterable, Iterator, Mapping, NamedTuple
 
 __version__: str = "1.0.0"  # qwen_proxy.py needs Python 3.8 or newer
 __all__ = ["make_server", "ProxyServer", "ProxyError", "CredentialError", "UpstreamError", "main"]
@@ -4537,10 +4537,10 @@ class Rewrite:
     LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
     # Overview page of Model Studio's OpenAI compatibility: 'ignored'; object metadata and the rest
     # are refused by models of other makers behind it (Qwen Code, dashscope.ts).
-    OPENAI_ONLY = (
+    OPENAI_ONLY = frozenset(
         "logit_bias metadata prediction prompt_cache_key prompt_cache_retention safety_identifier "
-        "service_tier store verbosity web_search_options"
-    ).split()
+        "service_tier store verbosity web_search_options".split()
+    )
     # Open WebUI sends custom parameters as text.
     READERS: dict[str, Callable[[Any], Any]] = {
         **dict.fromkeys(
@@ -4585,7 +4585,7 @@ class Rewrite:
     }
     # Controls for other servers that clients offer for every server. Unknown ones pass, as a
     # parameter that Qwen will have tomorrow does.
-    FOREIGN = (
+    FOREIGN = frozenset(
         # Ollama, as Open WebUI's advanced parameters and Jan name them.
         "auto_compact ctx_len format keep_alive mirostat mirostat_eta mirostat_tau num_batch "
         "num_ctx num_gpu num_keep num_thread repeat_last_n use_mlock use_mmap "
@@ -4594,8 +4594,8 @@ class Rewrite:
         "dry_sequence_breakers min_p sampler_order tfs tfs_z top_a typical_p xtc_probability "
         "xtc_threshold "
         # OpenRouter and Mistral.
-        "include_reasoning models plugins provider route safe_prompt transforms usage"
-    ).split()
+        "include_reasoning models plugins provider route safe_prompt transforms usage".split()
+    )
 
     def __init__(self, request: Json, target: Target):
         self.body = {**request, "model": target.model}
@@ -4893,11 +4893,11 @@ class Rewrite:
         if isinstance(temperature, (int, float)) and temperature >= 2:
             self.body["temperature"] = 1.99
         if isinstance(top_p, (int, float)) and top_p <= 0:
-            self._leave_out("top_p")
+            self._leave_out({"top_p"})
 
-    def _leave_out(self, *names: str) -> None:
+    def _leave_out(self, names: AbstractSet[str]) -> None:
         """Drop fields; the notes name those that ask for something that does not happen here."""
-        dropped = {name: self.body.pop(name) for name in names if name in self.body}
+        dropped = {name: self.body.pop(name) for name in sorted(names & self.body.keys())}
         missed = [name for name, value in dropped.items() if value not in self.MEANT.get(name, ())]
         if missed:
             self.notes.append(f"left out: {', '.join(missed)}")
@@ -4906,7 +4906,7 @@ class Rewrite:
         """No empty list of tools, tools with parameters, tool_choice in OpenAI's shape."""
         if not self.body.get("tools"):
             self.body.pop("tools", None)
-            self._leave_out("tool_choice", "parallel_tool_calls")
+            self._leave_out({"tool_choice", "parallel_tool_calls"})
             return
         is_strict = any(dig(tool, "function", "strict") for tool in self.body["tools"])
         if is_strict and "alibaba" in self.traits:
@@ -4978,11 +4978,11 @@ class Rewrite:
         """Fields that only OpenAI itself knows are left out."""
         defaults = [name for name in ("n", "modalities") if self.body.get(name) in self.MEANT[name]]
         user = [] if isinstance(self.body.get("user", ""), str) else ["user"]
-        self._leave_out(*self.OPENAI_ONLY, *defaults, *user)
+        self._leave_out(self.OPENAI_ONLY.union(defaults, user))
 
     def foreign_fields(self) -> None:
         """Fields of other servers are left out; the one that Qwen has too gets Qwen's name."""
-        self._leave_out(*self.FOREIGN)
+        self._leave_out(self.FOREIGN)
         if "repeat_penalty" in self.body:
             self.body.setdefault("repetition_penalty", self.body.pop("repeat_penalty"))
 
