@@ -6868,8 +6868,9 @@ class CompletionCollector:
     OBJECT = "chat.completion"
     # Bytes of memory of a field besides its name and value, about.
     FIELD_COST = 256
-    # Of a chunk, what is not its envelope.
-    OWN = ("choices", "usage")
+    # Of a chunk, what is not its envelope; with what is the same in all chunks of an answer.
+    OWN = frozenset({"choices", "usage"})
+    NOT_NEW = OWN | {"id", "object", "created", "model"}
     # Strings within objects of deltas that come in pieces, as all of a delta itself do.
     GROWING = frozenset({"data", "transcript", "arguments", "input"})
 
@@ -6889,8 +6890,9 @@ class CompletionCollector:
     def feed(self, chunk: Json) -> None:
         """Add one chunk."""
         # Most envelopes hold nothing that the first one did not.
+        passed = self.NOT_NEW if self._head else self.OWN
         for name, value in chunk.items() if len(chunk) > 5 or not self._head else ():
-            if name not in self.OWN and self._head.get(name, self) != value:
+            if name not in passed and self._head.get(name, self) != value:
                 self._keep(self._head, name, value)
         for part in chunk["choices"]:
             self._add(self._choices[part["index"]], part)
