@@ -7636,7 +7636,10 @@ class ResponseRequest:
         """Return the messages that the instructions and the items make together."""
         rules = self.asked.get("instructions")
         messages = [{"role": "system", "content": rules}] if as_text(rules) else []
-        for index, item in enumerate([*as_list(rules), *items]):
+        items = [*as_list(rules), *items]
+        # What comes before the client's own is not counted.
+        own = len(as_list(self.asked.get("input")))
+        for index, item in enumerate(items, own - len(items)):
             where = f"input.{index}"
             if not isinstance(item, dict):
                 raise BadRequest(f"input[{index}] must be an object", param=where)

@@ -4113,6 +4113,9 @@ custom tool, nested | chat | tools=[NESTED_TOOL] | "patch", '{"input": "*** Begi
 custom tool, called with bare text | chat | tools=[NESTED_TOOL] | "patch", "*** Begin" | {"type": "custom", "custom": {"name": "patch", "input": "*** Begin"}}
 custom tool of a Response | responses | tools=[FLAT] | "patch", '{"input": "*** Begin"}' | {"type": "custom_tool_call", "name": "patch", "input": "*** Begin"}
 custom tool of a Response for chat | chat | input="Hi", tools=[FLAT] | "patch", '{"input": "*** Begin"}' | function("patch", arguments="*** Begin")
+custom tool of a Response, with an object | responses | tools=[{**FLAT, "custom": {}}] | "patch", '{"input": "*** Begin"}' | {"type": "custom_tool_call", "name": "patch", "input": "*** Begin"}
+custom tool with a reserved name | chat | tools=[{"type": "custom", "custom": {"name": "search"}}] | "search_tool", '{"input": "x"}' | {"type": "custom", "custom": {"name": "search", "input": "x"}}
+custom tool with a reserved name, of a Response | responses | tools=[{**FLAT, "name": "search"}] | "search_tool", '{"input": "x"}' | {"type": "custom_tool_call", "name": "search", "input": "x"}
 function beside a custom tool | chat | tools=[F, NESTED_TOOL] | "f", '{"input": "x"}' | function(arguments='{"input": "x"}')
 tool in an item, Codex 0.144 | responses | input=lite(SPACE) | "functions__g", "{}" | {"type": "function_call", "name": "g", "namespace": "functions", "arguments": "{}"}
 custom tool in an item | responses | input=lite(SPACE) | "functions__exec", '{"input": "ls"}' | {"type": "custom_tool_call", "name": "exec", "namespace": "functions", "input": "ls"}
@@ -4664,6 +4667,14 @@ def test_a_previous_response_that_is_unknown_is_said_in_openai_s_words(key_serve
     assert (status, body["error"]) == (400, error)
     assert message.startswith("Previous response with id 'resp_1' not found.")
     assert upstream.requests == []
+
+
+def test_an_item_is_named_by_its_place_in_the_client_s_input(key_server):
+    rules, odd = [{"role": "developer", "content": "Be brief."}], {"type": "nothing"}
+    before = respond(key_server)[1]["id"]
+    for more in ({}, {"instructions": rules}, {"previous_response_id": before}):
+        _, body = respond(key_server, input=[*HI, odd], **more)
+        assert (body["error"]["param"], body["error"]["message"][:8]) == ("input.1", "input[1]")
 
 
 ODD_FIELDS = """instructions tools tool_choice reasoning text include metadata max_output_tokens
