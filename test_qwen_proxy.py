@@ -7122,12 +7122,17 @@ class Process:
     """The program as a person runs it, but with short waits."""
 
     command = program(SHORT_WAITS)
-    # What a shell starts in the background ignores SIGINT.
-    begin = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    begin = begin if os.name == "posix" else None
+
+    @staticmethod
+    def begin():
+        """What a shell starts in the background ignores SIGINT."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def __init__(self, *arguments, **environ):
-        more = {"env": {**os.environ, **environ}, "preexec_fn": self.begin}
+        more = {
+            "env": {**os.environ, **environ},
+            "preexec_fn": self.begin if os.name == "posix" else None,
+        }
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         self.popen = subprocess.Popen([*self.command, *arguments], **more, **pipes)
         self.lines, self.is_up = [], threading.Event()
