@@ -11463,11 +11463,9 @@ def tune_process() -> None:
     """Set what serves many streams better than Python's defaults, in a process that is ours.
 
     The collector need not look at modules, nor so often: 15 % of a small request, measured here. A
-    switch interval of 0.005 costs 15 % more with 100 streams. A stream takes two descriptors, and
-    the usual soft limit of 1024 ends at 500 streams.
+    stream takes two descriptors, and the usual soft limit of 1024 ends at 500 streams.
     """
     Listener.shares_processor = True
-    sys.setswitchinterval(0.05)
     # No log line shows them, nor who called; Python's Logging HOWTO, Optimization.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     vars(logging)["_srcfile"] = None
