@@ -73,7 +73,6 @@ import itertools
 import json
 import logging
 import logging.handlers
-import math
 import operator
 import os
 import queue
@@ -3061,11 +3060,9 @@ class Waiter:
         heartbeat: Callable[[], None] | None = None,
     ):
         self.timeout, self._interval, self._heartbeat = timeout, interval, heartbeat
-        # Between two looks.
-        self.pause = min(self.LOOK, interval / 2)
         self._client, self._is_stopping = client, False
         self._last_sign = self._last_progress = time.monotonic()
-        self._next_look = self._last_sign + self.pause
+        self._next_look = self._last_sign + self.LOOK
 
     def for_reading(self, upstream: socket.socket) -> None:
         """Return when the upstream can be read."""
@@ -3093,7 +3090,7 @@ class Waiter:
     def look(self) -> None:
         """Look at the shutdown, the client, the progress, and the sign of life that may be due."""
         now = time.monotonic()
-        self._next_look = now + self.pause
+        self._next_look = now + self.LOOK
         if self._is_stopping:
             raise ShuttingDown
         if self._client is not None:
@@ -3161,8 +3158,6 @@ class Connection:
     def __init__(self, connected: http.client.HTTPConnection):
         self._connected, self.socket = connected, connected.sock
         self.socket.setblocking(False)
-        # Bytes of a TLS record that were read already, which the socket does not show.
-        self._pending: Callable[[], int] = getattr(self.socket, "pending", int)
         self.waiter, self.idle_since = Waiter(), 0.0
         self.has_received = self.has_more = False
 
@@ -3176,17 +3171,21 @@ class Connection:
 
     def wait(self) -> None:
         """Return when there may be something to receive; raises what a Waiter raises."""
-        if not self._pending():
+        # Bytes of a TLS record may have been read already, which the socket does not show.
+        if not (isinstance(self.socket, ssl.SSLSocket) and self.socket.pending()):
             self.waiter.for_reading(self.socket)
 
     def receive_now(self) -> bytes | None:
         """Return what has arrived, nothing at the end, None while nothing has; raises OSError."""
+        self.has_more = False
         try:
             received: bytes = self.socket.recv(PIECE)
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return None
         self.has_received = self.has_received or bool(received)
-        self.has_more = len(received) == PIECE or self._pending() > 0
+        # Of TLS no more than one record is read at once.
+        is_record = isinstance(self.socket, ssl.SSLSocket) and bool(received)
+        self.has_more = is_record or len(received) == PIECE
         return received
 
     def is_quiet(self) -> bool:
@@ -3301,6 +3300,8 @@ class UpstreamResponse:
         self._stays_open = line.group(1) != b"0" and not closes
         self._coding = self.headers.get("content-encoding", "").strip().lower()
         self._inflater: Any = None
+        # What has come and is not unpacked yet.
+        self._packed = b""
         self._body = BodyDecoder(self.status, self.headers)
         if self._body.is_done:
             self._body.surplus = self._received
@@ -3335,8 +3336,7 @@ class UpstreamResponse:
 
     def _is_ready(self) -> bool:
         """Return whether bytes that have come are not decoded yet, or no more will come."""
-        tail = self._inflater.unconsumed_tail if self._inflater else b""
-        return self._body.is_done or bool(self._received or tail)
+        return self._body.is_done or bool(self._received or self._packed)
 
     def wait(self) -> None:
         """Return when there may be something to receive; raises what a Waiter raises."""
@@ -3367,8 +3367,7 @@ class UpstreamResponse:
                 f"the upstream, or a gateway before it, compresses its answer as {coding!r} "
                 "although it was asked not to; only gzip and deflate are understood"
             )
-        tail = self._inflater.unconsumed_tail if self._inflater else b""
-        packed = tail or self._receive_now()
+        packed, self._packed = self._packed or self._receive_now(), b""
         if packed is None:
             return None
         if self._inflater is None:
@@ -3382,6 +3381,10 @@ class UpstreamResponse:
                 f"the upstream's answer is said to be {self._coding}, and is not; try again",
                 code="upstream_cut",
             ) from None
+        self._packed = self._inflater.unconsumed_tail or self._inflater.unused_data
+        if self._inflater.eof:
+            # Another member may follow (RFC 1952 2.2).
+            self._inflater = None
         return content or (None if packed else b"")
 
     def _receive_now(self) -> bytes | None:
@@ -3652,7 +3655,7 @@ class Answer:
         except UpstreamError as error:
             if not self._pending:
                 raise
-            self._failure, self.is_over = error, False
+            self._failure, self.is_over, self._kept = error, False, 0
 
 
 class Upstream:
@@ -10002,11 +10005,11 @@ class Stream:
         self.awaited: socket.socket | None = None
         self.error: Exception | None = None
         self.is_over = threading.Event()
-        self._moved = time.monotonic()
+        self.moved = time.monotonic()
 
     def move(self) -> None:
         """Push what has arrived through; nothing more while the client does not keep up."""
-        self._moved = time.monotonic()
+        self.moved = time.monotonic()
         if self.exchange.unsent:
             self.exchange.send_unsent()
         if not self.exchange.unsent:
@@ -10015,12 +10018,12 @@ class Stream:
 
     def look(self) -> None:
         """Look at what the clock decides; raises what a Waiter raises, OSError."""
-        self.waiter.look()
-        silence = time.monotonic() - self._moved
+        silence = time.monotonic() - self.moved
         if self.exchange.unsent and silence > self.exchange.WRITE_TIMEOUT:
             raise socket.timeout("timed out")
         if not self.exchange.unsent and silence > self.waiter.timeout:
             raise self.waiter.silence()
+        self.waiter.look()
 
 
 class StreamLoop:
@@ -10038,7 +10041,7 @@ class StreamLoop:
         self._streams: set[Stream] = set()
         # New ones, and those that need not wait.
         self._ready: collections.deque[Stream] = collections.deque()
-        self._next_turn, self._next_look, self._is_closed = 0.0, math.inf, False
+        self._next_turn, self._next_look, self._is_closed = 0.0, 0.0, False
         self._woken, self._waker = socket.socketpair()
         self._woken.setblocking(False)
         self._waker.setblocking(False)
@@ -10047,11 +10050,13 @@ class StreamLoop:
 
     def carry(self, stream: Stream) -> None:
         """Return when a stream is over, or too heavy for the loop; raises what ended it."""
-        if self._is_closed:
-            raise ShuttingDown
         stream.exchange.is_on_loop = True
         self._ready.append(stream)
         self._wake()
+        if self._is_closed:
+            # It may have come too late for the end of all.
+            stream.error = stream.error or ShuttingDown()
+            stream.is_over.set()
         stream.is_over.wait()
         stream.exchange.is_on_loop = False
         if stream.error:
@@ -10073,9 +10078,12 @@ class StreamLoop:
 
     def _run(self) -> None:
         while not self._is_closed:
-            self._turn()
-        for stream in {*self._streams, *self._ready}:
-            self._end(stream, ShuttingDown())
+            try:
+                self._turn()
+            except Exception as error:
+                # The loop must not end: all later streams would wait for it.
+                self._end_all(fault_of_ours(error))
+        self._end_all(ShuttingDown())
         for each in (self._selector, self._woken, self._waker):
             each.close()
 
@@ -10086,17 +10094,16 @@ class StreamLoop:
             pause = self._next_look - time.monotonic() if self._streams else None
         arrived = self._selector.select(pause)
         self._next_turn = time.monotonic() + self.TURN
-        for key, _ in arrived:
-            if key.data:
-                self._move(key.data)
-            else:
-                self._woken.recv(PIECE)
-        for _ in range(len(self._ready)):
-            self._move(self._ready.popleft())
+        due = {self._ready.popleft() for _ in range(len(self._ready))}
+        due.update(key.data for key, _ in arrived)
+        if None in due:
+            self._woken.recv(PIECE)
+        for stream in due - {None}:
+            self._advance(stream)
         if time.monotonic() >= self._next_look:
-            self._look()
+            self._look_at_all()
 
-    def _move(self, stream: Stream) -> None:
+    def _advance(self, stream: Stream) -> None:
         if stream.is_over.is_set():
             return
         try:
@@ -10117,24 +10124,22 @@ class StreamLoop:
             awaited, event = stream.exchange.connection, selectors.EVENT_WRITE
         if awaited is stream.awaited:
             return
-        if stream.awaited:
-            self._selector.unregister(stream.awaited)
+        before, stream.awaited = stream.awaited, None
+        if before:
+            self._selector.unregister(before)
         else:
             self._streams.add(stream)
-            self._next_look = min(self._next_look, time.monotonic() + stream.waiter.pause)
         self._selector.register(awaited, event, stream)
-        stream.awaited = awaited
+        stream.awaited, stream.moved = awaited, time.monotonic()
 
-    def _look(self) -> None:
-        """Look at all streams."""
+    def _look_at_all(self) -> None:
+        self._next_look = time.monotonic() + Waiter.LOOK
         for stream in list(self._streams):
             try:
                 stream.look()
                 self._await(stream)
             except Exception as error:
                 self._end(stream, error)
-        pauses = (stream.waiter.pause for stream in self._streams)
-        self._next_look = time.monotonic() + min(pauses, default=math.inf)
 
     def _end(self, stream: Stream, error: Exception | None = None) -> None:
         self._streams.discard(stream)
@@ -10142,6 +10147,10 @@ class StreamLoop:
             self._selector.unregister(stream.awaited)
         stream.awaited, stream.error = None, error
         stream.is_over.set()
+
+    def _end_all(self, error: Exception) -> None:
+        for stream in {*self._streams, *self._ready}:
+            self._end(stream, error)
 
 
 def relay(
@@ -10695,7 +10704,12 @@ class ProxyServer:
             return self._listen()
 
     def __enter__(self) -> ProxyServer:
-        """Serve in a thread of its own, until the with statement ends."""
+        """Serve in a thread of its own, until the with statement ends.
+
+        Raises RuntimeError for a server that was stopped.
+        """
+        if self.is_stopping:
+            raise RuntimeError("a server that was stopped cannot start again; make another one")
         self._is_serving = True
         threading.Thread(target=self.serve_forever, daemon=True).start()
         return self
@@ -10756,6 +10770,8 @@ class ProxyServer:
         self, api: ChatApi, request: Json, targets: list[Target], exchange: Exchange
     ) -> Iterator[list[Call]]:
         """Make the calls to the upstream that a request takes, and count them as running."""
+        if self.is_stopping:
+            raise ShuttingDown
         options, calls, waiters = self.options, [], []
         heartbeat = None
         if exchange.writer.is_stream:

@@ -796,6 +796,7 @@ def quick(serve, upstream, monkeypatch):
     """A server that gives a sign of life every 50 ms."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
     monkeypatch.setattr(qp, "KEEP_ALIVE_INTERVAL", 0.05)
+    monkeypatch.setattr(qp.Waiter, "LOOK", 0.02)
     return serve(base_url=upstream.dashscope, model="m")
 
 
@@ -5604,6 +5605,48 @@ def test_a_fault_in_one_stream_ends_no_other(key_server, upstream, monkeypatch):
     assert whole.endswith(DONE)
 
 
+def test_a_fault_of_the_loop_does_not_end_it(key_server, upstream, monkeypatch):
+    look, faults = qp.StreamLoop._look_at_all, [OSError("no more")]
+
+    def fail_once(self):
+        if faults and self._streams:
+            raise faults.pop()
+        look(self)
+
+    monkeypatch.setattr(qp.StreamLoop, "_look_at_all", fail_once)
+    upstream.script.append(stream(HELLO[0], threading.Event()))
+    assert b"internal error" in b"".join(lines_of(key_server, CHAT, {"messages": HI}))
+    go = threading.Event()
+    upstream.script.append(stream(HELLO[0], go, *HELLO[1:]))
+    lines = lines_of(key_server, CHAT, {"messages": HI})
+    assert next(lines) and not go.set() and b"".join(lines).endswith(DONE)
+
+
+def test_a_full_piece_and_then_silence_costs_nothing(quick, upstream, monkeypatch):
+    turns, turn, go = [], qp.StreamLoop._turn, threading.Event()
+    monkeypatch.setattr(qp.StreamLoop, "_turn", lambda self: (turns.append(1), turn(self)))
+    (full,) = texts("x" * 20_000)
+    # As much as is read at once, in one chunk.
+    full = full[: qp.PIECE - 8], full[qp.PIECE - 8 :]
+    upstream.script.append(stream(HELLO[0], full[0], go, full[1], *END))
+    lines = comments_until(quick, go, 5)
+    assert b"x" * 20_000 in b"".join(lines) and len(turns) < 100
+
+
+def test_an_error_behind_a_long_event_waits_for_nothing(key_server, upstream):
+    upstream.script.append(stream(*texts("x" * 300_000), NATIVE % FREE, threading.Event()))
+    *_, last = chat(key_server, stream=True)[2]
+    assert json.loads(last)["error"]["code"] == "insufficient_quota" and upstream.gone.wait(WAIT)
+
+
+def test_a_stream_that_comes_after_the_end_of_the_loop_ends(monkeypatch):
+    monkeypatch.setattr(qp.StreamLoop, "_run", lambda self: None)
+    loop = qp.StreamLoop()
+    loop.close()
+    with pytest.raises(qp.ShuttingDown):
+        loop.carry(qp.Stream(types.SimpleNamespace(waiter=None), types.SimpleNamespace()))
+
+
 @pytest.mark.parametrize("before", [[], [HELLO[0]]], ids=["before the answer", "in it"])
 def test_silence_is_filled_with_comments(quick, upstream, before):  # client 15
     go = threading.Event()
@@ -6102,6 +6145,7 @@ another coding | br | *HELLO | 'br'
 two codings | gzip, br | *HELLO | 'gzip, br'
 not packed | gzip | *HELLO | is not
 cut | gzip | *packed_in(b"".join(HELLO[:3]), "gzip") | finish reason
+something behind the end | gzip | gzip.compress(b"".join(HELLO[:2])) + b"x" * 9000 | is not
 a bomb | gzip | *packed_in(b"data:" + b" " * 3_000_000, "gzip") | more than 100000 bytes
 """)
 def test_what_cannot_be_unpacked_says_why(key_server, upstream, monkeypatch, coding, pieces, words):
@@ -6109,6 +6153,12 @@ def test_what_cannot_be_unpacked_says_why(key_server, upstream, monkeypatch, cod
     upstream.script.extend([coded(stream(*pieces_of(pieces)), coding)] * 3)
     got, _, answer = chat(key_server)
     assert got == 502 and words in answer["error"]["message"]
+
+
+def test_an_answer_of_several_gzip_members_is_whole(key_server, upstream):  # RFC 1952 2.2
+    members = [gzip.compress(piece) for piece in HELLO]
+    upstream.script.append(coded(stream(members[0], b"".join(members[1:])), "gzip"))
+    assert chat(key_server)[2]["choices"][0]["message"]["content"] == "Hello, wörld"
 
 
 def test_gzip_bomb_is_413(keyed):
@@ -6686,6 +6736,7 @@ def test_bytes_that_bring_nothing_have_a_limit(noisy, monkeypatch, name, is_stre
 @pytest.mark.parametrize("name", ["comments", "comments behind text"])
 def test_a_sign_of_life_goes_out_however_busy_the_upstream_is(noisy, monkeypatch, name):  # B1
     monkeypatch.setattr(qp, "KEEP_ALIVE_INTERVAL", 0.05)
+    monkeypatch.setattr(qp.Waiter, "LOOK", 0.02)
     lines = lines_of(noisy(NOISE[name]).server, CHAT, {"messages": HI})  # client 15
     said = list(itertools.islice(filter(bytes.strip, lines), 6))
     assert said[-3:] == [b": keep-alive\n"] * 3
