@@ -6202,13 +6202,19 @@ def test_vendored_server_runs_in_a_thread_and_stops(login, upstream):
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads cannot be bound here")
-def test_connections_share_a_processor_and_the_rest_of_the_program_is_free(key_server, monkeypatch):
+def test_what_serves_shares_a_processor_and_the_rest_of_the_program_is_free(
+    keyed, upstream, monkeypatch
+):
     before, seen = os.sched_getaffinity(0), []
-    serve_, look = qp.Handler.serve, lambda: seen.append(os.sched_getaffinity(0))
     monkeypatch.setattr(qp.Listener, "shares_processor", True)
-    monkeypatch.setattr(qp.Handler, "serve", lambda *both: look() or serve_(*both))
-    assert chat(key_server)[0] == chat(key_server)[0] == 200
-    assert len(set().union(*seen)) == 1 and len(seen) == 2 and os.sched_getaffinity(0) == before
+    for owner, name in ((qp.Handler, "serve"), (qp.Stream, "move")):
+        method, look = getattr(owner, name), lambda: seen.append(os.sched_getaffinity(0))
+        monkeypatch.setattr(owner, name, lambda *all, method=method: look() or method(*all))
+    server, go = keyed(), threading.Event()
+    upstream.script.append(stream(HELLO[0], go, *HELLO[1:]))
+    lines = lines_of(server, CHAT, {"messages": HI})
+    assert next(lines) and not go.set() and b"".join(lines).endswith(DONE)
+    assert len(set().union(*seen)) == 1 and len(seen) > 2 and os.sched_getaffinity(0) == before
 
 
 def test_make_server_takes_the_options_and_their_checks():  # U9
