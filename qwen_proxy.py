@@ -3388,26 +3388,27 @@ class UpstreamResponse:
         return content or (None if packed else b"")
 
     def _receive_now(self) -> bytes | None:
+        if self._body.is_done:
+            return b""
         try:
-            while not self._body.is_done:
-                received, self._received = self._received, b""
-                arrived = received or self._connection and self._connection.receive_now()
-                if arrived is None:
-                    return None
-                if not arrived:
-                    if not self._body.ends_with_connection:
-                        raise ConnectionError("connection closed")
-                    self._body.is_done, self._stays_open = True, False
-                content = self._body.feed(arrived) if arrived else b""
-                if content:
-                    return content
+            received, self._received = self._received, b""
+            arrived: bytes | None = received
+            if not received and self._connection:
+                arrived = self._connection.receive_now()
+            if arrived is None:
+                return None
+            if not arrived:
+                if not self._body.ends_with_connection:
+                    raise ConnectionError("connection closed")
+                self._body.is_done, self._stays_open = True, False
+            content = self._body.feed(arrived)
+            return content or (b"" if self._body.is_done else None)
         except (OSError, ValueError) as error:
             reason = reason_of(error)
             raise UpstreamError(
                 f"the upstream broke off in the middle of its answer ({reason}); try again",
                 code="upstream_cut",
             ) from error
-        return b""
 
     def read(self, limit: int) -> bytes:
         """Return the body up to a limit.

@@ -6750,6 +6750,14 @@ def test_a_sign_of_life_goes_out_however_busy_the_upstream_is(noisy, monkeypatch
     lines.close()
 
 
+def test_what_brings_no_content_is_read_a_piece_at_a_time():  # B1
+    pieces = iter([EVENTS, *[b"\r\n" * 8000] * 3])
+    connection = types.SimpleNamespace(socket=None, wait=lambda: None, has_more=True)
+    connection.receive_now = lambda: next(pieces)
+    response = qp.UpstreamResponse(connection, None, None)
+    assert response.receive_now() is None and response.has_more and len(list(pieces)) == 2
+
+
 def test_trailers_without_end_do_not_hold_the_next_request_up(noisy, monkeypatch):  # B2
     monkeypatch.setattr(qp.UpstreamResponse, "DRAIN_TIMEOUT", 0.02)
     fake = noisy((EVENTS + in_chunks(SSE) + b"0\r\n", b"X-Trailer: 1\r\n"))
