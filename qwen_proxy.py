@@ -7026,20 +7026,18 @@ class Writer:
     def close(self, usage: Json | None) -> None:
         """Write the end."""
         self._pieces.append(encode_event(DONE))
-        self.flush()
-        self._out.end_stream()
+        self.flush(is_last=True)
 
     def error(self, error: ProxyError) -> None:
         """Write the end of an answer that broke off; no [DONE], as it is not whole."""
-        self.flush()
-        self._out.write_events([encode_event(encode_json(error.body()))])
-        self._out.end_stream()
+        self._pieces.append(encode_event(encode_json(error.body())))
+        self.flush(is_last=True)
 
-    def flush(self) -> None:
-        """Send what was written, as one write."""
-        if self._pieces:
+    def flush(self, is_last: bool = False) -> None:
+        """Send what was written, as one write; the last one ends the body."""
+        if self._pieces or is_last:
             pieces, self._pieces = self._pieces, []
-            self._out.write_events(pieces)
+            self._out.write_events(pieces, is_last)
 
 
 class CollectingWriter(Writer):
@@ -8003,8 +8001,7 @@ class ResponsesWriter(Writer):
     def _end_stream(self, response: Json) -> None:
         self._store(response)
         self._emit(f"response.{response['status']}", response=response)
-        self.flush()
-        self._out.end_stream()
+        self.flush(is_last=True)
 
     def _response(self, status: str = "in_progress", usage: Json | None = None) -> Json:
         """Return the response object as it is now."""
@@ -9737,7 +9734,7 @@ class Exchange:
     # -- the answer ------------------------------------------------------------------------------
 
     def begin(self, answer: Answer) -> None:
-        """Note who answers, and when; for a stream the head goes out."""
+        """Note who answers, and when; a stream begins with its head."""
         self.target, self.began = answer.target, time.monotonic()
         self._adopt_request_id(answer.response.headers.get("x-request-id"))
         if not self._head_sent:
@@ -9772,31 +9769,34 @@ class Exchange:
         # One line each, whatever a header's value holds, and nothing secret in them.
         lines = [line if line.isprintable() else public(line) for line in lines]
         head = (SECRETS.mask("\r\n".join(lines)) + "\r\n\r\n").encode("latin-1", "replace")
-        self._write(head if self.method == "HEAD" else head + (body or b""))
+        if body is None:
+            # The first events go out with it, as one write.
+            self.unsent = head
+        else:
+            self._write(head if self.method == "HEAD" else head + body)
 
     def send_json(self, status: int, value: Any, headers: Iterable[tuple[str, str]] = ()) -> None:
         """Send a JSON value."""
         self.send(status, [("Content-Type", "application/json"), *headers], encode_json(value))
 
     def start_stream(self) -> None:
-        """Send the head of an event stream, once."""
+        """Make the head of an event stream, once; the next write sends it."""
         if not self._head_sent:
             self.send(200, self.STREAM_HEADERS, None)
 
-    def write_events(self, events: list[bytes]) -> None:
-        """Send whole events of a stream, each a chunk of the body, as one write."""
+    def write_events(self, events: list[bytes], is_last: bool = False) -> None:
+        """Send whole events of a stream, each a chunk of the body, as one write.
+
+        Behind the last ones the body ends as it should, so that the connection can be used again.
+        """
         if not self._is_http_1_0:
             events = [b"%x\r\n%s\r\n" % (len(event), event) for event in events]
+            events += [b"0\r\n\r\n"] if is_last else []
+        elif is_last:
+            self.closes = True
         self._write(b"".join(events))
         for waiter in self.waiters:
             waiter.heard()
-
-    def end_stream(self) -> None:
-        """End the body as it should end, so that the connection can be used again."""
-        if self._is_http_1_0:
-            self.closes = True
-        else:
-            self._write(b"0\r\n\r\n")
 
     def tally(self, calls: list[Call]) -> None:
         """Note what the calls came to, however they ended."""

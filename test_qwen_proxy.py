@@ -4216,10 +4216,10 @@ def response_writer(asked):
     """A writer that has no socket, and the list of the events that it writes."""
     events = []
 
-    def write(pieces):
+    def write(pieces, is_last=False):
         events.extend(json.loads(piece.partition(b"\ndata: ")[2]) for piece in pieces)
 
-    out = argparse.Namespace(write_events=write, end_stream=lambda: None)
+    out = argparse.Namespace(write_events=write)
     writer = qp.ResponsesWriter(out, asked, "qwen3.7-plus", lambda items: None)
     writer.is_stream = True
     writer.start()
