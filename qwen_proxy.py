@@ -10744,6 +10744,9 @@ class ProxyServer:
         self.is_stopping = True
         end = time.monotonic() + (self.options.grace if grace is None else grace)
         for listener in self._listeners:
+            # On Linux this wakes it, which otherwise takes its poll_interval.
+            with contextlib.suppress(OSError):
+                listener.socket.shutdown(socket.SHUT_RDWR)
             if self._is_serving:
                 listener.shutdown()
             listener.server_close()
