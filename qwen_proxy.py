@@ -471,7 +471,9 @@ OPTIONS = {
     "qwen_home": Option("the CLI's folder (default: ~/.qwen; also QWEN_HOME)", "DIR"),
     "timeout": Option("longest silence of the upstream (default: 300)", "SECONDS", _POSITIVE),
     "retries": Option("before the first byte of an answer only (default: 2)", "N"),
-    "max_connections": Option("the next one gets 503 (default: 1024)", "N", _POSITIVE),
+    "max_connections": Option(
+        "the next one gets 503 (default: 1024; on Windows 500)", "N", _POSITIVE
+    ),
     "max_body": Option("largest request (default: 64)", "MIB", _POSITIVE),
     "grace": Option(
         "from the first signal to the end, for running answers (default: 8)", "SECONDS", _POSITIVE
@@ -9970,7 +9972,7 @@ class Exchange:
             self._request_id = request_id
 
     def _write(self, data: bytes) -> None:
-        """Send all of the data; on the loop of the streams as much as the client takes."""
+        """Send all of the data; while the loop moves the stream, what the client takes at once."""
         self.unsent = bytes(self.unsent) + data if self.unsent else data
         self.send_unsent()
         while self.unsent and not self.is_on_loop:
@@ -10056,7 +10058,7 @@ class StreamLoop:
         self._ready.append(stream)
         self._wake()
         if self._is_closed:
-            # It may have come too late for the end of all.
+            # The loop may have looked at the new ones for the last time already.
             stream.error = stream.error or ShuttingDown()
             stream.is_over.set()
         stream.is_over.wait()
@@ -10074,7 +10076,7 @@ class StreamLoop:
         self._wake()
 
     def _wake(self) -> None:
-        # A full one wakes it as well; a closed one has ended.
+        # A full socket wakes the loop as well; a closed one says that it has ended.
         with contextlib.suppress(OSError):
             self._waker.send(b"!")
 
@@ -10549,7 +10551,7 @@ class Listener(http.server.ThreadingHTTPServer):
     poll_interval = 0.5
     # Above the limit of connections, so many at a time are told why; the others are just closed.
     MAX_REJECTIONS = 8
-    # Bind the threads to one processor: only where the process is ours.
+    # Bind the threads that serve to one processor: only where the process is ours.
     shares_processor = False
 
     def __init__(self, address: tuple[str, int], proxy: ProxyServer):
@@ -10744,7 +10746,7 @@ class ProxyServer:
         self.is_stopping = True
         end = time.monotonic() + (self.options.grace if grace is None else grace)
         for listener in self._listeners:
-            # On Linux this wakes it, which otherwise takes its poll_interval.
+            # Wakes it on Linux; elsewhere it takes up to its poll_interval to notice.
             with contextlib.suppress(OSError):
                 listener.socket.shutdown(socket.SHUT_RDWR)
             if self._is_serving:
