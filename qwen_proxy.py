@@ -7009,10 +7009,6 @@ class Writer:
     def start(self) -> None:
         """Write what goes out before the first chunk."""
 
-    def part(self, place: int) -> Callable[[Chunk], None]:
-        """Return what takes the chunks of one of the requests of split()."""
-        return self.feed
-
     def feed(self, chunk: Chunk) -> None:
         """Write one chunk."""
         self._pieces.append(encode_event(chunk.raw or encode_json(chunk.value)))
@@ -7172,31 +7168,30 @@ class EmbeddingsDecoder:
 
 
 class EmbeddingsWriter(Writer):
-    """Writes all batches as one answer, in their order, usage summed."""
+    """Writes all batches as one answer, in the order in which they are fed, usage summed."""
 
     is_stream = False
 
     def __init__(self, out: Any, model: str, is_base64: bool):
         super().__init__(out)
         self._model, self._encode = model, self._base64_of if is_base64 else list
-        self._batches: dict[int, tuple[list[Any], Json]] = {}
+        self._batches: list[tuple[list[Any], Json]] = []
 
-    def part(self, place: int) -> Callable[[Any], None]:
-        """Return what takes the vectors and the usage of one batch."""
-        return functools.partial(self._batches.__setitem__, place)
+    def feed(self, chunk: Any) -> None:
+        """Keep the vectors and the usage of one batch."""
+        self._batches.append(chunk)
 
     def close(self, usage: Json | None) -> None:
         """Write the whole answer."""
-        batches = [batch for _, batch in sorted(self._batches.items())]
         names = ("prompt_tokens", "total_tokens")
         answer = {
             "object": "list",
             "model": self._model,
-            "usage": {name: sum(used.get(name, 0) for _, used in batches) for name in names},
+            "usage": {name: sum(used.get(name, 0) for _, used in self._batches) for name in names},
             "data": [
                 {"object": "embedding", "index": index, "embedding": self._encode(vector)}
                 for index, vector in enumerate(
-                    vector for vectors, _ in batches for vector in vectors
+                    vector for vectors, _ in self._batches for vector in vectors
                 )
             ],
         }
@@ -10156,14 +10151,12 @@ class StreamLoop:
             self._end(stream, error)
 
 
-def relay(
-    answer: Answer, exchange: Exchange, loop: StreamLoop, place: int = 0, collector: Any = None
-) -> None:
+def relay(answer: Answer, exchange: Exchange, loop: StreamLoop, collector: Any = None) -> None:
     """Push an answer through to the client, piece by piece as it comes.
 
     With a collector, which is there for --log-level debug, the log shows the whole.
     """
-    feed = exchange.writer.part(place)
+    feed = exchange.writer.feed
     answer.deliver(functools.partial(feed_both, collector, feed) if collector else feed)
     exchange.writer.flush()
     while not answer.is_over:
@@ -10277,8 +10270,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with proxy.calls(api, request, targets, exchange) as calls:
             answers = exchange.open_all(calls, targets)
             exchange.begin(answers[0])
-            for place, answer in enumerate(answers):
-                relay(answer, exchange, proxy.streams, place, collector)
+            for answer in answers:
+                relay(answer, exchange, proxy.streams, collector)
             exchange.writer.close(answers[0].decoder.usage)
             for answer in answers:
                 answer.response.drain()

@@ -4193,7 +4193,7 @@ def test_odd_embeddings_are_no_500(answer, is_base64):
     out = argparse.Namespace(send_json=lambda status, value: answers.append(value))
     decoder = qp.EmbeddingsDecoder(1, qp.FAMILIES["dashscope"], qp.Budget())
     writer = qp.EmbeddingsWriter(out, "m", is_base64)
-    decoder.sink = writer.part(0)
+    decoder.sink = writer.feed
     try:
         decoder.feed(answer.encode())
         decoder.close()
