@@ -6190,8 +6190,9 @@ class JsonText(LongText):
     def __init__(self, budget: Budget) -> None:
         super().__init__(budget)
         self._depth, self._in_string, self._carry = 0, False, ""
-        self._is_broken, self._parsed_size = False, -1
-        self._value: Any = None
+        # Of the text of that size.
+        self._value: Any = ...
+        self._parsed_size = -1
 
     def add(self, text: str) -> None:
         """Append a piece."""
@@ -6207,19 +6208,17 @@ class JsonText(LongText):
                 self._depth += self._DEPTHS.get(token, 0)
 
     def value(self) -> Any:
-        """Return the value, or None as long as the text is not whole JSON."""
-        if self._is_broken or self._depth or self._in_string or self._carry:
-            return None
-        if self._parsed_size != self.size:
-            # What is no JSON is read as this object.
-            value = loads(str(self), self)
-            self._parsed_size, self._value = self.size, None if value is self else value
-            self._is_broken = value is self and self.size > MAX_PREFIX_SCANNED
+        """Return the value, or ... as long as the text is not whole JSON."""
+        if self._depth or self._in_string or self._carry:
+            return ...
+        is_broken = self._value is ... and self._parsed_size > MAX_PREFIX_SCANNED
+        if self._parsed_size != self.size and not is_broken:
+            self._value, self._parsed_size = loads(str(self), ...), self.size
         return self._value
 
     def is_whole(self) -> bool:
-        """Return whether it is whole JSON; null is, too."""
-        return self.value() is not None or self.size < 20 and str(self).strip() == "null"
+        """Return whether it is whole JSON."""
+        return self.value() is not ...
 
 
 class ToolCall:
