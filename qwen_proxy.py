@@ -6222,7 +6222,7 @@ class JsonText(LongText):
 
 
 class ToolCall:
-    """One tool call of an answer as it was passed on so far."""
+    """One tool call of an answer: what came of it, and what of that has not been told yet."""
 
     MAX_NAME = 256
     # Arguments that say nothing.
@@ -6230,61 +6230,62 @@ class ToolCall:
     # Bytes of memory besides its arguments, about.
     COST = 2048
 
-    def __init__(self, shapes: ToolShapes, budget: Budget, upstream_id: str, has_index: bool):
-        self._shapes, self.upstream_id, self.has_index = shapes, upstream_id, has_index
-        self.id = "call_" + secrets.token_hex(12)
-        # The upstream's name and the client's; the envelope that a custom tool came in.
-        self.name = self._client_name = ""
-        self._envelope: str | None = None
+    def __init__(
+        self, shapes: ToolShapes, budget: Budget, upstream_id: str, upstream_index: int | None
+    ):
+        self._shapes = shapes
+        self.upstream_id, self._upstream_index = upstream_id, upstream_index
+        self.id, self.name = "call_" + secrets.token_hex(12), ""
         # Known with the name, so that the calls that a client is told of have no holes.
         self.index = -1
         self.arguments, self._increments = JsonText(budget), Increments()
-        self._kept, self._repeats_name, self._is_closed = "", False, False
-        # Deltas that wait for the call before it to end.
-        self.waiting: list[Json] = []
+        self._kept, self._repeats_name = "", False
+        # What the client does not know yet of the arguments, and whether it knows of the call.
+        self._untold: list[str] = []
+        self._is_told = self._is_closed = False
         budget.count(self.COST)
 
-    def add(self, name: str, arguments: str, index: int) -> Json | None:
-        """Return the delta to pass on now; the index is for a call that had no name.
-
-        id, type and name come once and first, then nothing but arguments.
-        """
+    def add(self, name: str, arguments: str) -> None:
+        """Take one of its deltas."""
         if self._is_closed or self._is_all(name, arguments):
             # The whole call once more.
             arguments = ""
-        is_first = bool(name) and not self.name
-        if is_first:
-            self.index, self.name = index, name
-            self._client_name = self._shapes.original(name)
-            self._envelope = self._shapes.custom.get(self._client_name)
-        elif name:
-            self._repeats_name = True
-        fresh = self._fresh(arguments)
-        if not self.name:
-            return None
-        self.arguments.add(fresh)
-        # What a custom tool is called with is known at the end.
-        text = "" if self._envelope else fresh
-        return self._delta(text, is_first) if text or is_first else None
-
-    def _fresh(self, arguments: str) -> str:
-        """Return what is new in the arguments and can go out now; the rest is kept."""
+        self._repeats_name = self._repeats_name or bool(name and self.name)
+        self.name = self.name or name
         fresh = self._increments.feed(arguments)
         # Some send {} first and then the arguments.
-        if not (self._kept and self._has_none() and fresh.lstrip()[:1] == "{"):
+        if self._kept and not (self._has_none() and fresh.lstrip()[:1] == "{"):
             fresh = self._kept + fresh
         # Arguments before the name are of no use to the client yet.
         is_kept = not self.name or not self.arguments.size and self._may_be_empty(fresh)
         self._kept, fresh = (fresh, "") if is_kept else ("", fresh)
-        return fresh
+        self.arguments.add(fresh)
+        self._untold.append(fresh)
 
-    def _delta(self, text: str, is_first: bool = False) -> Json:
-        kind = self._envelope or "function"
-        field = "input" if kind == "custom" else "arguments"
-        if not is_first:
-            return {"index": self.index, kind: {field: text}}
-        head = {"index": self.index, "id": self.id, "type": kind}
-        return {**head, kind: {"name": self._client_name, field: text}}
+    def close(self) -> None:
+        """Take its end: what was kept back counts now, and no arguments are {}."""
+        kept, self._kept = "" if self._has_none() else self._kept, ""
+        fresh = kept + self._increments.close()
+        if not (self.arguments.size or fresh.strip()):
+            fresh = "{}"
+        self.arguments.add(fresh)
+        self._untold.append(fresh)
+        self._is_closed = True
+
+    def told(self) -> list[Json]:
+        """Return the delta for what is new since the last one; id, type and name come once."""
+        name = self._shapes.original(self.name)
+        envelope = self._shapes.custom.get(name)
+        kind = envelope or "function"
+        text, self._untold = "".join(self._untold), []
+        if envelope:
+            # What a custom tool is called with is known at the end.
+            text = custom_input(str(self.arguments)) if self._is_closed else ""
+        content = {"input" if kind == "custom" else "arguments": text}
+        if self._is_told:
+            return [{"index": self.index, kind: content}] if text else []
+        self._is_told = True
+        return [{"index": self.index, "id": self.id, "type": kind, kind: {"name": name, **content}}]
 
     def is_whole(self) -> bool:
         """Return whether its arguments are whole as they came."""
@@ -6298,12 +6299,15 @@ class ToolCall:
     def _has_none(self) -> bool:
         return "".join(self._kept[:20].split()) in self.EMPTY
 
-    def is_followed_by(self, call_id: str, name: str, arguments: str) -> bool:
+    def is_followed_by(self, index: int | None, call_id: str, name: str, arguments: str) -> bool:
         """Return whether a delta with this call's id, or without one, starts a new call.
 
         Some repeat one id; without any, a name again after whole arguments is a new call, unless it
         came with every delta.
         """
+        is_elsewhere = index not in (None, self._upstream_index) and not call_id
+        if is_elsewhere and (name or self._upstream_index is not None):
+            return True
         if not (name and self.name) or self.upstream_id and not call_id:
             return False
         if name != self.name:
@@ -6314,29 +6318,11 @@ class ToolCall:
         is_new = has_arguments and not self._is_all(name, arguments)
         return is_new and self.arguments.is_whole()
 
-    def close(self) -> list[Json]:
-        """Return the deltas that complete it: what waited or was kept back, {} for no arguments."""
-        deltas, self.waiting = self.waiting, []
-        if self._is_closed:
-            return deltas
-        self._is_closed = True
-        kept, self._kept = "" if self._has_none() else self._kept, ""
-        fresh = kept + self._increments.close()
-        if not (self.arguments.size or fresh.strip()):
-            fresh = "{}"
-        self.arguments.add(fresh)
-        text = custom_input(str(self.arguments)) if self._envelope else fresh
-        return [*deltas, self._delta(text)] if text or self._envelope else deltas
-
     def _is_all(self, name: str, arguments: str) -> bool:
         """Return whether these are all of the arguments once more, perhaps in other blanks."""
-        if not arguments:
-            return False
         if len(arguments) == self.arguments.size and arguments == str(self.arguments):
             return self.arguments.is_whole()
-        if not name or arguments.lstrip()[:1] != "{":
-            return False
-        ours = self.arguments.value()
+        ours = self.arguments.value() if name and arguments.lstrip()[:1] == "{" else None
         if not isinstance(ours, dict) or len(arguments) < len(ours):
             return False
         theirs = loads(arguments)
@@ -6357,12 +6343,11 @@ class ToolCalls:
 
     def __init__(self, shapes: ToolShapes, budget: Budget) -> None:
         self._shapes, self._budget = shapes, budget
-        self.calls: list[ToolCall] = []
-        # Those that the client knows of, by index, and which of them is going out.
+        # Those that the client gets to know, by index, and how many of them it knows whole.
         self.named: list[ToolCall] = []
-        self._current = 0
-        self._by_index: dict[int | None, ToolCall] = {}
-        self._by_id: dict[tuple[str, int | None], ToolCall] = {}
+        self._done = 0
+        # The latest of each id and index; of each id; of each index; of all.
+        self._latest: dict[tuple[str, int | None], ToolCall] = {}
 
     def feed(self, entries: Any) -> list[Json]:
         """Return the deltas to pass on for the tool_calls of one upstream delta."""
@@ -6380,67 +6365,49 @@ class ToolCalls:
             index = entry.get("index")
             index = index if type(index) is int and 0 <= index < 100_000 else None
             call = self._call_for(index, call_id, name, arguments)
-            deltas += self._in_order(call, call.add(name, arguments, len(self.named)))
+            call.add(name, arguments)
+            if call.name and call.index < 0:
+                call.index = len(self.named)
+                self.named.append(call)
+            deltas += self._told()
         return deltas
-
-    def _in_order(self, call: ToolCall, delta: Json | None) -> list[Json]:
-        """Return the deltas to pass on now that this one came."""
-        if delta is None:
-            return []
-        if call.index == len(self.named):
-            self.named.append(call)
-        if call.index <= self._current:
-            return [delta]
-        call.waiting.append(delta)
-        deltas: list[Json] = []
-        while self._current < call.index and self.named[self._current].arguments.is_whole():
-            deltas += self.named[self._current].close()
-            self._current += 1
-        if self._current == call.index:
-            deltas += call.waiting
-            call.waiting = []
-        return deltas
-
-    def is_whole(self) -> bool:
-        """Return whether the last call's arguments are whole as they came."""
-        return bool(self.calls) and self.calls[-1].is_whole()
 
     def close(self) -> list[Json]:
         """Return the deltas that complete all calls."""
-        return [delta for call in self.named for delta in call.close()]
+        return self._told(is_end=True)
+
+    def is_whole(self) -> bool:
+        """Return whether the last call's arguments are whole as they came."""
+        last = self._latest.get(("", None))
+        return last is not None and last.is_whole()
+
+    def _told(self, is_end: bool = False) -> list[Json]:
+        """Return the deltas that can go out: those of a call when the one before it is whole."""
+        deltas, is_done = [], True
+        while is_done and self._done < len(self.named):
+            call = self.named[self._done]
+            is_done = is_end or call is not self.named[-1] and call.arguments.is_whole()
+            if is_done:
+                call.close()
+                self._done += 1
+            deltas += call.told()
+        return deltas
 
     def _call_for(self, index: int | None, call_id: str, name: str, arguments: str) -> ToolCall:
-        if call_id:
-            return self._call_of(call_id, index, name, arguments)
-        last = self.calls[-1] if self.calls else None
-        if last and index is not None and (name or last.has_index):
-            last = None
-        latest = self._by_index.get(index) or last
-        if latest is None or latest.is_followed_by("", name, arguments):
-            return self._new(index, "")
-        return latest
-
-    def _call_of(self, call_id: str, index: int | None, name: str, arguments: str) -> ToolCall:
-        call = self._by_id.get((call_id, index)) or self._by_id.get((call_id, None))
-        if call and not call.is_followed_by(call_id, name, arguments):
+        """Return the call that a delta belongs to."""
+        call = self._latest.get((call_id, index)) or self._latest.get((call_id, None))
+        if call and not call.is_followed_by(index, call_id, name, arguments):
             return call
-        call = self._by_index.get(index)
-        if call and not call.upstream_id and not call.name:
+        call = self._latest.get(("", index))
+        if call and call_id and index is not None and not call.upstream_id and not call.name:
             # Its id comes late: ours has not gone out yet.
             return call
-        return self._new(index, call_id)
-
-    def _new(self, index: int | None, call_id: str) -> ToolCall:
-        call = ToolCall(self._shapes, self._budget, call_id, index is not None)
-        self.calls.append(call)
-        if index is not None:
-            self._by_index[index] = call
-        if call_id:
+        call = ToolCall(self._shapes, self._budget, call_id, index)
+        if call_id and (call_id, None) not in self._latest:
             # Two calls of one id have two at the client.
-            call.id = call.id if (call_id, None) in self._by_id else call_id
-            self._by_id[call_id, index] = call
-            # For a delta of the same call that names no index.
-            self._by_id[call_id, None] = call
+            call.id = call_id
+        for key in ((call_id, index), (call_id, None), ("", index), ("", None)):
+            self._latest[key] = call
         return call
 
 
