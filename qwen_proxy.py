@@ -6831,62 +6831,72 @@ def clean_usage(usage: Any) -> Json | None:
 
 
 class CompletionCollector:
-    """Clean chunks in, the whole chat.completion out."""
+    """Clean chunks in, the whole completion out, of chat or of text."""
 
-    OBJECT = "chat.completion"
     # Bytes of memory of a field besides its name and value, about.
     FIELD_COST = 256
     # Of a chunk, what is not its envelope; with what is the same in all chunks of an answer.
     OWN = frozenset({"choices", "usage"})
     NOT_NEW = OWN | {"id", "object", "created", "model"}
-    # Strings within objects of deltas that come in pieces, as all of a delta itself do.
+    # Strings within objects that come in pieces, as all of a delta itself do.
     GROWING = frozenset({"data", "transcript", "arguments", "input"})
-
-    class Choice:
-        """What was collected of one choice."""
-
-        def __init__(self) -> None:
-            self.message: Json = {}
-            self.calls: list[Json] = []
-            self.fields: Json = {"finish_reason": None}
 
     def __init__(self) -> None:
         self._head: Json = {}
         self._budget = Budget()
-        self._choices: dict[int, CompletionCollector.Choice] = collections.defaultdict(self.Choice)
+        self._choices: dict[int, Json] = {}
+        # Where the texts are that grow: the object that each is in, and its name there.
+        self._texts: list[tuple[Json, str]] = []
 
     def feed(self, chunk: Json) -> None:
         """Add one chunk."""
         # Most envelopes hold nothing that the first one did not.
-        passed = self.NOT_NEW if self._head else self.OWN
-        for name, value in chunk.items() if len(chunk) > 5 or not self._head else ():
-            if name not in passed and self._head.get(name, self) != value:
-                self._keep(self._head, name, value)
+        if len(chunk) > 5 or not self._head:
+            passed = self.NOT_NEW if self._head else self.OWN
+            for name, value in chunk.items():
+                if name not in passed and self._head.get(name, self) != value:
+                    self._keep(self._head, name, value)
         for part in chunk["choices"]:
-            self._add(self._choices[part["index"]], part)
+            index = part["index"]
+            if index not in self._choices:
+                is_chat = chunk["object"] == ChatDecoder.OBJECT
+                message = {"role": "assistant", "content": None}
+                self._choices[index] = {"message": message} if is_chat else {}
+            self._add(self._choices[index], part)
 
     def completion(self, usage: Json | None) -> Json:
         """Return the completion, with usage where the upstream gave it."""
+        for fields, name in self._texts:
+            fields[name] = str(fields[name])
         choices = [
-            {"index": index, **self._finished(self._choices[index])}
-            for index in sorted(self._choices)
+            {"index": index, "logprobs": None, **choice}
+            for index, choice in sorted(self._choices.items())
         ]
-        completion = {**self._head, "object": self.OBJECT, "choices": choices}
+        for message in [choice["message"] for choice in choices if "message" in choice]:
+            is_call = "tool_calls" in message or "function_call" in message
+            message["content"] = message["content"] or (None if is_call else "")
+        name = self._head["object"].replace(".chunk", "")
+        completion = {**self._head, "object": name, "choices": choices}
         return {**completion, "usage": usage} if usage else completion
 
-    def _add(self, choice: Choice, part: Json) -> None:
-        for name, value in part["delta"].items():
-            if name == "tool_calls":
-                self._add_call(choice.calls, value[0])
-            else:
-                self._merge(choice.message, name, value)
-        if len(part) > 3 or part.get("finish_reason"):
-            self._add_fields(choice, part)
+    def _add(self, choice: Json, part: Json) -> None:
+        if "message" in choice:
+            for name, value in part["delta"].items():
+                if name == "tool_calls":
+                    self._add_call(choice["message"].setdefault(name, []), value[0])
+                else:
+                    self._merge(choice["message"], name, value)
+        else:
+            self._merge(choice, "text", part["text"])
+        if len(part) > 3 or part["finish_reason"]:
+            for name, value in part.items():
+                if name not in ("index", "delta", "text", "message"):
+                    self._merge(choice, name, value, 1)
 
     def _add_call(self, calls: list[Json], delta: Json) -> None:
         if delta["index"] == len(calls):
             self._budget.count(ToolCall.COST)
-            calls.append({"id": None, "type": "function"})
+            calls.append({})
         for name, value in delta.items():
             if name != "index":
                 self._merge(calls[delta["index"]], name, value, 1)
@@ -6896,15 +6906,16 @@ class CompletionCollector:
         if isinstance(value, str) and (not depth or name in self.GROWING):
             if not isinstance(kept.get(name), LongText):
                 self._keep(kept, name, LongText(self._budget))
+                self._texts.append((kept, name))
             kept[name].add(value)
         elif isinstance(value, dict) and depth < 4 and isinstance(kept.get(name, {}), dict):
             inner = kept.setdefault(name, {})
             for each, item in value.items():
                 self._merge(inner, each, item, depth + 1)
-        elif isinstance(value, list) and not depth and isinstance(kept.get(name, []), list):
+        elif isinstance(value, list) and isinstance(kept.get(name, []), list):
             self._budget.take(value)
             kept.setdefault(name, []).extend(value)
-        elif value is not None:
+        elif value is not None or name not in kept:
             self._keep(kept, name, value)
 
     def _keep(self, fields: dict[str, Any], name: str, value: Any) -> None:
@@ -6912,52 +6923,6 @@ class CompletionCollector:
             self._budget.count(len(name) + self.FIELD_COST)
         self._budget.take(value)
         fields[name] = value
-
-    def _add_fields(self, choice: Choice, part: Json) -> None:
-        for name, value in part.items():
-            if name == "logprobs" and isinstance(value, dict):
-                self._budget.take(value)
-                logprobs = choice.fields["logprobs"] = as_object(choice.fields.get("logprobs"))
-                for kind, values in value.items():
-                    logprobs.setdefault(kind, []).extend(as_list(values))
-            elif name not in ("index", "delta", "text", "message") and value is not None:
-                self._keep(choice.fields, name, value)
-
-    def _finished(self, choice: Choice) -> Json:
-        message = {"role": "assistant", "content": None, **joined_texts(choice.message)}
-        calls = [joined_texts(call) for call in choice.calls]
-        is_call = bool(calls) or "function_call" in message
-        message["content"] = message["content"] or (None if is_call else "")
-        if calls:
-            message["tool_calls"] = calls
-        return {"message": message, "logprobs": None, **choice.fields}
-
-
-def joined_texts(value: Any, depth: int = 5) -> Any:
-    """Return an object with each LongText in it, or in objects in it, as a string."""
-    if isinstance(value, LongText):
-        return str(value)
-    if not isinstance(value, dict) or not depth:
-        return value
-    return {name: joined_texts(item, depth - 1) for name, item in value.items()}
-
-
-class TextCollector(CompletionCollector):
-    """The CompletionCollector of text completions."""
-
-    OBJECT = "text_completion"
-
-    def _add(self, choice: CompletionCollector.Choice, part: Json) -> None:
-        self._merge(choice.message, "text", part["text"])
-        self._add_fields(choice, part)
-
-    def _finished(self, choice: CompletionCollector.Choice) -> Json:
-        fields = choice.fields
-        return {
-            "text": str(choice.message["text"]),
-            "logprobs": fields.get("logprobs"),
-            "finish_reason": fields["finish_reason"],
-        }
 
 
 class Writer:
@@ -7005,9 +6970,9 @@ class CollectingWriter(Writer):
 
     is_stream = False
 
-    def __init__(self, out: Any, collector: CompletionCollector):
+    def __init__(self, out: Any):
         super().__init__(out)
-        self._collector = collector
+        self._collector = CompletionCollector()
 
     def feed(self, chunk: Chunk) -> None:
         """Collect one chunk."""
@@ -7023,14 +6988,13 @@ class ChatApi:
 
     Each API has the same methods: check() a client's body, to_upstream() its translation, repair()
     of that after a refusal, refusal() as an error, decoder() from bytes to chunks, writer() from
-    chunks to the client, collector() from chunks to one answer. One object serves one request.
+    chunks to the client. One object serves one request.
     """
 
     path = "/chat/completions"
     accept = "text/event-stream"
     name = "chat"
     decoder: Any = ChatDecoder
-    collector: Any = CompletionCollector
 
     def __init__(self, memory: Any = None, owner: str = ""):
         self._memory, self._owner = memory, owner
@@ -7069,7 +7033,7 @@ class ChatApi:
     def writer(self, request: Json, out: Any, target: Target) -> Any:
         """Return what writes the answer to the client."""
         is_stream = request.get("stream") is True
-        return Writer(out) if is_stream else CollectingWriter(out, self.collector())
+        return Writer(out) if is_stream else CollectingWriter(out)
 
 
 class TextApi(ChatApi):
@@ -7078,7 +7042,6 @@ class TextApi(ChatApi):
     path = "/completions"
     name = "text"
     decoder = TextDecoder
-    collector = TextCollector
 
     def check(self, body: Any) -> Json:
         """Return the request in a client's body; raises BadRequest."""
@@ -10232,7 +10195,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         targets = proxy.targets(request.get("model"))
         exchange.writer = api.writer(request, exchange, targets[0])
         is_shown = log.isEnabledFor(logging.DEBUG) and not isinstance(api, EmbeddingsApi)
-        collector = api.collector() if is_shown else None
+        collector = CompletionCollector() if is_shown else None
         with proxy.calls(api, request, targets, exchange) as calls:
             answers = exchange.open_all(calls, targets)
             exchange.begin(answers[0])
