@@ -5734,7 +5734,8 @@ class Refusal(NamedTuple):
         # DashScope's own messages begin with <400>, which is no web page.
         page = web_page(stripped)
         if page:
-            return cls(status, f"a gateway answered with {page} instead of the API", "html")
+            code = "html" if status in RETRY_STATUSES else "upstream_html"
+            return cls(status, f"a gateway answered with {page} instead of the API", code)
         return cls(status, " ".join(shorten(stripped, 500).split()))
 
     @classmethod
@@ -5745,7 +5746,10 @@ class Refusal(NamedTuple):
         if as_text(content):
             # error_finish: the text of the error is the content.
             return cls.read(status, content)
-        error = cls._error_object(value)
+        error = value.get("error", value)
+        if isinstance(error, str):
+            error = {"message": error, **value, "code": value.get("code") or error}
+        error = as_object(error)
         messages = (error.get("message"), error.get("detail"), value.get("detail"))
         message = first_of(str, *messages, value.get("message")) or ""
         codes = (error.get("code"), error.get("type"))
@@ -5759,17 +5763,8 @@ class Refusal(NamedTuple):
             inner = cls.read(status, message)
             request_id = request_id or inner.request_id
             return inner._replace(request_id=request_id, code=inner.code or code)
-        param = error.get("param")
-        param = shorten(param, 200) if isinstance(param, str) else None
+        param = shorten(as_text(error.get("param")), 200) or None
         return cls(status, message, code, request_id, param)
-
-    @staticmethod
-    def _error_object(value: Json) -> Json:
-        error = value.get("error", value)
-        if not isinstance(error, str):
-            return as_object(error)
-        code = value.get("code") or error
-        return {**value, "code": code} if "message" in value else {"code": code, "message": error}
 
 
 class ErrorRule(NamedTuple):
@@ -5794,6 +5789,7 @@ _BAD_REQUEST, _QUOTA, _RATE = "invalid_request_error", "insufficient_quota", "ra
 # the code lies: insufficient_quota and Throttling.AllocationQuota are mostly a limit per minute,
 # that recovers.
 ERROR_RULES = (
+    ErrorRule((), r"^upstream_html: ", 502, "upstream_error", None),
     ErrorRule(
         (), r"data_?inspection_?failed|inappropriate content", 400, _BAD_REQUEST, "content_filter"
     ),
@@ -5902,7 +5898,14 @@ def to_upstream_error(
     refusal: Refusal, family: Family, retry_after: float | None = None
 ) -> UpstreamError:
     """Return the error for the client: by the first of ERROR_RULES, with advice."""
-    rule = error_rule_for(refusal, family)
+    text = f"{refusal.code}: {refusal.message}"[:MAX_ERROR_TEXT_SCANNED]
+    rule = next(
+        rule
+        for rule in ERROR_RULES
+        if (not rule.statuses or refusal.status in rule.statuses)
+        and (not rule.families or family.name in rule.families)
+        and re.search(rule.pattern, text, re.I)
+    )
     code = rule.code or refusal.code
     message = error_message_of(refusal)
     advice = {**ADVICE, **family.advice}.get(code)
@@ -5925,20 +5928,6 @@ def to_upstream_error(
         retry=rule.retry,
         retry_after=retry_after,
         moves_on=rule.moves_on,
-    )
-
-
-def error_rule_for(refusal: Refusal, family: Family) -> ErrorRule:
-    """Return the first of ERROR_RULES that a refusal fits."""
-    if refusal.code == "html" and refusal.status not in RETRY_STATUSES:
-        return ErrorRule((), "", 502, "upstream_error", "upstream_html")
-    text = f"{refusal.code}: {refusal.message}"[:MAX_ERROR_TEXT_SCANNED]
-    return next(
-        rule
-        for rule in ERROR_RULES
-        if (not rule.statuses or refusal.status in rule.statuses)
-        and (not rule.families or family.name in rule.families)
-        and re.search(rule.pattern, text, re.I)
     )
 
 
