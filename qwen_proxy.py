@@ -6134,9 +6134,7 @@ class Budget:
 
     def take(self, value: Any) -> None:
         """Count a value that is kept."""
-        if isinstance(value, str):
-            self.count(len(value))
-        elif isinstance(value, (list, dict)):
+        if isinstance(value, (str, list, dict)):
             self.count(size_of_json(encode_json(value)))
 
     def count(self, size: int) -> None:
@@ -6433,7 +6431,11 @@ class ChatChoice:
         if self._is_plain_text(choice, delta):
             return [choice] if delta["content"] else []
         if not isinstance(delta, dict):
-            delta = self._whole_delta(choice.get("message"))
+            whole = as_object(choice.get("message"))
+            calls = enumerate(as_list(whole.get("tool_calls")))
+            # Each call of a whole message is one of its own.
+            entries = [{"index": place, **call} for place, call in calls if isinstance(call, dict)]
+            delta = {**whole, "tool_calls": entries}
         for name, value in choice.items():
             if name not in self.KNOWN and value is not None:
                 self._extra[name] = value
@@ -6474,14 +6476,6 @@ class ChatChoice:
             and self._content.is_open
         )
 
-    @staticmethod
-    def _whole_delta(message: Any) -> Json:
-        """Return a whole message as a delta: each of its tool calls is a call of its own."""
-        whole = as_object(message)
-        calls = enumerate(as_list(whole.get("tool_calls")))
-        entries = [{"index": place, **call} for place, call in calls if isinstance(call, dict)]
-        return {**whole, "tool_calls": entries}
-
     def _deltas(self, delta: Json) -> list[Json]:
         """Return the clean deltas for one of the upstream's."""
         reasoning = as_text(delta.get("reasoning_content") or delta.get("reasoning"))
@@ -6490,22 +6484,19 @@ class ChatChoice:
         thoughts, content = self._content.feed(text) if text else ("", "")
         if not calls and isinstance(delta.get("function_call"), dict):
             calls = [{"index": 0, "function": delta["function_call"]}]
-        told: list[Json] = []
         if calls:
-            told = self._tool_deltas(self._tools.feed(calls))
             # What is kept back of the text comes before the call, not behind it.
             last_thoughts, last_content = self._content.close()
             thoughts, content = thoughts + last_thoughts, content + last_content
-        deltas: list[Json] = []
-        if reasoning or thoughts:
-            deltas.append({"reasoning_content": reasoning + thoughts})
+        thoughts = reasoning + thoughts
+        deltas: list[Json] = [{"reasoning_content": thoughts}] if thoughts else []
         rest: Json = {"content": content} if content else {}
         for name, value in delta.items():
             if name not in self.KNOWN_DELTA and value is not None:
                 rest[name] = value
         if rest:
             deltas.append(rest)
-        return deltas + told
+        return deltas + self._tool_deltas(self._tools.feed(calls)) if calls else deltas
 
     def _tool_deltas(self, calls: list[Json]) -> list[Json]:
         if not self._is_legacy:
@@ -6516,10 +6507,9 @@ class ChatChoice:
         """Return a choice for each delta: the role in the first, what else came in the last."""
         if not self._has_role and (deltas or role_came):
             first = deltas[0] if deltas else {}
-            head: Json = {"role": "assistant"}
-            if not first.keys() & {"content", "reasoning_content"}:
-                head["content"] = None if first.keys() & {"tool_calls", "function_call"} else ""
-            deltas[:1] = [{**head, **first}]
+            is_call = bool(first.keys() & {"tool_calls", "function_call"})
+            content = {} if "reasoning_content" in first else {"content": None if is_call else ""}
+            deltas[:1] = [{"role": "assistant", **content, **first}]
             self._has_role = True
         outputs = [
             {"index": self._index, "delta": delta, "finish_reason": None} for delta in deltas
@@ -6762,13 +6752,11 @@ class ChatDecoder:
         """
         if not self._head:
             chunk_id = as_text(chunk.get("id"))[: self.MAX_ID]
-            created: Any = chunk.get("created")
-            # NaN is no time.
-            is_time = isinstance(created, (int, float)) and 0 < created < 1e12
+            created = as_decimal(chunk.get("created")) or 0
             self._head = {
                 "id": chunk_id or "chatcmpl-" + secrets.token_hex(12),
                 "object": self.OBJECT,
-                "created": int(created) if is_time else 1,
+                "created": int(created) if 0 < created < 1e12 else 1,
             }
         usage = chunk.pop("usage", None)
         if usage is not None:
