@@ -7122,17 +7122,20 @@ class EmbeddingsApi(ChatApi):
     name = "embeddings"
     # OpenAI reference, embeddings.
     MAX_INPUTS = 2048
-    # Texts in one request. Model Studio, 'Text embedding'; langchain4j #1140 for v1 and v2.
-    BATCHES = (("text-embedding-v[12]*", 25), ("qwen3.7-text-embedding*", 20), ("*", 10))
-
-    def __init__(self, memory: Any = None, owner: str = ""):
-        super().__init__(memory, owner)
-        # 2048 vectors of 2048 numbers are 280 MiB.
-        self._budget = Budget(3 * Budget.LIMIT)
+    # Texts in one request at Alibaba's, and wherever its models are: no other maker has models of
+    # these names. Model Studio, 'Text embedding'; langchain4j #1140 for v1 and v2.
+    MAX_BATCH = 10
+    BATCHES = (
+        ("text-embedding-v[12]*", 25),
+        ("text-embedding-v*", MAX_BATCH),
+        ("qwen3.7-text-embedding*", 20),
+    )
 
     def check(self, body: Any) -> Json:
         """Return the request in a client's body; raises BadRequest that names what is wrong."""
         request = check_object(body)
+        # 2048 vectors of 2048 numbers are 280 MiB.
+        self._budget = Budget(3 * Budget.LIMIT)
         given = request.get("input")
         texts = [given] if isinstance(given, str) else as_list(given)
         odd = next((at for at, text in enumerate(texts) if not as_text(text)), None)
@@ -7177,12 +7180,9 @@ class EmbeddingsApi(ChatApi):
     @classmethod
     def batch_size(cls, target: Target) -> int:
         """Return how many texts a request to this target may hold."""
-        model = target.model.lower()
-        is_alibaba = "alibaba" in target.provider.family.traits
-        # No other maker has models of Model Studio's names.
-        if not is_alibaba and not model.startswith(("text-embedding-v", "qwen3.7-text-embedding")):
-            return cls.MAX_INPUTS
-        return next(size for pattern, size in cls.BATCHES if fnmatch.fnmatchcase(model, pattern))
+        model, is_alibaba = target.model.lower(), "alibaba" in target.provider.family.traits
+        sizes = (size for pattern, size in cls.BATCHES if fnmatch.fnmatchcase(model, pattern))
+        return next(sizes, cls.MAX_BATCH if is_alibaba else cls.MAX_INPUTS)
 
     def to_upstream(self, request: Json, target: Target) -> tuple[Json, dict[str, str]]:
         """Return the body: always floats, since Model Studio documents nothing else."""
