@@ -5768,32 +5768,56 @@ class Refusal(NamedTuple):
 
 
 class ErrorRule(NamedTuple):
-    """What becomes of a refusal: conditions, then the answer."""
+    """What becomes of a refusal: conditions, then the kind of error."""
 
     # Empty: any.
     statuses: tuple[int, ...]
     # Searched in 'code: message', ignoring case.
     pattern: str
-    status: int
-    type: str
-    # None keeps the upstream's.
-    code: str | None
-    retry: bool = False
-    moves_on: bool = False
+    # Of ERROR_KINDS.
+    kind: str
+    # None: the kind's, or else the upstream's.
+    code: str | None = None
     # Empty: any.
     families: tuple[str, ...] = ()
 
 
-_BAD_REQUEST, _QUOTA, _RATE = "invalid_request_error", "insufficient_quota", "rate_limit_error"
+# How the client and the other providers are told.
+ERROR_KINDS: dict[str, Json] = {
+    "request": {"status": 400, "type": "invalid_request_error"},
+    "name": {"status": 404, "type": "invalid_request_error"},
+    "size": {"status": 413, "type": "invalid_request_error", "code": "request_too_large"},
+    "key": {
+        "status": 401,
+        "type": "authentication_error",
+        "code": "invalid_api_key",
+        "moves_on": True,
+    },
+    "permission": {"status": 403, "type": "permission_error"},
+    "quota": {
+        "status": 429,
+        "type": "insufficient_quota",
+        "code": "insufficient_quota",
+        "moves_on": True,
+    },
+    "rate": {
+        "status": 429,
+        "type": "rate_limit_error",
+        "code": "rate_limit_exceeded",
+        "retry": True,
+    },
+    "load": {"status": 503, "type": "server_error", "retry": True},
+    "gateway": {"status": 503, "type": "server_error", "retry": True, "moves_on": True},
+    "timeout": {"status": 504, "type": "upstream_timeout"},
+    "fault": {"status": 502, "type": "upstream_error"},
+}
 # First match wins. Model Studio 'Error messages', Coding Plan FAQ, qwen-code issues; by text where
 # the code lies: insufficient_quota and Throttling.AllocationQuota are mostly a limit per minute,
 # that recovers.
 ERROR_RULES = (
-    ErrorRule((), r"^upstream_html: ", 502, "upstream_error", None),
-    ErrorRule(
-        (), r"data_?inspection_?failed|inappropriate content", 400, _BAD_REQUEST, "content_filter"
-    ),
-    ErrorRule((), r"max_(completion_)?tokens\W.{0,60}too large", 400, _BAD_REQUEST, None),
+    ErrorRule((), r"^upstream_html: ", "fault"),
+    ErrorRule((), r"data_?inspection_?failed|inappropriate content", "request", "content_filter"),
+    ErrorRule((), r"max_(completion_)?tokens\W.{0,60}too large", "request"),
     ErrorRule(
         (),
         r"range of input length|context_length_exceeded|exceed_context_size"
@@ -5802,89 +5826,58 @@ ERROR_RULES = (
         r"|longer than the (model's |maximum )*(context|model) length|max context length"
         r"|context the overflows|model token limit|context limit|number of tokens allowed"
         r"|context (length|size|window) (has been )?exceeded",
-        400,
-        _BAD_REQUEST,
+        "request",
         "context_length_exceeded",
     ),
     ErrorRule(
         (),
         r"max bytes to request body|BadRequest\.TooLarge|entity too large|string value length"
         r"|max data-uri",
-        413,
-        _BAD_REQUEST,
-        "request_too_large",
+        "size",
     ),
-    ErrorRule(
-        (),
-        r"arrearage|good standing|overdue|CommodityNotPurchased",
-        429,
-        _QUOTA,
-        _QUOTA,
-        moves_on=True,
-    ),
+    ErrorRule((), r"arrearage|good standing|overdue|CommodityNotPurchased", "quota"),
     ErrorRule(
         (),
         r"free allocated quota|free tier of the model|FreeTierOnly"
         r"|(hour|week|month)\w* allocated quota|will reset at|daily (quota|limit)|quota_exceeded",
-        429,
-        _QUOTA,
-        _QUOTA,
-        moves_on=True,
+        "quota",
     ),
-    ErrorRule((), r"(image|audio|video) input is not supported", 400, _BAD_REQUEST, None),
-    ErrorRule((402,), r"", 429, _QUOTA, _QUOTA, moves_on=True),
-    ErrorRule((403,), r"insufficient_quota", 429, _QUOTA, _QUOTA, moves_on=True),
-    ErrorRule(
-        (429,), r"insufficient_quota", 429, _QUOTA, _QUOTA, moves_on=True, families=("portal",)
-    ),
-    ErrorRule(
-        (), r"only available for coding agents", 403, "permission_error", "client_not_accepted"
-    ),
-    ErrorRule(
-        (500, 503, 0),
-        r"ModelServingError|ModelUnavailable|too many requests",
-        503,
-        "server_error",
-        None,
-        retry=True,
-    ),
-    ErrorRule((429,), r"", 429, _RATE, "rate_limit_exceeded", retry=True),
+    ErrorRule((), r"(image|audio|video) input is not supported", "request"),
+    ErrorRule((402,), r"", "quota"),
+    ErrorRule((403,), r"insufficient_quota", "quota"),
+    ErrorRule((429,), r"insufficient_quota", "quota", families=("portal",)),
+    ErrorRule((), r"only available for coding agents", "permission", "client_not_accepted"),
+    ErrorRule((500, 503, 0), r"ModelServingError|ModelUnavailable|too many requests", "load"),
+    ErrorRule((429,), r"", "rate"),
     ErrorRule(
         (),
         r"throttling|limit_?requests|limit_burst_rate|insufficient_quota"
         r"|allocated quota exceeded|rate limit|\b130[25]: ",
-        429,
-        _RATE,
-        "rate_limit_exceeded",
-        retry=True,
+        "rate",
     ),
-    ErrorRule((401,), r"", 401, "authentication_error", "invalid_api_key", moves_on=True),
+    ErrorRule((401,), r"", "key"),
     ErrorRule(
         (403, 0),
         r"invalid.?api.?-?key|access token|token expired|session has expired|unauthorized",
-        401,
-        "authentication_error",
-        "invalid_api_key",
-        moves_on=True,
+        "key",
     ),
-    ErrorRule((403,), r"", 403, "permission_error", None),
-    ErrorRule((0,), r"access_?denied|unpurchased", 403, "permission_error", None),
+    ErrorRule((403,), r"", "permission"),
+    ErrorRule((0,), r"access_?denied|unpurchased", "permission"),
     ErrorRule(
         (404, 400, 0),
         r"model_?not_?found|model( \S+| '[^']*')?( does| is)?( currently)? not (exist|supported)"
         r"|unsupported model",
-        404,
-        _BAD_REQUEST,
+        "name",
         "model_not_found",
     ),
-    ErrorRule((404,), r"", 404, _BAD_REQUEST, None),
-    ErrorRule((413,), r"", 413, _BAD_REQUEST, "request_too_large"),
-    ErrorRule((504,), r"", 504, "upstream_timeout", None),
-    ErrorRule((), r"RequestTimeOut|stream timeout", 504, "upstream_timeout", None),
-    ErrorRule((502, 503, 529), r"", 503, "server_error", None, retry=True, moves_on=True),
-    ErrorRule((0,), r"invalid_?parameter|invalid_request", 400, _BAD_REQUEST, None),
-    ErrorRule((400, 405, 406, 408, 409, 411, 414, 415, 422), r"", 400, _BAD_REQUEST, None),
-    ErrorRule((), r"", 502, "upstream_error", None),
+    ErrorRule((404,), r"", "name"),
+    ErrorRule((413,), r"", "size"),
+    ErrorRule((504,), r"", "timeout"),
+    ErrorRule((), r"RequestTimeOut|stream timeout", "timeout"),
+    ErrorRule((502, 503, 529), r"", "gateway"),
+    ErrorRule((0,), r"invalid_?parameter|invalid_request", "request"),
+    ErrorRule((400, 405, 406, 408, 409, 411, 414, 415, 422), r"", "request"),
+    ErrorRule((), r"", "fault"),
 )
 # The way out for an error code, where the family has no other.
 ADVICE = {
@@ -5906,29 +5899,24 @@ def to_upstream_error(
         and (not rule.families or family.name in rule.families)
         and re.search(rule.pattern, text, re.I)
     )
-    code = rule.code or refusal.code
-    message = error_message_of(refusal)
-    advice = {**ADVICE, **family.advice}.get(code)
-    headers = []
-    if rule.status == 429 and rule.retry or rule.status == 503 and retry_after is not None:
-        seconds = max(5 if retry_after is None else retry_after, 1)
-        # openai-node sleeps any Retry-After, openai-python none above 60.
-        headers.append(("Retry-After", str(int(min(seconds, 60)))))
-    if rule.code == _QUOTA:
-        # openai-python and -node would retry a 429 otherwise.
-        headers.append(("x-should-retry", "false"))
-    return UpstreamError(
+    fields = {"code": refusal.code, **ERROR_KINDS[rule.kind]}
+    fields["code"] = rule.code or fields["code"]
+    message, advice = error_message_of(refusal), {**ADVICE, **family.advice}.get(fields["code"])
+    error = UpstreamError(
         f"{message.rstrip('.')}. {advice}" if advice else message,
-        rule.status,
-        code,
-        rule.type,
+        **fields,
         param=refusal.param,
         request_id=refusal.request_id,
-        headers=headers,
-        retry=rule.retry,
         retry_after=retry_after,
-        moves_on=rule.moves_on,
     )
+    if error.status == 429 and error.retry or error.status == 503 and retry_after is not None:
+        seconds = max(5 if retry_after is None else retry_after, 1)
+        # openai-node sleeps any Retry-After, openai-python none above 60.
+        error.headers.append(("Retry-After", str(int(min(seconds, 60)))))
+    if rule.kind == "quota":
+        # openai-python and -node would retry a 429 otherwise.
+        error.headers.append(("x-should-retry", "false"))
+    return error
 
 
 def error_message_of(refusal: Refusal) -> str:
