@@ -4623,6 +4623,8 @@ class Rewrite:
         """Return the body, and the rules that changed it, each with what it gave up."""
         fired: dict[str, str] = {}
         for rule in rules_for(api, self.traits):
+            if rule.needs and self.body.keys().isdisjoint(rule.needs):
+                continue
             before, self.notes = dict(self.body), []
             if rule.each:
                 change = functools.partial(rule.apply, self)
@@ -4967,8 +4969,8 @@ class Rewrite:
 
     def web_search(self) -> None:
         """web_search_options asks for the search of the endpoint, where there is one."""
-        options, is_alibaba = self.body.get("web_search_options"), "alibaba" in self.traits
-        if options is None or options and not is_alibaba:
+        is_alibaba = "alibaba" in self.traits
+        if self.body["web_search_options"] and not is_alibaba:
             return
         del self.body["web_search_options"]
         if "search" in self.traits:
@@ -4990,7 +4992,7 @@ class Rewrite:
 
     def fill_in_the_middle(self) -> None:
         """prompt and suffix as one prompt with Qwen's marks."""
-        prompt, suffix = self.body.get("prompt"), self.body.get("suffix")
+        prompt, suffix = self.body["prompt"], self.body["suffix"]
         if isinstance(suffix, str) and isinstance(prompt, str):
             del self.body["suffix"]
             self.body["prompt"] = f"<|fim_prefix|>{prompt}<|fim_suffix|>{suffix}<|fim_middle|>"
@@ -5273,14 +5275,16 @@ class Rule(NamedTuple):
     """One deliberate change: its name, what does it, why, and where.
 
     each: the path to the items that `apply` takes, and returns what goes in their place, where it
-    does not change the body itself; where: traits or families, one of which must be there (none:
-    everywhere); unless: those that must not; apis: the kinds of request. Words, all three.
+    does not change the body itself; needs: fields, one of which the body must have; where: traits
+    or families, one of which must be there (none: everywhere); unless: those that must not; apis:
+    the kinds of request. Words, all three.
     """
 
     name: str
     apply: Callable[..., Any]
     source: str
     each: str = ""
+    needs: AbstractSet[str] = frozenset()
     where: str = ""
     unless: str = ""
     apis: str = "chat"
@@ -5397,6 +5401,7 @@ RULES = (
         "max-tokens",
         Rewrite.max_tokens,
         "DashScope 400: Range of max_tokens should be [1, N]",
+        needs=frozenset(Rewrite.LIMITS),
         where="limits",
         apis="chat text",
     ),
@@ -5404,12 +5409,14 @@ RULES = (
         "spellings",
         Rewrite.spellings,
         "open-webui #16682: custom parameters as text",
+        needs=Rewrite.READERS.keys(),
         apis="chat text",
     ),
     Rule(
         "sampling-range",
         Rewrite.sampling_range,
         "Model Studio, chat reference: temperature [0, 2), top_p (0, 1]",
+        needs={"temperature", "top_p"},
         where="alibaba",
         apis="chat text",
     ),
@@ -5424,11 +5431,17 @@ RULES = (
         "DashScope 400: Tool names are not allowed to be [search]",
         where="alibaba",
     ),
-    Rule("web-search", Rewrite.web_search, "Model Studio, chat reference: enable_search"),
+    Rule(
+        "web-search",
+        Rewrite.web_search,
+        "Model Studio, chat reference: enable_search",
+        needs={"web_search_options"},
+    ),
     Rule(
         "openai-only",
         Rewrite.openai_only,
         "Model Studio, OpenAI compatibility",
+        needs=Rewrite.OPENAI_ONLY | {"n", "modalities", "user"},
         where="openai-only",
         apis="chat text",
     ),
@@ -5436,6 +5449,7 @@ RULES = (
         "foreign-fields",
         Rewrite.foreign_fields,
         "Open WebUI 0.12, SillyTavern 1.19, Jan 0.8: their settings",
+        needs=Rewrite.FOREIGN | {"repeat_penalty"},
         where="alibaba",
         apis="chat text",
     ),
@@ -5448,18 +5462,21 @@ RULES = (
         "forced-tool",
         Rewrite.forced_tool,
         "Model Studio, 'Function calling'",
+        needs={"tool_choice"},
         where="qwen",
     ),
     Rule(
         "json-output",
         Rewrite.json_output,
         "Model Studio, 'Structured output'",
+        needs={"response_format"},
         where="qwen",
     ),
     Rule(
         "json-word",
         Rewrite.json_word,
         "DashScope 400: 'messages' must contain the word 'json' in some form",
+        needs={"response_format"},
         where="qwen",
     ),
     Rule("stream", Rewrite.stream, "one path for all: see relay", apis="chat text"),
@@ -5467,6 +5484,7 @@ RULES = (
         "fill-in-the-middle",
         Rewrite.fill_in_the_middle,
         "Model Studio, 'Completions': there is no suffix parameter",
+        needs={"suffix"},
         where="alibaba",
         apis="text",
     ),
