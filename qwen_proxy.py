@@ -4673,15 +4673,21 @@ class Rewrite:
 
     # -- messages --------------------------------------------------------------------------------
 
-    def part_shapes(self, message: Json) -> Json:
-        """Parts of other APIs in chat completions' shape; thoughts among them become thoughts."""
+    def message_shapes(self, message: Json) -> Json:
+        """Roles, parts and thoughts as chat completions have them; content, if only empty."""
         content = as_list(message.get("content"))
         thoughts = [part for part in content if part.get("type") == "thinking"]
-        if thoughts and message["role"] == "assistant":
-            text = "".join(as_text(part.get("thinking")) for part in thoughts)
-            message = {**message, "reasoning_content": message.get("reasoning_content", text)}
         parts = [chat_part(part) for part in content if part.get("type") != "thinking"]
-        return {**message, "content": parts} if content else message
+        shaped = {**message, "content": parts or as_text(message.get("content"))}
+        if message["role"] == "developer":
+            shaped["role"] = "system"
+        if message["role"] == "assistant" and thoughts:
+            text = "".join(as_text(part.get("thinking")) for part in thoughts)
+            shaped.setdefault("reasoning_content", text)
+        is_thought = message["role"] == "assistant" and isinstance(message.get("reasoning"), str)
+        if is_thought and "openrouter" not in self.traits:
+            shaped.setdefault("reasoning_content", shaped.pop("reasoning"))
+        return shaped
 
     def unseen_media(self) -> None:
         """Media that the model cannot take: refused in the user's latest message.
@@ -4728,10 +4734,6 @@ class Rewrite:
         data = data if re.match(r"(?i)(data|https?|oss|file):", data) else f"data:;base64,{data}"
         rest = without_keys(part, ("audio_url",))
         return {**rest, "type": "input_audio", "input_audio": {**audio, "data": data}}
-
-    def developer_role(self, message: Json) -> Json:
-        """The role developer is called system by Qwen."""
-        return {**message, "role": "system"} if message["role"] == "developer" else message
 
     def system_first(self) -> None:
         """One system message, first, with the text of all of them.
@@ -4807,26 +4809,14 @@ class Rewrite:
         sent = self.shapes.sent.get(name, name)
         return named if sent == name else {**named, "function": {**function, "name": sent}}
 
-    def content_present(self, message: Json) -> Json:
-        """Every message has content, if only an empty one."""
-        return {**message, "content": ""} if message.get("content") in (None, []) else message
-
-    def reasoning_name(self) -> None:
-        """Thoughts that come back are called reasoning_content; none where a model has none."""
-        self.body = mapped(self.body, "messages", self._thoughts_named)
+    def no_thoughts(self) -> None:
+        """Thoughts that come back are left out where a model has none."""
         if self.mode == "none":
             dropped = sum(bool(each.get("reasoning_content")) for each in self.body["messages"])
             without = functools.partial(without_keys, names=("reasoning_content",))
             self.body = mapped(self.body, "messages", without)
             if dropped:
                 self.notes.append(f"without the thoughts of {counted(dropped, 'earlier answer')}")
-
-    @staticmethod
-    def _thoughts_named(message: Json) -> Json:
-        if message["role"] != "assistant" or not isinstance(message.get("reasoning"), str):
-            return message
-        thoughts = message.get("reasoning_content", message["reasoning"])
-        return {**without_keys(message, ("reasoning",)), "reasoning_content": thoughts}
 
     def reasoning_required(self, message: Json) -> Json:
         """Thoughts that the client did not keep are replaced by a word for them, where needed.
@@ -5305,9 +5295,10 @@ RULES = (
         apis="chat text",
     ),
     Rule(
-        "part-shapes",
-        Rewrite.part_shapes,
-        "OpenAI reference, Responses and refusals; Anthropic reference, Messages",
+        "message-shapes",
+        Rewrite.message_shapes,
+        "OpenAI reference, Responses and refusals; Anthropic reference, Messages; DashScope 400: "
+        "developer is not one of [...], Field required: input.messages.N.content",
         each="messages",
     ),
     Rule(
@@ -5334,12 +5325,6 @@ RULES = (
         "OpenAI reference: functions, deprecated by tools",
     ),
     Rule(
-        "developer-role",
-        Rewrite.developer_role,
-        "DashScope 400: developer is not one of [...]",
-        each="messages",
-    ),
-    Rule(
         "system-first",
         Rewrite.system_first,
         "400: System message must be at the beginning.",
@@ -5364,14 +5349,8 @@ RULES = (
         where="portal",
     ),
     Rule(
-        "content-present",
-        Rewrite.content_present,
-        "DashScope 400: Field required: input.messages.N.content",
-        each="messages",
-    ),
-    Rule(
-        "reasoning-name",
-        Rewrite.reasoning_name,
+        "no-thoughts",
+        Rewrite.no_thoughts,
         "Model Studio, 'Deep thinking'",
         unless="openrouter",
     ),
