@@ -4736,10 +4736,11 @@ class Rewrite:
         return {**rest, "type": "input_audio", "input_audio": {**audio, "data": data}}
 
     def system_first(self) -> None:
-        """One system message, first, with the text of all of them.
+        """One system message, first, with the text of all of them, and one of the user behind it.
 
         System messages behind the last answer become the user's: SillyTavern asks so for the next
-        reply. So does the last one where nothing else is there.
+        reply. So does the last one where nothing else is there. A conversation that the assistant
+        opens begins with a short message of the user.
         """
         messages = self.body["messages"]
         place = len(messages)
@@ -4751,18 +4752,12 @@ class Rewrite:
             messages = [*messages[:place], *asked]
         system = [message for message in messages if message["role"] == "system"]
         rest = [message for message in messages if message["role"] != "system"]
+        if not any(message["role"] == "user" for message in rest):
+            rest.insert(0, {"role": "user", "content": "Please begin."})
         if system:
             content = joined([message.get("content") for message in system], "\n\n")
             rest.insert(0, {**system[0], "content": content})
         self.body["messages"] = rest
-
-    def user_present(self) -> None:
-        """A conversation that the assistant opens begins with a short message of the user."""
-        messages = self.body["messages"]
-        if not any(message["role"] == "user" for message in messages):
-            place = int(messages[0]["role"] == "system")
-            begin = {"role": "user", "content": "Please begin."}
-            self.body["messages"] = [*messages[:place], begin, *messages[place:]]
 
     def portal_system(self) -> None:
         """The system message as parts, the first one with a cache_control marker."""
@@ -5325,21 +5320,16 @@ RULES = (
         "OpenAI reference: functions, deprecated by tools",
     ),
     Rule(
-        "system-first",
-        Rewrite.system_first,
-        "400: System message must be at the beginning.",
-        where="qwen",
-    ),
-    Rule(
         "history",
         Rewrite.history,
         "DashScope 400: qwen-code #656, #2360, arguments must be JSON; Qwen Code, converter.ts; "
         "Anthropic's messages, which Cursor sends to chat completions",
     ),
     Rule(
-        "user-present",
-        Rewrite.user_present,
-        "DashScope 400: The input messages do not contain elements with the role of user.",
+        "system-first",
+        Rewrite.system_first,
+        "400: System message must be at the beginning; DashScope 400: The input messages do not "
+        "contain elements with the role of user.",
         where="qwen",
     ),
     Rule(
