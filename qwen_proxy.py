@@ -4239,16 +4239,16 @@ class History:
     """The messages of a request, put right in one pass.
 
     In goes what clients keep of a conversation; out come results directly behind their calls, a
-    stub for a call without a result, no result without a call, ids and arguments that are JSON, and
-    media where the endpoint takes them.
+    stub for a call without a result, no result without a call, calls as they are sent, with ids and
+    with arguments that are JSON, and media where the endpoint takes them.
     """
 
     STUB = "(no result: the call was interrupted)"
     # Half of an emoji, or a whole one that is escaped.
     HALF_OF_PAIR = re.compile(r"\\ud[89a-f]", re.I)
 
-    def __init__(self, splits_media: bool):
-        self._splits_media = splits_media
+    def __init__(self, shapes: ToolShapes, splits_media: bool):
+        self._shapes, self._splits_media = shapes, splits_media
         # All messages but the results, and the results of the calls of each.
         self._turns: list[Json] = []
         self._results: dict[int, list[Json]] = {}
@@ -4267,9 +4267,11 @@ class History:
         self.lost = 0
 
     @classmethod
-    def repaired(cls, messages: list[Json], splits_media: bool) -> tuple[list[Json], int]:
+    def repaired(
+        cls, messages: list[Json], shapes: ToolShapes, splits_media: bool
+    ) -> tuple[list[Json], int]:
         """Return the messages, and how many results were lost."""
-        history = cls(splits_media)
+        history = cls(shapes, splits_media)
         for message in messages:
             for each in cls._unpacked(message):
                 history._add(each)
@@ -4350,6 +4352,7 @@ class History:
 
     def _valid_call(self, call: Any, new_id: str) -> Any:
         """Return a call with an id, and with arguments that are the text of a JSON object."""
+        call = self._shapes.call(call)
         if isinstance(call, dict) and not call.get("id"):
             call = {**call, "id": new_id}
             self._unnamed.append(new_id)
@@ -4432,12 +4435,14 @@ class ToolShapes:
     """How the tools of a request go to the upstream, and how calls of them come back.
 
     Custom tools, with free text for an argument, are functions with one string upstream; reserved
-    names are changed.
+    names are changed, and `strict` is left out where it is unknown.
     """
 
     # Names that a tool may have at Alibaba's, where 'search' is reserved. Model Studio, 'Function
     # calling'.
     LEGAL = re.compile(r"(?!search\Z)[A-Za-z0-9_-]{1,64}\Z")
+    # Choices of Anthropic's that name no tool.
+    CHOICES: Mapping[str, str] = {"any": "required", "none": "none"}
 
     def __init__(self, request: Json, traits: frozenset[str]):
         # By name: the envelope of a custom tool, 'custom' (OpenAI) or 'function' (Cursor, flat).
@@ -4448,12 +4453,13 @@ class ToolShapes:
             names.add(name)
             if name and self._is_custom(tool):
                 self.custom[name] = "custom" if dig(tool, "custom") else "function"
-        self.sent: dict[str, str] = {}
-        for name in sorted(names - {""}) if "alibaba" in traits else ():
+        self._is_alibaba = "alibaba" in traits
+        self._sent: dict[str, str] = {}
+        for name in sorted(names - {""}) if self._is_alibaba else ():
             if not self.LEGAL.match(name):
-                self.sent[name] = self._free_name(name, names)
-                names.add(self.sent[name])
-        self._original = {sent: name for name, sent in self.sent.items()}
+                self._sent[name] = self._free_name(name, names)
+                names.add(self._sent[name])
+        self._original = {sent: name for name, sent in self._sent.items()}
 
     @staticmethod
     def _free_name(name: str, names: set[str]) -> str:
@@ -4467,17 +4473,62 @@ class ToolShapes:
         """Return the client's name for a tool."""
         return self._original.get(sent, sent)
 
+    def tool(self, tool: Any) -> Any:
+        """Return a tool as it is sent: a function, with parameters and without nulls."""
+        if self._is_custom(tool):
+            tool = self._function_of(as_object(tool.get("custom", tool)))
+        elif isinstance(dig(tool, "name"), str) and "function" not in tool:
+            # Anthropic's shape, or that of /v1/responses.
+            function = {
+                "name": tool["name"],
+                "description": tool.get("description"),
+                "parameters": tool.get("input_schema") or tool.get("parameters"),
+            }
+            mark = tool.get("cache_control")
+            tool = {"type": "function", "cache_control": mark, "function": function}
+        function = dig(tool, "function")
+        if not isinstance(function, dict):
+            return tool
+        kept = stated(without_keys(function, ("strict",) if self._is_alibaba else ()))
+        kept["parameters"] = self._schema(kept.get("parameters"))
+        return self._renamed({**without_nulls(tool), "function": kept})
+
+    def call(self, call: Any) -> Any:
+        """Return a call in the history as it is sent: that of a function."""
+        function = dig(call, "function")
+        if dig(call, "type") == "custom":
+            custom = as_object(call.get("custom") or function or call)
+            text = custom.get("input", custom.get("arguments"))
+        elif as_text(dig(function, "name")) in self.custom:
+            custom, text = function, custom_input(function.get("arguments"))
+        else:
+            return self._renamed(call)
+        text = "" if text is None else text
+        text = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
+        arguments = json.dumps({"input": text}, ensure_ascii=False)
+        function = {"name": custom.get("name"), "arguments": arguments}
+        return self._renamed({"id": call.get("id"), "type": "function", "function": function})
+
+    def choice(self, choice: Json) -> Any:
+        """Return the choice of a tool as it is sent; some editors have Anthropic's shapes."""
+        name, kind = name_of(choice), str(choice.get("type"))
+        named = {"type": "function", "function": {"name": name}}
+        return self._renamed(named) if name else self.CHOICES.get(kind, "auto")
+
+    def _renamed(self, named: Any) -> Any:
+        function = dig(named, "function")
+        name = as_text(dig(function, "name"))
+        sent = self._sent.get(name, name)
+        return named if sent == name else {**named, "function": {**function, "name": sent}}
+
     @staticmethod
     def _is_custom(tool: Any) -> bool:
         """Return whether a tool takes free text; Anthropic calls one with a schema so, too."""
         return dig(tool, "type") == "custom" and "input_schema" not in tool
 
-    @classmethod
-    def function_of(cls, tool: Any) -> Any:
+    @staticmethod
+    def _function_of(custom: Json) -> Json:
         """Return the function for a custom tool; a grammar cannot be enforced, only asked for."""
-        if not cls._is_custom(tool):
-            return tool
-        custom = as_object(tool.get("custom", tool))
         grammar = dig(custom, "format", "grammar") or custom.get("format")
         definition = as_text(dig(grammar, "definition"))
         rule = f"It must match this grammar:\n{definition}"
@@ -4497,21 +4548,21 @@ class ToolShapes:
         }
         return {"type": "function", "function": function}
 
-    def function_call(self, call: Any) -> Any:
-        """Return the function call for a call of a custom tool in the history."""
-        function = dig(call, "function")
-        if dig(call, "type") == "custom":
-            custom = as_object(call.get("custom") or function or call)
-            text = custom.get("input", custom.get("arguments"))
-        elif as_text(dig(function, "name")) in self.custom:
-            custom, text = function, custom_input(function.get("arguments"))
-        else:
-            return call
-        text = "" if text is None else text
-        text = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
-        arguments = json.dumps({"input": text}, ensure_ascii=False)
-        function = {"name": custom.get("name"), "arguments": arguments}
-        return {"id": call.get("id"), "type": "function", "function": function}
+    @staticmethod
+    def _schema(parameters: Any) -> Json:
+        """Return the schema of a function's parameters: that of an object, with properties."""
+        parameters = loads(parameters) if isinstance(parameters, str) else parameters
+        schema = as_object(without_nulls(parameters))
+        properties = schema.get("properties")
+        if isinstance(properties, dict):
+            properties = {name: without_nulls(value) for name, value in properties.items()}
+            return {"type": "object", **schema, "properties": properties}
+        if schema.get("type", "object") != "object":
+            schema = {}
+        # A reference or a choice of schemas has no properties of its own.
+        if not schema.keys() & {"$ref", "allOf", "anyOf", "oneOf"}:
+            schema = {**schema, "type": "object", "properties": {}}
+        return schema
 
 
 def name_of(tool: Any) -> str:
@@ -4769,40 +4820,9 @@ class Rewrite:
     def history(self) -> None:
         """Ids, pairs, media and order of calls and results, also of those that are parts."""
         messages, splits_media = self.body["messages"], "alibaba" in self.traits
-        self.body["messages"], lost = History.repaired(messages, splits_media)
+        self.body["messages"], lost = History.repaired(messages, self.shapes, splits_media)
         if lost:
             self.notes.append(f"left out: {counted(lost, 'tool result')} without a call")
-
-    def legacy_functions(self) -> None:
-        """The deprecated functions and function_call, as tools and tool_choice."""
-        functions, choice = self.body.pop("functions", None), self.body.pop("function_call", None)
-        if functions and not self.body.get("tools"):
-            self.body["tools"] = [{"type": "function", "function": each} for each in functions]
-        if isinstance(choice, dict):
-            choice = {"type": "function", "function": choice}
-        if choice is not None:
-            self.body.setdefault("tool_choice", choice)
-
-    def custom_tools(self) -> None:
-        """Custom tools, their calls and their choice, as functions with one string."""
-        self.body = mapped(self.body, "tools", self.shapes.function_of)
-        self.body = mapped(self.body, "messages.tool_calls", self.shapes.function_call)
-        choice = self.body.get("tool_choice")
-        if dig(choice, "type") == "custom":
-            self.body["tool_choice"] = {"type": "function", "function": {"name": name_of(choice)}}
-
-    def tool_names(self) -> None:
-        """Tools with a reserved name get another one, wherever they are named."""
-        for path in ("tools", "messages.tool_calls") if self.shapes.sent else ():
-            self.body = mapped(self.body, path, self._renamed)
-        if "tool_choice" in self.body:
-            self.body["tool_choice"] = self._renamed(self.body["tool_choice"])
-
-    def _renamed(self, named: Any) -> Any:
-        function = dig(named, "function")
-        name = as_text(dig(function, "name"))
-        sent = self.shapes.sent.get(name, name)
-        return named if sent == name else {**named, "function": {**function, "name": sent}}
 
     def no_thoughts(self) -> None:
         """Thoughts that come back are left out where a model has none."""
@@ -4892,7 +4912,15 @@ class Rewrite:
             self.notes.append(f"left out: {', '.join(missed)}")
 
     def tools(self) -> None:
-        """No empty list of tools, tools with parameters, tool_choice in OpenAI's shape."""
+        """Tools and tool_choice as the endpoint takes them, and no empty list of tools.
+
+        The deprecated functions and function_call take their places.
+        """
+        functions, legacy = self.body.pop("functions", None), self.body.pop("function_call", None)
+        if functions and not self.body.get("tools"):
+            self.body["tools"] = [{"type": "function", "function": each} for each in functions]
+        if legacy is not None:
+            self.body.setdefault("tool_choice", legacy)
         if not self.body.get("tools"):
             self.body.pop("tools", None)
             self._leave_out({"tool_choice", "parallel_tool_calls"})
@@ -4900,16 +4928,12 @@ class Rewrite:
         is_strict = any(dig(tool, "function", "strict") for tool in self.body["tools"])
         if is_strict and "alibaba" in self.traits:
             self.notes.append("left out: strict of tools")
-        self.body = mapped(self.body, "tools", self._tool)
         choice: Any = self.body.get("tool_choice")
         if dig(choice, "type") == "allowed_tools" and "function" not in choice:
             self._allow_tools(as_object(choice.get("allowed_tools", choice)))
-        elif isinstance(choice, dict) and "function" not in choice:
-            # Anthropic's shapes, sent by some editors.
-            name, kind = choice.get("name"), str(choice.get("type"))
-            named = {"type": "function", "function": {"name": name}}
-            other = {"any": "required", "none": "none"}.get(kind, "auto")
-            self.body["tool_choice"] = named if name else other
+        elif isinstance(choice, dict):
+            self.body["tool_choice"] = self.shapes.choice(choice)
+        self.body = mapped(self.body, "tools", self.shapes.tool)
 
     def _allow_tools(self, allowed: Json) -> None:
         """Offer no tools but the ones that a tool_choice allows."""
@@ -4917,40 +4941,6 @@ class Rewrite:
         offered = self.body["tools"]
         self.body["tools"] = [tool for tool in offered if name_of(tool) in names] or offered
         self.body["tool_choice"] = allowed.get("mode") or "auto"
-
-    def _tool(self, tool: Any) -> Any:
-        """Return a tool with parameters and without nulls; without `strict` where it is unknown."""
-        # Anthropic's shape, or that of /v1/responses.
-        if isinstance(dig(tool, "name"), str) and "function" not in tool:
-            function = {
-                "name": tool["name"],
-                "description": tool.get("description"),
-                "parameters": tool.get("input_schema") or tool.get("parameters"),
-            }
-            mark = tool.get("cache_control")
-            tool = {"type": "function", "cache_control": mark, "function": function}
-        function = dig(tool, "function")
-        if not isinstance(function, dict):
-            return tool
-        kept = stated(without_keys(function, ("strict",) if "alibaba" in self.traits else ()))
-        kept["parameters"] = self._schema(kept.get("parameters"))
-        return {**without_nulls(tool), "function": kept}
-
-    @staticmethod
-    def _schema(parameters: Any) -> Json:
-        """Return the schema of a function's parameters: that of an object, with properties."""
-        parameters = loads(parameters) if isinstance(parameters, str) else parameters
-        schema = as_object(without_nulls(parameters))
-        properties = schema.get("properties")
-        if isinstance(properties, dict):
-            properties = {name: without_nulls(value) for name, value in properties.items()}
-            return {"type": "object", **schema, "properties": properties}
-        if schema.get("type", "object") != "object":
-            schema = {}
-        # A reference or a choice of schemas has no properties of its own.
-        if not schema.keys() & {"$ref", "allOf", "anyOf", "oneOf"}:
-            schema = {**schema, "type": "object", "properties": {}}
-        return schema
 
     def web_search(self) -> None:
         """web_search_options asks for the search of the endpoint, where there is one."""
@@ -5290,6 +5280,13 @@ RULES = (
         apis="chat text",
     ),
     Rule(
+        "spellings",
+        Rewrite.spellings,
+        "open-webui #16682: custom parameters as text",
+        needs=Rewrite.READERS.keys(),
+        apis="chat text",
+    ),
+    Rule(
         "message-shapes",
         Rewrite.message_shapes,
         "OpenAI reference, Responses and refusals; Anthropic reference, Messages; DashScope 400: "
@@ -5310,14 +5307,12 @@ RULES = (
         where="alibaba",
     ),
     Rule(
-        "custom-tools",
-        Rewrite.custom_tools,
-        "OpenAI reference, custom tools; Cursor sends them to chat completions",
-    ),
-    Rule(
-        "legacy-functions",
-        Rewrite.legacy_functions,
-        "OpenAI reference: functions, deprecated by tools",
+        "tools",
+        Rewrite.tools,
+        "OpenAI reference: custom tools, functions, deprecated by tools; MiniMax 400: function "
+        "parameters is empty; vLLM: null tool_choice; DashScope 400: Tool names are not allowed to "
+        "be [search]",
+        needs={"tools", "functions", "function_call", "tool_choice", "parallel_tool_calls"},
     ),
     Rule(
         "history",
@@ -5375,30 +5370,12 @@ RULES = (
         apis="chat text",
     ),
     Rule(
-        "spellings",
-        Rewrite.spellings,
-        "open-webui #16682: custom parameters as text",
-        needs=Rewrite.READERS.keys(),
-        apis="chat text",
-    ),
-    Rule(
         "sampling-range",
         Rewrite.sampling_range,
         "Model Studio, chat reference: temperature [0, 2), top_p (0, 1]",
         needs={"temperature", "top_p"},
         where="alibaba",
         apis="chat text",
-    ),
-    Rule(
-        "tools",
-        Rewrite.tools,
-        "MiniMax 400: function parameters is empty; vLLM: null tool_choice",
-    ),
-    Rule(
-        "tool-names",
-        Rewrite.tool_names,
-        "DashScope 400: Tool names are not allowed to be [search]",
-        where="alibaba",
     ),
     Rule(
         "web-search",
