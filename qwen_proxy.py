@@ -4257,8 +4257,6 @@ class History:
         # The turns that the assistant has just said, and all that stand between results.
         self._said: list[int] = []
         self._between: set[int] = set()
-        # Results that came before their calls, with what the assistant had just said.
-        self._early: list[tuple[Json, list[int]]] = []
         # Ids for the calls of the latest turn that came without one.
         self._unnamed: collections.deque[str] = collections.deque()
         # The results of each call id that has one: Codex's notify() sends more for a call.
@@ -4373,29 +4371,22 @@ class History:
         return {**call, "function": {**function, "arguments": encode_json(value).decode()}}
 
     def _add_result(self, message: Json) -> None:
+        """Add a result, of the next call of its id; ids may occur again in later turns."""
         if not message.get("tool_call_id") and self._unnamed:
             message["tool_call_id"] = self._unnamed.popleft()
         call_id = as_text(message.get("tool_call_id"))
-        if self._match(call_id, message, self._said):
+        if self._waiting.get(call_id):
+            place, at = self._waiting[call_id].pop()
+            self._results[place][at] = message
+            # The assistant speaks between results, as Jan has it: behind them it would have the
+            # last word.
+            self._between.update(self._said)
+            self._said = []
             self._answered[call_id] = [message]
         elif call_id in self._answered:
             self._answered[call_id].append(message)
         else:
-            self._early.append((message, self._said))
-            self._said = []
-
-    def _match(self, call_id: str, result: Json, said: list[int]) -> bool:
-        """Give a result to the next call of its id; ids may occur again in later turns."""
-        waiting = self._waiting.get(call_id)
-        if not waiting:
-            return False
-        turn, at = waiting.pop()
-        self._results[turn][at] = result
-        # The assistant speaks between results, as Jan has it: behind them it would have the last
-        # word.
-        self._between.update(said)
-        said.clear()
-        return True
+            self.lost += 1
 
     def _messages(self) -> list[Json]:
         for first, *more in self._answered.values():
@@ -4403,11 +4394,6 @@ class History:
             # A repeated one adds nothing.
             others = [each.get("content") for each in more if each.get("content") != content]
             first["content"] = joined([content, *others], "\n") if others else content
-        for waiting in self._waiting.values():
-            # What came early is for the first call that is left.
-            waiting.sort(reverse=True)
-        for result, said in self._early:
-            self.lost += not self._match(as_text(result.get("tool_call_id")), result, said)
         messages: list[Json] = []
         # Where the calls are that results belong to.
         insert_at = -1

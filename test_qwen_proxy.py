@@ -3270,7 +3270,7 @@ thoughts for none | qwen3-coder-plus | messages=[*HI, assistant("a", reasoning="
 result of nobody, client 25 | | messages=[*HI, call("c"), result("gone", "x"), *HI] | messages=[*HI, call("c"), result("c", NO_RESULT), *HI]
 id used again, one lost | | messages=[*HI, call("c"), *HI, call("c", name="g"), result("c", "of g")] | contents=["Hi", "", NO_RESULT, "Hi", "", "of g"]
 id used again | | messages=[*HI, call("c"), result("c", "1"), call("c", name="g"), result("c", "2")] | contents=["Hi", "", "1", "", "2"]
-result too early | | messages=[*HI, result("c", "early"), call("c")] | contents=["Hi", "", "early"]
+result too early | | messages=[*HI, result("c", "early"), call("c")] | contents=["Hi", "", NO_RESULT]
 result too late | | messages=[*HI, call("c"), *HI, result("c", "late")] | contents=["Hi", "", "late", "Hi"]
 said between results | | messages=[*HI, call("a", "b"), result("a", "1"), assistant("."), result("b", "2")] | contents=["Hi", ".", "", "1", "2"]
 said behind them | | messages=[*HI, call("a"), result("a", "1"), assistant("."), result("a", "1")] | contents=["Hi", "", "1", "."]
