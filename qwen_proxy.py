@@ -4249,14 +4249,13 @@ class History:
 
     def __init__(self, shapes: ToolShapes, splits_media: bool):
         self._shapes, self._splits_media = shapes, splits_media
-        # All messages but the results, and the results of the calls of each.
-        self._turns: list[Json] = []
-        self._results: dict[int, list[Json]] = {}
+        # Each message but the results, with the results of its calls behind it.
+        self._turns: list[list[Json]] = []
+        # What the assistant has just said, each a turn, and where it goes if a result follows.
+        self._said: list[list[Json]] = []
+        self._before: list[Json] = []
         # By call id: the turns and places of calls that wait for a result; the last one is next.
-        self._waiting: dict[str, list[tuple[int, int]]] = {}
-        # The turns that the assistant has just said, and all that stand between results.
-        self._said: list[int] = []
-        self._between: set[int] = set()
+        self._waiting: dict[str, list[tuple[list[Json], int]]] = {}
         # Ids for the calls of the latest turn that came without one.
         self._unnamed: collections.deque[str] = collections.deque()
         # The results of each call id that has one: Codex's notify() sends more for a call.
@@ -4264,23 +4263,16 @@ class History:
         # Results without a call.
         self.lost = 0
 
-    @classmethod
-    def repaired(
-        cls, messages: list[Json], shapes: ToolShapes, splits_media: bool
-    ) -> tuple[list[Json], int]:
-        """Return the messages, and how many results were lost."""
-        history = cls(shapes, splits_media)
-        for message in messages:
-            for each in cls._unpacked(message):
-                history._add(each)
-        repaired = history._messages()
-        if not repaired:
-            raise BadRequest(
-                "messages contains only tool results; the assistant message with the matching "
-                "tool_calls is missing",
-                param="messages",
-            )
-        return repaired, history.lost
+    def add(self, message: Json) -> None:
+        """Take the next message; it is not changed."""
+        for each in self._unpacked(message):
+            if each["role"] in ("tool", "function"):
+                self._add_result({**each, "role": "tool"})
+            elif each["role"] == "assistant":
+                self._add_answer(each)
+            else:
+                self._said, self._before = [], [each]
+                self._turns.append(self._before)
 
     @staticmethod
     def _unpacked(message: Json) -> list[Json]:
@@ -4318,35 +4310,25 @@ class History:
         turn = {**message, "content": rest or "", **({"tool_calls": calls} if calls else {})}
         return [*results, turn] if rest or calls else results
 
-    def _add(self, message: Json) -> None:
-        if message["role"] in ("tool", "function"):
-            self._add_result({**message, "role": "tool"})
-        elif message["role"] == "assistant":
-            self._add_answer(message)
-        else:
-            self._said = []
-            self._turns.append(message)
-
     def _add_answer(self, message: Json) -> None:
         """Add a message of the assistant, with its calls; function_call is the older name."""
-        place, calls = len(self._turns), as_list(message.pop("tool_calls", None))
+        place, turn, calls = len(self._turns), [message], as_list(message.pop("tool_calls", None))
         if not calls and isinstance(message.get("function_call"), dict):
             calls = [{"type": "function", "function": message.pop("function_call")}]
-        self._turns.append(message)
         if not calls:
-            self._said.append(place)
+            self._turns.append(turn)
+            self._said.append(turn)
             return
-        self._said = []
+        self._said, self._before = [], []
+        self._turns += [self._before, turn]
         self._unnamed.clear()
         calls = [self._valid_call(call, f"call_{place}_{at}") for at, call in enumerate(calls)]
-        ids = [dig(call, "id") for call in calls]
         message["tool_calls"] = calls
-        self._results[place] = [
-            {"role": "tool", "tool_call_id": call_id, "content": self.STUB} for call_id in ids
-        ]
+        ids = [dig(call, "id") for call in calls]
+        turn += [{"role": "tool", "tool_call_id": call_id, "content": self.STUB} for call_id in ids]
         # The first call of an id that occurs again gets the first result.
-        for at in reversed(range(len(calls))):
-            self._waiting.setdefault(str(ids[at]), []).append((place, at))
+        for at in reversed(range(len(ids))):
+            self._waiting.setdefault(str(ids[at]), []).append((turn, at + 1))
 
     def _valid_call(self, call: Any, new_id: str) -> Any:
         """Return a call with an id, and with arguments that are the text of a JSON object."""
@@ -4376,11 +4358,11 @@ class History:
             message["tool_call_id"] = self._unnamed.popleft()
         call_id = as_text(message.get("tool_call_id"))
         if self._waiting.get(call_id):
-            place, at = self._waiting[call_id].pop()
-            self._results[place][at] = message
+            turn, at = self._waiting[call_id].pop()
+            turn[at] = message
             # The assistant speaks between results, as Jan has it: behind them it would have the
             # last word.
-            self._between.update(self._said)
+            self._before += [said.pop() for said in self._said]
             self._said = []
             self._answered[call_id] = [message]
         elif call_id in self._answered:
@@ -4388,33 +4370,32 @@ class History:
         else:
             self.lost += 1
 
-    def _messages(self) -> list[Json]:
+    def messages(self) -> list[Json]:
+        """Return the messages; raises BadRequest if none is left."""
         for first, *more in self._answered.values():
             content = first.get("content")
             # A repeated one adds nothing.
             others = [each.get("content") for each in more if each.get("content") != content]
             first["content"] = joined([content, *others], "\n") if others else content
-        messages: list[Json] = []
-        # Where the calls are that results belong to.
-        insert_at = -1
-        for place, message in enumerate(self._turns):
-            if place in self._between and insert_at >= 0:
-                messages.insert(insert_at, message)
-                insert_at += 1
-            else:
-                insert_at = len(messages) if place in self._results else -1
-                messages += [message, *self._results_of(place)]
+        messages = [each for turn in self._turns for each in [*turn, *self._media_in(turn)]]
+        if not messages:
+            raise BadRequest(
+                "messages contains only tool results; the assistant message with the matching "
+                "tool_calls is missing",
+                param="messages",
+            )
         return messages
 
-    def _results_of(self, place: int) -> list[Json]:
-        results, media = self._results.get(place, []), []
-        for result in results if self._splits_media else ():
-            parts = as_list(result.get("content"))
+    def _media_in(self, turn: list[Json]) -> list[Json]:
+        """Take the media out of the results of a turn, into a message of the user if any."""
+        media = []
+        for result in turn if self._splits_media else ():
+            parts = as_list(result.get("content")) if result["role"] == "tool" else []
             found = [part for part in parts if dig(part, "type") not in ("text", None)]
             if found:
                 result["content"] = text_of(parts) or "(see the next message)"
                 media += found
-        return [*results, {"role": "user", "content": media}] if media else results
+        return [{"role": "user", "content": media}] if media else []
 
 
 class ToolShapes:
@@ -4805,10 +4786,12 @@ class Rewrite:
 
     def history(self) -> None:
         """Ids, pairs, media and order of calls and results, also of those that are parts."""
-        messages, splits_media = self.body["messages"], "alibaba" in self.traits
-        self.body["messages"], lost = History.repaired(messages, self.shapes, splits_media)
-        if lost:
-            self.notes.append(f"left out: {counted(lost, 'tool result')} without a call")
+        history = History(self.shapes, "alibaba" in self.traits)
+        for message in self.body["messages"]:
+            history.add(message)
+        self.body["messages"] = history.messages()
+        if history.lost:
+            self.notes.append(f"left out: {counted(history.lost, 'tool result')} without a call")
 
     def no_thoughts(self) -> None:
         """Thoughts that come back are left out where a model has none."""
