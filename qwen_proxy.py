@@ -5046,32 +5046,28 @@ class Rewrite:
         asked = Thinking.read(self.body).enabled
         return self.mode == "on" if asked is None else asked
 
-    def forced_tool(self) -> None:
-        """While thinking, tool_choice is only auto or none."""
-        choice = self.body.get("tool_choice")
-        if choice == "required" or isinstance(choice, dict):
-            self._without_thinking("tool_choice", "a tool call is forced", ask_for_call)
+    def thinking_clash(self) -> None:
+        """No forced call and no JSON mode while thinking.
 
-    def json_output(self) -> None:
-        """No JSON mode while thinking."""
-        if wants_json(self.body):
-            self._without_thinking("response_format", "JSON is asked for", ask_for_json)
-
-    def _without_thinking(self, name: str, cause: str, ask: Callable[[Json], None]) -> None:
-        """Switch thinking off if it is only a default, else do without a field that forbids it."""
-        if not self._thinks():
-            return
-        if self.mode == "always" or self.client_wants_thinking:
-            ask(self.body)
-            self.notes.append(
-                f"{name} is replaced by an instruction in the prompt, since the model thinks"
-            )
-            return
-        self.body = without_keys(
-            self.body, ("thinking_budget", "reasoning_effort", "enable_thinking")
-        )
-        self._set((self.dialect or DIALECTS["qwen"]).off)
-        self.notes.append(f"no thinking, since {cause}")
+        Thinking is switched off if it is only a default; else the prompt asks for what was wanted.
+        """
+        is_wanted = self.mode == "always" or self.client_wants_thinking
+        for is_asked, name, cause, ask in (
+            (forces_call, "tool_choice", "a tool call is forced", ask_for_call),
+            (wants_json, "response_format", "JSON is asked for", ask_for_json),
+        ):
+            if not is_asked(self.body) or not self._thinks():
+                continue
+            if is_wanted:
+                ask(self.body)
+                self.notes.append(
+                    f"{name} is replaced by an instruction in the prompt, since the model thinks"
+                )
+            else:
+                names = ("thinking_budget", "reasoning_effort", "enable_thinking")
+                self.body = without_keys(self.body, names)
+                self._set((self.dialect or DIALECTS["qwen"]).off)
+                self.notes.append(f"no thinking, since {cause}")
 
     def json_word(self) -> None:
         """Messages that ask for JSON hold that word."""
@@ -5195,6 +5191,11 @@ def add_instruction(body: Json, text: str) -> None:
     system, rest = system_and_rest(body["messages"])
     content = joined([system.get("content"), text], "\n\n")
     body["messages"] = [{**system, "content": content}, *rest]
+
+
+def forces_call(body: Json) -> bool:
+    """Return whether a request leaves the model no choice but to call a tool."""
+    return bool(body.get("tools")) and body.get("tool_choice") not in (None, "auto", "none")
 
 
 def ask_for_call(body: Json) -> None:
@@ -5374,17 +5375,10 @@ RULES = (
         "Model Studio, 'Deep thinking', and each provider's reference",
     ),
     Rule(
-        "forced-tool",
-        Rewrite.forced_tool,
-        "Model Studio, 'Function calling'",
-        needs={"tool_choice"},
-        where="qwen",
-    ),
-    Rule(
-        "json-output",
-        Rewrite.json_output,
-        "Model Studio, 'Structured output'",
-        needs={"response_format"},
+        "thinking-clash",
+        Rewrite.thinking_clash,
+        "Model Studio, 'Function calling', 'Structured output'",
+        needs={"tool_choice", "response_format"},
         where="qwen",
     ),
     Rule(

@@ -3232,9 +3232,9 @@ forced tool, client 28 | qwen3.7-plus | tools=[F, G], tool_choice="required" | t
 forced by name, client 28 | qwen3.7-plus | tools=[F, G], tool_choice=function() | tools=[F, G], tool_choice=function(), enable_thinking=False
 forced as Anthropic does, client 28 | qwen3.7-plus | tools=[F], tool_choice={"type": "any"} | tools=[F], tool_choice="required", enable_thinking=False
 by name, as Anthropic does, client 28 | qwen3.7-plus | tools=[F], tool_choice={"type": "tool", "name": "f"} | tools=[F], tool_choice=function(), enable_thinking=False
-forced, thinks | qwen3.7-plus | tools=[F, G], tool_choice="required", enable_thinking=True | tools=[F, G], tool_choice="auto", enable_thinking=True, rule="forced-tool"
-forced by name, thinks | qwen3.7-plus | tools=[F, G], tool_choice=function(), enable_thinking=True | tools=[F], tool_choice="auto", enable_thinking=True, rule="forced-tool", contents=["Call the tool f now; do not answer in text.", "Hi"]
-forced, always thinks, client 28 | qwq-plus | tools=[F], tool_choice="required" | tools=[F], tool_choice="auto", rule="forced-tool", contents=["Call one of the tools now; do not answer in text.", "Hi"]
+forced, thinks | qwen3.7-plus | tools=[F, G], tool_choice="required", enable_thinking=True | tools=[F, G], tool_choice="auto", enable_thinking=True, rule="thinking-clash"
+forced by name, thinks | qwen3.7-plus | tools=[F, G], tool_choice=function(), enable_thinking=True | tools=[F], tool_choice="auto", enable_thinking=True, rule="thinking-clash", contents=["Call the tool f now; do not answer in text.", "Hi"]
+forced, always thinks, client 28 | qwq-plus | tools=[F], tool_choice="required" | tools=[F], tool_choice="auto", rule="thinking-clash", contents=["Call one of the tools now; do not answer in text.", "Hi"]
 JSON | qwen3.7-plus | response_format=JSON_OBJECT | response_format=JSON_OBJECT, enable_thinking=False
 JSON by a schema | qwen3.7-plus | response_format=JSON_SCHEMA | response_format=JSON_SCHEMA, enable_thinking=False
 JSON, thinks | qwen3.7-plus | response_format=JSON_OBJECT, reasoning_effort="high" | enable_thinking=True
@@ -3471,7 +3471,7 @@ effort medium, Kimi K3 | kimi-k3; everywhere | reasoning_effort="medium" | reaso
 effort xhigh, GLM 5.3 | glm-5.3@token; everywhere | reasoning_effort="xhigh" | reasoning_effort="max"
 effort none, GLM 5.3 | glm-5.3@token; everywhere | reasoning_effort="none" |
 off, Kimi K3 | kimi-k3; everywhere | enable_thinking=False | rule="thinking"
-JSON, GLM 5.3 | glm-5.3@token; everywhere | response_format=JSON_OBJECT | rule="json-output"
+JSON, GLM 5.3 | glm-5.3@token; everywhere | response_format=JSON_OBJECT | rule="thinking-clash"
 effort max, DeepSeek's own host | deepseek-v4-pro@deepseek; everywhere | reasoning_effort="max" | thinking={"type": "enabled"}, reasoning_effort="max"
 effort none, DeepSeek's own host | deepseek-v4-pro@deepseek; everywhere | reasoning_effort="none" | thinking={"type": "disabled"}
 effort max, Z.AI | glm-5.3@zai; everywhere | reasoning_effort="max" | thinking={"type": "enabled"}, reasoning_effort="max"
