@@ -5171,12 +5171,9 @@ def parts_of(content: Any) -> list[Json]:
     return [{"type": "text", "text": content}] if content else []
 
 
-JSON_TYPES = ("json_object", "json_schema")
-
-
-def wants_json(body: Json) -> bool:
-    """Return whether a request asks for nothing but JSON."""
-    return dig(body, "response_format", "type") in JSON_TYPES
+def wants_json(body: Json, types: tuple[str, ...] = ("json_object", "json_schema")) -> bool:
+    """Return whether a request asks for nothing but JSON, in one of these ways."""
+    return dig(body, "response_format", "type") in types
 
 
 def system_and_rest(messages: list[Json]) -> tuple[Json, list[Json]]:
@@ -5415,16 +5412,15 @@ def rules_for(api: str, traits: frozenset[str]) -> tuple[Rule, ...]:
 class Repair(NamedTuple):
     """What to do about a refusal by name: in the text of a 400, if the body has what it names.
 
-    when, unless: by path, values of which the body must have one, or none; unasked: not if the body
-    asks for thinking, or the model always thinks; limit: the field that gets the number that the
-    refusal names, '$1' in `how`; each: what goes in the place of each message; then: a change that
-    needs messages; sets: what to set; drops: fields to leave out; how: for the log.
+    when: what the body must ask for; unasked: not if it asks for thinking, or the model always
+    thinks; limit: the field that gets the number that the refusal names, '$1' in `how`; each: what
+    goes in the place of each message; then: a change that needs messages; sets: what to set; drops:
+    fields to leave out; how: for the log.
     """
 
     pattern: str
     how: str
-    when: Mapping[str, tuple[Any, ...]] = {}
-    unless: Mapping[str, tuple[Any, ...]] = {}
+    when: Callable[[Json], bool] = bool
     unasked: bool = False
     limit: str = ""
     each: Callable[[Json], Json] | None = None
@@ -5437,11 +5433,7 @@ class Repair(NamedTuple):
         is_always = model_facts(as_text(body.get("model"))).thinking == "always"
         if self.unasked and (is_always or Thinking.read(body).enabled is not None):
             return False
-        if self.then and "messages" not in body:
-            return False
-        has = [dig(body, *path.split(".")) in values for path, values in self.when.items()]
-        lacks = [dig(body, *path.split(".")) not in values for path, values in self.unless.items()]
-        return all(has) and all(lacks)
+        return self.when(body) and (self.then is None or "messages" in body)
 
 
 def leave_out_media(body: Json) -> None:
@@ -5454,10 +5446,6 @@ def leave_out_media(body: Json) -> None:
     body["messages"] = [*earlier, *messages[last:]]
 
 
-_NO_CALL_FORCED: Mapping[str, tuple[Any, ...]] = {
-    "tools": (None, []),
-    "tool_choice": (None, "auto", "none"),
-}
 _THOUGHTS_WANTED = r"reasoning_content.{0,60}(is missing|must be)|missing.{0,40}reasoning_content"
 REPAIRS = (
     Repair(
@@ -5473,21 +5461,20 @@ REPAIRS = (
     Repair(
         r"enable_thinking is true",
         "without thinking",
-        when={"response_format.type": JSON_TYPES},
+        when=wants_json,
         unasked=True,
         sets={"enable_thinking": False},
     ),
-    # Without thinking, JSON mode is possible: what was refused is something else.
     Repair(
         r"enable_thinking is true",
         "with the JSON asked for by prompt",
-        when={"response_format.type": JSON_TYPES, "enable_thinking": (True,)},
+        when=wants_json,
         then=ask_for_json,
     ),
     Repair(
         r"json_schema|response_format",
         "with the JSON schema in the prompt",
-        when={"response_format.type": ("json_schema",)},
+        when=functools.partial(wants_json, types=("json_schema",)),
         then=ask_for_json,
         sets={"response_format": {"type": "json_object"}},
     ),
@@ -5523,20 +5510,19 @@ REPAIRS = (
     Repair(
         r"enable_thinking.*(restricted to True|must be True)",
         "with thinking",
-        when={"enable_thinking": (False,)},
         sets={"enable_thinking": True},
     ),
     Repair(
         r'tool_choice.*\["none", "auto"\]',
         "without thinking",
-        unless=_NO_CALL_FORCED,
+        when=forces_call,
         unasked=True,
         sets={"enable_thinking": False},
     ),
     Repair(
         r"tool_choice",
         "with the tool call asked for by prompt",
-        unless=_NO_CALL_FORCED,
+        when=forces_call,
         then=ask_for_call,
     ),
 )
