@@ -4153,7 +4153,8 @@ class Dialect(NamedTuple):
     off, on: what to set; efforts: its levels by the client's names, other names as they are, '' for
     none at all, or None where it has no levels; budget: the field for a number of tokens, which
     wins over the effort; budgets: tokens for a level, where it has none of its own; is_nested: all
-    of it stands in 'reasoning'; is_default: it is told to think where the request says nothing.
+    of it stands in 'reasoning', as the client may have it; is_default: it is told to think where
+    the request says nothing. Fields of an object have a dot.
     """
 
     off: Json
@@ -4181,7 +4182,13 @@ DIALECTS = {
     "zai": Dialect(
         off={"thinking": {"type": "disabled"}}, on={"thinking": {"type": "enabled"}}, efforts={}
     ),
-    "openrouter": Dialect(off={"reasoning": {"enabled": False}}, is_nested=True),
+    "openrouter": Dialect(
+        off={"reasoning.enabled": False},
+        on={"reasoning.enabled": True},
+        efforts={},
+        budget="reasoning.max_tokens",
+        is_nested=True,
+    ),
     "qwen": _SWITCHED._replace(budgets={"low": 4096, "medium": 16_384}),
     "unknown": _SWITCHED._replace(efforts={}),
     "qwen3.8": Dialect(
@@ -4198,8 +4205,8 @@ DIALECTS = {
     "effort": Dialect(off={"reasoning_effort": "none"}, efforts={}),
     "switch": _SWITCHED._replace(is_default=True),
     "template": Dialect(
-        off={"chat_template_kwargs": {"enable_thinking": False}},
-        on={"chat_template_kwargs": {"enable_thinking": True}},
+        off={"chat_template_kwargs.enable_thinking": False},
+        on={"chat_template_kwargs.enable_thinking": True},
         is_default=True,
     ),
 }
@@ -4953,9 +4960,9 @@ class Rewrite:
         """What the client asked about thinking, in the endpoint's words and as far as it can."""
         if not self.dialect:
             return
-        reasoning = as_object(self.body.get("reasoning"))
         asked = Thinking.read(without_keys(self.body, self.entry_fields))
-        self.body = without_keys(self.body, asked.fields)
+        kept = {"reasoning"} if self.dialect.is_nested else set()
+        self.body = without_keys(self.body, asked.fields - kept)
         if "alibaba" in self.traits and "chat_template_kwargs" in self.body:
             self.body = self._with_open_template(self.body)
         if asked.enabled is None:
@@ -4964,9 +4971,7 @@ class Rewrite:
         is_on = default or self.dialect.is_default
         if is_on and (asked.enabled is None or self.mode == "always" and not asked.enabled):
             asked = Thinking(True, default)
-        if self.dialect.is_nested and asked.enabled is not None:
-            self._ask_nested(asked, reasoning)
-        elif asked.enabled is not None:
+        if asked.enabled is not None:
             self._ask(asked, self.dialect)
 
     def _dialect_name(self) -> str:
@@ -4995,6 +5000,8 @@ class Rewrite:
     def _ask(self, asked: Thinking, dialect: Dialect) -> None:
         effort, levels = asked.effort or "", dialect.efforts
         level = "" if levels is None else self._nearest(levels.get(effort, effort))
+        # Each of OpenRouter's fields switches thinking on by itself.
+        switch = {} if dialect.is_nested else dialect.on
         if self.mode == "none":
             if asked.enabled:
                 self.notes.append(f"no thinking, since {self.model} does not")
@@ -5003,9 +5010,10 @@ class Rewrite:
         elif not asked.enabled:
             self._set(dialect.off)
         elif asked.budget and dialect.budget:
-            self._set({**dialect.on, dialect.budget: asked.budget})
+            self._set({**switch, dialect.budget: asked.budget})
         elif level:
-            self._set({**dialect.on, "reasoning_effort": level})
+            name = "reasoning.effort" if dialect.is_nested else "reasoning_effort"
+            self._set({**switch, name: level})
         elif effort in dialect.budgets:
             self._set({**dialect.on, dialect.budget: dialect.budgets[effort]})
         else:
@@ -5017,9 +5025,10 @@ class Rewrite:
         """Set fields about thinking; the switch also where servers of one's own look for it."""
         if self.mode == "always":
             fields = without_keys(fields, ("enable_thinking",))
-        self.body.update(fields)
         if "enable_thinking" in fields and "alibaba" not in self.traits and not self.profile:
-            switch_thinking(self.body, fields["enable_thinking"])
+            fields = {**fields, "chat_template_kwargs.enable_thinking": fields["enable_thinking"]}
+        for path, value in fields.items():
+            put(self.body, path, value)
 
     def _nearest(self, level: str) -> str:
         """Return a level, or of those that the settings list for the model the nearest one."""
@@ -5028,16 +5037,6 @@ class Rewrite:
             return level
         wanted = EFFORTS.index(level) + 0.1
         return str(min(listed, key=lambda each: abs(EFFORTS.index(each) - wanted)))
-
-    def _ask_nested(self, asked: Thinking, reasoning: Json) -> None:
-        """Ask in OpenRouter's words, which are nested."""
-        kept = without_keys(reasoning, ("effort", "max_tokens", "enabled"))
-        how: Json = {"enabled": bool(asked.enabled)}
-        if asked.enabled and asked.effort:
-            how = {"effort": self._nearest(asked.effort)}
-        elif asked.enabled and asked.budget:
-            how = {"max_tokens": asked.budget}
-        self.body["reasoning"] = {**kept, **how}
 
     def _thinks(self) -> bool:
         """Return whether the model will think about this body."""
@@ -5103,10 +5102,10 @@ def joined(contents: list[Any], separator: str) -> Any:
     return separator.join(filter(None, map(as_text, contents)))
 
 
-def switch_thinking(body: Json, is_on: bool) -> None:
-    """Switch thinking on or off where servers of one's own look for it."""
-    template = as_object(body.get("chat_template_kwargs"))
-    body["chat_template_kwargs"] = {**template, "enable_thinking": is_on}
+def put(body: Json, path: str, value: Any) -> None:
+    """Set a field of a request, or one of an object in it."""
+    name, _, inner = path.partition(".")
+    body[name] = {**as_object(body.get(name)), inner: value} if inner else value
 
 
 def with_thoughts(message: Json) -> Json:
@@ -5487,7 +5486,7 @@ REPAIRS = (
         rf"[Pp]refill is incompatible with enable_thinking|{_THOUGHTS_WANTED}",
         "without thinking",
         unasked=True,
-        then=functools.partial(switch_thinking, is_on=False),
+        then=functools.partial(put, path="chat_template_kwargs.enable_thinking", value=False),
         sets={"enable_thinking": False},
     ),
     Repair(
