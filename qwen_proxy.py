@@ -4098,8 +4098,8 @@ THINKING_FIELDS = (
 THINKING_SPELLINGS: tuple[tuple[Callable[[Any], Any], str], ...] = (
     (
         as_switch,
-        "enable_thinking reasoning.enabled think thinking chat_template_kwargs.enable_thinking "
-        "thinking.type",
+        "enable_thinking reasoning.enabled think thinking reasoning "
+        "chat_template_kwargs.enable_thinking thinking.type",
     ),
     (as_effort, "reasoning_effort reasoning.effort think chat_template_kwargs.reasoning_effort"),
     (
@@ -4137,14 +4137,12 @@ class Thinking(NamedTuple):
         ]
         fields = {path.partition(".")[0] for values in found for path in values}
         enabled, effort, budget = (next(iter(values.values()), None) for values in found)
-        if enabled is None and effort is not None:
-            enabled = effort not in ("none", "minimal")
-        if enabled is None and budget is not None:
-            # -1 is as much as the model likes.
-            enabled = budget != 0
-        effort = None if effort in ("none", "minimal") else effort
-        budget = budget if (budget or 0) > 0 else None
-        return cls(enabled, effort, budget, frozenset(fields - {"chat_template_kwargs"}))
+        level = None if effort in ("none", "minimal") else effort
+        if enabled is None and (effort or budget is not None):
+            # A budget of -1 is as much as the model likes.
+            enabled = bool(level) if effort else budget != 0
+        tokens = max(budget or 0, 0) or None
+        return cls(enabled, level, tokens, frozenset(fields - {"chat_template_kwargs"}))
 
 
 class Dialect(NamedTuple):
@@ -4152,7 +4150,7 @@ class Dialect(NamedTuple):
 
     off, on: what to set; efforts: its levels by the client's names, other names as they are, '' for
     none at all, or None where it has no levels; budget: the field for a number of tokens, which
-    wins over the effort; budgets: tokens for a level, where it has none of its own; is_nested: all
+    wins over the effort; budgets: tokens for a level, where it has no levels; is_nested: all
     of it stands in 'reasoning', as the client may have it; is_default: it is told to think where
     the request says nothing. Fields of an object have a dot.
     """
@@ -4669,23 +4667,19 @@ class Rewrite:
         given, entry = self.body, dict(as_object(self.config.get("samplingParams")))
         entry.update(as_object(self.config.get("extra_body")))
         self.entry_fields = entry.keys() - given.keys()
+        said, reasoning = Thinking.read(entry), self.config.get("reasoning")
         if Thinking.read(given).enabled is not None:
             # What the client says of thinking replaces all that the entry says.
-            entry = self._with_open_template(without_keys(entry, Thinking.read(entry).fields))
-        elif Thinking.read(entry).enabled is None:
-            self._entry_reasoning(entry, self.config.get("reasoning"))
+            entry = self._with_open_template(without_keys(entry, said.fields))
+        elif said.enabled is None and self.dialect:
+            self.entry_thinking = Thinking.read({"reasoning": reasoning})
+        elif said.enabled is None and isinstance(reasoning, dict) and "messages" in given:
+            # As it stands there, where nothing is known of the endpoint's words.
+            level = "xhigh" if reasoning.get("effort") == "max" else reasoning.get("effort")
+            entry["reasoning"] = stated({**reasoning, "effort": level})
         if any(name in given for name in self.LIMITS):
             entry.pop("max_tokens", None)
         self.body = {**given, **entry, **without_keys(given, ("model",))}
-
-    def _entry_reasoning(self, entry: Json, reasoning: Any) -> None:
-        """Think as the settings say: in the endpoint's words, or as it stands there."""
-        if self.dialect:
-            asked = {"enabled": False} if reasoning is False else reasoning
-            self.entry_thinking = Thinking.read({"reasoning": asked})
-        elif isinstance(reasoning, dict) and "messages" in self.body:
-            level = "xhigh" if reasoning.get("effort") == "max" else reasoning.get("effort")
-            entry["reasoning"] = stated({**reasoning, "effort": level})
 
     def no_nulls(self) -> None:
         """No null that means 'not set': at the top, in messages, in a JSON schema's frame."""
@@ -4999,6 +4993,7 @@ class Rewrite:
 
     def _ask(self, asked: Thinking, dialect: Dialect) -> None:
         effort, levels = asked.effort or "", dialect.efforts
+        budget = asked.budget or dialect.budgets.get(effort)
         level = "" if levels is None else self._nearest(levels.get(effort, effort))
         # Each of OpenRouter's fields switches thinking on by itself.
         switch = {} if dialect.is_nested else dialect.on
@@ -5009,16 +5004,14 @@ class Rewrite:
             self.notes.append(f"thinking stays on, since {self.model} always thinks")
         elif not asked.enabled:
             self._set(dialect.off)
-        elif asked.budget and dialect.budget:
-            self._set({**switch, dialect.budget: asked.budget})
+        elif budget and dialect.budget:
+            self._set({**switch, dialect.budget: budget})
         elif level:
             name = "reasoning.effort" if dialect.is_nested else "reasoning_effort"
             self._set({**switch, name: level})
-        elif effort in dialect.budgets:
-            self._set({**dialect.on, dialect.budget: dialect.budgets[effort]})
         else:
             self._set(dialect.on)
-            if asked.budget:
+            if budget:
                 self.notes.append(f"no limit on thinking, since {self.model} knows none")
 
     def _set(self, fields: Json) -> None:
