@@ -5570,16 +5570,13 @@ _KINDS: dict[str, tuple[Any, str]] = {
 def check_object(value: Any, *fields: str) -> Json:
     """Return a request that is an object and has the right types in these fields.
 
-    Raises BadRequest that names what is wrong.
+    `stream` may be spelled as clients like. Raises BadRequest that names what is wrong.
     """
     if not isinstance(value, dict):
         raise BadRequest(f"the body must be a JSON object, not {json_type(value)}")
-    request: Json = value
+    request = {**value, **stated({"stream": as_switch(value.get("stream"))})}
     for name in fields:
         kind, words = _KINDS[name]
-        switch = as_switch(request.get(name)) if kind is bool else None
-        if switch is not None:
-            request = {**request, name: switch}
         if request.get(name) is not None and not isinstance(request[name], kind):
             raise BadRequest(f"{name} must be {words}", param=name)
     return request
@@ -6871,10 +6868,10 @@ class ChatApi:
 
     def check(self, body: Any) -> Json:
         """Return the request in a client's body; raises BadRequest."""
-        request = check_object(with_extra_body(body))
-        check_messages(request.get("messages"))
         names = ("stream", "tools", "functions", "stream_options", "response_format")
-        return check_object(request, *names)
+        request = check_object(with_extra_body(body), *names)
+        check_messages(request.get("messages"))
+        return request
 
     def to_upstream(self, request: Json, target: Target) -> tuple[Json, dict[str, str]]:
         """Return the body for the upstream, and the rules that changed it; see Rewrite.run()."""
