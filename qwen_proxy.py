@@ -4686,9 +4686,8 @@ class Rewrite:
         stated_message = functools.partial(without_nulls, kept=("content",))
         self.body = mapped(stated(self.body), "messages", stated_message)
         wanted = dig(self.body, "response_format", "json_schema")
-        if isinstance(wanted, dict):
-            kept = without_nulls(wanted)
-            self.body["response_format"] = {**self.body["response_format"], "json_schema": kept}
+        if wanted is not None:
+            put(self.body, "response_format.json_schema", without_nulls(wanted))
 
     # -- messages --------------------------------------------------------------------------------
 
@@ -4780,7 +4779,7 @@ class Rewrite:
 
     def portal_system(self) -> None:
         """The system message as parts, the first one with a cache_control marker."""
-        system, rest = system_and_rest(self.body["messages"])
+        system, *rest = with_system(self.body["messages"])
         parts = parts_of(system.get("content")) or [{"type": "text", "text": ""}]
         parts[0] = {"cache_control": {"type": "ephemeral"}, **parts[0]}
         self.body["messages"] = [{**system, "content": parts}, *rest]
@@ -5168,17 +5167,16 @@ def wants_json(body: Json, types: tuple[str, ...] = ("json_object", "json_schema
     return dig(body, "response_format", "type") in types
 
 
-def system_and_rest(messages: list[Json]) -> tuple[Json, list[Json]]:
-    """Return the system message that comes first, or an empty one, and the messages behind it."""
-    if messages and messages[0]["role"] == "system":
-        return messages[0], messages[1:]
-    return {"role": "system"}, messages
+def with_system(messages: list[Json]) -> list[Json]:
+    """Return the messages, with an empty system message in front if there is none."""
+    is_there = messages[0]["role"] == "system"
+    return messages if is_there else [{"role": "system", "content": ""}, *messages]
 
 
 def add_instruction(body: Json, text: str) -> None:
     """Append a sentence to the system message, or put one first."""
-    system, rest = system_and_rest(body["messages"])
-    content = joined([system.get("content"), text], "\n\n")
+    system, *rest = with_system(body["messages"])
+    content = joined([system["content"], text], "\n\n")
     body["messages"] = [{**system, "content": content}, *rest]
 
 
