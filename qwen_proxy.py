@@ -4526,14 +4526,13 @@ class ToolShapes:
         parameters = loads(parameters) if isinstance(parameters, str) else parameters
         schema = as_object(without_nulls(parameters))
         properties = schema.get("properties")
-        if isinstance(properties, dict):
-            properties = {name: without_nulls(value) for name, value in properties.items()}
-            return {"type": "object", **schema, "properties": properties}
-        if schema.get("type", "object") != "object":
+        has_properties = isinstance(properties, dict)
+        if not has_properties and schema.get("type", "object") != "object":
             schema = {}
         # A reference or a choice of schemas has no properties of its own.
-        if not schema.keys() & {"$ref", "allOf", "anyOf", "oneOf"}:
-            schema = {**schema, "type": "object", "properties": {}}
+        if has_properties or not schema.keys() & {"$ref", "allOf", "anyOf", "oneOf"}:
+            named = {name: without_nulls(each) for name, each in as_object(properties).items()}
+            schema = {"type": "object", **schema, "properties": named}
         return schema
 
 
@@ -4794,8 +4793,8 @@ class Rewrite:
             self.notes.append(f"left out: {counted(history.lost, 'tool result')} without a call")
 
     def no_thoughts(self) -> None:
-        """Thoughts that come back are left out where a model has none."""
-        if self.mode == "none":
+        """Thoughts that come back are left out where a model has none; OpenRouter takes them."""
+        if self.mode == "none" and "openrouter" not in self.traits:
             dropped = sum(bool(each.get("reasoning_content")) for each in self.body["messages"])
             without = functools.partial(without_keys, names=("reasoning_content",))
             self.body = mapped(self.body, "messages", without)
@@ -5208,8 +5207,8 @@ class Rule(NamedTuple):
 
     each: the path to the items that `apply` takes, and returns what goes in their place, where it
     does not change the body itself; needs: fields, one of which the body must have; where: traits
-    or families, one of which must be there (none: everywhere); unless: those that must not; apis:
-    the kinds of request. Words, all three.
+    or families, one of which must be there (none: everywhere); apis: the kinds of request. Words,
+    both.
     """
 
     name: str
@@ -5218,7 +5217,6 @@ class Rule(NamedTuple):
     each: str = ""
     needs: AbstractSet[str] = frozenset()
     where: str = ""
-    unless: str = ""
     apis: str = "chat"
 
 
@@ -5294,7 +5292,6 @@ RULES = (
         "no-thoughts",
         Rewrite.no_thoughts,
         "Model Studio, 'Deep thinking'",
-        unless="openrouter",
     ),
     Rule(
         "reasoning-required",
@@ -5393,9 +5390,7 @@ def rules_for(api: str, traits: frozenset[str]) -> tuple[Rule, ...]:
     return tuple(
         rule
         for rule in RULES
-        if api in rule.apis.split()
-        and (not rule.where or traits & set(rule.where.split()))
-        and not traits & set(rule.unless.split())
+        if api in rule.apis.split() and (not rule.where or traits & set(rule.where.split()))
     )
 
 
