@@ -4429,21 +4429,14 @@ class ToolShapes:
         self._sent: dict[str, str] = {}
         for name in sorted(names - {""}) if self._is_alibaba else ():
             if not self.LEGAL.match(name):
-                self._sent[name] = self._free_name(name, names)
+                plain = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:50]
+                # Thousands of names may be cut to the same.
+                digest = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()[:12]
+                is_free = f"{plain}_tool" not in names
+                self._sent[name] = f"{plain}_tool" if is_free else f"{plain}_{digest}"
                 names.add(self._sent[name])
-        self._original = {sent: name for name, sent in self._sent.items()}
-
-    @staticmethod
-    def _free_name(name: str, names: set[str]) -> str:
-        plain = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:50]
-        if f"{plain}_tool" not in names:
-            return f"{plain}_tool"
-        # Thousands of names may be cut to the same.
-        return f"{plain}_{hashlib.sha256(name.encode('utf-8', 'replace')).hexdigest()[:12]}"
-
-    def original(self, sent: str) -> str:
-        """Return the client's name for a tool."""
-        return self._original.get(sent, sent)
+        # The client's names for tools that have another one upstream.
+        self.original = {sent: name for name, sent in self._sent.items()}
 
     def tool(self, tool: Any) -> Any:
         """Return a tool as it is sent: a function, with parameters and without nulls."""
@@ -4681,9 +4674,8 @@ class Rewrite:
         self.body = {**given, **entry, **without_keys(given, ("model",))}
 
     def no_nulls(self) -> None:
-        """No null that means 'not set': at the top, in messages, in a JSON schema's frame."""
-        stated_message = functools.partial(without_nulls, kept=("content",))
-        self.body = mapped(stated(self.body), "messages", stated_message)
+        """No null that means 'not set', at the top and in a JSON schema's frame."""
+        self.body = stated(self.body)
         wanted = dig(self.body, "response_format", "json_schema")
         if wanted is not None:
             put(self.body, "response_format.json_schema", without_nulls(wanted))
@@ -4691,11 +4683,11 @@ class Rewrite:
     # -- messages --------------------------------------------------------------------------------
 
     def message_shapes(self, message: Json) -> Json:
-        """Roles, parts and thoughts as chat completions have them; content, if only empty."""
+        """Roles, parts and thoughts as chat completions have them; content, but no nulls."""
         content = as_list(message.get("content"))
         thoughts = [part for part in content if part.get("type") == "thinking"]
         parts = [chat_part(part) for part in content if part.get("type") != "thinking"]
-        shaped = {**message, "content": parts or as_text(message.get("content"))}
+        shaped = {**stated(message), "content": parts or as_text(message.get("content"))}
         if message["role"] == "developer":
             shaped["role"] = "system"
         if message["role"] == "assistant" and thoughts:
@@ -4728,7 +4720,11 @@ class Rewrite:
             what = self.UNSEEN[kind].format(model=self.model)
             raise BadRequest(f"messages[{place}] holds {what}", param=f"messages.{place}.content")
         if unseen:
-            self.body = mapped(self.body, "messages.content", self._seen_part)
+            self.body = mapped(
+                self.body,
+                "messages.content",
+                lambda part: NO_MEDIA if self._unseen_kind(part) else part,
+            )
             count = counted(len(unseen), "media part")
             self.notes.append(f"left out: {count} of earlier messages")
 
@@ -4736,9 +4732,6 @@ class Rewrite:
         """Return what a part is that the model cannot take, one of UNSEEN; empty for others."""
         kind = self.MEDIA.get(as_text(part.get("type")), "")
         return "" if self.facts.sees is None or kind in self.facts.sees.split() else kind
-
-    def _seen_part(self, part: Json) -> Json:
-        return NO_MEDIA if self._unseen_kind(part) else part
 
     def audio_data(self, part: Json) -> Json:
         """Sound is input_audio with a URL; OpenAI has bare base64."""
@@ -5079,11 +5072,12 @@ def mapped(value: Any, path: str, change: Callable[[Any], Any]) -> Any:
     return {**value, name: [mapped(item, rest, change) if rest else change(item) for item in items]}
 
 
-def without_nulls(value: Any, kept: tuple[str, ...] = ("default", "const")) -> Any:
-    """Return an object without its nulls, but for those of `kept`: values in a JSON Schema."""
+def without_nulls(value: Any) -> Any:
+    """Return an object without its nulls, but for those that are values in a JSON Schema."""
     if not isinstance(value, dict):
         return value
-    return {name: item for name, item in value.items() if item is not None or name in kept}
+    values = ("default", "const")
+    return {name: item for name, item in value.items() if item is not None or name in values}
 
 
 def joined(contents: list[Any], separator: str) -> Any:
@@ -6144,7 +6138,7 @@ class ToolCall:
 
     def told(self) -> list[Json]:
         """Return the delta for what is new since the last one; id, type and name come once."""
-        name = self._shapes.original(self.name)
+        name = self._shapes.original.get(self.name, self.name)
         envelope = self._shapes.custom.get(name)
         kind = envelope or "function"
         text, self._untold = "".join(self._untold), []
