@@ -4628,9 +4628,8 @@ class Rewrite:
         )
         self.mode = "always" if is_always else self.facts.thinking
         self.dialect = DIALECTS.get(self._dialect_name())
-        self.client_wants_thinking = bool(Thinking.read(request).enabled)
-        # What comes from the settings entry and goes out as it is written there.
-        self.entry_fields: set[str] = set()
+        # What the client said; what only the settings entry says goes out as it is written there.
+        self.given = stated(request)
         self.entry_thinking = Thinking()
         self.notes: list[str] = []
 
@@ -4658,7 +4657,6 @@ class Rewrite:
             return
         given, entry = self.body, dict(as_object(self.config.get("samplingParams")))
         entry.update(as_object(self.config.get("extra_body")))
-        self.entry_fields = entry.keys() - given.keys()
         said, reasoning = Thinking.read(entry), self.config.get("reasoning")
         if Thinking.read(given).enabled is not None:
             # What the client says of thinking replaces all that the entry says.
@@ -4807,12 +4805,11 @@ class Rewrite:
     def flat_content(self, message: Json) -> Json:
         """Text parts as one string: of the assistant, and wherever parts are lost or refused."""
         is_lossy = "glm" in self.model.lower() and not self.body.get("tools")
-        if is_lossy or self.traits & {"deepseek", "strings"}:
-            return with_flat_content(message)
-        # A mark needs a part to sit on.
-        parts = map(as_object, as_list(message.get("content")))
-        is_marked = any("cache_control" in part for part in parts)
-        is_flat = message["role"] == "assistant" and not is_marked
+        is_flat = is_lossy or not self.traits.isdisjoint({"deepseek", "strings"})
+        if not is_flat and message["role"] == "assistant":
+            # A mark needs a part to sit on.
+            parts = map(as_object, as_list(message.get("content")))
+            is_flat = not any("cache_control" in part for part in parts)
         return with_flat_content(message) if is_flat else message
 
     def cache_markers(self) -> None:
@@ -4889,19 +4886,16 @@ class Rewrite:
         is_strict = any(dig(tool, "function", "strict") for tool in self.body["tools"])
         if is_strict and "alibaba" in self.traits:
             self.notes.append("left out: strict of tools")
-        choice: Any = self.body.get("tool_choice")
-        if dig(choice, "type") == "allowed_tools" and "function" not in choice:
-            self._allow_tools(as_object(choice.get("allowed_tools", choice)))
-        elif isinstance(choice, dict):
+        choice = as_object(self.body.get("tool_choice"))
+        if choice.get("type") == "allowed_tools" and "function" not in choice:
+            allowed = as_object(choice.get("allowed_tools", choice))
+            names = {name_of(tool) for tool in as_list(allowed.get("tools"))}
+            offered = [tool for tool in self.body["tools"] if name_of(tool) in names]
+            self.body["tools"] = offered or self.body["tools"]
+            self.body["tool_choice"] = allowed.get("mode") or "auto"
+        elif choice:
             self.body["tool_choice"] = self.shapes.choice(choice)
         self.body = mapped(self.body, "tools", self.shapes.tool)
-
-    def _allow_tools(self, allowed: Json) -> None:
-        """Offer no tools but the ones that a tool_choice allows."""
-        names = {name_of(tool) for tool in as_list(allowed.get("tools"))}
-        offered = self.body["tools"]
-        self.body["tools"] = [tool for tool in offered if name_of(tool) in names] or offered
-        self.body["tool_choice"] = allowed.get("mode") or "auto"
 
     def web_search(self) -> None:
         """web_search_options asks for the search of the endpoint, where there is one."""
@@ -4945,7 +4939,7 @@ class Rewrite:
         """What the client asked about thinking, in the endpoint's words and as far as it can."""
         if not self.dialect:
             return
-        asked = Thinking.read(without_keys(self.body, self.entry_fields))
+        asked = Thinking.read(without_keys(self.body, self.body.keys() - self.given.keys()))
         kept = {"reasoning"} if self.dialect.is_nested else set()
         self.body = without_keys(self.body, asked.fields - kept)
         if "alibaba" in self.traits and "chat_template_kwargs" in self.body:
@@ -5034,7 +5028,7 @@ class Rewrite:
 
         Thinking is switched off if it is only a default; else the prompt asks for what was wanted.
         """
-        is_wanted = self.mode == "always" or self.client_wants_thinking
+        is_wanted = self.mode == "always" or Thinking.read(self.given).enabled
         for is_asked, name, cause, ask in (
             (forces_call, "tool_choice", "a tool call is forced", ask_for_call),
             (wants_json, "response_format", "JSON is asked for", ask_for_json),
@@ -5574,10 +5568,11 @@ def check_messages(messages: Any) -> None:
     if not isinstance(messages, list) or not messages:
         raise BadRequest("messages must be a list of at least one message", param="messages")
     for index, message in enumerate(messages):
-        where = f"messages.{index}"
         if not isinstance(dig(message, "role"), str):
-            raise BadRequest(f"messages[{index}] must be an object with a role", param=where)
-        content, where = message.get("content"), f"{where}.content"
+            raise BadRequest(
+                f"messages[{index}] must be an object with a role", param=f"messages.{index}"
+            )
+        content, where = message.get("content"), f"messages.{index}.content"
         if content is not None and not isinstance(content, (str, list)):
             raise BadRequest(
                 f"the content of messages[{index}] must be a string or a list of parts", param=where
