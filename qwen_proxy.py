@@ -4468,9 +4468,7 @@ class ToolShapes:
             custom, text = function, custom_input(function.get("arguments"))
         else:
             return self._renamed(call)
-        text = "" if text is None else text
-        text = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
-        arguments = json.dumps({"input": text}, ensure_ascii=False)
+        arguments = json.dumps({"input": "" if text is None else text}, ensure_ascii=False)
         function = {"name": custom.get("name"), "arguments": arguments}
         return self._renamed({"id": call.get("id"), "type": "function", "function": function})
 
