@@ -4681,17 +4681,16 @@ class Rewrite:
     def message_shapes(self, message: Json) -> Json:
         """Roles, parts and thoughts as chat completions have them; content, but no nulls."""
         content = as_list(message.get("content"))
-        thoughts = [part for part in content if part.get("type") == "thinking"]
+        thoughts = [as_text(p.get("thinking")) for p in content if p.get("type") == "thinking"]
         parts = [chat_part(part) for part in content if part.get("type") != "thinking"]
         shaped = {**stated(message), "content": parts or as_text(message.get("content"))}
         if message["role"] == "developer":
             shaped["role"] = "system"
-        if message["role"] == "assistant" and thoughts:
-            text = "".join(as_text(part.get("thinking")) for part in thoughts)
-            shaped.setdefault("reasoning_content", text)
-        is_thought = message["role"] == "assistant" and isinstance(message.get("reasoning"), str)
-        if is_thought and "openrouter" not in self.traits:
-            shaped.setdefault("reasoning_content", shaped.pop("reasoning"))
+        if message["role"] == "assistant":
+            if thoughts:
+                shaped.setdefault("reasoning_content", "".join(thoughts))
+            if isinstance(message.get("reasoning"), str) and "openrouter" not in self.traits:
+                shaped.setdefault("reasoning_content", shaped.pop("reasoning"))
         return shaped
 
     def unseen_media(self) -> None:
@@ -4749,11 +4748,9 @@ class Rewrite:
         opens begins with a short message of the user.
         """
         messages = self.body["messages"]
-        place = len(messages)
-        while place and messages[place - 1]["role"] == "system":
-            place -= 1
-        if not place or messages[place - 1]["role"] == "assistant":
-            place = place or len(messages) - 1
+        spoken = [at for at, message in enumerate(messages) if message["role"] != "system"]
+        if not spoken or messages[spoken[-1]]["role"] == "assistant":
+            place = spoken[-1] + 1 if spoken else len(messages) - 1
             asked = [{**message, "role": "user"} for message in messages[place:]]
             messages = [*messages[:place], *asked]
         system = [message for message in messages if message["role"] == "system"]
@@ -4927,9 +4924,8 @@ class Rewrite:
 
     def stream(self) -> None:
         """The upstream always streams and always counts."""
-        options = as_object(self.body.get("stream_options"))
-        kept = without_keys(options, ("include_obfuscation",))
-        self.body.update(stream=True, stream_options={**kept, "include_usage": True})
+        options = without_keys(as_object(self.body.get("stream_options")), ("include_obfuscation",))
+        self.body.update(stream=True, stream_options={**options, "include_usage": True})
 
     # -- thinking --------------------------------------------------------------------------------
 
@@ -4955,10 +4951,8 @@ class Rewrite:
         """Return which of DIALECTS the model is told in; empty where nothing is known of it."""
         name, family = self.facts.dialect, self.family.name
         profile = as_text(self.profile.get("profile"))
-        if profile in PROFILES:
-            return PROFILES[profile]
-        if family in DIALECTS:
-            return family
+        if profile in PROFILES or family in DIALECTS:
+            return PROFILES.get(profile, family)
         if "alibaba" in self.traits:
             return "unknown" if self.mode == "unknown" else name
         if "qwen" not in self.traits or self.mode == "unknown":
@@ -5129,9 +5123,9 @@ def image_part(part: Json) -> Json:
         image = source.get("url") or data
     if not image:
         return part
-    detail = {"detail": part["detail"]} if part.get("detail") else {}
     image = image if isinstance(image, dict) else {"url": image}
-    return {"type": "image_url", "image_url": {**detail, **image}}
+    detail = part.get("detail") or None
+    return {"type": "image_url", "image_url": stated({"detail": detail, **image})}
 
 
 def latest_of_user(messages: list[Json]) -> int:
