@@ -5108,10 +5108,6 @@ def chat_part(part: Json) -> Json:
     if kind == "input_file" and (part.get("file_data") or part.get("file_url")):
         names = ("filename", "file_data", "file_url")
         return {"type": "file", "file": {name: part[name] for name in names if part.get(name)}}
-    if kind == "input_audio" and "audio_url" in part:
-        return {"type": "audio_url", "audio_url": part["audio_url"]}
-    if kind == "input_audio" and "input_audio" not in part:
-        return {"type": kind, "input_audio": without_keys(part, ("type",))}
     return part
 
 
