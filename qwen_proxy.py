@@ -597,7 +597,8 @@ class Secrets:
     # Without one of these no shape matches.
     SIGNS = ("://", "sk-", "ms-", "eyJ", "Bearer ")
     BACKSLASH = r"(?:\\|%(?:25)*5c)"
-    BASE64 = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/_-=\\")
+    # A run of what base64 is made of, in URLs and in JSON too.
+    BASE64 = re.compile(r"([\w+/=\\-]+)", re.A)
     # Names of settings whose values are secret, and those of headers that never are.
     NAMES = re.compile(r"key|token|secret|passw|auth(?!or(?!iz))|credential|cookie|session", re.I)
     PUBLIC_NAMES = frozenset(
@@ -608,29 +609,24 @@ class Secrets:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._rotating: collections.deque[str] = collections.deque()
-        self._values: dict[str, set[str]] = {}
-        self._forms: list[str] = []
-        self._encoded: set[str] = set()
+        # Of each value its forms, and whether they are base64; then those of all values.
+        self._lasting: list[dict[str, bool]] = []
+        self._rotating: collections.deque[dict[str, bool]] = collections.deque(maxlen=self.ROTATING)
+        self._forms: dict[str, bool] = {}
         self._patterns: list[re.Pattern[str]] = []
 
     def add(self, value: Any, rotates: bool = False) -> None:
         """Hide this value from now on."""
-        if not isinstance(value, str) or len(value) < 6 or value in self._values:
+        if not isinstance(value, str) or len(value) < 6 or value in self._forms:
             return
         with self._lock:
-            encoded = self._encoded_forms(value)
-            self._encoded = self._encoded | encoded
-            self._values[value] = {value} | encoded
             if not self.PLAIN.match(value):
                 patterns = [*self._patterns, self._pattern(value)]
                 self._patterns = sorted(patterns, key=lambda pattern: -len(pattern.pattern))
-            if rotates:
-                self._rotating.append(value)
-                if len(self._rotating) > self.ROTATING:
-                    self._encoded -= self._values.pop(self._rotating.popleft(), set())
+            (self._rotating if rotates else self._lasting).append(self._forms_of(value))
             # The longest first: a secret that contains another one is masked whole.
-            self._forms = sorted(set().union(*self._values.values()), key=len, reverse=True)
+            forms = itertools.chain(*(each.items() for each in (*self._lasting, *self._rotating)))
+            self._forms = dict(sorted(forms, key=lambda form: -len(form[0])))
 
     def add_userinfo(self, url: str) -> None:
         """Hide user name and password of a URL, also those that a URL may not hold unquoted."""
@@ -668,27 +664,15 @@ class Secrets:
         """Return the text without known secrets and without anything shaped like a key."""
         for pattern in self._patterns:
             text = pattern.sub("***", text)
-        for form in self._forms:
-            if form in text:
-                text = self._without(text, form)
-        for sign in self.SIGNS:
-            if sign in text:
-                return self.SHAPES.sub("***", text)
-        return text
-
-    def _without(self, text: str, form: str) -> str:
-        """Replace a form by ***, and of an encoded one all of the word that it is in."""
-        parts, done, at = [], 0, text.find(form)
-        while at >= 0:
-            start, end = at, at + len(form)
-            if form in self._encoded:
-                while start > done and text[start - 1] in self.BASE64:
-                    start -= 1
-                while end < len(text) and text[end] in self.BASE64:
-                    end += 1
-            parts += [text[done:start], "***"]
-            done, at = end, text.find(form, end)
-        return "".join([*parts, text[done:]])
+        for form, is_encoded in self._forms.items():
+            if is_encoded and form in text:
+                # With all of the word that it is in, since that holds more of the secret.
+                words = self.BASE64.split(text)
+                text = "".join("***" if form in word else word for word in words)
+            elif not is_encoded:
+                text = text.replace(form, "***")
+        has_sign = any(sign in text for sign in self.SIGNS)
+        return self.SHAPES.sub("***", text) if has_sign else text
 
     @classmethod
     def _pattern(cls, value: str) -> re.Pattern[str]:
@@ -717,18 +701,18 @@ class Secrets:
         return re.compile("".join(parts), re.I)
 
     @staticmethod
-    def _encoded_forms(value: str) -> set[str]:
-        """Return what base64 makes of the value behind any user name or scheme.
+    def _forms_of(value: str) -> dict[str, bool]:
+        """Return the value, and True with what base64 makes of it behind any user name or scheme.
 
         That is the part that holds nothing but the value, for each of the three alignments.
         """
-        data, found = value.encode("utf-8", "replace"), set()
+        data, forms = value.encode("utf-8", "replace"), {value: False}
         for before in range(3):
             encoded = base64.b64encode(bytes(before) + data).decode()
             encoded = encoded[(before * 4 + 2) // 3 : (before + len(data)) * 4 // 3]
             url_safe = encoded.replace("+", "-").replace("/", "_")
-            found |= {encoded, url_safe, encoded.replace("/", "\\/")}
-        return found
+            forms.update(dict.fromkeys((encoded, url_safe, encoded.replace("/", "\\/")), True))
+        return forms
 
 
 SECRETS = Secrets()
