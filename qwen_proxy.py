@@ -681,23 +681,14 @@ class Secrets:
         Each level of JSON has more backslashes, each level of URLs more %25.
         """
         parts: list[str] = []
+        any_number, some = cls.BACKSLASH + "{0,16}", cls.BACKSLASH + "{1,16}"
         for char in value:
-            escape = json.dumps(char)[1:-1]
-            ways = [re.escape(char)] if char != "\\" else []
-            data = char.encode("utf-8", "surrogatepass")
-            ways.append("".join(f"%(?:25)*{byte:02x}" for byte in data))
-            if char in '\\"/' and parts:
-                ways = [f"{cls.BACKSLASH}{{0,16}}{way}" for way in ways]
-                ways += [cls.BACKSLASH + "{1,16}"] if char == "\\" else []
-            elif char == "\\":
-                ways.append(cls.BACKSLASH)
-            elif escape != char:
-                letters = escape.split("\\")[1:]
-                ways.append("".join(f"{cls.BACKSLASH}{{1,16}}{letter}" for letter in letters))
-            elif char == " ":
-                ways.append(r"\+")
-            is_plain = cls.PLAIN.match(char) and char != "."
-            parts.append(char if is_plain else f"(?:{'|'.join(ways)})")
+            literal = "[ +]" if char == " " else re.escape(char)
+            octets = char.encode("utf-8", "surrogatepass")
+            percent = "".join(f"%(?:25)*{octet:02x}" for octet in octets)
+            escape = some.join(map(re.escape, re.split(r"\\+", json.dumps(char)[1:-1])))
+            spellings = f"(?:{any_number}(?:{literal}|{percent})|{escape})"
+            parts.append(literal if cls.PLAIN.match(char) else spellings)
         return re.compile("".join(parts), re.I)
 
     @staticmethod
