@@ -719,10 +719,8 @@ def public(text: str, keep: str = "") -> str:
     >>> public("a\\x1b[31mb\\n"), public("a\\nb", keep="\\n")
     ('a\\\\x1b[31mb\\\\n', 'a\\nb')
     """
-    text = probe = SECRETS.mask(text)
-    for char in keep:
-        probe = probe.replace(char, "")
-    if probe.isprintable():
+    text = SECRETS.mask(text)
+    if text.isprintable():
         return text
     return "".join(
         char if char.isprintable() or char in keep else char.encode("unicode_escape").decode()
@@ -735,15 +733,13 @@ def shorten(text: str, limit: int) -> str:
     return SECRETS.mask(text)[:limit]
 
 
-class _PublicFilter(logging.Filter):
-    """Lets nothing but public() lines into the log, so that no caller has to think of it."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = public(record.getMessage()), ()
-        return True
+def _make_public(record: logging.LogRecord) -> bool:
+    """Let nothing but public() lines into the log, so that no caller has to think of it."""
+    record.msg, record.args = public(record.getMessage()), ()
+    return True
 
 
-log.addFilter(_PublicFilter())
+log.addFilter(_make_public)
 
 
 class Forwarding(NamedTuple):
