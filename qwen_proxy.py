@@ -707,7 +707,6 @@ class Secrets:
 
 
 SECRETS = Secrets()
-keep_secret = SECRETS.add
 
 
 def public(text: str, keep: str = "") -> str:
@@ -1092,8 +1091,8 @@ class Login(NamedTuple):
         expiry_date = fields.get("expiry_date", 0)
         if not is_number(expiry_date) or not 0 < expiry_date < 1e17:
             raise CredentialError("its expiry_date is not a time in milliseconds")
-        keep_secret(fields["access_token"], rotates=True)
-        keep_secret(fields["refresh_token"], rotates=True)
+        SECRETS.add(fields["access_token"], rotates=True)
+        SECRETS.add(fields["refresh_token"], rotates=True)
         named = fields.get("resource_url", "")
         resource_url = PORTAL_RESOURCE_URL if named in (None, "") else named
         SECRETS.add_userinfo(str(resource_url))
@@ -1555,7 +1554,7 @@ def post_form(
     if not isinstance(answer, dict):
         return status, None, described_body(body)
     for name in ("access_token", "refresh_token", "id_token", "device_code"):
-        keep_secret(answer.get(name), rotates=True)
+        SECRETS.add(answer.get(name), rotates=True)
     detail = first_of(str, answer.get("error_description"), answer.get("error"))
     return status, answer, shorten(detail or "a JSON object without an error", 120)
 
@@ -1802,7 +1801,7 @@ class ApiKey:
 
     def __init__(self, value: str, source: str, problem: str = ""):
         self._value, self.source, self._problem = value, source, problem or key_fault(value, source)
-        keep_secret(value)
+        SECRETS.add(value)
 
     def access_token(self, rejected: str = "", pause: Callable[[float], None] = time.sleep) -> str:
         """Return the key; raises CredentialError when there is none, or its entry is wrong."""
@@ -1817,7 +1816,7 @@ class ApiKey:
 
 def key_fault(value: str, source: str) -> str:
     """Return what does not belong to a key, as a sentence; empty for a good one."""
-    keep_secret(value.strip("\"'").rpartition(" ")[2])
+    SECRETS.add(value.strip("\"'").rpartition(" ")[2])
     if value[:1] in ("'", '"'):
         return (
             f"the key in {source} is in quotes, which are part of it there (docker --env-file "
@@ -1850,7 +1849,7 @@ def pkce_pair() -> tuple[str, str]:
 def request_device_code(oauth_base_url: str, forwarding: Forwarding = DIRECT) -> DeviceCode:
     """Start a device authorization (RFC 8628 3.1); raises UpstreamError when the host refuses."""
     code_verifier, code_challenge = pkce_pair()
-    keep_secret(code_verifier)
+    SECRETS.add(code_verifier)
     form = {"client_id": CLIENT_ID, "scope": SCOPE, "code_challenge": code_challenge}
     status, answer, detail = post_form(
         oauth_base_url.rstrip("/") + DEVICE_CODE_PATH,
@@ -8936,7 +8935,7 @@ def checked_keys(keys: Iterable[str] | str, source: str = "--api-key") -> tuple[
             )
         if key_fault(key, source):
             raise ValueError(key_fault(key, source))
-        keep_secret(key)
+        SECRETS.add(key)
         checked.append(key)
     return tuple(checked)
 

@@ -731,7 +731,6 @@ as_root = pytest.mark.skipif(not IS_ROOT, reason="only root can give files away"
 def no_secrets(monkeypatch):
     """The program knows no secret of another test."""
     monkeypatch.setattr(qp, "SECRETS", qp.Secrets())
-    monkeypatch.setattr(qp, "keep_secret", qp.SECRETS.add)
 
 
 @pytest.fixture()
@@ -982,14 +981,14 @@ def test_a_secret_is_masked_whole_in_every_form_and_order(no_secrets):  # H5
     for value, (end, order) in itertools.product(SECRETS, [("-", 1), ("x", -1)]):
         value += end
         for known in [value[:-1], value[1:], value, "user:" + value][::order]:
-            qp.keep_secret(known)
+            qp.SECRETS.add(known)
         said = {name: qp.public(f"before {form} after") for name, form in forms_of(value).items()}
         assert said == dict.fromkeys(said, "before *** after"), value
 
 
 def test_to_mask_a_text_takes_no_square_of_its_length(no_secrets):  # B6
     for secret in ('"quoted-secret', "/slash-secret", "\\backslash-secret"):
-        qp.keep_secret(secret)
+        qp.SECRETS.add(secret)
     check_linear(lambda count: qp.public("\\" * count), 500)
 
 
@@ -998,7 +997,7 @@ def test_control_characters_become_visible_and_all_else_is_unchanged(no_secrets)
         said = qp.public(f"a{char}b")
         assert said[:2] == "a\\" and said[-1] == "b" and said.isprintable()
         assert qp.public(f"a{char}b\x1b\x00", keep=char)[:3] == f"a{char}b"
-    qp.keep_secret("abcde")  # too short to be told from a word
+    qp.SECRETS.add("abcde")  # too short to be told from a word
     for text in ("", "ü 你好 😀 \\n C:\\x", "abcde", "https://qwen.ai/v1?x=1"):
         assert qp.public(text) == text
 
@@ -5166,7 +5165,7 @@ def test_a_server_of_another_program_writes_no_file(key_server, home):
 
 
 def test_names_from_outside_are_bounded_escaped_and_masked(counted, home):
-    qp.keep_secret("open-sesame-4711")
+    qp.SECRETS.add("open-sesame-4711")
     server = counted()
     for name in ['a"b\\c\nd', "open-sesame-4711", "x" * 400, "\x1b[31m", *map(str, range(300))]:
         server.ledger.add("POST /completions", ("p", name, name), 200, (1, 0, 0, 0), (0.1, 0.3))
@@ -6058,7 +6057,7 @@ def test_connections_above_the_limit_do_not_hold_the_others_up(keyed, monkeypatc
 def test_no_line_of_the_log_is_forged_and_none_is_cut_inside_a_key(key_server, upstream, caplog):
     caplog.set_level(logging.INFO, "qwen_proxy")
     key = "0123456789abcdef0123456789abcdef"
-    qp.keep_secret(key)
+    qp.SECRETS.add(key)
     upstream.script.append(refusal("x" * 280 + " " + key + "\n00:00:00 I forged", 400))
     chat(key_server, model="a\nfake line\x1b[31m", messages=[user("secret prompt")])
     until(lambda: caplog.records)  # the line is written after the answer
