@@ -641,24 +641,22 @@ class Secrets:
 
     def add_settings(self, value: Any, name: str = "", holder: str = "") -> None:
         """Hide what is secret in a JSON value of settings, by its name or the object it is in."""
-        if isinstance(value, dict):
-            is_holder = name in ("customHeaders", "headers", "extra_body")
-            for key, item in value.items():
-                self.add_settings(item, key, name if is_holder else holder)
-        elif isinstance(value, list):
-            for item in value:
-                self.add_settings(item, name, holder)
-        elif holder and type(value) in (int, float):
-            # A number of customHeaders is sent as text.
-            self.add_settings(json.dumps(value), name, holder)
-        elif isinstance(value, str) and name.lower() not in self.PUBLIC_NAMES:
-            self.add_userinfo(value)
-            is_long = len(value) >= 12 and len(value.split()) == 1
-            is_held = holder in ("customHeaders", "headers") or holder == "extra_body" and is_long
-            if is_held or self.NAMES.search(name):
-                self.add(value)
-                # What stands behind Bearer or Basic.
-                self.add(value.partition(" ")[2])
+        is_holder = name in ("customHeaders", "headers", "extra_body")
+        for key, item in as_object(value).items():
+            self.add_settings(item, key, name if is_holder else holder)
+        for item in as_list(value):
+            self.add_settings(item, name, holder)
+        if name.lower() in self.PUBLIC_NAMES:
+            return
+        # A number of customHeaders is sent as text.
+        text = json.dumps(value) if holder and is_number(value) else as_text(value)
+        self.add_userinfo(text)
+        is_long = len(text) >= 12 and len(text.split()) == 1
+        is_held = holder in ("customHeaders", "headers") or holder == "extra_body" and is_long
+        if is_held or self.NAMES.search(name):
+            self.add(text)
+            # What stands behind Bearer or Basic.
+            self.add(text.partition(" ")[2])
 
     def mask(self, text: str) -> str:
         """Return the text without known secrets and without anything shaped like a key."""
