@@ -918,11 +918,7 @@ def json_type(value: Any) -> str:
 def text_of(content: Any) -> str:
     """Return the text in a message's content, be it a string or parts."""
     if isinstance(content, list):
-        return "\n".join(
-            part["text"]
-            for part in content
-            if isinstance(part, dict) and isinstance(part.get("text"), str)
-        )
+        return "\n".join(part["text"] for part in content if isinstance(dig(part, "text"), str))
     return as_text(content)
 
 
@@ -995,18 +991,14 @@ def read_regular(path: str, errors: str = "strict") -> tuple[str, os.stat_result
 
     Raises OSError for anything else, so that a pipe is never waited for.
     """
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    handle = os.open(path, flags)
-    try:
-        status = os.fstat(handle)
+    at_once = getattr(os, "O_NONBLOCK", 0)
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | at_once)) as file:
+        status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "it is not a regular file", path)
         if status.st_size > MAX_FILE:
             raise OSError(errno.EFBIG, f"it is larger than {MAX_FILE} bytes", path)
-        with os.fdopen(handle, "rb", closefd=False) as file:
-            return file.read(MAX_FILE).decode("utf-8-sig", errors), status
-    finally:
-        os.close(handle)
+        return file.read(MAX_FILE).decode("utf-8-sig", errors), status
 
 
 def random_uuid() -> str:

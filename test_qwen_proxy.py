@@ -1119,7 +1119,7 @@ def test_what_cannot_be_read_is_named_with_its_reason(line):  # O2
             os.seteuid(0)
     said = "\n".join(providers._discovery.notes)
     assert str(folder) in said
-    assert re.search("permission denied|not a regular|a link to nothing|not a directory", said)
+    assert re.search("permission denied|not a regular|a link to nothing|a directory", said)
 
 
 def write_settings(home, upstream, config=None, **settings):
