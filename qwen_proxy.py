@@ -946,15 +946,13 @@ def base_url_fault(url: Any) -> str:
         return f"must be a string, not {json_type(url)}"
     if "@" in url.partition("://")[2].partition("/")[0]:
         return "must hold no user name and no password"
-    try:
+    with contextlib.suppress(ValueError):
         parts = urllib.parse.urlsplit(url)
-        has_host = bool(re.match(r"[\w.-]+\Z|[0-9a-f:.]+\Z", parts.hostname or ""))
-        is_good = has_host and parts.port != 0 and parts.scheme in ("http", "https")
-    except ValueError:
-        is_good = False
-    if not is_good or " " in url or not url.isprintable():
-        return "must begin with http:// or https:// and name a host"
-    return ""
+        has_host = re.match(r"[\w.-]+\Z|[0-9a-f:.]+\Z", parts.hostname or "")
+        is_clean = url.isprintable() and " " not in url
+        if has_host and is_clean and parts.port != 0 and parts.scheme in ("http", "https"):
+            return ""
+    return "must begin with http:// or https:// and name a host"
 
 
 def web_page(text: str) -> str:
