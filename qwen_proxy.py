@@ -1053,22 +1053,13 @@ class Login(NamedTuple):
         return is_valid and self.access_token != rejected
 
     @classmethod
-    def parse(cls, text: str) -> Login:
-        """Read the text of oauth_creds.json; raises CredentialError that names what is wrong."""
-        broken = object()
-        fields = loads(text, broken)
-        if fields is broken:
-            raise CredentialError("it is not JSON")
-        if not isinstance(fields, dict):
-            raise CredentialError("it is not a JSON object")
-        return cls.of(fields)
-
-    @classmethod
-    def of(cls, fields: Json) -> Login:
-        """Check the fields of oauth_creds.json; raises CredentialError that names what is wrong.
+    def of(cls, fields: Any) -> Login:
+        """Check the JSON of oauth_creds.json; raises CredentialError that names what is wrong.
 
         Qwen Code, sharedTokenManager.ts: the three strings and expiry_date (ms) are required.
         """
+        if not isinstance(fields, dict):
+            raise CredentialError("it is not a JSON object")
         for name in ("access_token", "refresh_token", "token_type"):
             if not as_text(fields.get(name)):
                 raise CredentialError(f"it has no {name}")
@@ -1304,7 +1295,7 @@ class LoginFile:
         target = os.path.realpath(self.path)
         try:
             text, status = read_regular(target)
-            Login.parse(text)
+            Login.of(loads(text))
         except (OSError, ValueError, CredentialError) as error:
             raise OSError(
                 errno.EPERM,
@@ -1703,7 +1694,7 @@ class OAuthCredentials:
     def _read(self, stamp: Any) -> None:
         self._stamp = stamp
         try:
-            login = Login.parse(read_regular(self.path)[0])
+            login = Login.of(loads(read_regular(self.path)[0]))
         except (OSError, UnicodeError, CredentialError) as error:
             self.problem = reason_of(error)
             if self._login:
@@ -2957,7 +2948,7 @@ class Providers:
         if not seed or os.path.lexists(path):
             return
         try:
-            login = Login.parse(seed)
+            login = Login.of(loads(seed))
         except CredentialError as error:
             log.warning("QWEN_CLI_AUTH is ignored: %s", error.message)
             return

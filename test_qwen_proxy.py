@@ -1210,7 +1210,7 @@ def test_userinfo_is_in_no_host_or_words(home, upstream, serve, outside, traces,
 
 @rows("""
 text | words
-nothing | | not JSON
+nothing | | not a JSON object
 a list | [] | not a JSON object
 one token | {"access_token": "a"} | refresh_token
 no date | {"access_token":"a","refresh_token":"b","token_type":"Bearer"} | expiry_date
@@ -1220,7 +1220,7 @@ empty token | {"access_token":"","refresh_token":"b","token_type":"Bearer","expi
 """)
 def test_incomplete_login_is_named(text, words):
     with pytest.raises(qp.CredentialError, match=words):
-        qp.Login.parse(text)
+        qp.Login.of(qp.loads(text))
 
 
 def test_base_url_of_resource_url():
