@@ -1044,7 +1044,7 @@ class Login(NamedTuple):
     access_token: str
     refresh_token: str
     expires_at: float
-    resource_url: str
+    base_url: str
     fields: Json
 
     def is_fresh(self, rejected: str = "") -> bool:
@@ -1070,15 +1070,15 @@ class Login(NamedTuple):
             raise CredentialError("its expiry_date is not a time in milliseconds")
         SECRETS.add(fields["access_token"], rotates=True)
         SECRETS.add(fields["refresh_token"], rotates=True)
-        named = fields.get("resource_url", "")
-        resource_url = PORTAL_RESOURCE_URL if named in (None, "") else named
-        SECRETS.add_userinfo(str(resource_url))
-        is_text = isinstance(resource_url, str)
-        fault = base_url_fault(base_url_of(resource_url) if is_text else resource_url)
+        url = fields.get("resource_url", "")
+        url = PORTAL_RESOURCE_URL if url in (None, "") else url
+        SECRETS.add_userinfo(str(url))
+        base_url = base_url_of(url) if isinstance(url, str) else url
+        fault = base_url_fault(base_url)
         if fault:
             raise CredentialError(f"its resource_url {fault}")
         tokens = fields["access_token"], fields["refresh_token"]
-        return cls(*tokens, expiry_date / 1000, resource_url, fields)
+        return cls(*tokens, expiry_date / 1000, base_url, fields)
 
     @classmethod
     def from_answer(cls, answer: Json, before: Json) -> Login:
@@ -1628,7 +1628,7 @@ class OAuthCredentials:
 
     def base_url(self) -> str:
         """Return where this login is served."""
-        return base_url_of((self._login or self.login()).resource_url)
+        return (self._login or self.login()).base_url
 
     def describe(self) -> Json:
         """Return facts for /health and status; nothing secret."""
