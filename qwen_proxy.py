@@ -1138,14 +1138,15 @@ class LockFile:
     def __enter__(self) -> LockFile:
         if not LockFile._held:
             atexit.register(LockFile.release_all)
-        wait, seen, seen_since = self.WAIT_FIRST, ("", 0), time.monotonic()
+        wait, seen, seen_since = self.WAIT_FIRST, 0.0, time.monotonic()
         while not self._create():
-            holder = self._read()
-            if holder != seen:
-                seen, seen_since = holder, time.monotonic()
-            if self._age(seen_since) > self.STALE:
-                self._break(holder[0])
-                continue
+            with contextlib.suppress(FileNotFoundError):
+                mtime = os.lstat(self.path).st_mtime
+                if mtime != seen:
+                    seen, seen_since = mtime, time.monotonic()
+                if self._is_stale(mtime, seen_since):
+                    self._break(mtime)
+                    continue
             self._pause(wait)
             wait = min(wait * self.WAIT_FACTOR, self.WAIT_MOST)
         LockFile._held[self._owner] = self
@@ -1154,8 +1155,8 @@ class LockFile:
     def __exit__(self, *_: object) -> None:
         """Remove the lock if it is still ours: a slow refresh may have lost it."""
         LockFile._held.pop(self._owner, None)
-        if self._read()[0] == self._owner:
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            if read_regular(self.path, "replace")[0] == self._owner:
                 os.unlink(self.path)
 
     @staticmethod
@@ -1186,48 +1187,21 @@ class LockFile:
             raise
         return True
 
-    def _read(self) -> tuple[str, int]:
-        """Return content and mtime (ns) of the lock as it is, '' and 0 when it is gone."""
-        try:
-            text, status = read_regular(self.path, "replace")
-            return text[:100], status.st_mtime_ns
-        except OSError:
-            return "", 0
+    def _is_stale(self, mtime: float, seen_since: float) -> bool:
+        """Return whether the lock is too old, or was seen unchanged for long: clocks may jump."""
+        is_old = time.time() - mtime > self.STALE
+        if is_old:
+            # A file server has a clock of its own.
+            with tempfile.TemporaryFile(dir=os.path.dirname(self.path)) as probe:
+                is_old = os.fstat(probe.fileno()).st_mtime - mtime > self.STALE
+        return is_old or time.monotonic() - seen_since > self.STALE
 
-    def _age(self, seen_since: float) -> float:
-        """Return the lock's age, or how long it was seen unchanged, as a clock may jump back."""
-        try:
-            age = time.time() - os.lstat(self.path).st_mtime
-            if age > self.STALE:
-                age -= self._clock_difference()
-        except OSError:
-            return 0
-        return max(age, time.monotonic() - seen_since)
-
-    def _clock_difference(self) -> float:
-        """Return by how much our clock is ahead of the file system's: a file server has its own."""
-        # A name that LoginFile.sweep() knows.
-        probe = f"{self.path[: -len('.lock')]}.json.qwen_proxy-{secrets.token_hex(6)}.tmp"
-        with contextlib.suppress(OSError):
-            handle = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            try:
-                os.write(handle, b"x")
-                os.fsync(handle)
-                return time.time() - os.fstat(handle).st_mtime
-            finally:
-                os.close(handle)
-                os.unlink(probe)
-        return 0
-
-    def _break(self, holder: str) -> None:
+    def _break(self, mtime: float) -> None:
         """Rename a stale lock away, and put back what turns out to be a new one; raises OSError."""
         away = f"{self.path}.stale.{random_uuid()}"
-        try:
-            os.rename(self.path, away)
-        except FileNotFoundError:
-            return
+        os.rename(self.path, away)
         with contextlib.suppress(OSError):
-            if read_regular(away, "replace")[0][:100] != holder:
+            if os.lstat(away).st_mtime != mtime:
                 os.link(away, self.path)
         with contextlib.suppress(OSError):
             os.unlink(away)

@@ -1331,16 +1331,12 @@ def test_a_file_server_has_a_clock_of_its_own(home, monkeypatch, ahead, age, pol
     assert all(names == ["oauth_creds.lock"] for names in seen) and os.listdir(home) == []
 
 
-def test_a_full_disk_does_not_keep_a_stale_lock(home, monkeypatch):  # O11
-    def full(handle):
-        raise OSError(errno.ENOSPC, "no space")
-
+def test_a_full_disk_does_not_keep_a_stale_lock(home, stale, monkeypatch):  # O11
     path = home / "oauth_creds.lock"
     path.write_text("other")
     os.utime(str(path), (time.time() - 40,) * 2)
-    monkeypatch.setattr(qp.os, "fsync", full)
-    with qp.LockFile(str(path), lambda seconds: pytest.fail("waits")):
-        assert os.listdir(home) == ["oauth_creds.lock"]
+    monkeypatch.setattr(qp.tempfile, "TemporaryFile", refuse_to_write)
+    assert stale[1].access_token() == "at_2"
 
 
 def test_lock_that_is_not_ours_any_more_is_left_alone(home):
@@ -1421,7 +1417,7 @@ def test_login_in_memory_outlives_the_file(login, upstream, spoil):
     assert credentials.access_token() == "at_1" and credentials.problem
 
 
-def refuse_to_write(*arguments):
+def refuse_to_write(*arguments, **more):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
