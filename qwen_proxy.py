@@ -1130,14 +1130,12 @@ class LockFile:
 
     STALE = 35.0
     WAIT_FIRST, WAIT_FACTOR, WAIT_MOST = 0.1, 1.5, 2.0
-    _held: dict[str, LockFile] = {}
+    _held: set[LockFile] = set()
 
     def __init__(self, path: str, pause: Callable[[float], None] = time.sleep):
         self.path, self._owner, self._pause = path, random_uuid(), pause
 
     def __enter__(self) -> LockFile:
-        if not LockFile._held:
-            atexit.register(LockFile.release_all)
         wait, seen, seen_since = self.WAIT_FIRST, 0.0, time.monotonic()
         while not self._create():
             with contextlib.suppress(FileNotFoundError):
@@ -1149,12 +1147,12 @@ class LockFile:
                     continue
             self._pause(wait)
             wait = min(wait * self.WAIT_FACTOR, self.WAIT_MOST)
-        LockFile._held[self._owner] = self
+        LockFile._held.add(self)
         return self
 
     def __exit__(self, *_: object) -> None:
         """Remove the lock if it is still ours: a slow refresh may have lost it."""
-        LockFile._held.pop(self._owner, None)
+        LockFile._held.discard(self)
         with contextlib.suppress(OSError):
             if read_regular(self.path, "replace")[0] == self._owner:
                 os.unlink(self.path)
@@ -1165,7 +1163,7 @@ class LockFile:
 
         A CLI waits 29 s for a lock, but calls it stale only after 35.
         """
-        for lock in list(LockFile._held.values()):
+        for lock in list(LockFile._held):
             lock.__exit__()
 
     def _create(self) -> bool:
@@ -1205,6 +1203,9 @@ class LockFile:
                 os.link(away, self.path)
         with contextlib.suppress(OSError):
             os.unlink(away)
+
+
+atexit.register(LockFile.release_all)
 
 
 class LoginFile:
