@@ -1530,7 +1530,7 @@ class OAuthCredentials:
 
     # One attempt while holding the lock: a CLI before 0.24 breaks it after 10 s.
     TIMEOUT = 8.0
-    # After a failure that may pass, requests fail at once for this long.
+    # After a failure that may pass, the token endpoint is not asked for this long.
     PAUSE = 5.0
     # Before a login that could not be written is tried again.
     SAVE_PAUSE = 30.0
@@ -1545,10 +1545,8 @@ class OAuthCredentials:
         self._stamp: Any = ()
         # When to try again what could not be written (monotonic); 0: nothing.
         self._save_again_at = 0.0
-        # The refresh token that the token endpoint refused.
-        self._refused = ""
-        # The last failed refresh and its time (monotonic).
-        self._failure: tuple[float, ProxyError] | None = None
+        # The refresh token that failed last, until when it is not tried again, and the error.
+        self._failed = ("", 0.0, ProxyError(""))
         # A token that was refused although it had just been refreshed.
         self.rejected_token = ""
 
@@ -1559,27 +1557,20 @@ class OAuthCredentials:
         Raises CredentialError when a new login is needed, UpstreamError when a refresh may work
         later.
         """
-        asked = time.monotonic()
-        login = self.login()
-        if login.is_fresh(rejected):
-            if self._save_again_at and time.monotonic() > self._save_again_at:
-                self._save_again(pause)
+        login, is_due = self.login(), 0 < self._save_again_at < time.monotonic()
+        if login.is_fresh(rejected) and not is_due:
             return login.access_token
-        while not self._refreshing.acquire(timeout=LockFile.WAIT_FIRST):
-            pause(0)
-        try:
+        if is_due:
+            # By this thread: the others need not wait for the lock.
+            self._save_again_at = time.monotonic() + self.SAVE_PAUSE
+        with self._locked(pause):
             login = self.login()
-            if login.is_fresh(rejected):
-                return login.access_token
-            # Those who waited while one attempt failed share its outcome; to queue up would cost
-            # each of them another attempt.
-            failed = self._failure
-            if failed and (failed[0] > asked or time.monotonic() - failed[0] < self.PAUSE):
-                # A copy: an exception that is raised again and again keeps all its frames.
-                raise copy.copy(failed[1])
-            return self._refreshed(rejected, pause).access_token
-        finally:
-            self._refreshing.release()
+            if not login.is_fresh(rejected):
+                login = self._refreshed(login)
+            elif is_due and self._save_again_at:
+                # Otherwise the file has changed, and holds a newer login.
+                self.save(login)
+        return login.access_token
 
     def login(self) -> Login:
         """Return the login as it is now: the file if it has changed, else the copy in memory.
@@ -1633,7 +1624,7 @@ class OAuthCredentials:
 
     def replace(self, login: Login) -> None:
         """Put a new login in place of the old one, under the CLI's lock."""
-        with self._refreshing, self._locked():
+        with self._locked():
             self.save(login)
 
     def save(self, login: Login) -> None:
@@ -1653,19 +1644,6 @@ class OAuthCredentials:
                 log.warning("%s: %s", self.path, self.problem)
             self._stamp = stamp_of(self.path)
 
-    def _save_again(self, pause: Callable[[float], None]) -> None:
-        """Write what could not be written: a login that is only in memory ends with the process."""
-        if not self._refreshing.acquire(blocking=False):
-            return
-        try:
-            with self._locked(pause):
-                login = self.login()
-                # Otherwise the file has changed, and holds a newer login.
-                if self._save_again_at:
-                    self.save(login)
-        finally:
-            self._refreshing.release()
-
     def _read(self, stamp: Any) -> None:
         self._stamp = stamp
         try:
@@ -1675,26 +1653,15 @@ class OAuthCredentials:
             if self._login:
                 log.warning("%s: %s; still using the login in memory", self.path, self.problem)
             return
-        if self._login is None or login.refresh_token != self._login.refresh_token:
-            self._refused = ""
-        self._login, self._failure, self.problem, self._save_again_at = login, None, "", 0.0
-
-    def _refreshed(self, rejected: str, pause: Callable[[float], None]) -> Login:
-        """Refresh under the CLI's lock, unless another process has done it meanwhile."""
-        try:
-            with self._locked(pause):
-                login = self.login()
-                if not login.is_fresh(rejected):
-                    login = self._refresh(login)
-        except UpstreamError as error:
-            self._failure = (time.monotonic(), copy.copy(error))
-            raise
-        self._failure = None
-        return login
+        self._login, self.problem, self._save_again_at = login, "", 0.0
 
     @contextlib.contextmanager
     def _locked(self, pause: Callable[[float], None] = time.sleep) -> Iterator[None]:
+        """Keep out other threads, and by the CLI's lock other processes."""
+        while not self._refreshing.acquire(timeout=LockFile.WAIT_FIRST):
+            pause(0)
         with contextlib.ExitStack() as stack:
+            stack.callback(self._refreshing.release)
             folder = os.path.dirname(self.path)
             try:
                 os.makedirs(folder, mode=0o700, exist_ok=True)
@@ -1705,9 +1672,25 @@ class OAuthCredentials:
                 log.warning("cannot create the lock in %s (%s); continuing without", folder, reason)
             yield
 
+    def _refreshed(self, login: Login) -> Login:
+        """Return the login after a refresh, by the holder of the lock.
+
+        Those who waited while one attempt failed share its outcome: to queue up would cost each of
+        them another attempt.
+        """
+        token, until, failure = self._failed
+        if token == login.refresh_token and time.monotonic() < until:
+            # A copy: an exception that is raised again and again keeps all its frames.
+            raise copy.copy(failure)
+        try:
+            return self._refresh(login)
+        except ProxyError as error:
+            # A refused one is dead until the file has another.
+            pause = float("inf") if isinstance(error, CredentialError) else self.PAUSE
+            self._failed = (login.refresh_token, time.monotonic() + pause, copy.copy(error))
+            raise
+
     def _refresh(self, login: Login) -> Login:
-        if login.refresh_token == self._refused:
-            raise self._login_needed()
         form = {
             "grant_type": "refresh_token",
             "refresh_token": login.refresh_token,
@@ -1729,23 +1712,19 @@ class OAuthCredentials:
                 "again"
             )
         current = self.login()
-        if current.refresh_token != login.refresh_token and current.is_fresh():
+        if current.is_fresh(login.access_token):
             # Another process has written it meanwhile.
             return current
-        self._refused = login.refresh_token
         log.warning("the token endpoint refused the refresh token: %s", detail)
-        raise self._login_needed()
+        raise CredentialError(
+            f"the login in {self.path} has expired and its refresh token was refused; {LOGIN_AGAIN}"
+        )
 
     @classmethod
     def refresh_failed(cls, message: str) -> UpstreamError:
         """Return the error for a refresh that may work in a moment."""
         headers = [("Retry-After", f"{cls.PAUSE:.0f}")]
         return UpstreamError(message, 503, "token_refresh_failed", retry=True, headers=headers)
-
-    def _login_needed(self) -> CredentialError:
-        return CredentialError(
-            f"the login in {self.path} has expired and its refresh token was refused; {LOGIN_AGAIN}"
-        )
 
 
 class ApiKey:

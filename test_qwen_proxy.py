@@ -1372,11 +1372,11 @@ TROUBLES += [reply(429, {"error": "slow"}), reply(200, {"access_token": None})]
 def test_trouble_at_the_token_endpoint_is_no_verdict(upstream, stale, answer, monkeypatch):
     path, credentials = stale
     before = path.read_text()
+    monkeypatch.setattr(qp.OAuthCredentials, "PAUSE", 0)
     upstream.token_script.append(answer)
     with pytest.raises(qp.UpstreamError) as caught:
         credentials.access_token()
     assert caught.value.status == 503 and path.read_text() == before
-    monkeypatch.setattr(qp.OAuthCredentials, "PAUSE", 0)
     assert credentials.access_token() == "at_2"
 
 
@@ -1457,7 +1457,7 @@ def test_a_failure_that_many_share_keeps_nobodys_frames(upstream, stale):
             credentials.access_token()
         seen.append(caught.value)
     assert len({id(error) for error in seen}) == 3 and len({str(error) for error in seen}) == 1
-    assert credentials._failure[1].__traceback__ is None and len(upstream.requests) == 1
+    assert credentials._failed[2].__traceback__ is None and len(upstream.requests) == 1
 
 
 def test_a_lock_that_cannot_be_written_does_not_stay(home, monkeypatch):
