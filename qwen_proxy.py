@@ -1367,30 +1367,25 @@ def keep_alive(connection: socket.socket) -> None:
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), names[name])
 
 
-def connect_before(deadline: float) -> Callable[..., socket.socket]:
-    """Return a socket.create_connection() with one deadline.
+def connect_before(deadline: float, address: tuple[str, int], *_: Any, **__: Any) -> socket.socket:
+    """Return a connection to the first address of a name that answers, in one time for all.
 
-    It holds for all addresses of a name together, and for what is received afterwards.
+    The deadline also holds for what is received afterwards. Stands in for
+    socket.create_connection(), which a connection of http.client calls.
     """
-
-    def create_connection(address: tuple[str, int], *_: Any, **__: Any) -> socket.socket:
-        """Return a connection to the first address that answers."""
-        failure = OSError("the host name has no address")
-        found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
-        for *kind, _name, place in found:
-            connection = DeadlineSocket(*kind)
-            try:
-                keep_alive(connection)
-                connection.deadline = deadline
-                connection.settimeout(time_left(deadline))
-                connection.connect(place)
-                return connection
-            except OSError as error:
-                connection.close()
-                failure = error
-        raise failure
-
-    return create_connection
+    failure = OSError("the host name has no address")
+    for *kind, _name, place in socket.getaddrinfo(*address, type=socket.SOCK_STREAM):
+        connection = DeadlineSocket(*kind)
+        try:
+            keep_alive(connection)
+            connection.deadline = deadline
+            connection.settimeout(time_left(deadline))
+            connection.connect(place)
+            return connection
+        except OSError as error:
+            connection.close()
+            failure = error
+    raise failure
 
 
 def tls_context() -> ssl.SSLContext:
@@ -1424,7 +1419,7 @@ class DeadlineHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
 
     def _connection(self, kind: Any, host: str, **arguments: Any) -> Any:
         connection = kind(host, **arguments)
-        connection._create_connection = connect_before(self._deadline)
+        connection._create_connection = functools.partial(connect_before, self._deadline)
         return connection
 
 
@@ -3441,7 +3436,8 @@ class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
         try:
             seconds = min(request.timeout, CONNECT_TIMEOUT)
             connection = http_class(request.host, timeout=seconds, **arguments)
-            connection._create_connection = connect_before(time.monotonic() + seconds)
+            deadline = time.monotonic() + seconds
+            connection._create_connection = functools.partial(connect_before, deadline)
             if request._tunnel_host:
                 connection.set_tunnel(request._tunnel_host, headers=tunnel_headers)
             connection.connect()
