@@ -1445,11 +1445,18 @@ class ForwardProxy(urllib.request.ProxyHandler):
         return super().proxy_open(request, proxy, type)
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Refuses every redirect: urllib would take our secrets along to the new place."""
+def opener_over(
+    forwarding: Forwarding, connections: urllib.request.BaseHandler
+) -> urllib.request.OpenerDirector:
+    """Return an opener over a forward proxy, if there is one.
 
-    def redirect_request(self, *_: object) -> None:
-        return None
+    No redirects, since urllib would take our secrets along, and no errors raised: the caller judges
+    both.
+    """
+    opener = urllib.request.OpenerDirector()
+    for handler in (ForwardProxy(forwarding), connections, urllib.request.UnknownHandler()):
+        opener.add_handler(handler)
+    return opener
 
 
 def open_before(
@@ -1459,12 +1466,7 @@ def open_before(
 
     Raises OSError, http.client.HTTPException, and UpstreamError for a proxy that cannot be used.
     """
-    forward, deadline = ForwardProxy(forwarding), DeadlineHandler(seconds)
-    opener = urllib.request.build_opener(forward, _NoRedirect, deadline)
-    try:
-        return opener.open(request, timeout=seconds)
-    except urllib.error.HTTPError as error:
-        return error
+    return opener_over(forwarding, DeadlineHandler(seconds)).open(request, timeout=seconds)
 
 
 def post_form(
@@ -3561,14 +3563,7 @@ class Upstream:
 
     def __init__(self, forwarding: Forwarding = DIRECT) -> None:
         self._connections = KeepAliveHandler()
-        # No redirects, no errors raised: both are judged here.
-        self._opener = urllib.request.OpenerDirector()
-        for handler in (
-            ForwardProxy(forwarding),
-            self._connections,
-            urllib.request.UnknownHandler(),
-        ):
-            self._opener.add_handler(handler)
+        self._opener = opener_over(forwarding, self._connections)
 
     def send(
         self,
