@@ -1501,21 +1501,12 @@ def post_form(
         raise UpstreamError(f"no answer from {host}: {reason_of(error)}", retry=True) from error
     answer = loads(body)
     if not isinstance(answer, dict):
-        return status, None, described_body(body)
+        page = web_page(body.decode("utf-8", "replace").strip())
+        return status, None, page or f"{len(body)} bytes that are no JSON object"
     for name in ("access_token", "refresh_token", "id_token", "device_code"):
         SECRETS.add(answer.get(name), rotates=True)
     detail = first_of(str, answer.get("error_description"), answer.get("error"))
     return status, answer, shorten(detail or "a JSON object without an error", 120)
-
-
-def described_body(body: bytes) -> str:
-    """Return what a body is that must not be quoted.
-
-    >>> described_body(b"<html><title>Not now</title>"), described_body(b'{"access_tok')
-    ("a web page ('Not now')", '12 bytes that are no JSON object')
-    """
-    text = body.decode("utf-8", "replace").strip()
-    return web_page(text) or (f"{len(body)} bytes that are no JSON object" if text else "nothing")
 
 
 class OAuthCredentials:
@@ -1767,17 +1758,13 @@ class DeviceCode(NamedTuple):
     expires_in: float
 
 
-def pkce_pair() -> tuple[str, str]:
-    """Return code_verifier and its S256 code_challenge (RFC 7636 4.1, 4.2)."""
-    code_verifier = base64.urlsafe_b64encode(secrets.token_bytes(32)).rstrip(b"=").decode()
-    digest = hashlib.sha256(code_verifier.encode()).digest()
-    return code_verifier, base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
-
-
 def request_device_code(oauth_base_url: str, forwarding: Forwarding = DIRECT) -> DeviceCode:
     """Start a device authorization (RFC 8628 3.1); raises UpstreamError when the host refuses."""
-    code_verifier, code_challenge = pkce_pair()
+    # RFC 7636 4.1, 4.2.
+    code_verifier = secrets.token_urlsafe(32)
     SECRETS.add(code_verifier)
+    digest = hashlib.sha256(code_verifier.encode()).digest()
+    code_challenge = base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
     form = {"client_id": CLIENT_ID, "scope": SCOPE, "code_challenge": code_challenge}
     status, answer, detail = post_form(
         oauth_base_url.rstrip("/") + DEVICE_CODE_PATH,

@@ -1837,12 +1837,6 @@ def test_only_our_own_old_temporary_files_are_swept(home, upstream, name, kind, 
     assert sorted(os.listdir(home)) == sorted([path.name] + [name] * stays)
 
 
-def test_pkce_challenge_is_the_hash_of_the_verifier():
-    verifier, challenge = qp.pkce_pair()
-    assert len(verifier) == 43 and "=" not in verifier + challenge
-    assert base64.urlsafe_b64decode(challenge + "=") == hashlib.sha256(verifier.encode()).digest()
-
-
 PENDING = reply(400, {"error": "authorization_pending", "error_description": "wait"})
 TOKENS = {"access_token": "at_9", "refresh_token": "rt_9", "token_type": "Bearer"}
 SUCCESS = reply(200, {**TOKENS, "expires_in": 21600, "resource_url": "portal.qwen.ai"})
@@ -1860,6 +1854,7 @@ def test_device_authorization_waits_until_approved(upstream, answers, slept):
     login = qp.poll_for_login(upstream.origin, device, pauses.append)
     assert (login.access_token, pauses) == ("at_9", slept)
     form = dict(urllib.parse.parse_qsl(upstream.requests[-1][2].decode()))
+    assert re.match(r"[\w-]{43}\Z", form["code_verifier"])
     digest = hashlib.sha256(form["code_verifier"].encode()).digest()
     assert base64.urlsafe_b64encode(digest).rstrip(b"=").decode() == upstream.challenge
 
