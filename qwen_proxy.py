@@ -999,14 +999,6 @@ def read_regular(path: str, errors: str = "strict") -> tuple[str, os.stat_result
         return file.read(MAX_FILE).decode("utf-8-sig", errors), status
 
 
-def random_uuid() -> str:
-    """Return a new UUID."""
-    # Only a refresh and a login need one, and the module takes 2 ms at start.
-    import uuid
-
-    return str(uuid.uuid4())
-
-
 def stamp_of(path: str) -> Any:
     """Return what changes when a file does; None where there is none."""
     try:
@@ -1123,9 +1115,9 @@ def base_url_of(resource_url: str) -> str:
 class LockFile:
     """The CLI's own lock on oauth_creds.json: a file that exists while a process refreshes.
 
-    Qwen Code, sharedTokenManager.ts: created exclusively with a random UUID in it; while it exists
-    the others try again after 100 ms, each time half as long again, up to 2 s; one older than 35 s
-    is renamed away. An flock would not keep the CLI out.
+    Qwen Code, sharedTokenManager.ts: created exclusively with a random UUID in it (any text that
+    nobody else has will do); while it exists the others try again after 100 ms, each time half as
+    long again, up to 2 s; one older than 35 s is renamed away. An flock would not keep the CLI out.
     """
 
     STALE = 35.0
@@ -1133,7 +1125,7 @@ class LockFile:
     _held: set[LockFile] = set()
 
     def __init__(self, path: str, pause: Callable[[float], None] = time.sleep):
-        self.path, self._owner, self._pause = path, random_uuid(), pause
+        self.path, self._owner, self._pause = path, secrets.token_hex(16), pause
 
     def __enter__(self) -> LockFile:
         wait, seen, seen_since = self.WAIT_FIRST, 0.0, time.monotonic()
@@ -1196,7 +1188,7 @@ class LockFile:
 
     def _break(self, mtime: float) -> None:
         """Rename a stale lock away, and put back what turns out to be a new one; raises OSError."""
-        away = f"{self.path}.stale.{random_uuid()}"
+        away = f"{self.path}.stale.{secrets.token_hex(16)}"
         os.rename(self.path, away)
         with contextlib.suppress(OSError):
             if os.lstat(away).st_mtime != mtime:
@@ -1760,6 +1752,9 @@ class DeviceCode(NamedTuple):
 
 def request_device_code(oauth_base_url: str, forwarding: Forwarding = DIRECT) -> DeviceCode:
     """Start a device authorization (RFC 8628 3.1); raises UpstreamError when the host refuses."""
+    # Here, since it costs every start 2 ms.
+    import uuid
+
     # RFC 7636 4.1, 4.2.
     code_verifier = secrets.token_urlsafe(32)
     SECRETS.add(code_verifier)
@@ -1769,7 +1764,7 @@ def request_device_code(oauth_base_url: str, forwarding: Forwarding = DIRECT) ->
     status, answer, detail = post_form(
         oauth_base_url.rstrip("/") + DEVICE_CODE_PATH,
         {**form, "code_challenge_method": "S256"},
-        {"x-request-id": random_uuid()},
+        {"x-request-id": str(uuid.uuid4())},
         forwarding,
     )
     if not answer or not isinstance(answer.get("device_code"), str):
