@@ -1291,41 +1291,29 @@ class LoginFile:
 
     def _overwrite(self, path: str, data: bytes, before: os.stat_result | None) -> None:
         """Write over the old file; blanks make room first, so that it stays whole JSON."""
-        handle = os.open(path, os.O_WRONLY | self.FLAGS)
-        try:
-            status = os.fstat(handle)
+        with os.fdopen(os.open(path, os.O_WRONLY | self.FLAGS), "wb") as file:
+            status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode) or not before or before.st_ino != status.st_ino:
                 raise OSError(errno.EPERM, "it was replaced meanwhile")
-            try:
-                self._write_at(handle, status.st_size, b" " * (len(data) - status.st_size))
-            except OSError:
-                os.ftruncate(handle, status.st_size)
-                raise
-            self._write_at(handle, 0, data.ljust(status.st_size))
-            os.ftruncate(handle, len(data))
-            self._complete(handle, before)
-        finally:
-            os.close(handle)
-
-    @staticmethod
-    def _write_at(handle: int, place: int, data: bytes) -> None:
-        os.lseek(handle, place, os.SEEK_SET)
-        rest = memoryview(data)
-        while rest:
-            rest = rest[os.write(handle, rest) :]
+            file.seek(0, os.SEEK_END)
+            file.write(b" " * (len(data) - status.st_size))
+            file.flush()
+            file.seek(0)
+            file.write(data.ljust(status.st_size))
+            file.truncate(len(data))
+            self._complete(file.fileno(), before)
 
     @staticmethod
     def _complete(handle: int, before: os.stat_result | None) -> None:
         """Set the mode and an mtime later than before, and put all of it on the disk."""
-        if hasattr(os, "fchmod"):
+        if os.name != "nt":
             # Not for another user's file that we may write.
             with contextlib.suppress(PermissionError):
                 os.fchmod(handle, 0o600)
+                earliest = before.st_mtime_ns + 1_000_000 if before else 0
+                mtime = max(os.fstat(handle).st_mtime_ns, earliest)
+                os.utime(handle, ns=(mtime, mtime))
         os.fsync(handle)
-        is_later = not before or os.fstat(handle).st_mtime_ns > before.st_mtime_ns
-        if before and not is_later and os.name != "nt":
-            with contextlib.suppress(PermissionError):
-                os.utime(handle, ns=(before.st_atime_ns, before.st_mtime_ns + 1_000_000))
 
 
 def time_left(deadline: float) -> float:
