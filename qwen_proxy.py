@@ -1220,11 +1220,9 @@ class LoginFile:
         The new mtime is always later than the old one: the CLI reloads only then (Qwen Code,
         sharedTokenManager.ts). Raises OSError.
         """
+        self._sweep()
         path, data = self._target(), text.encode()
-        try:
-            before: os.stat_result | None = os.lstat(path)
-        except FileNotFoundError:
-            before = None
+        before = os.lstat(path) if os.path.lexists(path) else None
         if before is None or not hasattr(os, "geteuid") or os.geteuid() in (0, before.st_uid):
             try:
                 return self._replace(path, data, before)
@@ -1239,21 +1237,19 @@ class LoginFile:
             path = self._target()
         except OSError as error:
             return reason_of(error)
-        folder = os.path.dirname(path)
-        if os.access(path, os.W_OK) or os.access(folder, os.W_OK | os.X_OK):
-            return ""
-        return "it is read-only" if os.path.exists(path) else ""
+        is_replaceable = os.access(os.path.dirname(path), os.W_OK | os.X_OK)
+        is_writable = is_replaceable or os.access(path, os.W_OK)
+        return "it is read-only" if os.path.exists(path) and not is_writable else ""
 
-    def sweep(self) -> None:
+    def _sweep(self) -> None:
         """Remove temporary files that a killed refresh of ours has left; by the lock's holder."""
         folder, name = os.path.split(self.path)
-        leftover = re.compile(re.escape(name) + r"\.qwen_proxy-[0-9a-f]{12}\.tmp\Z")
         with contextlib.suppress(OSError):
-            for found in filter(leftover.match, os.listdir(folder)):
-                status = os.lstat(os.path.join(folder, found))
-                is_old = time.time() - status.st_mtime > LockFile.STALE
-                if is_old and stat.S_ISREG(status.st_mode):
-                    os.unlink(os.path.join(folder, found))
+            for found in fnmatch.filter(os.listdir(folder), f"{name}.qwen_proxy-*.tmp"):
+                leftover = os.path.join(folder, found)
+                status = os.lstat(leftover)
+                if stat.S_ISREG(status.st_mode) and time.time() - status.st_mtime > LockFile.STALE:
+                    os.unlink(leftover)
 
     def _target(self) -> str:
         """Return the path, or what a link leads to, if that is a login file of the same owner."""
@@ -1599,10 +1595,8 @@ class OAuthCredentials:
         """Write the login, by the holder of the lock; if that fails it stays in memory, logged."""
         with self._reading:
             self._login, self.problem, self._save_again_at = login, "", 0.0
-            file = LoginFile(self.path)
             try:
-                file.sweep()
-                file.write(json.dumps(login.fields, indent=2))
+                LoginFile(self.path).write(json.dumps(login.fields, indent=2))
             except OSError as error:
                 self._save_again_at = time.monotonic() + self.SAVE_PAUSE
                 self.problem = (
