@@ -1378,25 +1378,21 @@ class DeadlineHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
     """urllib's own connections, with one deadline for connect, head and body together."""
 
     def __init__(self, seconds: float):
-        super().__init__()
-        self._deadline = time.monotonic() + seconds
-
-    def http_open(self, request: urllib.request.Request) -> Any:
-        connect = functools.partial(self._connection, http.client.HTTPConnection)
-        return self.do_open(connect, request)
-
-    def https_open(self, request: urllib.request.Request) -> Any:
-        context = tls_context()
+        self._deadline, context = time.monotonic() + seconds, tls_context()
         # super() of a DeadlineSocket is an SSLSocket here.
         bases, timed = (DeadlineSocket, ssl.SSLSocket), {"deadline": self._deadline}
         context.sslsocket_class = type("DeadlineTLSSocket", bases, timed)
-        connect = functools.partial(self._connection, http.client.HTTPSConnection)
-        return self.do_open(connect, request, context=context)
+        super().__init__(context=context)
 
-    def _connection(self, kind: Any, host: str, **arguments: Any) -> Any:
-        connection = kind(host, **arguments)
-        connection._create_connection = functools.partial(connect_before, self._deadline)
-        return connection
+    def do_open(self, http_class: Any, req: urllib.request.Request, **arguments: Any) -> Any:
+        """Return the response to a request."""
+
+        def connection_to(host: str, **more: Any) -> Any:
+            connection = http_class(host, **more)
+            connection._create_connection = functools.partial(connect_before, self._deadline)
+            return connection
+
+        return super().do_open(connection_to, req, **arguments)
 
 
 class ForwardProxy(urllib.request.ProxyHandler):
