@@ -524,9 +524,9 @@ class ProxyError(Exception):
         param: str | None = None,
         request_id: str | None = None,
         headers: Iterable[tuple[str, str]] = (),
-        retry: bool | None = None,
+        retry: bool = False,
         retry_after: float | None = None,
-        moves_on: bool | None = None,
+        moves_on: bool = False,
     ):
         super().__init__(message)
         self.message, self.param, self.request_id = message, param, request_id
@@ -536,8 +536,7 @@ class ProxyError(Exception):
             type or self.type,
             code or self.code,
         )
-        self.retry = self.retry if retry is None else retry
-        self.moves_on = self.moves_on if moves_on is None else moves_on
+        self.retry, self.moves_on = retry or self.retry, moves_on or self.moves_on
 
     def error_object(self) -> Json:
         """Return OpenAI's error object, as it may leave the program."""
