@@ -1040,8 +1040,7 @@ class Login(NamedTuple):
 
     def is_fresh(self, rejected: str = "") -> bool:
         """Return whether the access token can be used now, and is not the rejected one."""
-        is_valid = time.time() < self.expires_at - REFRESH_MARGIN
-        return is_valid and self.access_token != rejected
+        return self.access_token != rejected and time.time() < self.expires_at - REFRESH_MARGIN
 
     @classmethod
     def of(cls, fields: Any) -> Login:
@@ -1441,10 +1440,11 @@ def open_before(
 
 
 def post_form(
-    url: str,
+    oauth_base_url: str,
+    path: str,
     fields: dict[str, str],
-    headers: Mapping[str, str] | None = None,
     forwarding: Forwarding = DIRECT,
+    headers: Mapping[str, str] | None = None,
 ) -> tuple[int, Json | None, str]:
     """POST a form to the identity host; returns status, JSON object or None, and a description.
 
@@ -1452,6 +1452,7 @@ def post_form(
     since the host sits behind a firewall that answers HTML with any status, which is no verdict on
     anything. The body itself is never quoted, since a token may be in it.
     """
+    url = oauth_base_url.rstrip("/") + path
     SECRETS.add_userinfo(url)
     fault = base_url_fault(url)
     if fault:
@@ -1653,8 +1654,7 @@ class OAuthCredentials:
             "refresh_token": login.refresh_token,
             "client_id": CLIENT_ID,
         }
-        url = self._oauth_base_url.rstrip("/") + TOKEN_PATH
-        status, answer, detail = post_form(url, form, forwarding=self._forwarding)
+        status, answer, detail = post_form(self._oauth_base_url, TOKEN_PATH, form, self._forwarding)
         if status == 200 and answer and not answer.get("error"):
             refreshed = Login.from_answer(answer, login.fields)
             self.save(refreshed)
@@ -1739,10 +1739,11 @@ def request_device_code(oauth_base_url: str, forwarding: Forwarding = DIRECT) ->
     code_challenge = base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
     form = {"client_id": CLIENT_ID, "scope": SCOPE, "code_challenge": code_challenge}
     status, answer, detail = post_form(
-        oauth_base_url.rstrip("/") + DEVICE_CODE_PATH,
+        oauth_base_url,
+        DEVICE_CODE_PATH,
         {**form, "code_challenge_method": "S256"},
-        {"x-request-id": str(uuid.uuid4())},
         forwarding,
+        {"x-request-id": str(uuid.uuid4())},
     )
     if not answer or not isinstance(answer.get("device_code"), str):
         raise UpstreamError(f"the device authorization endpoint answered {status}: {detail}")
@@ -1752,9 +1753,13 @@ def request_device_code(oauth_base_url: str, forwarding: Forwarding = DIRECT) ->
         raise UpstreamError(
             "the device authorization endpoint named no page of its own site for the approval"
         )
-    user_code = str(answer.get("user_code") or "")[:60]
-    seconds = seconds_in(answer.get("expires_in"), 900)
-    return DeviceCode(answer["device_code"], code_verifier, user_code, address, seconds)
+    return DeviceCode(
+        answer["device_code"],
+        code_verifier,
+        str(answer.get("user_code") or "")[:60],
+        address,
+        seconds_in(answer.get("expires_in"), 900),
+    )
 
 
 def is_page_of(base_url: str, address: Any) -> bool:
@@ -1789,7 +1794,6 @@ def poll_for_login(
     'pending' (Qwen Code, qwenOAuth2.ts). Raises CredentialError when the approval will not come.
     """
     interval, deadline = LOGIN_POLL_FIRST, time.monotonic() + device.expires_in
-    token_url = oauth_base_url.rstrip("/") + TOKEN_PATH
     form = {
         "grant_type": DEVICE_GRANT,
         "client_id": CLIENT_ID,
@@ -1799,7 +1803,7 @@ def poll_for_login(
     while time.monotonic() < deadline:
         sleep(interval)
         try:
-            status, answer, detail = post_form(token_url, form, forwarding=forwarding)
+            status, answer, detail = post_form(oauth_base_url, TOKEN_PATH, form, forwarding)
         except UpstreamError as error:
             # A network that comes and goes must not end the log-in.
             log.warning("%s", error)

@@ -1924,7 +1924,7 @@ http://10.9.0.1/
 
 def device_uri(monkeypatch, base, **fields):
     answer = {"device_code": "dc_123456", "user_code": "AB", "expires_in": 900, **fields}
-    monkeypatch.setattr(qp, "post_form", lambda *arguments, **more: (200, answer, "a JSON object"))
+    monkeypatch.setattr(qp, "post_form", lambda *arguments: (200, answer, "a JSON object"))
     return qp.request_device_code(base).verification_uri
 
 
@@ -2425,8 +2425,8 @@ IDENTITY_HOSTS.update(dict.fromkeys([*OTHERS, "work/.qwen/settings.json"], False
 def test_the_identity_host_comes_from_the_users_own_files_only(world, monkeypatch, source):  # H3
     asked, variable, cli = [], {"QWEN_OAUTH_BASE_URL": "http://identity.example"}, world.home
 
-    def post_form(url, *arguments, **more):
-        asked.append(url)
+    def post_form(base_url, path, *arguments):
+        asked.append(base_url + path)
         raise qp.UpstreamError("recorded")
 
     monkeypatch.setattr(qp, "post_form", post_form)
