@@ -1157,20 +1157,14 @@ class LockFile:
 
     def _create(self) -> bool:
         try:
-            handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with open(self.path, "x") as file:
+                file.write(self._owner)
         except FileExistsError:
             return False
         except PermissionError:
             # On Windows another process may just be deleting it.
             if os.name == "nt" and os.path.exists(self.path):
                 return False
-            raise
-        try:
-            with os.fdopen(handle, "w") as file:
-                file.write(self._owner)
-        except OSError:
-            # A full disk: a lock without its owner's name would stay for good.
-            os.unlink(self.path)
             raise
         return True
 

@@ -1460,17 +1460,6 @@ def test_a_failure_that_many_share_keeps_nobodys_frames(upstream, stale):
     assert credentials._failed[2].__traceback__ is None and len(upstream.requests) == 1
 
 
-def test_a_lock_that_cannot_be_written_does_not_stay(home, monkeypatch):
-    class Full(io.StringIO):
-        def write(self, text):
-            raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(qp.os, "fdopen", lambda handle, mode: os.close(handle) or Full())
-    with pytest.raises(OSError, match="space"):
-        qp.LockFile(str(home / "oauth_creds.lock")).__enter__()
-    assert os.listdir(str(home)) == []
-
-
 def test_crash_between_write_and_rename_leaves_the_old_file_whole(home, upstream, monkeypatch):
     path = write_login(home, upstream)
     before = path.read_text()
