@@ -1956,7 +1956,7 @@ def qwen_home(environ: Mapping[str, str], option: str | None = None) -> str:
 
 _DOTENV_LINE = re.compile(
     r"""^[ \t]*(?:export[ \t]+)?([\w.-]+)[ \t]*[=:][ \t]*
-    (?: "((?:\\.|[^"\\])*)" | '([^']*)' | `([^`]*)` | ([^#\r\n]*) )""",
+    (?: ("(?:\\.|[^"\\])*" | '[^']*' | `[^`]*`) | ([^#\r\n]*) )""",
     re.M | re.X,
 )
 
@@ -1968,12 +1968,11 @@ def parse_dotenv(text: str) -> dict[str, str]:
     True
     """
     values = {}
-    for match in _DOTENV_LINE.finditer(text):
-        name, double, single, back, bare = match.groups()
-        if double is not None:
-            double = double.replace("\\n", "\n").replace("\\r", "\r").replace('\\"', '"')
-        texts = (double, single, back, (bare or "").strip())
-        values[name] = next(value for value in texts if value is not None)
+    for name, quoted, bare in _DOTENV_LINE.findall(text):
+        value = quoted[1:-1] or bare.strip()
+        if quoted.startswith('"'):
+            value = value.replace("\\n", "\n").replace("\\r", "\r").replace('\\"', '"')
+        values[name] = value
     return values
 
 
