@@ -2028,23 +2028,22 @@ def current_form(settings: Json) -> Json:
     Qwen Code, its migrations: a flat model and selectedAuthType count below version 2, a list of
     models within an object in version 5 or without one.
     """
-    settings, version = dict(settings), settings.get("$version")
-    kind = settings.pop("selectedAuthType", None)
-    excluded = settings.pop("excludedProjectEnvVars", None)
-    model = settings.pop("model") if isinstance(settings.get("model"), str) else None
+    version, model = settings.get("$version"), settings.get("model")
+    current = without_keys(settings, ("model",)) if isinstance(model, str) else settings
     if not isinstance(version, int) or version < 2:
         moved = {
-            "security": {"auth": stated({"selectedType": kind})},
-            "advanced": stated({"excludedEnvVars": excluded}),
-            "model": stated({"name": model}),
+            "security": {"auth": stated({"selectedType": settings.get("selectedAuthType")})},
+            "advanced": stated({"excludedEnvVars": settings.get("excludedProjectEnvVars")}),
+            "model": {"name": model} if isinstance(model, str) else {},
         }
-        settings = merge(moved, settings)
+        current = merge(moved, current)
     listed = as_object(settings.get("modelProviders"))
-    for kind, entries in listed.items():
-        if isinstance(entries, dict):
-            is_read = version is None or version == 5 and type(version) is int
-            listed = {**listed, kind: entries.get("models") if is_read else []}
-    return {**settings, "modelProviders": listed} if listed else settings
+    unwrapped: Json = {
+        kind: entries.get("models") if version in (None, 5) else []
+        for kind, entries in listed.items()
+        if isinstance(entries, dict)
+    }
+    return {**current, "modelProviders": {**listed, **unwrapped}} if listed else current
 
 
 def layered(*layers: Mapping[str, Any]) -> dict[str, str]:
