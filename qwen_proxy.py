@@ -1903,17 +1903,16 @@ class Provider:
 
     def describe(self) -> Json:
         """Return facts for status; nothing secret."""
-        base_url = ""
-        with contextlib.suppress(CredentialError):
-            base_url = self.base_url
+        problem = self.problem()
         return {
             "name": self.name,
             "family": self.family.name,
-            "base_url": base_url or None,
+            # An OAuth login with a problem has none.
+            "base_url": (self.stated_url if problem else self.base_url) or None,
             "source": self.source,
             "models": self.model_ids(),
             "login": self.credentials.describe(),
-            "problem": self.problem(),
+            "problem": problem,
         }
 
 
