@@ -2205,17 +2205,16 @@ class CliSettings:
         Both that directory and the folder that holds the file must be trusted. The names that the
         settings exclude count in .qwen/.env only.
         """
-        above, user_home = folder, os.path.realpath(self._user_home)
-        excluded = self._excluded or ["DEBUG", "DEBUG_MODE"]
-        while os.path.realpath(above) != user_home:
-            for path in (os.path.join(above, ".qwen", ".env"), os.path.join(above, ".env")):
+        below, above, user_home = "", folder, os.path.realpath(self._user_home)
+        while above != below and os.path.realpath(above) != user_home:
+            of_cli, plain = os.path.join(above, ".qwen", ".env"), os.path.join(above, ".env")
+            for path, excluded in (
+                (of_cli, []),
+                (plain, self._excluded or ["DEBUG", "DEBUG_MODE"]),
+            ):
                 if self._counts(above, path) and self._is_trusted(folder):
-                    is_plain = os.path.basename(os.path.dirname(path)) != ".qwen"
-                    found = self._load(path, parse_dotenv)
-                    return without_keys(found, excluded if is_plain else ())
-            if above == os.path.dirname(above):
-                break
-            above = os.path.dirname(above)
+                    return without_keys(self._load(path, parse_dotenv), excluded)
+            below, above = above, os.path.dirname(above)
         return {}
 
     def _read_settings(self, folder: str) -> None:
@@ -2275,22 +2274,21 @@ class CliSettings:
         """
         named = layered(self.environ, self._own).get("QWEN_CODE_TRUSTED_FOLDERS_PATH")
         path = named or os.path.join(self.home, "trustedFolders.json")
-        # Folders in the path of the deciding rule, and whether it is one that denies.
-        deciding = (-1, True)
+        # Folders in the path of each rule that fits, and whether it is one that denies.
+        fitting = [(0, True)]
         for rule, level in self._load(path, parse_settings).items():
-            if level not in ("TRUST_FOLDER", "TRUST_PARENT", "DO_NOT_TRUST"):
-                continue
-            root = os.path.dirname(rule.rstrip(os.sep)) if level == "TRUST_PARENT" else rule
-            for spelled in spellings(root):
-                prefix = spelled.rstrip(os.sep) + os.sep
-                if any((place + os.sep).startswith(prefix) for place in spellings(folder)):
-                    deciding = max(deciding, (prefix.count(os.sep), level == "DO_NOT_TRUST"))
-        return not deciding[1]
+            if level in ("TRUST_FOLDER", "TRUST_PARENT", "DO_NOT_TRUST"):
+                root = os.path.dirname(rule.rstrip(os.sep)) if level == "TRUST_PARENT" else rule
+                for prefix in spellings(root):
+                    if any(place.startswith(prefix) for place in spellings(folder)):
+                        fitting.append((prefix.count(os.sep), level == "DO_NOT_TRUST"))
+        return not max(fitting)[1]
 
 
 def spellings(path: str) -> set[str]:
-    """Return a path without `..`, with its links and without."""
-    return {os.path.normcase(each) for each in (os.path.abspath(path), os.path.realpath(path))}
+    """Return a folder's path without `..`, with its links and without, and os.sep at its end."""
+    paths = (os.path.abspath(path), os.path.realpath(path))
+    return {os.path.normcase(each).rstrip(os.sep) + os.sep for each in paths}
 
 
 def name_at(base_url: str) -> str:
