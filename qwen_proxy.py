@@ -2462,8 +2462,8 @@ class Discovery:
     """Everything that can be used on this machine, the active provider first.
 
     model: for requests that name none; notes: what a person should know, such as skipped files;
-    problem: settings that cannot be read, as nothing stands in for what they may name. Raises
-    ValueError for --provider with an unknown name.
+    problem: settings that cannot be read, as nothing stands in for what they may name; advice: what
+    to do as long as there is no provider.
     """
 
     # The kind of login that variables stand for, if all of them are set.
@@ -2483,8 +2483,7 @@ class Discovery:
         self._listed, self._flagged = [] if self.problem else listed.all(), listed.flagged
         self._oauth = oauth_providers(settings, known)
         flagged = [f"{where} is no chat model" for where in listed.flagged.values()]
-        # What to do as long as there is no provider.
-        self.advice = "; ".join([*listed.notes, *flagged]) or NO_LOGIN
+        self.advice = self.problem or "; ".join([*listed.notes, *flagged]) or NO_LOGIN
         try:
             active = None if self.problem else self._choose()
         except CredentialError as error:
@@ -2506,7 +2505,7 @@ class Discovery:
     def summary(self) -> str:
         """Return what would be used, in one line for the log."""
         if not self.providers:
-            return self.problem or self.advice
+            return self.advice
         active, *others = self.providers
         names = ", ".join(sorted(other.name for other in others))
         besides = f"; besides {names}" if names else ""
@@ -2515,8 +2514,7 @@ class Discovery:
     def _choose(self) -> Provider | None:
         """Return the provider that the first rule to apply names.
 
-        Raises CredentialError with what to do where a rule says that there can be none, ValueError
-        for an unknown name.
+        Raises CredentialError with what to do where a rule says that there can be none.
         """
         rules = (
             self._by_option,
@@ -2545,7 +2543,7 @@ class Discovery:
             variable = family_of(base_url).variable
             return keyed_provider(self._settings, where, name, base_url, variable)
         known = sorted({*PRESETS, "oauth", *(provider.name for provider in found)})
-        raise ValueError(f"there is no provider {name!r}; known are {', '.join(known)}")
+        raise CredentialError(f"there is no provider {name!r}; known are {', '.join(known)}")
 
     def _preset(self, name: str) -> Provider:
         return keyed_provider(self._settings, f"--provider {name}", name, *PRESETS[name])
@@ -2728,7 +2726,10 @@ class Serving:
 
 
 class Providers:
-    """The discovery, made anew when a file behind it changes; any thread may ask."""
+    """The discovery, made anew when a file behind it changes; any thread may ask.
+
+    Raises ValueError for --provider with a name that is unknown at the start.
+    """
 
     MAX_MODEL_ID = 512
     # Look at the disk no more often.
@@ -2753,6 +2754,8 @@ class Providers:
             self._folder = self._environ.get("HOME") or os.path.expanduser("~")
         self._seed_login(is_read_only)
         self._discovery = self._discover()
+        if options.provider and not self._discovery.providers:
+            raise ValueError(self._discovery.advice)
         # The latest Serving, and what it was made from.
         self._serving: tuple[list[Any], Any] = ([], None)
 
@@ -2762,7 +2765,7 @@ class Providers:
             if time.monotonic() - self._checked > self.INTERVAL:
                 self._checked = time.monotonic()
                 if self._files.has_changed() or login_names(self.home)[0] != self._logins:
-                    before, self._discovery = self._discovery.summary(), self._discover_again()
+                    before, self._discovery = self._discovery.summary(), self._discover()
                     if self._discovery.summary() != before:
                         log.info("the settings were read again: %s", self._discovery.summary())
             return self._discovery
@@ -2823,15 +2826,6 @@ class Providers:
             raise BadRequest(f"model is longer than {self.MAX_MODEL_ID} characters", param="model")
         aliases = (meant for alias, meant in self.aliases if fnmatch.fnmatchcase(name, alias))
         return next(aliases, name)
-
-    def _discover_again(self) -> Discovery:
-        try:
-            return self._discover()
-        except ValueError as error:
-            # The settings do not know the provider of the options any more.
-            discovery = copy.copy(self._discovery)
-            discovery.providers, discovery.advice = [], str(error)
-            return discovery
 
     def _discover(self) -> Discovery:
         # Login files come and go.
@@ -10488,7 +10482,6 @@ class ProxyServer:
         options, discovery, health = self.options, self.providers.current(), self.health()
         active = discovery.providers[0] if discovery.providers else None
         faults = [
-            discovery.problem,
             active.problem() if active else discovery.advice,
             dig(health, "last_refusal", "message"),
         ]
@@ -11251,7 +11244,7 @@ def status_facts(providers: Providers, is_offline: bool) -> Json:
     facts: Json = {
         "version": __version__,
         "status": NO,
-        "problem": discovery.problem or discovery.advice,
+        "problem": discovery.advice,
         "qwen_home": providers.home,
         "settings": discovery.settings_files,
         "notes": discovery.notes,
