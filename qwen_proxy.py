@@ -2156,11 +2156,22 @@ class CliSettings:
         """Return a variable without blanks around it; '' when it is unset or empty."""
         return (self.environ.get(name) or self.variables.get(name) or "").strip()
 
-    def stored_key(self, base_url: str) -> str:
-        """Return security.auth.apiKey, unless it was stored for another base URL than this."""
-        own = as_text(self._stored.get("baseUrl")).strip().rstrip("/")
-        is_own = base_url and own in ("", base_url.strip().rstrip("/"))
-        return as_text(self._stored.get("apiKey")).strip() if is_own else ""
+    def key(self, variable: str, base_url: str) -> ApiKey:
+        """Return the key in a variable; without one, an ApiKey that says so when it is asked.
+
+        security.auth.apiKey stands in for OPENAI_API_KEY, unless it was stored for another base
+        URL.
+        """
+        value, own = self.variable(variable), as_text(self._stored.get("baseUrl")).strip()
+        if variable == "OPENAI_API_KEY" and own.rstrip("/") in ("", base_url.rstrip("/")):
+            stored = as_text(self._stored.get("apiKey")).strip()
+            if stored and not value:
+                return ApiKey(stored, "security.auth.apiKey in settings.json")
+        problem = (
+            f"the variable {variable} is not set; set it in the environment, in ~/.qwen/.env, or "
+            "run `qwen` and then /auth"
+        )
+        return ApiKey(value, variable, "" if value else problem)
 
     def login_at(self, path: str) -> OAuthCredentials:
         """Return the login in a file. Its host gets the refresh token: no project may move it."""
@@ -2301,28 +2312,13 @@ def keyed_provider(
     settings: CliSettings, where: str, name: str, base_url: str, variable: str
 ) -> Provider:
     """Return a provider with the key of a variable; where: what names it."""
-    credentials, family = key_from(settings, variable, base_url), family_of(base_url, variable)
-    return Provider(name, base_url, credentials, f"{where}, {variable}", family=family)
+    key, family = settings.key(variable, base_url), family_of(base_url, variable)
+    return Provider(name, base_url, key, f"{where}, {variable}", family=family)
 
 
 def unusable_provider(where: str, problem: str, name: str = "unnamed") -> Provider:
     """Return a provider that has nothing but a problem; where: what was meant to name it."""
     return Provider(name, "", ApiKey("", where, problem), where)
-
-
-def key_from(settings: CliSettings, variable: str, base_url: str = "") -> ApiKey:
-    """Return the key in a variable; without one, an ApiKey that says so when it is asked.
-
-    The key stored in settings.json stands in for OPENAI_API_KEY at a base URL that it fits.
-    """
-    value, stored = settings.variable(variable), settings.stored_key(base_url)
-    if not value and stored and variable == "OPENAI_API_KEY":
-        return ApiKey(stored, "security.auth.apiKey in settings.json")
-    problem = (
-        f"the variable {variable} is not set; set it in the environment, in ~/.qwen/.env, or run "
-        "`qwen` and then /auth"
-    )
-    return ApiKey(value, variable, "" if value else problem)
 
 
 class SettingsProviders:
@@ -2431,7 +2427,7 @@ def environment_provider(settings: CliSettings, base_url: Any, source: str) -> P
     plan = plans.get(host_of(base_url, with_port=True), variable)
     if settings.variable(plan) and not settings.variable(variable):
         variable = plan
-    return Provider(name_at(base_url), base_url, key_from(settings, variable, base_url), source)
+    return Provider(name_at(base_url), base_url, settings.key(variable, base_url), source)
 
 
 def login_names(folder: str) -> tuple[list[str], str]:
