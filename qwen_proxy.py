@@ -2334,39 +2334,30 @@ class SettingsProviders:
         self.flagged: dict[str, str] = {}
         # What is there and cannot be used, with its field.
         self.notes: list[str] = []
-        self._providers: dict[tuple[str, str], Provider] = {}
+        self.providers: dict[tuple[str, str], Provider] = {}
         protocols = as_object(dig(settings.values, "providerProtocol"))
         kinds = settings.values.get("modelProviders", {})
         if not isinstance(kinds, dict):
             self.notes.append("modelProviders in settings.json must be an object")
         for kind, entries in as_object(kinds).items():
-            self._read_kind(kind, entries, protocols.get(kind, kind))
+            where, protocol = f"modelProviders.{kind}", protocols.get(kind, kind)
+            if protocol == "openai" and isinstance(entries, list):
+                for index, entry in enumerate(entries):
+                    self._read(stated(as_object(entry)), f"{where}[{index}] in settings.json")
+            elif protocol == "openai":
+                self.notes.append(f"{where} in settings.json must be a list of models")
+            elif protocol not in self.OTHERS:
+                words = f"is not read: providerProtocol.{kind} must be openai"
+                self.notes.append(f"{where} in settings.json {words}")
 
-    def all(self) -> list[Provider]:
-        """Return the providers."""
-        return list(self._providers.values())
-
-    def _read_kind(self, kind: str, entries: Any, protocol: Any) -> None:
-        where = f"modelProviders.{kind} in settings.json"
-        if protocol in self.OTHERS:
-            return
-        if protocol != "openai":
-            self.notes.append(f"{where} is not read: providerProtocol.{kind} must be openai")
-        elif not isinstance(entries, list):
-            self.notes.append(f"{where} must be a list of models")
-        else:
-            for index, entry in enumerate(entries):
-                self._read(entry, f"modelProviders.{kind}[{index}] in settings.json")
-
-    def _read(self, entry: Any, where: str) -> None:
-        if not isinstance(entry, dict) or not as_text(entry.get("id")):
-            self.notes.append(f"{where} is not read: its id must be a string")
-            return
+    def _read(self, entry: Json, where: str) -> None:
+        model, wire = as_text(entry.get("id")), entry.get("wireApi", "chat-completions")
         flag = next((flag for flag in self.FLAGS if entry.get(flag)), "")
-        wire = entry.get("wireApi", "chat-completions")
-        if flag:
-            if not any(entry["id"] in provider.entries for provider in self.all()):
-                self.flagged[entry["id"]] = f"{where}: {flag}"
+        if not model:
+            self.notes.append(f"{where} is not read: its id must be a string")
+        elif flag:
+            if not any(model in provider.entries for provider in self.providers.values()):
+                self.flagged[model] = f"{where}: {flag}"
         elif wire != "chat-completions":
             words = f"wireApi {shorten(str(wire), 40)} is not spoken here"
             self.notes.append(f"{where} is not read: {words}")
@@ -2380,22 +2371,21 @@ class SettingsProviders:
         key to another; here a variable that is not set stays an error with its name in it. Nor does
         anything wrong or missing get a default host.
         """
-        named = entry.get("envKey")
-        variable = "OPENAI_API_KEY" if named is None else as_text(named).strip()
+        variable = as_text(entry.get("envKey", "OPENAI_API_KEY")).strip()
         base_url, problem = self._base_url(entry)
         if not variable:
             problem = "envKey must be the name of a variable"
         key = (where if problem else base_url, variable)
-        if key not in self._providers:
-            name = "unnamed" if problem else name_at(base_url)
-            taken = [other.name.split("#")[0] for other in self.all()].count(name)
+        if key not in self.providers:
+            name, others = "unnamed" if problem else name_at(base_url), self.providers.values()
+            taken = [other.name.split("#")[0] for other in others].count(name)
             name = f"{name}#{taken + 1}" if taken else name
-            self._providers[key] = (
+            self.providers[key] = (
                 unusable_provider(where, f"{where}: {problem}", name)
                 if problem
                 else keyed_provider(self._settings, where, name, base_url, variable)
             )
-        self._providers[key].entries.setdefault(entry["id"], self._settings.config(entry))
+        self.providers[key].entries.setdefault(entry["id"], self._settings.config(entry))
 
     def _base_url(self, entry: Json) -> tuple[str, str]:
         """Return an entry's base URL and '', or what it says and why that is none."""
@@ -2476,7 +2466,7 @@ class Discovery:
         self.problem = "" if options.provider or options.base_url else settings.problem
         self._wanted, self._is_stored = self._wanted_model()
         listed = SettingsProviders(settings)
-        self._listed, self._flagged = [] if self.problem else listed.all(), listed.flagged
+        self._listed, self._flagged = list(listed.providers.values()), listed.flagged
         self._oauth = oauth_providers(settings, known)
         flagged = [f"{where} is no chat model" for where in listed.flagged.values()]
         self.advice = self.problem or "; ".join([*listed.notes, *flagged]) or NO_LOGIN
