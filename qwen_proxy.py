@@ -2435,12 +2435,11 @@ def oauth_providers(settings: CliSettings, known: dict[str, OAuthCredentials]) -
         settings.notes.append(f"{settings.home} cannot be searched for logins: {fault}")
     providers = []
     for name in dict.fromkeys(["oauth_creds.json", *names]):
-        path = os.path.join(settings.home, name)
-        if path not in known:
-            known[path] = settings.login_at(path)
+        path, portal = os.path.join(settings.home, name), FAMILIES["portal"]
+        login = known.setdefault(path, settings.login_at(path))
         suffix = name[len("oauth_creds") : -len(".json")].strip("._-")
-        label, portal = f"oauth-{suffix}" if suffix else "oauth", FAMILIES["portal"]
-        providers.append(Provider(label, "", known[path], path, {OAUTH_MODEL: {}}, portal))
+        label = f"oauth-{suffix}" if suffix else "oauth"
+        providers.append(Provider(label, "", login, path, {OAUTH_MODEL: {}}, portal))
     return providers
 
 
@@ -2464,7 +2463,7 @@ class Discovery:
         self._options, self._settings = options, settings
         self.settings_files, self.notes = settings.files, settings.notes
         self.problem = "" if options.provider or options.base_url else settings.problem
-        self._wanted, self._is_stored = self._wanted_model()
+        self._wanted, self._wanted_at = self._wanted_model()
         listed = SettingsProviders(settings)
         self._listed, self._flagged = list(listed.providers.values()), listed.flagged
         self._oauth = oauth_providers(settings, known)
@@ -2504,8 +2503,7 @@ class Discovery:
         """
         rules = (
             self._by_option,
-            self._refuse_other_kind,
-            self._by_oauth,
+            self._by_kind,
             self._by_entry,
             self._by_environment,
             self._by_first_entry,
@@ -2522,28 +2520,27 @@ class Discovery:
         for provider in found:
             if name in (provider.name, provider.host):
                 return provider
-        if name in PRESETS:
+        if name in PRESETS or WORKSPACE_HOST.match(name):
             return self._preset(name)
-        if WORKSPACE_HOST.match(name):
-            where, base_url = f"--provider {name}", f"https://{name}/compatible-mode/v1"
-            variable = family_of(base_url).variable
-            return keyed_provider(self._settings, where, name, base_url, variable)
         known = sorted({*PRESETS, "oauth", *(provider.name for provider in found)})
         raise CredentialError(f"there is no provider {name!r}; known are {', '.join(known)}")
 
     def _preset(self, name: str) -> Provider:
-        return keyed_provider(self._settings, f"--provider {name}", name, *PRESETS[name])
+        """Return the provider of a preset or at a workspace's host."""
+        workspace = f"https://{name}/compatible-mode/v1"
+        preset = PRESETS.get(name) or (workspace, family_of(workspace).variable)
+        return keyed_provider(self._settings, f"--provider {name}", name, *preset)
 
-    def _kind(self) -> Any:
-        """Return the kind of login that the CLI uses: selected, or guessed from the environment."""
-        variable = self._settings.variable
-        selected = dig(self._settings.values, "security", "auth", "selectedType")
-        guessed = (kind for kind, names in self.KINDS if all(map(variable, names)))
-        return selected or next(guessed, None)
+    def _by_kind(self) -> Provider | None:
+        """Return the OAuth login if that is the kind of login that the CLI uses.
 
-    def _refuse_other_kind(self) -> None:
-        kind, way_out = self._kind(), "choose another one with --provider NAME"
-        enforced = dig(self._settings.values, "security", "auth", "enforcedType")
+        The kind is selected, or guessed from the environment. Raises CredentialError for one that
+        is neither that nor a key for an OpenAI-compatible endpoint.
+        """
+        auth = as_object(dig(self._settings.values, "security", "auth"))
+        set_kinds = (kind for kind, names in self.KINDS if all(map(self._settings.variable, names)))
+        kind, enforced = auth.get("selectedType") or next(set_kinds, None), auth.get("enforcedType")
+        way_out = "choose another one with --provider NAME"
         if enforced and enforced != kind:
             raise CredentialError(
                 f"security.auth.enforcedType in settings.json allows {shorten(str(enforced), 40)} "
@@ -2555,9 +2552,7 @@ class Discovery:
                 "settings.json, or the environment), which has no OpenAI-compatible endpoint here; "
                 f"{way_out}"
             )
-
-    def _by_oauth(self) -> Provider | None:
-        kind, own = self._kind(), self._oauth[0]
+        own = self._oauth[0]
         is_there = own.oauth and own.oauth.is_there()
         return own if kind == "qwen-oauth" or kind is None and is_there else None
 
@@ -2566,10 +2561,8 @@ class Discovery:
 
         Qwen Code, its model resolver.
         """
-        stored_url = str(dig(self._settings.values, "model", "baseUrl") or "").rstrip("/")
         having = [provider for provider in self._listed if self._wanted in provider.entries]
-        if self._is_stored:
-            having.sort(key=lambda provider: provider.stated_url != stored_url)
+        having.sort(key=lambda provider: provider.stated_url != self._wanted_at)
         name = self._wanted or DEFAULT_MODEL
         where = self._flagged.get(name)
         if where:
@@ -2616,13 +2609,17 @@ class Discovery:
             )
         return None
 
-    def _wanted_model(self) -> tuple[str, bool]:
-        """Return the model that the CLI would use, and whether settings.json names it."""
-        variable = self._settings.variable
-        stored = as_text(dig(self._settings.values, "model", "name"))
-        stored = re.sub(r"^\$runtime\|[^|]*\|", "", stored)
-        named = self._options.model or stored or variable("OPENAI_MODEL") or variable("QWEN_MODEL")
-        return named, bool(stored) and not self._options.model
+    def _wanted_model(self) -> tuple[str, str | None]:
+        """Return the model that the CLI would use, and the base URL that settings.json has for it.
+
+        Of two entries with one id it tells which is meant.
+        """
+        option, variable = self._options.model, self._settings.variable
+        stored = as_object(self._settings.values.get("model"))
+        name = re.sub(r"^\$runtime\|[^|]*\|", "", as_text(stored.get("name")))
+        base_url = as_text(stored.get("baseUrl")).rstrip("/") if name and not option else ""
+        named = option or name or variable("OPENAI_MODEL") or variable("QWEN_MODEL")
+        return named, base_url or None
 
     def _default_model(self, active: Provider | None) -> str:
         wanted = self._wanted
