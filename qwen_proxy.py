@@ -10720,7 +10720,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"qwen_proxy {__version__}")
     group = parser.add_argument_group("serve")
     for name, option in OPTIONS.items():
-        add_option(group, name, option)
+        default, flag = Options._field_defaults[name], "--" + name.replace("_", "-")
+        settings: Json = {"metavar": option.metavar or None, "choices": option.choices or None}
+        if default is False:
+            settings = {"action": "store_true"}
+        elif isinstance(default, tuple):
+            settings["action"] = "append"
+        elif is_number(default):
+            settings["type"] = type(default)
+        # A default is only set by checked_options().
+        group.add_argument(flag, help=option.help, default=None, **settings)
     others = parser.add_argument_group("login, status and usage")
     others.add_argument("--no-browser", action="store_true", help="login: print the address only")
     others.add_argument("--json", action="store_true", help="status, usage: print JSON")
@@ -10732,58 +10741,29 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_option(group: Any, name: str, option: Option) -> None:
-    """Add a row of OPTIONS to the parser; a default is only set by checked_options()."""
-    default = Options._field_defaults[name]
-    settings: Json = {"help": option.help, "default": None}
-    if default is False:
-        settings["action"] = "store_true"
-    elif isinstance(default, tuple):
-        settings.update(action="append", metavar=option.metavar)
-    elif option.choices:
-        settings["choices"] = option.choices
-    else:
-        kind = type(default) if is_number(default) else str
-        settings.update(type=kind, metavar=option.metavar)
-    group.add_argument("--" + name.replace("_", "-"), **settings)
+def words_of(environ: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """Return the QWEN_PROXY_* variables as words to stand before and behind a command line.
 
-
-def stated_options(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Json:
-    """Return the options that the command line states, and those of QWEN_PROXY_* variables.
-
+    So it overrides what has one value, and its own values of what may be repeated come first.
     Raises ValueError for a variable that cannot be meant.
     """
-    options = {}
-    for name, option in OPTIONS.items():
-        given, default = getattr(arguments, name), Options._field_defaults[name]
-        variable = f"QWEN_PROXY_{name.upper()}"
+    before, behind = [], []
+    for name in OPTIONS:
+        flag, variable = "--" + name.replace("_", "-"), f"QWEN_PROXY_{name.upper()}"
+        default, text = Options._field_defaults[name], environ.get(variable, "")
         if isinstance(default, tuple):
             texts = [environ[each] for each in (variable, variable + "S") if each in environ]
-            values = [value.strip() for text in texts for value in text.split(",")]
+            values = [value.strip() for each in texts for value in each.split(",")]
             if name == "api_key":
-                values = list(checked_keys(values, variable + "S"))
-            given = tuple(given or ()) + tuple(filter(None, values)) or None
-        elif (given is None or given is False) and environ.get(variable):
-            given = value_of(variable, environ[variable], default, option)
-        if given is not None:
-            options[name] = given
-    return options
-
-
-def value_of(variable: str, text: str, default: Any, option: Option) -> Any:
-    """Return the value of an option's variable; raises ValueError that names it."""
-    if isinstance(default, bool):
-        if text.lower() not in ("1", "true", "yes", "0", "false", "no"):
-            raise ValueError(f"{variable} must be 1 or 0")
-        return text.lower() in ("1", "true", "yes")
-    if option.choices and text not in option.choices:
-        raise ValueError(f"{variable} must be one of {', '.join(option.choices)}")
-    if not is_number(default):
-        return text
-    for number in (int, float):
-        with contextlib.suppress(ValueError):
-            return number(text)
-    raise ValueError(f"{variable} must be a number")
+                checked_keys(values, variable + "S")
+            behind += [f"{flag}={value}" for value in values if value]
+        elif default is False and text:
+            if as_switch(text) is None:
+                raise ValueError(f"{variable} must be 1 or 0")
+            before += [flag] if as_switch(text) else []
+        elif text:
+            before.append(f"{flag}={text}")
+    return before, behind
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -10798,11 +10778,12 @@ def main(argv: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "serve"
     parser = build_parser()
-    parsed, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        parser.error(public(unknown_word(unknown[0], list(vars(parsed)))))
     try:
-        options = checked_options(stated_options(parsed, os.environ))
+        before, behind = words_of(os.environ)
+        parsed, unknown = parser.parse_known_args([*before, *arguments, *behind])
+        if unknown:
+            raise ValueError(unknown_word(unknown[0], list(vars(parsed))))
+        options = checked_options(stated({name: getattr(parsed, name) for name in OPTIONS}))
     except ValueError as error:
         parser.error(public(str(error)))
     # SIGTERM ends a command as Ctrl-C does, so that the CLI's lock does not stay behind.

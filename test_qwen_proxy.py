@@ -7410,8 +7410,8 @@ def test_a_closed_terminal_is_nothing_to_what_nohup_started(login, upstream, mon
 def test_grace_is_8_seconds_unless_told_otherwise(capsys, value):  # H10
     arguments = ["--grace=" + value] if value else []
     if value in (None, "0.5"):
-        parsed = qp.build_parser().parse_args(arguments)
-        assert qp.checked_options(qp.stated_options(parsed, {})).grace == float(value or 8)
+        grace = qp.build_parser().parse_args(arguments).grace
+        assert qp.checked_options(qp.stated({"grace": grace})).grace == float(value or 8)
         return
     with pytest.raises(SystemExit):
         qp.main(arguments)
