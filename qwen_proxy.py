@@ -72,7 +72,6 @@ import ipaddress
 import itertools
 import json
 import logging
-import logging.handlers
 import operator
 import os
 import queue
@@ -10817,76 +10816,63 @@ def unknown_word(word: str, options: list[str]) -> str:
     return f"there is no {kind} {word}; {meant}"
 
 
-class LogQueue(logging.handlers.QueueHandler):
-    """Hands lines to the thread that writes them.
+class LogWriter(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes the log from a thread of its own, the lines of one moment together.
 
-    What does not fit is lost, since no request waits for a terminal.
+    Each time that thread wakes, all threads contend for the interpreter. What does not fit is lost,
+    since no request waits for a terminal.
     """
 
-    MOST = 10_000
+    MOST, PAUSE = 10_000, 0.05
 
-    def __init__(self) -> None:
+    def __init__(self, stream: Any):
+        super().__init__(stream)
+        style = "%(asctime)s %(levelname).1s %(message)s"
+        self.setFormatter(logging.Formatter(style, "%Y-%m-%d %H:%M:%S"))
         self.lines: queue.Queue[Any] = queue.Queue(self.MOST)
-        super().__init__(self.lines)
+        threading.Thread(target=self._write, daemon=True).start()
 
-    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        """Return the record as it is: it holds nothing but text, and stays in this process."""
-        return record
-
-    def enqueue(self, record: logging.LogRecord) -> None:
+    def handle(self, record: logging.LogRecord) -> bool:
         """Queue a record, if there is room."""
         with contextlib.suppress(queue.Full):
             self.lines.put_nowait(record)
+        return True
 
-    def flush(self) -> None:
-        """Wait until all is written, but no more than a second: a terminal may take nothing."""
+    def drain(self) -> bool:
+        """Return whether all is written, after a second at most: a terminal may take nothing."""
         end = time.monotonic() + 1
         while self.lines.unfinished_tasks and time.monotonic() < end:
             time.sleep(0.005)
+        return not self.lines.unfinished_tasks
 
-
-class LogListener(logging.handlers.QueueListener):
-    """Writes the lines of one moment together, on the processor that all threads share.
-
-    Each time the writing thread wakes, the threads contend for the interpreter.
-    """
-
-    PAUSE = 0.05
-
-    def __init__(self, lines: queue.Queue[Any], handler: logging.Handler):
-        super().__init__(lines, handler)
-        self._lines = lines
-
-    def dequeue(self, block: bool) -> logging.LogRecord:
-        """Return the next record."""
-        if self._lines.empty():
-            share_one_processor()
-            time.sleep(self.PAUSE)
-        return super().dequeue(block)
+    def _write(self) -> None:
+        while True:
+            if self.lines.empty():
+                share_one_processor()
+                time.sleep(self.PAUSE)
+            record = self.lines.get()
+            if record is None:
+                return
+            self.emit(record)
+            self.lines.task_done()
 
 
 @contextlib.contextmanager
 def logged_to(stream: Any, level: str) -> Iterator[None]:
-    """Write the log to a stream from a thread of its own; whatever ends the program, all of it."""
-    writer = logging.StreamHandler(stream)
-    writer.setFormatter(
-        logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%Y-%m-%d %H:%M:%S")
-    )
-    handler = LogQueue()
-    listener = LogListener(handler.lines, writer)
-    root = logging.getLogger()
+    """Write the log to a stream; whatever ends the program, all of it."""
+    writer, root = LogWriter(stream), logging.getLogger()
     before = root.level
-    root.addHandler(handler)
+    root.addHandler(writer)
     root.setLevel(level)
-    listener.start()
     try:
         yield
     finally:
-        handler.flush()
-        root.removeHandler(handler)
+        is_written = writer.drain()
+        root.removeHandler(writer)
         root.setLevel(before)
-        if not handler.lines.unfinished_tasks:
-            listener.stop()
+        if is_written:
+            # Ends the thread.
+            writer.lines.put(None)
 
 
 @contextlib.contextmanager
@@ -11026,19 +11012,18 @@ def last_words(text: str) -> bool:
 
     Returns False where stderr is not read, and waiting would never end.
     """
-    log_queues = [each for each in logging.getLogger().handlers if isinstance(each, LogQueue)]
+    writers = [each for each in logging.getLogger().handlers if isinstance(each, LogWriter)]
 
     def speak() -> None:
-        for log_queue in log_queues:
-            log_queue.flush()
+        for writer in writers:
+            writer.drain()
         say(text)
 
     thread = threading.Thread(target=speak, daemon=True)
     thread.start()
     thread.join(1)
     # A short text may still fit into a pipe that is too full for a line of the log.
-    is_written = all(not log_queue.lines.unfinished_tasks for log_queue in log_queues)
-    return is_written and not thread.is_alive()
+    return not thread.is_alive() and not any(writer.lines.unfinished_tasks for writer in writers)
 
 
 def tune_process() -> None:

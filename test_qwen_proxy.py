@@ -517,7 +517,7 @@ def pieces_of(cell):
 
 
 # What is waited for in seconds where nothing is to come: an end, more lines, a model's pace.
-WAITS = [(qp.Listener, "poll_interval"), (qp.LogListener, "PAUSE"), (qp.DemoUpstream, "PAUSE")]
+WAITS = [(qp.Listener, "poll_interval"), (qp.LogWriter, "PAUSE"), (qp.DemoUpstream, "PAUSE")]
 
 
 @pytest.fixture(autouse=True)
@@ -7420,7 +7420,7 @@ def test_grace_is_8_seconds_unless_told_otherwise(capsys, value):  # H10
 
 # A log that is held for long, and two more ways to end.
 SLOW_LOG = """
-qp.LogListener.PAUSE = 0.2
+qp.LogWriter.PAUSE = 0.2
 signal.signal(signal.SIGUSR1, lambda *_: sys.exit(3))
 signal.signal(signal.SIGUSR2, lambda *_: 1 // 0)
 """
