@@ -10683,7 +10683,6 @@ class DemoServer(http.server.ThreadingHTTPServer):
 # Command line
 # ------------------------------------------------------------------------------------------------
 
-COMMANDS = ("serve", "login", "status", "usage")
 HELP = """\
 commands:
   serve                       listen on --port and answer (the default)
@@ -10789,13 +10788,7 @@ def main(argv: list[str] | None = None) -> int:
     interrupted = signal_handlers(signal.default_int_handler)
     with logged_to(sys.stderr, options.log_level.upper()), interrupted:
         try:
-            if command == "login":
-                return cmd_login(options, not parsed.no_browser)
-            if command == "usage":
-                return cmd_usage(options, parsed.by, parsed.days, parsed.json)
-            if command == "status":
-                return cmd_status(options, parsed.json, parsed.offline)
-            return cmd_serve(options)
+            return COMMANDS[command](options, parsed)
         except KeyboardInterrupt:
             say("stopped")
             return 130
@@ -10973,7 +10966,7 @@ def make_server(
     return server_for(checked_options(values), environ)
 
 
-def cmd_serve(options: Options) -> int:
+def cmd_serve(options: Options, _: argparse.Namespace) -> int:
     """Serve until a signal; running answers get some seconds then, a second signal ends at once."""
     is_kept = not (options.no_usage or options.demo)
     path = counts_path(options, os.environ) if is_kept else None
@@ -11077,7 +11070,7 @@ def banner(server: ProxyServer) -> list[str]:
     return lines
 
 
-def cmd_login(options: Options, with_browser: bool) -> int:
+def cmd_login(options: Options, parsed: argparse.Namespace) -> int:
     """Run device authorization in the browser; writes oauth_creds.json."""
     # Here, since it costs every start 10 ms.
     import webbrowser
@@ -11093,7 +11086,7 @@ def cmd_login(options: Options, with_browser: bool) -> int:
         say(f"    {device.verification_uri}", "")
         if device.user_code:
             say(f"The code it shows must be {device.user_code}.")
-        if with_browser:
+        if not parsed.no_browser:
             webbrowser.open(device.verification_uri)
 
     say(f"Note: {FREE_TIER_ENDED}.", "")
@@ -11123,15 +11116,15 @@ def span_of(seconds: float) -> str:
 OK, NO, NOT_CHECKED = "ok", "no", "not checked"
 
 
-def cmd_status(options: Options, as_json: bool, is_offline: bool) -> int:
+def cmd_status(options: Options, parsed: argparse.Namespace) -> int:
     """Say what would happen to a request now; returns 0 only for 'ok'. Spends no quota."""
     try:
         providers = Providers(options, is_read_only=True)
     except ValueError as error:
         say(str(error))
         return 2
-    facts = status_facts(providers, is_offline)
-    tell(json.dumps(facts, indent=2) if as_json else "\n".join(status_lines(facts)))
+    facts = status_facts(providers, parsed.offline)
+    tell(json.dumps(facts, indent=2) if parsed.json else "\n".join(status_lines(facts)))
     return 0 if facts["status"] == OK else 1
 
 
@@ -11144,9 +11137,9 @@ def tell(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def cmd_usage(options: Options, by: str, days: int, as_json: bool) -> int:
+def cmd_usage(options: Options, parsed: argparse.Namespace) -> int:
     """Print what was used, from the file, whether a server runs or not."""
-    path = counts_path(options, os.environ)
+    path, by, days = counts_path(options, os.environ), parsed.by, parsed.days
     if days < 1:
         say("--days must be at least 1")
         return 2
@@ -11155,7 +11148,7 @@ def cmd_usage(options: Options, by: str, days: int, as_json: bool) -> int:
     except Exception as error:
         say(f"{path} cannot be read: {reason_of(error)}")
         return 1
-    if as_json:
+    if parsed.json:
         tell(json.dumps({"file": path, "days": days, **counts}, indent=2))
         return 0
     if not counts["groups"]:
@@ -11364,6 +11357,8 @@ def clock_words(skew: float | None) -> str:
     direction = "fast" if skew > 0 else "slow"
     return f"{abs(skew):.0f} s {direction}, so tokens expire at the wrong moment"
 
+
+COMMANDS = {"serve": cmd_serve, "login": cmd_login, "status": cmd_status, "usage": cmd_usage}
 
 if __name__ == "__main__":
     sys.exit(main())
