@@ -11195,15 +11195,14 @@ def status_facts(providers: Providers, is_offline: bool) -> Json:
         "others": [
             {"name": other.name, "problem": other.problem()} for other in discovery.providers[1:]
         ],
-        "clock_skew": None,
         "forward_proxy": None,
         "server": {} if is_offline else server_facts(providers.options),
     }
     for active in discovery.providers[:1]:
         forwarding = providers.forwarding
-        status, problem, skew = checked_provider(active, discovery.model, is_offline, forwarding)
+        status, problem = checked_provider(active, discovery.model, is_offline, forwarding)
         described = active.describe()
-        facts.update(status=status, problem=problem or None, clock_skew=skew, provider=described)
+        facts.update(status=status, problem=problem or None, provider=described)
         if active.oauth:
             described["login"].update(login_file_facts(active.oauth.path))
         host = host_of(described["base_url"] or "", with_port=True)
@@ -11217,19 +11216,19 @@ STATUS_TIMEOUT, SERVER_TIMEOUT = 3.0, 1.0
 
 def checked_provider(
     provider: Provider, model: str, is_offline: bool, forwarding: Forwarding
-) -> tuple[str, str, float | None]:
-    """Return ok, no, or not checked, why, and by how many seconds this clock is fast.
+) -> tuple[str, str]:
+    """Return ok, no, or not checked, and why.
 
     A login is refreshed if that is due, and the upstream is asked for its models with the key:
     neither costs quota.
     """
     problem, oauth = provider.problem(), provider.oauth
     if problem:
-        return NO, problem, None
+        return NO, problem
     if is_offline:
-        return NOT_CHECKED, "--offline asks nobody", None
+        return NOT_CHECKED, "--offline asks nobody"
     if oauth and not os.path.lexists(oauth.path):
-        return NOT_CHECKED, f"QWEN_CLI_AUTH is written to {oauth.path} at the start", None
+        return NOT_CHECKED, f"QWEN_CLI_AUTH is written to {oauth.path} at the start"
     try:
         headers = {
             "Authorization": f"Bearer {provider.credentials.access_token()}",
@@ -11240,11 +11239,11 @@ def checked_provider(
         with open_before(request, STATUS_TIMEOUT, forwarding) as response:
             answer = response.getcode(), response.read(ModelLists.SIZE).decode("utf-8", "replace")
     except ProxyError as error:
-        return NO, error.message, None
+        return NO, error.message
     except (OSError, http.client.HTTPException, ValueError) as error:
         host = host_of(provider.base_url, with_port=True)
-        return NO, f"{host} cannot be asked: {reason_of(error)}", None
-    return (*judged(provider, model, *answer), clock_skew(response.headers.get("Date")))
+        return NO, f"{host} cannot be asked: {reason_of(error)}"
+    return judged(provider, model, *answer)
 
 
 def judged(provider: Provider, model: str, status: int, text: str) -> tuple[str, str]:
@@ -11262,14 +11261,6 @@ def judged(provider: Provider, model: str, status: int, text: str) -> tuple[str,
     if model not in listed:
         return NOT_CHECKED, f"the upstream does not list the model {model}"
     return OK, ""
-
-
-def clock_skew(date: str | None) -> float | None:
-    """Return by how many seconds this clock is ahead of a Date header; None without one."""
-    try:
-        return round(time.time() - parsedate_to_datetime(date or "").timestamp(), 1)
-    except (TypeError, ValueError, IndexError, OverflowError):
-        return None
 
 
 def login_file_facts(path: str) -> Json:
@@ -11312,7 +11303,6 @@ def status_lines(facts: Json) -> list[str]:
     words["also usable"] = [
         f"{other['name']} ({other['problem'] or 'ready'})" for other in facts["others"]
     ]
-    words["clock"] = clock_words(facts["clock_skew"])
     words["forward proxy"] = facts["forward_proxy"] or "none"
     if server:
         words["server"] = f"nothing answers at {server['url']}"
@@ -11346,16 +11336,6 @@ def login_lines(login: Json, is_good: bool = True) -> list[str]:
         stale = ", stale: the next refresh breaks it" if age > LockFile.STALE else ""
         lines.append(f"its lock exists for {max(age, 0):.0f} s{stale}")
     return lines
-
-
-def clock_words(skew: float | None) -> str:
-    """Return how this clock is, for a person."""
-    if skew is None:
-        return "unknown, the upstream was not asked or gave no time"
-    if abs(skew) < 10:
-        return "right"
-    direction = "fast" if skew > 0 else "slow"
-    return f"{abs(skew):.0f} s {direction}, so tokens expire at the wrong moment"
 
 
 COMMANDS = {"serve": cmd_serve, "login": cmd_login, "status": cmd_status, "usage": cmd_usage}

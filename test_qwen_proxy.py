@@ -7558,7 +7558,7 @@ def test_status_tells_what_is_known_of_a_login(login, upstream, capsys, monkeypa
     login.chmod(0o644)
     assert qp.main(["status"]) == 1
     said = capsys.readouterr().out
-    for words in "oauth_creds.json|in 59 min|chmod 600|exists for|coder-model|right".split("|"):
+    for words in "oauth_creds.json|in 59 min|chmod 600|exists for|coder-model".split("|"):
         assert words in said, words
     assert "none" in said and "not checked: Qwen's free" in said and "at_1" not in said
     assert upstream.bodies() == [] and upstream.refreshes == []
@@ -7625,7 +7625,7 @@ def test_status_as_json_is_data(home, upstream, key_server, monkeypatch, capsys)
     out = capsys.readouterr().out
     facts = json.loads(out)
     assert out.isascii() and facts["others"] == [{"name": "oauth", "problem": None}]
-    assert facts["provider"]["family"] == "dashscope" and abs(facts["clock_skew"]) < 5
+    assert facts["provider"]["family"] == "dashscope"
     assert facts["server"]["answers"] and facts["server"]["health"]["status"] == "ok"
     monkeypatch.delenv("OPENAI_API_KEY")
     assert qp.main(["status", "--json"]) == 1
