@@ -11044,30 +11044,20 @@ def tune_process() -> None:
 
 def banner(server: ProxyServer) -> list[str]:
     """Return the lines with what a newcomer needs next."""
-    discovery = server.providers.current()
-    lines = [f"qwen_proxy {__version__} on {server.url}"]
-    if server.options.demo:
-        lines.append("provider  the built-in demo: no model, no account, no network")
-    elif discovery.providers:
-        active = discovery.providers[0]
-        lines.append(f"provider  {active.name}, from {active.source}")
-        if active.problem():
-            lines.append(f"warning   {active.problem()}")
-        elif active.oauth:
-            lines.append(f"note      {FREE_TIER_ENDED}")
-    else:
-        advice = f"{discovery.advice}; until then requests get 401"
-        lines.append(f"warning   {discovery.problem or advice}")
-    lines += [f"note      {note}" for note in discovery.notes]
-    models = [model["id"] for model in server.models(0)]
+    status, models = server.status(), [model["id"] for model in server.models(0)]
+    label = "note" if status["status"] == "ok" else "warning"
     shown = ", ".join(models[:12]) or "unknown until there is a login"
-    lines.append(f"models    {shown}{', ...' if len(models) > 12 else ''}")
     key = "-H 'Authorization: Bearer YOUR_KEY' " if server.access.has_keys else ""
     message = {"role": "user", "content": "Hello"}
-    body = json.dumps({"model": discovery.model, "messages": [message]})
-    content_type = "-H 'Content-Type: application/json'"
-    lines.append(f"try       curl {server.url}/chat/completions {key}{content_type} -d '{body}'")
-    return lines
+    body = json.dumps({"model": status["model"], "messages": [message]})
+    curl = f"curl {server.url}/chat/completions {key}-H 'Content-Type: application/json'"
+    return [
+        f"qwen_proxy {__version__} on {server.url}",
+        f"provider  {status['facts']['Provider']}",
+        *(f"{label:9} {line}" for line in status["problem"].splitlines()),
+        f"models    {shown}{', ...' if len(models) > 12 else ''}",
+        f"try       {curl} -d '{body}'",
+    ]
 
 
 def cmd_login(options: Options, parsed: argparse.Namespace) -> int:
