@@ -1875,11 +1875,9 @@ class Provider:
 
     def problem(self) -> str | None:
         """Return why the provider cannot be used; None when it can."""
+        check = self.oauth.login if self.oauth else self.credentials.access_token
         try:
-            if self.oauth:
-                self.oauth.login()
-            else:
-                self.credentials.access_token()
+            check()
         except CredentialError as error:
             return error.message
         return None
@@ -1941,10 +1939,9 @@ def qwen_home(environ: Mapping[str, str], option: str | None = None) -> str:
     home = environ.get("HOME") or os.path.expanduser("~")
     named = option or environ.get("QWEN_HOME")
     # Qwen Code reads QWEN_HOME from the home .env files too.
-    for name in () if named else (".qwen/.env", ".env"):
+    for path in (os.path.join(home, ".qwen", ".env"), os.path.join(home, ".env")):
         with contextlib.suppress(OSError):
-            text = read_regular(os.path.join(home, name), "replace")[0]
-            named = named or parse_dotenv(text).get("QWEN_HOME")
+            named = named or parse_dotenv(read_regular(path, "replace")[0]).get("QWEN_HOME")
     if not named:
         return os.path.join(home if os.path.isabs(home) else tempfile.gettempdir(), ".qwen")
     if named == "~" or named.startswith(("~/", "~\\")):
@@ -2775,7 +2772,8 @@ class Providers:
         Several OAuth logins stand in for each other in any case, since that costs nothing. Raises
         BadRequest for a model that is no string, CredentialError when there is no login at all.
         """
-        discovery, wanted = self.current(), self._wanted(model)
+        discovery = self.current()
+        wanted = self._wanted(model) or discovery.model
         if discovery.problem:
             raise ProxyError(
                 discovery.problem,
@@ -2786,7 +2784,6 @@ class Providers:
             )
         if not discovery.providers:
             raise CredentialError(". ".join([discovery.advice, *discovery.notes]))
-        wanted = wanted or discovery.model
         if not wanted:
             raise BadRequest(
                 "the request names no model: name one of /v1/models, or start with --model ID",
@@ -2827,15 +2824,12 @@ class Providers:
             return
         try:
             login = Login.of(loads(seed))
+            own = CliSettings(self.home, self._environ, self._folder).login_at(path)
+            use = own.adopt if is_read_only else own.replace
+            use(login)
+            self._known[path] = own
         except CredentialError as error:
             log.warning("QWEN_CLI_AUTH is ignored: %s", error.message)
-            return
-        settings = CliSettings(self.home, self._environ, self._folder)
-        self._known[path] = settings.login_at(path)
-        if is_read_only:
-            self._known[path].adopt(login)
-        else:
-            self._known[path].replace(login)
 
 
 # ------------------------------------------------------------------------------------------------
