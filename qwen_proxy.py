@@ -2326,8 +2326,6 @@ class SettingsProviders:
 
     def __init__(self, settings: CliSettings):
         self._settings = settings
-        # Ids of entries that are not for chat, and the flag that says so.
-        self.flagged: dict[str, str] = {}
         # What is there and cannot be used, with its field.
         self.notes: list[str] = []
         self.providers: dict[tuple[str, str], Provider] = {}
@@ -2347,13 +2345,12 @@ class SettingsProviders:
                 self.notes.append(f"{where} in settings.json {words}")
 
     def _read(self, entry: Json, where: str) -> None:
-        model, wire = as_text(entry.get("id")), entry.get("wireApi", "chat-completions")
         flag = next((flag for flag in self.FLAGS if entry.get(flag)), "")
-        if not model:
+        wire = entry.get("wireApi", "chat-completions")
+        if not as_text(entry.get("id")):
             self.notes.append(f"{where} is not read: its id must be a string")
         elif flag:
-            if not any(model in provider.entries for provider in self.providers.values()):
-                self.flagged[model] = f"{where}: {flag}"
+            self.notes.append(f"{where} is not read: {flag} is no chat model")
         elif wire != "chat-completions":
             words = f"wireApi {shorten(str(wire), 40)} is not spoken here"
             self.notes.append(f"{where} is not read: {words}")
@@ -2461,10 +2458,9 @@ class Discovery:
         self.problem = "" if options.provider or options.base_url else settings.problem
         self._wanted, self._wanted_at = self._wanted_model()
         listed = SettingsProviders(settings)
-        self._listed, self._flagged = list(listed.providers.values()), listed.flagged
+        self._listed = list(listed.providers.values())
         self._oauth = oauth_providers(settings, known)
-        flagged = [f"{where} is no chat model" for where in listed.flagged.values()]
-        self.advice = self.problem or "; ".join([*listed.notes, *flagged]) or NO_LOGIN
+        self.advice = self.problem or "; ".join(listed.notes) or NO_LOGIN
         try:
             active = None if self.problem else self._choose()
         except CredentialError as error:
@@ -2559,11 +2555,6 @@ class Discovery:
         """
         having = [provider for provider in self._listed if self._wanted in provider.entries]
         having.sort(key=lambda provider: provider.stated_url != self._wanted_at)
-        name = self._wanted or DEFAULT_MODEL
-        where = self._flagged.get(name)
-        if where:
-            problem = f"{where}: {name} is no chat model; choose one with /model in `qwen`"
-            return unusable_provider(where, problem)
         return having[0] if having else None
 
     def _by_environment(self) -> Provider | None:
