@@ -2405,11 +2405,9 @@ def environment_provider(settings: CliSettings, base_url: Any, source: str) -> P
     fault = base_url_fault(base_url)
     if fault:
         return unusable_provider(source, f"{source} {fault}")
-    variable = "OPENAI_API_KEY"
     plans = {host_of(url): name for url, name in PRESETS.values()}
-    plan = plans.get(host_of(base_url, with_port=True), variable)
-    if settings.variable(plan) and not settings.variable(variable):
-        variable = plan
+    names = ("OPENAI_API_KEY", plans.get(host_of(base_url, with_port=True), ""))
+    variable = next(filter(settings.variable, names), "OPENAI_API_KEY")
     return Provider(name_at(base_url), base_url, settings.key(variable, base_url), source)
 
 
