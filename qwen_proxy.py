@@ -1972,17 +1972,13 @@ def parse_dotenv(text: str) -> dict[str, str]:
 
 
 def parse_settings(text: str) -> Json:
-    """Return the object in a settings.json, comments allowed; raises ValueError.
+    """Return the object in a settings.json, comments allowed; raises ValueError, RecursionError.
 
     >>> parse_settings('{"url": "http://x" /* why */ } // end')
     {'url': 'http://x'}
     """
-    try:
-        string_or_comment = r'(?s)("(?:\\.|[^"\\])*")|//[^\r\n]*|/\*.*?\*/'
-        plain = re.sub(string_or_comment, lambda match: match.group(1) or " ", text)
-        settings = json.loads(plain)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+    string_or_comment = r'(?s)("(?:\\.|[^"\\])*")|//[^\r\n]*|/\*.*?\*/'
+    settings = json.loads(re.sub(string_or_comment, lambda match: match.group(1) or " ", text))
     if not isinstance(settings, dict):
         raise ValueError("it is not a JSON object")
     return settings
@@ -2086,7 +2082,7 @@ class WatchedFiles:
             if not self._good.get(path) and not os.path.islink(path):
                 return {}
             reason = "it is a link to nothing" if os.path.islink(path) else "it is gone"
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             reason = reason_of(error)
         if path not in self._good:
             self.faults[path] = reason
