@@ -11173,7 +11173,7 @@ def status_facts(providers: Providers, is_offline: bool) -> Json:
         described = active.describe()
         facts.update(status=status, problem=problem or None, provider=described)
         if active.oauth:
-            described["login"].update(login_file_facts(active.oauth.path))
+            described["login"]["mode"] = mode_of(active.oauth.path)
         host = host_of(described["base_url"] or "", with_port=True)
         facts["forward_proxy"] = host and forwarding.proxy_for(host) or None
     return facts
@@ -11232,14 +11232,12 @@ def judged(provider: Provider, model: str, status: int, text: str) -> tuple[str,
     return OK, ""
 
 
-def login_file_facts(path: str) -> Json:
-    """Return mode of a login file, and the age of the lock on it in seconds."""
-    facts: Json = {"mode": None, "lock_age": None}
-    with contextlib.suppress(OSError):
-        facts["mode"] = f"{stat.S_IMODE(os.stat(path).st_mode):03o}"
-        lock = os.path.join(os.path.dirname(path), "oauth_creds.lock")
-        facts["lock_age"] = round(time.time() - os.stat(lock).st_mtime, 1)
-    return facts
+def mode_of(path: str) -> str | None:
+    """Return the permissions of a file in octal; None where there is none."""
+    try:
+        return f"{stat.S_IMODE(os.stat(path).st_mode):03o}"
+    except OSError:
+        return None
 
 
 def server_facts(options: Options) -> Json:
@@ -11288,7 +11286,7 @@ def status_lines(facts: Json) -> list[str]:
 
 
 def login_lines(login: Json, is_good: bool = True) -> list[str]:
-    """Return what is to be said of a login: where it is, until when, permissions and lock."""
+    """Return what is to be said of a login: where it is, until when, and permissions."""
     if "path" not in login:
         return [f"key in {login['source']}"]
     lines = [f"OAuth, {login['path']}"]
@@ -11298,12 +11296,9 @@ def login_lines(login: Json, is_good: bool = True) -> list[str]:
             f"expires {span_of(left)}"
             + (", refreshed at the next request" if left <= REFRESH_MARGIN and is_good else "")
         )
-    mode, age = login["mode"], login["lock_age"]
+    mode = login["mode"]
     if mode and int(mode, 8) & 0o077 and os.name != "nt":
         lines.append(f"permissions {mode}, others can read it: chmod 600 {login['path']}")
-    if age is not None:
-        stale = ", stale: the next refresh breaks it" if age > LockFile.STALE else ""
-        lines.append(f"its lock exists for {max(age, 0):.0f} s{stale}")
     return lines
 
 
