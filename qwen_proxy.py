@@ -10780,9 +10780,9 @@ def unknown_word(word: str, options: list[str]) -> str:
 
     if word in COMMANDS:
         return f"the command comes first: qwen_proxy.py {word} [options]"
-    known = ["--" + name.replace("_", "-") for name in [*options, "help", "version"]]
-    kind = "option" if word.startswith("-") else "command"
-    known = known if kind == "option" else [*COMMANDS, "--help"]
+    flags = ["--" + name.replace("_", "-") for name in [*options, "help", "version"]]
+    is_flag = word.startswith("-")
+    kind, known = ("option", flags) if is_flag else ("command", [*COMMANDS, "--help"])
     near = difflib.get_close_matches(word.partition("=")[0], known, 1)
     meant = f"did you mean {near[0]}?" if near else "see --help"
     return f"there is no {kind} {word}; {meant}"
@@ -10855,10 +10855,12 @@ def signal_handlers(stop: Callable[[int, Any], None]) -> Iterator[None]:
     """
     names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    if threading.current_thread() is not threading.main_thread():
-        numbers = []
-    ignored = [number for number in numbers if signal.getsignal(number) is signal.SIG_IGN]
-    before = {number: signal.signal(number, stop) for number in numbers if number not in ignored}
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {
+        number: signal.signal(number, stop)
+        for number in numbers
+        if is_main and signal.getsignal(number) is not signal.SIG_IGN
+    }
     try:
         yield
     finally:
@@ -11206,23 +11208,23 @@ def checked_provider(
         }
         request = urllib.request.Request(provider.base_url + "/models", headers=headers)
         with open_before(request, STATUS_TIMEOUT, forwarding) as response:
-            answer = response.getcode(), response.read(ModelLists.SIZE).decode("utf-8", "replace")
+            text = response.read(ModelLists.SIZE).decode("utf-8", "replace")
+            return judged(provider, model, response.getcode(), text)
     except ProxyError as error:
         return NO, error.message
     except (OSError, http.client.HTTPException, ValueError) as error:
         host = host_of(provider.base_url, with_port=True)
         return NO, f"{host} cannot be asked: {reason_of(error)}"
-    return judged(provider, model, *answer)
 
 
 def judged(provider: Provider, model: str, status: int, text: str) -> tuple[str, str]:
     """Return what the answer to a question for the models says of a request, and why."""
     family, refusal = provider.family, Refusal.read(status, text)
-    if status in (401, 403, *range(300, 400)) or status >= 500:
-        message = to_upstream_error(refusal, family).message
-        return NO, FREE_TIER_ENDED if provider.oauth else message
+    is_refused = status in (401, 403, *range(300, 400)) or status >= 500
     if provider.oauth:
-        return NOT_CHECKED, FREE_TIER_ENDED
+        return NO if is_refused else NOT_CHECKED, FREE_TIER_ENDED
+    if is_refused:
+        return NO, to_upstream_error(refusal, family).message
     listed = [dig(entry, "id") for entry in as_list(dig(loads(text), "data"))]
     if status != 200 or not family.has_list or "open-list" in family.traits:
         words = "its list of models proves nothing" if status == 200 else f"HTTP {status}"
