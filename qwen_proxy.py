@@ -2063,34 +2063,31 @@ class WatchedFiles:
         self._good: dict[str, Json] = {}
         self._warned: dict[str, str] = {}
         self._stamps: dict[str, Any] = {}
-        # Files that were never good, and why.
-        self.faults: dict[str, str] = {}
 
-    def load(self, path: str, parse: Callable[[str], Json]) -> Json:
-        """Return what is in a file; nothing where there never was one or it cannot be used."""
+    def load(self, path: str, parse: Callable[[str], Json]) -> tuple[Json, str]:
+        """Return what is in a file, or was when it was good, and '', or else why it is no good."""
         self._stamps[path] = stamp_of(path)
-        self.faults.pop(path, None)
+        good, fault = self._good.get(path), ""
         try:
             text, _ = read_regular(path, "replace")
-            if not text.strip() and self._good.get(path):
+            if good and not text.strip():
                 raise ValueError("it is empty")
-            self._good[path] = found = parse(text)
-            if self._warned.pop(path, None):
-                log.info("%s can be read again", path)
-            return found
+            self._good[path] = parse(text)
         except FileNotFoundError:
-            if not self._good.get(path) and not os.path.islink(path):
-                return {}
-            reason = "it is a link to nothing" if os.path.islink(path) else "it is gone"
+            if os.path.islink(path):
+                fault = "it is a link to nothing"
+            elif good:
+                fault = "it is gone"
         except (OSError, ValueError, RecursionError) as error:
-            reason = reason_of(error)
+            fault = reason_of(error)
         if path not in self._good:
-            self.faults[path] = reason
-            return {}
-        if self._warned.get(path) != reason:
-            self._warned[path] = reason
-            log.warning("%s: %s; what it said before still counts", path, reason)
-        return self._good[path]
+            return {}, fault
+        if fault and fault != self._warned.get(path):
+            log.warning("%s: %s; what it said before still counts", path, fault)
+        elif self._warned.get(path) and not fault:
+            log.info("%s can be read again", path)
+        self._warned[path] = fault
+        return self._good[path], ""
 
     def exists(self, path: str) -> bool:
         """Return whether there is such a file, or was one that was good; watch for it."""
@@ -2126,6 +2123,7 @@ class CliSettings:
         self.home, self.environ, self._files = home, environ, files or WatchedFiles()
         self.files: list[str] = []
         self.notes: list[str] = []
+        self._faults: dict[str, str] = {}
         self._user_home = environ.get("HOME") or os.path.expanduser("~")
         # The user's own .env files, the most important first, and those of the CLI among them.
         of_cli = [os.path.join(home, ".env"), os.path.join(self._user_home, ".qwen", ".env")]
@@ -2237,17 +2235,16 @@ class CliSettings:
             self.values = merge(self.values, settings)
             excluded = dig(settings, "advanced", "excludedEnvVars")
             self._excluded += [excluded] if isinstance(excluded, str) else as_list(excluded)
-            fault = self._files.faults.get(path)
-            if fault and path not in trusted and not self.problem:
+            if path in self._faults and path not in trusted and not self.problem:
                 # Here the CLI stops.
                 ways_out = "mend it, or start with --provider NAME"
-                self.problem = f"{path} cannot be used: {fault}; {ways_out}"
+                self.problem = f"{path} cannot be used: {self._faults[path]}; {ways_out}"
 
     def _load(self, path: str, parse: Callable[[str], Json]) -> Json:
-        found = self._files.load(path, parse)
-        note = f"{path} is ignored: {self._files.faults.get(path)}"
-        if path in self._files.faults:
-            self.notes += [note] if note not in self.notes else []
+        found, fault = self._files.load(path, parse)
+        if fault and path not in self._faults:
+            self._faults[path] = fault
+            self.notes.append(f"{path} is ignored: {fault}")
         elif found and path not in self.files:
             self.files.append(path)
         return found
