@@ -7767,32 +7767,10 @@ class CountsFile:
     )
 
     def __init__(self, path: str):
-        self.path = path
-        self._connection: Any = None
-        self._next_merge = 0.0
+        self.path, self._next_merge = path, 0.0
 
     def add(self, rows: Iterable[tuple[Any, ...]]) -> None:
         """Add rows of KEYS and SUMS; raises sqlite3.Error and others, and adds none then."""
-        if not os.path.exists(self.path):
-            self.close()
-        try:
-            connection = self._connection = self._connection or self._open()
-            connection.execute("BEGIN IMMEDIATE")
-            if time.monotonic() > self._next_merge:
-                self._merge(connection)
-            connection.executemany(self.ADD, rows)
-            connection.execute("COMMIT")
-        except BaseException:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        """Close the file; what was not committed is undone."""
-        connection, self._connection = self._connection, None
-        if connection:
-            connection.close()
-
-    def _open(self) -> Any:
         # Here, since it costs every start some milliseconds, and some Pythons have none.
         import sqlite3
 
@@ -7801,9 +7779,23 @@ class CountsFile:
         with contextlib.suppress(FileExistsError):
             os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         self.check_regular(self.path)
-        self._connection = connection = sqlite3.connect(
-            self.path, timeout=self.BUSY, isolation_level=None
-        )
+        connection = sqlite3.connect(self.path, timeout=self.BUSY, isolation_level=None)
+        # Opened for each write, which takes a millisecond: the file may be deleted meanwhile.
+        with contextlib.closing(connection):
+            self._prepare(connection)
+            # SQLite waits for no other process with this: the next opening does it then.
+            with contextlib.suppress(sqlite3.OperationalError):
+                connection.execute("PRAGMA journal_mode = WAL")
+            # With WAL the program's end loses nothing so, that of the machine the last moments.
+            connection.execute("PRAGMA synchronous = NORMAL")
+            connection.execute("BEGIN IMMEDIATE")
+            if time.monotonic() > self._next_merge:
+                self._merge(connection)
+            connection.executemany(self.ADD, rows)
+            connection.execute("COMMIT")
+
+    def _prepare(self, connection: Any) -> None:
+        """Make the table if the file is new; raises ValueError for one that is not ours."""
         if self.is_empty(connection):
             connection.executescript(
                 f"BEGIN IMMEDIATE; {self.TABLE}; PRAGMA user_version = {self.VERSION}; "
@@ -7811,12 +7803,6 @@ class CountsFile:
             )
         # A table with other columns ends here, before anything is changed.
         connection.execute("SELECT max(bucket) FROM buckets")
-        # SQLite waits for no other process with this: the next opening does it then.
-        with contextlib.suppress(sqlite3.OperationalError):
-            connection.execute("PRAGMA journal_mode = WAL")
-        # With WAL the end of the program loses nothing so, that of the machine the last moments.
-        connection.execute("PRAGMA synchronous = NORMAL")
-        return connection
 
     @staticmethod
     def check_regular(path: str) -> None:
@@ -8028,7 +8014,6 @@ class Ledger:
             is_last = self._end.is_set()
             if self._pending and (is_last or time.monotonic() >= self._retry_at):
                 self._write()
-        self._file.close()
 
     def _write(self) -> None:
         with self._file_lock:
