@@ -7933,8 +7933,8 @@ class Ledger:
         f"POST {path}"
         for path in ("/chat/completions", "/completions", "/embeddings", "/responses")
     )
-    # Between writes, and after one that failed.
-    PAUSE, RETRY = 0.4, 30.0
+    # Between looks for what is to be written, and after a write that failed.
+    PAUSE, RETRY = 1.0, 30.0
     # Names come from outside: so many of a kind, then 'other'; their length.
     MOST_NAMES, MAX_NAME = 200, 100
     # That are not in the file; the oldest give way.
@@ -7955,8 +7955,7 @@ class Ledger:
         # Of route, provider, model and outcome: SUMS, and how many spans are within each bound.
         self._totals = Counters()
         self._names: list[dict[str, str]] = [{}, {}, {}]
-        self._file, self._retry_at = CountsFile(path or ""), 0.0
-        self._news, self._end = threading.Event(), threading.Event()
+        self._file, self._end = CountsFile(path or ""), threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         if path:
             self._thread.start()
@@ -7988,8 +7987,6 @@ class Ledger:
                 self._pending[bucket, route, provider, model, client, outcome].update(sums)
                 if len(self._pending) > self.MOST_ROWS:
                     del self._pending[next(iter(self._pending))]
-        if not self._news.is_set():
-            self._news.set()
 
     def _bounded(self, known: dict[str, str], name: str) -> str:
         if name not in known and len(known) >= self.MOST_NAMES:
@@ -8001,18 +7998,14 @@ class Ledger:
     def close(self, seconds: float) -> None:
         """Write what is still to be written, if it takes no longer than so many seconds."""
         self._end.set()
-        self._news.set()
         if self.path:
             self._thread.join(seconds)
 
     def _run(self) -> None:
         is_last = False
         while not is_last:
-            self._news.wait(self.RETRY if self.problem else None)
-            self._end.wait(self.PAUSE)
-            self._news.clear()
-            is_last = self._end.is_set()
-            if self._pending and (is_last or time.monotonic() >= self._retry_at):
+            is_last = self._end.wait(self.RETRY if self.problem else self.PAUSE)
+            if self._pending:
                 self._write()
 
     def _write(self) -> None:
@@ -8026,7 +8019,6 @@ class Ledger:
                 with self._lock:
                     for key, sums in pending.items():
                         self._pending[key].update(sums)
-                self._retry_at = time.monotonic() + self.RETRY
                 if not self.problem:
                     log.warning("%s: %s; usage is counted in memory", self.path, reason_of(error))
                 self.problem = reason_of(error)

@@ -4894,8 +4894,8 @@ def test_counts_wait_for_a_file_that_is_locked_and_for_one_that_was_deleted(coun
 
 LOAD = """
 import sys, time, qwen_proxy
-ledger = qwen_proxy.Ledger(sys.argv[1])
-ledger.PAUSE, count = 0.01, int(sys.argv[2])
+qwen_proxy.Ledger.PAUSE = 0.01
+ledger, count = qwen_proxy.Ledger(sys.argv[1]), int(sys.argv[2])
 for number in range(count):
     ledger.add("POST /chat/completions", ("p", "m%d" % (number % 3), "c"), 200, (1, 0, 2, 0), (0.1, 0.2))
     if number % 50 == 0:
