@@ -7742,8 +7742,13 @@ class CountsFile:
     # Wait so long for another process that writes; only the writing thread and readers do.
     BUSY = 2.0
     TABLE = (
-        f"CREATE TABLE IF NOT EXISTS buckets ({', '.join(KEYS + SUMS)}, "
+        f"TABLE IF NOT EXISTS buckets ({', '.join(KEYS + SUMS)}, "
         f"PRIMARY KEY ({', '.join(KEYS)})) WITHOUT ROWID"
+    )
+    # In one statement, so that it sees one state: another process may be making the table now.
+    LOOK = (
+        "SELECT (SELECT application_id FROM pragma_application_id), "
+        "(SELECT user_version FROM pragma_user_version), count(*) FROM main.sqlite_master"
     )
     ADD = (
         f"INSERT INTO buckets VALUES ({', '.join('?' * len(KEYS + SUMS))}) "
@@ -7798,7 +7803,7 @@ class CountsFile:
         """Make the table if the file is new; raises ValueError for one that is not ours."""
         if self.is_empty(connection):
             connection.executescript(
-                f"BEGIN IMMEDIATE; {self.TABLE}; PRAGMA user_version = {self.VERSION}; "
+                f"BEGIN IMMEDIATE; CREATE {self.TABLE}; PRAGMA user_version = {self.VERSION}; "
                 f"PRAGMA application_id = {self.APPLICATION_ID}; COMMIT"
             )
         # A table with other columns ends here, before anything is changed.
@@ -7811,19 +7816,9 @@ class CountsFile:
             raise ValueError("it is not a regular file")
 
     @classmethod
-    def is_empty(cls, connection: Any, schema: str = "main") -> bool:
+    def is_empty(cls, connection: Any) -> bool:
         """Return whether nothing is in a file yet; raises ValueError for one that is not ours."""
-        # One state of it: another process may be making the table in this moment.
-        connection.execute("SAVEPOINT look")
-        number, version, tables = [
-            connection.execute(sql).fetchone()[0]
-            for sql in (
-                f"PRAGMA {schema}.application_id",
-                f"PRAGMA {schema}.user_version",
-                f"SELECT count(*) FROM {schema}.sqlite_master",
-            )
-        ]
-        connection.execute("RELEASE look")
+        number, version, tables = connection.execute(cls.LOOK).fetchone()
         if (tables or version) and number != cls.APPLICATION_ID:
             raise ValueError("it is another program's")
         if version > cls.VERSION:
@@ -7874,20 +7869,20 @@ def read_counts(
     """
     import sqlite3
 
-    memory = sqlite3.connect(":memory:", timeout=CountsFile.BUSY, uri=True)
-    with contextlib.closing(memory) as connection:
-        connection.execute(CountsFile.TABLE)
+    source = ":memory:"
+    if path and os.path.exists(path):
+        CountsFile.check_regular(path)
+        # Not mode=ro, which cannot read what a program left that was killed while it wrote.
+        source = f"file:{urllib.request.pathname2url(os.path.abspath(path))}?mode=rw"
+    opened = sqlite3.connect(source, timeout=CountsFile.BUSY, uri=True)
+    with contextlib.closing(opened) as connection:
+        in_file = [] if CountsFile.is_empty(connection) else ["main.buckets"]
+        # A temporary table hides the file's of the same name.
+        connection.execute(f"CREATE TEMP {CountsFile.TABLE}")
         connection.executemany(CountsFile.ADD, rows)
         connection.commit()
-        sources = ["SELECT * FROM main.buckets"]
-        if path and os.path.exists(path):
-            CountsFile.check_regular(path)
-            url = urllib.request.pathname2url(os.path.abspath(path))
-            # Not mode=ro, which cannot read what a program left that was killed while it wrote.
-            connection.execute("ATTACH ? AS file", (f"file:{url}?mode=rw",))
-            if not CountsFile.is_empty(connection, "file"):
-                sources.append("SELECT * FROM file.buckets")
-        connection.execute(f"CREATE TEMP VIEW counts AS {' UNION ALL '.join(sources)}")
+        union = " UNION ALL ".join(f"SELECT * FROM {table}" for table in ("temp.buckets", *in_file))
+        connection.execute(f"CREATE TEMP VIEW counts AS {union}")
 
         def select(names: Iterable[str], where: str, **values: float) -> list[Json]:
             columns = {**{name: GROUPS[name] for name in names}, **MEASURES}
