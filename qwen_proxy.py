@@ -8065,23 +8065,33 @@ class Ledger:
         for (route, provider, model, outcome), row in self._snapshot():
             requests[route, provider, model, f"{outcome // 100}xx"].update(row)
             tokens[provider, model].update({name: row[name] for name in CountsFile.TOKENS})
-        text = "Requests, one for each provider that was asked."
-        counts = (("", key, row["requests"]) for key, row in requests.items())
-        lines = metric("requests_total", "counter", text, self.LABELS, counts)
-        text = "Tokens as the upstream counts them; cached is in input, reasoning in output."
-        counts = (
-            ("", (*key, name.partition("_")[0]), count)
-            for key, row in tokens.items()
-            for name, count in row.items()
-            if any(row.values())
-        )
-        lines += metric("tokens_total", "counter", text, ("provider", "model", "kind"), counts)
+        # Name, type, help, labels, samples; see metric().
+        metrics: list[tuple[Any, ...]] = [
+            (
+                "requests_total",
+                "counter",
+                "Requests, one for each provider that was asked.",
+                self.LABELS,
+                [("", key, row["requests"]) for key, row in requests.items()],
+            ),
+            (
+                "tokens_total",
+                "counter",
+                "Tokens as the upstream counts them; cached is in input, reasoning in output.",
+                ("provider", "model", "kind"),
+                [
+                    ("", (*key, name.partition("_")[0]), count)
+                    for key, row in tokens.items()
+                    for name, count in row.items()
+                    if any(row.values())
+                ],
+            ),
+        ]
         for span, (name, end) in self.HISTOGRAMS.items():
-            text = f"Time to the {end} of the answer."
-            lines += metric(name, "histogram", text, self.LABELS, self._histogram(requests, span))
-        for name, text, value in gauges:
-            lines += metric(name, "gauge", text, (), [("", (), value)])
-        return "\n".join(lines) + "\n"
+            text, samples = f"Time to the {end} of the answer.", self._histogram(requests, span)
+            metrics.append((name, "histogram", text, self.LABELS, samples))
+        metrics += [(name, "gauge", text, (), [("", (), value)]) for name, text, value in gauges]
+        return "".join(metric(*each) for each in metrics)
 
     def _histogram(self, rows: Counters, span: str) -> Iterator[tuple[str, tuple[Any, ...], float]]:
         for key, row in rows.items():
@@ -8099,10 +8109,10 @@ def metric(
     text: str,
     labels: tuple[str, ...],
     samples: Iterable[tuple[str, tuple[Any, ...], float]],
-) -> list[str]:
-    """Return the lines of a metric in Prometheus' text format; samples are suffix, labels, value.
+) -> str:
+    """Return a metric in Prometheus' text format; samples are suffix, labels, value.
 
-    >>> metric("n", "gauge", "Help.", ("a",), [("", ('x"y',), 1)])[-1]
+    >>> metric("n", "gauge", "Help.", ("a",), [("", ('x"y',), 1)]).splitlines()[-1]
     'qwen_proxy_n{a="x\\\\"y"} 1'
     """
     lines = [f"# HELP qwen_proxy_{name} {text}", f"# TYPE qwen_proxy_{name} {kind}"]
@@ -8110,7 +8120,7 @@ def metric(
         escaped = (str(each).replace("\\", "\\\\").replace('"', '\\"') for each in values)
         inner = ",".join(f'{label}="{each}"' for label, each in zip(labels, escaped))
         lines.append(f"qwen_proxy_{name}{suffix}{f'{{{inner}}}' if inner else ''} {value}")
-    return lines
+    return "\n".join([*lines, ""])
 
 
 # ------------------------------------------------------------------------------------------------
