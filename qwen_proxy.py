@@ -10516,38 +10516,32 @@ DEMO_MODEL = "qwen-demo"
 class DemoUpstream(http.server.BaseHTTPRequestHandler):
     """Stands in for Qwen's endpoint, so that every client can be tried without an account."""
 
-    protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     # Between chunks: about the pace of a model.
     PAUSE = 0.03
 
     def do_GET(self) -> None:
         model = {"id": DEMO_MODEL, "object": "model", "created": 1, "owned_by": "demo"}
-        self._send_json(200, {"object": "list", "data": [model]})
+        self._send(200, "application/json", encode_json({"object": "list", "data": [model]}))
 
     def do_POST(self) -> None:
         """Answer a chunk at a time, as a model would."""
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if not self.path.endswith("/chat/completions"):
-            self._send_json(
-                404, {"error": {"message": "the demo answers chat only", "code": "not_in_demo"}}
-            )
+            error = {"message": "the demo answers chat only", "code": "not_in_demo"}
+            self._send(404, "application/json", encode_json({"error": error}))
             return
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream")
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-        for data in DemoAnswer(request).events():
-            event = encode_event(data)
-            self.wfile.write(b"%x\r\n%s\r\n" % (len(event), event))
+        self._send(200, "text/event-stream")
+        for chunk in demo_chunks(request):
+            common = {"id": "chatcmpl-demo", "created": int(time.time()), "model": DEMO_MODEL}
+            self.wfile.write(encode_event(encode_json({**common, **chunk})))
             time.sleep(self.PAUSE)
-        self.wfile.write(b"0\r\n\r\n")
+        self.wfile.write(encode_event(DONE))
 
-    def _send_json(self, status: int, value: Any) -> None:
-        body = encode_json(value)
+    def _send(self, status: int, content_type: str, body: bytes = b"") -> None:
+        """Send the head and the body, or its beginning: its end is that of the connection."""
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Type", content_type)
         self.end_headers()
         self.wfile.write(body)
 
@@ -10555,70 +10549,50 @@ class DemoUpstream(http.server.BaseHTTPRequestHandler):
         log.debug(format, *args)
 
 
-class DemoAnswer:
-    """An answer of the demo: some thoughts, then a tool call if tools are offered, else text."""
+def demo_chunks(request: Json) -> Iterator[Json]:
+    """Yield the chunks of an answer of the demo, each with what is its own.
 
-    def __init__(self, request: Json):
-        self._messages, self._tools = request["messages"], as_list(request.get("tools"))
-        self._has_result = any(message["role"] == "tool" for message in self._messages)
-
-    def events(self) -> Iterator[bytes]:
-        """Yield the data of each event."""
-        yield self._chunk({"role": "assistant", "content": ""})
-        for word in "The user tries the demo, so I say that I am one.".split():
-            yield self._chunk({"reasoning_content": word + " "})
-        calls = bool(self._tools) and not self._has_result
-        for delta in self._call() if calls else self._text():
-            yield self._chunk(delta)
-        yield self._chunk({}, "tool_calls" if calls else "stop")
-        size = len(json.dumps(self._messages)) // 4
-        counts = {"prompt_tokens": size, "completion_tokens": 40, "total_tokens": size + 40}
-        yield self._chunk(None, usage=counts)
-        yield DONE
-
-    def _text(self) -> Iterator[Json]:
-        asked = text_of(self._messages[-1].get("content"))[:200]
-        said = "The tool answered" if self._has_result else "You said"
-        text = f"This is the demo of qwen_proxy, not a model. {said}: {asked}"
-        for word in re.findall(r"\S+\s*", text):
-            yield {"content": word}
-
-    def _call(self) -> Iterator[Json]:
-        function = as_object(dig(self._tools[0], "function"))
-        arguments = json.dumps(self._arguments(as_object(function.get("parameters"))))
+    First come some thoughts, then a tool call if tools are offered, else text.
+    """
+    messages, tools = request["messages"], as_list(request.get("tools"))
+    has_result = any(message["role"] == "tool" for message in messages)
+    calls = bool(tools) and not has_result
+    deltas: list[Json] = [
+        {"reasoning_content": f"{word} "}
+        for word in "The user tries the demo, so I say that I am one.".split()
+    ]
+    if calls:
+        function = as_object(dig(tools[0], "function"))
+        arguments = json.dumps(demo_arguments(as_object(function.get("parameters"))))
         first = {"name": function.get("name", "tool"), "arguments": ""}
-        call = {"index": 0, "id": "call_demo", "type": "function", "function": first}
-        yield {"tool_calls": [call]}
-        for start in range(0, len(arguments), 8):
-            piece = {"arguments": arguments[start : start + 8]}
-            yield {"tool_calls": [{"index": 0, "id": "", "function": piece}]}
+        pieces = [{"arguments": piece} for piece in re.findall(".{1,8}", arguments)]
+        call = {"index": 0, "id": "call_demo", "type": "function"}
+        deltas += [{"tool_calls": [{**call, "function": each}]} for each in (first, *pieces)]
+    else:
+        asked = text_of(messages[-1].get("content"))[:200]
+        said = "The tool answered" if has_result else "You said"
+        text = f"This is the demo of qwen_proxy, not a model. {said}: {asked}"
+        deltas += [{"content": word} for word in re.findall(r"\S+\s*", text)]
+    for delta in deltas:
+        yield {"choices": [{"index": 0, "delta": delta}]}
+    reason = "tool_calls" if calls else "stop"
+    size = len(json.dumps(messages)) // 4
+    yield {
+        "choices": [{"index": 0, "delta": {}, "finish_reason": reason}],
+        "usage": {"prompt_tokens": size, "completion_tokens": 40, "total_tokens": size + 40},
+    }
 
-    @staticmethod
-    def _arguments(schema: Json) -> Json:
-        """Return arguments that fit a tool's parameters, as far as a demo needs it."""
-        samples: Json = {"integer": 1, "number": 1.5, "boolean": True, "array": [], "object": {}}
-        properties = as_object(schema.get("properties"))
-        required = as_list(schema.get("required", list(properties)))
-        arguments = {}
-        for name, part in properties.items():
-            if name in required:
-                choices = as_list(dig(part, "enum"))
-                sample = samples.get(str(dig(part, "type")), "demo")
-                arguments[name] = choices[0] if choices else sample
-        return arguments
 
-    @staticmethod
-    def _chunk(delta: Json | None, reason: str | None = None, usage: Json | None = None) -> bytes:
-        choice = {"index": 0, "delta": delta, "finish_reason": reason}
-        chunk = {
-            "id": "chatcmpl-demo",
-            "object": "chat.completion.chunk",
-            "created": int(time.time()),
-            "model": DEMO_MODEL,
-            "choices": [] if delta is None else [choice],
-            "usage": usage,
-        }
-        return encode_json(chunk)
+def demo_arguments(schema: Json) -> Json:
+    """Return arguments that fit a tool's parameters, as far as a demo needs it."""
+    samples: Json = {"integer": 1, "number": 1.5, "boolean": True, "array": [], "object": {}}
+    properties = as_object(schema.get("properties"))
+    required = as_list(schema.get("required", list(properties)))
+    return {
+        name: [*as_list(dig(part, "enum")), samples.get(str(dig(part, "type")), "demo")][0]
+        for name, part in properties.items()
+        if name in required
+    }
 
 
 class DemoServer(http.server.ThreadingHTTPServer):
