@@ -6883,14 +6883,6 @@ def decode_opaque(value: Any) -> str:
 FORGETS = "This server keeps the latest responses in memory and forgets them when it restarts."
 
 
-class StoredResponse(NamedTuple):
-    """A response without its output, the items that the model was given, its output, all JSON."""
-
-    response: bytes
-    context: tuple[bytes, ...]
-    output: tuple[bytes, ...]
-
-
 class ResponseMemory:
     """The latest responses, in memory only, for whoever presents the same key.
 
@@ -6901,15 +6893,15 @@ class ResponseMemory:
     """
 
     LIMIT = 67_108_864
-    # Bytes of memory of a response and of an item besides their JSON, and of one more use of an
-    # item, about.
-    COST, ITEM_COST, USE_COST = 1024, 256, 8
+    # Bytes of memory of an item besides its JSON, and of one more use of it, about.
+    ITEM_COST, USE_COST = 512, 8
     # So many times the limit may one conversation take when it is decoded.
     DECODED = 4
 
     def __init__(self, limit: int = LIMIT):
         self.size, self._limit, self._lock = 0, limit, threading.Lock()
-        self._responses: collections.OrderedDict[tuple[str, str], StoredResponse] = (
+        # The JSON of a response without its output, of its output, of what the model was given.
+        self._responses: collections.OrderedDict[tuple[str, str], tuple[list[bytes], ...]] = (
             collections.OrderedDict()
         )
         # The JSON of an item: the one object that stands for it, and how often it is used.
@@ -6918,39 +6910,26 @@ class ResponseMemory:
 
     def keep(self, response: Json, context: list[Json], owner: str = "") -> None:
         """Remember a response to the items of its context."""
-        head = encode_json({**response, "output": []})
-        given, output = [*map(encode_json, context)], [*map(encode_json, response["output"])]
+        parts = ([{**response, "output": []}], response["output"], context)
+        encoded = [[*map(encode_json, part)] for part in parts]
         # Items that are alike are here once, but each is decoded again for the next request.
-        if sum(map(size_of_json, given)) > self.DECODED * self._limit:
+        if sum(map(size_of_json, encoded[-1])) > self.DECODED * self._limit:
             return
         with self._lock:
-            stored = StoredResponse(
-                head, tuple(map(self._use, given)), tuple(map(self._use, output))
-            )
+            stored = tuple([*map(self._use, part)] for part in encoded)
             self._responses[owner, response["id"]] = stored
-            for item, encoded in zip(response["output"], stored.output):
-                self._by_id[owner, item["id"]] = encoded
-            self.size += len(head) + self.COST
+            for item, kept in zip(response["output"], stored[1]):
+                self._by_id[owner, item["id"]] = kept
             while self.size > self._limit:
                 self._forget(next(iter(self._responses)))
 
-    def get(self, response_id: str, owner: str = "") -> Json | None:
-        """Return the owner's response of that id, if it is still here."""
+    def get(self, response_id: str, owner: str = "") -> tuple[Json, list[Json]] | None:
+        """Return the owner's response of that id, and the items that the model was given for it."""
         stored = self._responses.get((owner, response_id))
-        return stored and {
-            **json.loads(stored.response),
-            "output": [*map(json.loads, stored.output)],
-        }
-
-    def context(self, response_id: str, owner: str = "") -> list[Json] | None:
-        """Return the items that the model was given for a response."""
-        stored = self._responses.get((owner, response_id))
-        return None if stored is None else [*map(json.loads, stored.context)]
-
-    def conversation(self, response_id: str, owner: str = "") -> list[Json] | None:
-        """Return the items up to a response, its output included."""
-        stored = self._responses.get((owner, response_id))
-        return None if stored is None else [*map(json.loads, (*stored.context, *stored.output))]
+        if stored is None:
+            return None
+        (response,), output, context = ([*map(json.loads, part)] for part in stored)
+        return {**response, "output": output}, context
 
     def item(self, item_id: str, owner: str = "") -> Json | None:
         """Return the owner's item of that id, of the output of a response that is still here."""
@@ -6975,11 +6954,10 @@ class ResponseMemory:
         return bytes(entry[0])
 
     def _forget(self, key: tuple[str, str]) -> None:
-        stored = self._responses.pop(key)
-        self.size -= len(stored.response) + self.COST
-        for encoded in stored.output:
+        head, output, context = self._responses.pop(key)
+        for encoded in output:
             self._by_id.pop((key[0], as_text(json.loads(encoded).get("id"))), None)
-        for encoded in (*stored.context, *stored.output):
+        for encoded in (*head, *output, *context):
             entry = self._items[encoded]
             entry[1] -= 1
             self.size -= self.USE_COST
@@ -7150,14 +7128,16 @@ class ResponseRequest:
             raise BadRequest("input must be a string or a list of items", param="input")
         if not items and not previous:
             raise BadRequest("input must hold at least one item", param="input")
-        before = memory.conversation(as_text(previous), owner) if previous else []
-        if before is None:
+        found = memory.get(as_text(previous), owner) if previous else ({"output": []}, [])
+        if found is None:
             raise BadRequest(
                 f"Previous response with id '{shorten(str(previous), 60)}' not found. {FORGETS}",
                 code="previous_response_not_found",
                 param="previous_response_id",
             )
-        return before + self._resolved(items, functools.partial(memory.item, owner=owner))
+        response, context = found
+        own = self._resolved(items, functools.partial(memory.item, owner=owner))
+        return [*context, *response["output"], *own]
 
     @staticmethod
     def _resolved(items: list[Any], remembered: Callable[[str], Json | None]) -> list[Any]:
@@ -9933,8 +9913,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 "a response that is stored is not streamed here; ask without stream=true",
                 param="stream",
             )
-        response = self.proxy.memory.get(response_id, exchange.key)
-        exchange.send_json(200, self._found(response, response_id))
+        found = self.proxy.memory.get(response_id, exchange.key)
+        exchange.send_json(200, self._found(found, response_id)[0])
 
     def delete_response(self, exchange: Exchange, response_id: str) -> None:
         """Answer DELETE /v1/responses/{id}."""
@@ -9943,8 +9923,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def get_input_items(self, exchange: Exchange, response_id: str) -> None:
         """Answer GET /v1/responses/{id}/input_items, a page of them, the latest first."""
-        found = self.proxy.memory.context(response_id, exchange.key)
-        items = listed_items(self._found(found, response_id))
+        found = self.proxy.memory.get(response_id, exchange.key)
+        items = listed_items(self._found(found, response_id)[1])
         limit, order = as_count(exchange.query("limit") or 20), exchange.query("order") or "desc"
         if limit is None or not 1 <= limit <= 100:
             raise BadRequest("limit must be between 1 and 100", param="limit")
