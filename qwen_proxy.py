@@ -7391,7 +7391,7 @@ OUTPUT_ITEMS: Mapping[str, Json] = {
         "first": {"status": "in_progress", "call_id": "", "execution": "client", "arguments": {}},
         "whole": {"status": "$status", "arguments": "$object"},
     },
-    "compaction": {"prefix": "cmp_", "first": {}, "whole": {}},
+    "compaction": {"prefix": "cmp_", "first": {"encrypted_content": ""}, "whole": {}},
 }
 
 
@@ -7424,8 +7424,9 @@ class ResponsesWriter(Writer):
     The events come in the order that all clients take: one item is done before the next begins.
     """
 
-    # Types of items by the field of a delta that they come in.
+    # Types of items by the field of a delta that they come in; those of a compaction.
     TEXTS = {"reasoning": "reasoning_content", "message": "content"}
+    SUMMARY = {"compaction": "content"}
     # Error codes that Codex knows.
     CODES = ("context_length_exceeded", "insufficient_quota", "rate_limit_exceeded")
     # What a response repeats of its request, and what it says where that has none. Every field of
@@ -7467,7 +7468,6 @@ class ResponsesWriter(Writer):
         # What the last one is while it grows: text or thoughts by their type, a call by its index.
         self._open: Any = None
         self._finish_reason: str | None = None
-        self._summary = LongText(self._budget)
 
     def start(self) -> None:
         """Write the first events, once."""
@@ -7477,39 +7477,31 @@ class ResponsesWriter(Writer):
 
     def heartbeat(self) -> None:
         """Write a sign of life while the upstream is silent; Codex takes no comment for one."""
-        if self._number:
-            self._emit("response.in_progress", response=self._response())
         self.start()
+        self._emit("response.in_progress", response=self._response())
         self.flush()
 
     def feed(self, chunk: Chunk) -> None:
         """Write the events for one chunk."""
+        is_summary = self._request.is_compaction
         for choice in chunk.value["choices"][:1]:
             delta = choice["delta"]
             self._finish_reason = choice["finish_reason"] or self._finish_reason
-            if self._request.is_compaction:
-                self._summary.add(delta.get("content") or "")
-                continue
-            for kind, field in self.TEXTS.items():
+            for kind, field in (self.SUMMARY if is_summary else self.TEXTS).items():
                 if delta.get(field):
                     self._add(kind, {"type": kind}, delta[field])
-            for call in delta.get("tool_calls") or []:
+            for call in [] if is_summary else delta.get("tool_calls") or []:
                 name, arguments = map(call["function"].get, ("name", "arguments"))
                 told = self._request.tools.told.get(name, {"type": "function_call", "name": name})
                 self._add(call["index"], {"call_id": call.get("id"), **told}, arguments or "")
 
     def close(self, usage: Json | None) -> None:
         """Write the end, whole or cut by its length or a filter, and remember the output."""
-        if self._request.is_compaction:
-            self._add_compaction(str(self._summary))
+        if self._request.is_compaction and not any(str(item.text).strip() for item in self._items):
+            raise UpstreamError("the model gave no summary of the conversation; try again")
         self._end()
         is_cut = self._finish_reason in ("length", "content_filter")
-        response = self._response("incomplete" if is_cut else "completed", usage)
-        if self.is_stream:
-            self._end_stream(response)
-        else:
-            self._store(response)
-            self._out.send_json(200, response)
+        self._finish(self._response("incomplete" if is_cut else "completed", usage))
 
     def error(self, error: ProxyError) -> None:
         """Write the two events that end a response that broke off, as at OpenAI.
@@ -7526,14 +7518,15 @@ class ResponsesWriter(Writer):
         failure = {"code": code, "message": message}
         inner = {**failure, "type": error.type, "param": None}
         self._emit("error", **failure, param=None, error=inner)
-        self._end_stream({**self._response("failed"), "error": failure})
+        self._finish({**self._response("failed"), "error": failure})
 
-    def _store(self, response: Json) -> None:
+    def _finish(self, response: Json) -> None:
+        """Remember the response, and write it: as the last event, or as all there is."""
         if response["store"] is not False:
             self._keep(response)
-
-    def _end_stream(self, response: Json) -> None:
-        self._store(response)
+        if not self.is_stream:
+            self._out.send_json(200, response)
+            return
         self._emit(f"response.{response['status']}", response=response)
         self.flush(is_last=True)
 
@@ -7589,7 +7582,8 @@ class ResponsesWriter(Writer):
         values["$object"] = loads(text, {}) if item.item["type"] == "tool_search_call" else {}
         whole = {**item.item, **fill(item.kind["whole"], values)}
         included = as_list(self._request.asked.get("include"))
-        if whole["type"] == "reasoning" and "reasoning.encrypted_content" in included:
+        is_wanted = whole["type"] == "reasoning" and "reasoning.encrypted_content" in included
+        if is_wanted or whole["type"] == "compaction":
             whole["encrypted_content"] = encode_opaque(text)
         return whole
 
@@ -7606,11 +7600,6 @@ class ResponsesWriter(Writer):
         self._items[-1].text.add(text)
         if text:
             self._tell(self._items[-1], "piece", text)
-
-    def _add_compaction(self, summary: str) -> None:
-        if not summary.strip():
-            raise UpstreamError("the model gave no summary of the conversation; try again")
-        self._add("compaction", {"type": "compaction", "encrypted_content": encode_opaque(summary)})
 
     def _end(self) -> None:
         """Write the events that complete the last item, if it is open."""
