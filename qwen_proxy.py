@@ -7105,13 +7105,10 @@ class ResponseRequest:
 
     def given_up(self) -> str:
         """Return what of the request has no counterpart, for the log."""
-        kinds = {kind for kind in self.tools.others if not kind.startswith("web_search")}
         lost = [name for name, nothing in self.LOST.items() if self.asked.get(name) not in nothing]
-        words = [f"left out: {', '.join(lost)}"] if lost else []
-        if kinds:
-            text = shorten(", ".join(sorted(kinds)), 200)
-            words.append(f"left out, since only OpenAI runs them: tools of type {text}")
-        return "; ".join(words)
+        kinds = {kind for kind in self.tools.others if not kind.startswith("web_search")}
+        lost += [f"tools of type {kind}" for kind in sorted(kinds)]
+        return f"left out: {shorten(', '.join(lost), 200)}" if lost else ""
 
     def _read_items(self, memory: ResponseMemory, owner: str) -> list[Any]:
         """Return the items of the conversation: of the previous response, then of the input."""
