@@ -7287,28 +7287,21 @@ class ResponseRequest:
         "compaction_trigger": None,
     }
 
-    @classmethod
-    def _content(cls, content: Any) -> Any:
+    @staticmethod
+    def _content(content: Any) -> Any:
         """Return content as chat completions have it: a string, if it is nothing but text."""
         if not isinstance(content, list):
             return "" if content is None else content
-        parts = [cls._part(part) for part in content]
-        is_text = all(part["type"] == "text" for part in parts)
-        return "\n".join(part["text"] for part in parts) if is_text else parts
-
-    @classmethod
-    def _part(cls, part: Any) -> Json:
-        kind = dig(part, "type")
-        if kind == "text":
-            return {"type": "text", "text": as_text(part.get("text"))}
-        found = chat_part(part) if isinstance(kind, str) else part
-        if found is not part or kind == "input_audio":
-            return as_object(found)
-        raise BadRequest(
-            f"a part of type {shorten(str(kind), 60)!r} cannot be sent; files and images must be "
-            "in the request itself, since none are stored",
-            param="input",
-        )
+        parts = [chat_part(as_object(part)) for part in content]
+        kinds = [part.get("type") for part in parts]
+        odd = [str(kind) for kind in kinds if kind not in ("text", *Rewrite.MEDIA)]
+        if odd:
+            raise BadRequest(
+                f"a part of type {shorten(odd[0], 60)!r} cannot be sent; files and images must be "
+                "in the request itself, since none are stored",
+                param="input",
+            )
+        return parts if set(kinds) - {"text"} else text_of(parts)
 
     def _options(self) -> Json:
         """Return tools, length, effort and format as chat completions have them."""
