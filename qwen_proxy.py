@@ -7057,8 +7057,7 @@ class ResponseTools:
         if kind != "allowed_tools" or not isinstance(tools, list):
             return "auto"
         names = [self.flat(as_text(dig(tool, "name")), dig(tool, "namespace")) for tool in tools]
-        allowed = {"mode": choice.get("mode"), "tools": [{"name": name} for name in names]}
-        return {"type": kind, "allowed_tools": stated(allowed)}
+        return {**choice, "tools": [{"name": name} for name in names]}
 
 
 class ResponseRequest:
@@ -7121,10 +7120,9 @@ class ResponseRequest:
         items, previous = self.asked.get("input"), self.asked.get("previous_response_id")
         items = [{"role": "user", "content": items}] if isinstance(items, str) else items
         items = [] if items is None and previous else items
-        if not isinstance(items, list):
-            raise BadRequest("input must be a string or a list of items", param="input")
-        if not items and not previous:
-            raise BadRequest("input must hold at least one item", param="input")
+        if not isinstance(items, list) or not (items or previous):
+            message = "input must be a string or a list of at least one item"
+            raise BadRequest(message, param="input")
         found = memory.get(as_text(previous), owner) if previous else ({"output": []}, [])
         if found is None:
             raise BadRequest(
