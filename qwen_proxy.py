@@ -6938,22 +6938,17 @@ class ResponseMemory:
     def delete(self, response_id: str, owner: str = "") -> bool:
         """Forget a response; returns whether it was here."""
         with self._lock:
-            is_here = (owner, response_id) in self._responses
-            if is_here:
-                self._forget((owner, response_id))
-            return is_here
+            return self._forget((owner, response_id))
 
     def _use(self, encoded: bytes) -> bytes:
         """Count one more use of an item; returns the object that stands for it."""
         entry = self._items.setdefault(encoded, [encoded, 0])
-        if not entry[1]:
-            self.size += len(encoded) + self.ITEM_COST
+        self.size += self.USE_COST + (0 if entry[1] else len(encoded) + self.ITEM_COST)
         entry[1] += 1
-        self.size += self.USE_COST
         return bytes(entry[0])
 
-    def _forget(self, key: tuple[str, str]) -> None:
-        head, output, context = self._responses.pop(key)
+    def _forget(self, key: tuple[str, str]) -> bool:
+        head, output, context = self._responses.pop(key, ([], [], []))
         for encoded in output:
             self._by_id.pop((key[0], as_text(json.loads(encoded).get("id"))), None)
         for encoded in (*head, *output, *context):
@@ -6963,6 +6958,7 @@ class ResponseMemory:
             if not entry[1]:
                 del self._items[encoded]
                 self.size -= len(encoded) + self.ITEM_COST
+        return bool(head)
 
 
 def listed_items(items: list[Json]) -> list[Json]:
@@ -7399,7 +7395,7 @@ class OutputItem:
     """One item of a response's output while it grows; item is what the client was told of it."""
 
     def __init__(self, index: int, budget: Budget, fields: Json):
-        self.index, self.text, self.is_open = index, LongText(budget), True
+        self.index, self.text = index, LongText(budget)
         self.kind = OUTPUT_ITEMS[fields["type"]]
         item_id = self.kind["prefix"] + secrets.token_hex(12)
         self.item = {"id": item_id, "type": fields["type"], **self.kind["first"], **fields}
@@ -7565,7 +7561,8 @@ class ResponsesWriter(Writer):
         """Return an item with all that came so far; one that was cut says so."""
         text = str(item.text)
         status = "incomplete" if self._finish_reason == "length" else "completed"
-        values = {"$text": text, "$status": "in_progress" if item.is_open else status}
+        is_open = self._open is not None and item is self._items[-1]
+        values = {"$text": text, "$status": "in_progress" if is_open else status}
         values["$object"] = loads(text, {}) if item.item["type"] == "tool_search_call" else {}
         whole = {**item.item, **fill(item.kind["whole"], values)}
         included = as_list(self._request.asked.get("include"))
@@ -7593,7 +7590,6 @@ class ResponsesWriter(Writer):
         if self._open is None:
             return
         self._open, item = None, self._items[-1]
-        item.is_open = False
         self._tell(item, "done", str(item.text))
         self._emit("response.output_item.done", output_index=item.index, item=self._whole(item))
 
