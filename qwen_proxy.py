@@ -6987,11 +6987,13 @@ class ResponseTools:
 
     # Model Studio, 'Function calling'.
     LONGEST = 64
-    # Of the two kinds of tools that a client runs; chat completions have them, too.
+    # Of the two kinds of tools that a client runs, which chat completions have, too: their fields,
+    # and the type of a call.
     FIELDS = {
         "function": ("description", "parameters", "strict"),
         "custom": ("description", "format"),
     }
+    CALLS = {"function": "function_call", "custom": "custom_tool_call"}
 
     def __init__(self) -> None:
         self.offered: dict[str, Json] = {}
@@ -7002,34 +7004,31 @@ class ResponseTools:
         """Offer the tools of a list, or of a namespace; the last of those of one name counts."""
         for tool in as_list(tools):
             kind, name = str(dig(tool, "type")), dig(tool, "name")
-            if kind == "tool_search" and tool.get("execution") == "client":
-                # Codex has its deferred tools found by this one, those of MCP among them.
-                self.told[kind] = {"type": "tool_search_call"}
-                kind, name = "function", kind
             if kind == "namespace" and namespace is None:
                 self.add(tool.get("tools"), as_text(name))
-            elif kind in ("function", "custom") and isinstance(name, str):
+            elif kind in self.FIELDS and isinstance(name, str):
                 flat = self.flat(name, namespace)
                 fields = stated({each: tool.get(each) for each in self.FIELDS[kind]})
-                if kind == "custom":
-                    self.told[flat]["type"] = "custom_tool_call"
-                    self.offered[flat] = {"type": kind, "name": flat, **fields}
-                else:
-                    self.offered[flat] = {"type": kind, kind: {"name": flat, **fields}}
+                told = {"name": flat, **fields}
+                self.offered[flat] = {"type": kind, **(told if kind == "custom" else {kind: told})}
+                # Codex takes a flattened name for unknown.
+                space = {"namespace": namespace} if namespace else {}
+                self.told[flat] = {"type": self.CALLS[kind], "name": name, **space}
+            elif kind == "tool_search" and tool.get("execution") == "client":
+                # Codex has its deferred tools found by this one, those of MCP among them.
+                self.add([{**tool, "type": "function", "name": kind}])
+                self.told[kind] = {"type": "tool_search_call"}
             else:
                 self.others.append(kind)
 
-    def flat(self, name: str, namespace: Any) -> str:
+    @classmethod
+    def flat(cls, name: str, namespace: Any) -> str:
         """Return namespace__name, cut to the length that is allowed."""
-        space = as_text(namespace)
-        flat = f"{space}__{name}" if space else name
-        if space and len(flat) > self.LONGEST:
-            digest = hashlib.sha256(flat.encode("utf-8", "replace")).hexdigest()
-            flat = f"{flat[: self.LONGEST - 9]}_{digest[:8]}"
-        # Codex takes a flattened name for unknown.
-        told = {"name": name, "namespace": space} if space else {"name": name}
-        self.told.setdefault(flat, {"type": "function_call", **told})
-        return flat
+        if not as_text(namespace):
+            return name
+        flat = f"{namespace}__{name}"
+        digest = hashlib.sha256(flat.encode("utf-8", "replace")).hexdigest()
+        return flat if len(flat) <= cls.LONGEST else f"{flat[: cls.LONGEST - 9]}_{digest[:8]}"
 
     def fields(self, choice: Any) -> Json:
         """Return tools, tool_choice and web_search_options of the chat request, some null."""
@@ -7298,24 +7297,21 @@ class ResponseRequest:
 
     def _options(self) -> Json:
         """Return tools, length, effort and format as chat completions have them."""
-        effort, wanted = dig(self.asked, "reasoning", "effort"), dig(self.asked, "text", "format")
+        effort = dig(self.asked, "reasoning", "effort")
         # OpenRouter's shapes.
         switch = {name: dig(self.asked, "reasoning", name) for name in ("enabled", "max_tokens")}
-        kind = as_text(dig(wanted, "type"))
-        names = ("name", "description", "schema", "strict")
+        wanted = as_object(dig(self.asked, "text", "format"))
+        schema = stated(without_keys(wanted, ("type",)))
         formats = {
-            "json_object": {"type": kind},
-            "json_schema": {
-                "type": kind,
-                "json_schema": stated({name: dig(wanted, name) for name in names}),
-            },
+            "json_object": {"type": "json_object"},
+            "json_schema": {"type": "json_schema", "json_schema": schema},
         }
         return stated(
             {
                 "max_tokens": self.asked.get("max_output_tokens"),
                 "reasoning_effort": effort if isinstance(effort, str) else None,
                 "reasoning": stated(switch) or None,
-                "response_format": formats.get(kind),
+                "response_format": formats.get(as_text(wanted.get("type"))),
                 **({} if self.is_compaction else self.tools.fields(self.asked.get("tool_choice"))),
             }
         )
