@@ -7241,13 +7241,6 @@ class ResponseRequest:
         message = {"role": "tool", "tool_call_id": item.get("call_id"), "content": content}
         return message if item["type"] == "tool_search_output" else None
 
-    def _configure(self, item: Json) -> None:
-        """Take over effort or format; the last ones count."""
-        for name in ("reasoning", "text"):
-            if as_object(item.get(name)):
-                changed = {**as_object(self.asked.get(name)), **item[name]}
-                self.asked = {**self.asked, name: changed}
-
     def _reasoning(self, item: Json) -> Json | None:
         parts = as_list(item.get("content")) or as_list(item.get("summary"))
         thoughts = decode_opaque(item.get("encrypted_content")) or text_of(parts)
@@ -7267,7 +7260,7 @@ class ResponseRequest:
         "custom_tool_call": _call,
         "tool_search_call": _call,
         "tool_search_output": _more_tools,
-        "configuration_update": _configure,
+        "configuration_update": None,
         "function_call_output": _output,
         "custom_tool_call_output": _output,
         "reasoning": _reasoning,

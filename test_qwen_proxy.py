@@ -3496,7 +3496,6 @@ tools in an item, called | qwen3-coder-plus | input=[*lite(SPACE), *USED_SPACE, 
 tools in an item, a compaction | | input=[*lite(flat(G)), {"type": "compaction_trigger"}] |
 tools that were searched for, Codex | qwen3-coder-plus | input=[*HI, *FOUND], tools=[SEARCH_FIRST] | tools=[function("tool_search", parameters=EMPTY), function("mcp__g", parameters=EMPTY)],
     messages=[*HI, call("c", name="tool_search", arguments='{"q":"x"}'), result("c", "Found, and can be called now: mcp__g")]
-effort changed by an item | qwen3.7-plus | input=[{"type": "configuration_update", "reasoning": {"effort": "low"}}, *HI], reasoning={"effort": "high"} | thinking_budget=4096, **THINKS
 
 further results of a call, Codex's notify() | | messages=[*HI, call("c"), result("c", "one"), result("c", "two")] | contents=["Hi", "", "one\ntwo"], rule="history: "
 further results, the same | | messages=[*HI, call("c"), result("c", "one"), result("c", "one")] | contents=["Hi", "", "one"], rule="history: "
@@ -6843,7 +6842,6 @@ small | work
 turns that share one id | 100 | asked(turns("c" * n))
 turns with ids of their own | 100 | asked(turns(range(n)))
 names of tools that are cut to one | 100 | asked(tools=numbered([function("x" * 80 + "@")], n))
-items that change the configuration | 200 | responded(numbered([{"type": "configuration_update", "text": {"k@": 1}}], n) + HI)
 calls without results | 100 | asked(turns(range(n))[::2])
 results without calls | 100 | asked(turns(range(n))[1::2])
 many calls in one message | 100 | asked([call(*map(str, range(n))), *(result(str(i), "1") for i in reversed(range(n)))])
