@@ -8154,8 +8154,8 @@ td button, ::file-selector-button, .on { color: var(--accent); font: inherit; te
       <p class="row"><button id="login-start">Connect</button></p></div></details>
   <p class="unscripted box">With JavaScript this page also shows usage, requests and models.</p>
 </section>
-<section id="connect" class="live" aria-labelledby="connect-title">
-  <h2 id="connect-title">Connect a client</h2>
+<section id="connect" class="live" aria-label="Connect a client">
+  <h2>Connect a client</h2>
   <div class="fields">
     <label for="base">Base URL</label><input id="base" class="mono copied" readonly>
     <label for="client-key">API key</label><input id="client-key" class="mono copied" readonly>
@@ -8165,17 +8165,17 @@ td button, ::file-selector-button, .on { color: var(--accent); font: inherit; te
   <div class="row" id="clients" role="group" aria-label="Client"></div>
   <pre tabindex="0" id="snippet" class="copied"></pre><datalist id="model-ids"></datalist>
 </section>
-<section id="usage" class="live later" aria-labelledby="usage-title">
-  <h2 id="usage-title">Usage, in tokens a day</h2>
+<section id="usage" class="live later" aria-label="Usage, in tokens a day">
+  <h2>Usage, in tokens a day</h2>
   <div id="days"></div><p class="dim" id="day"></p>
   <div id="windows"></div><div id="usage-box" class="scroll" tabindex="0"></div>
 </section>
-<section id="activity" class="live later" aria-labelledby="activity-title">
-  <h2 id="activity-title">Requests</h2>
+<section id="activity" class="live later" aria-label="Requests">
+  <h2>Requests</h2>
   <div id="activity-box" class="scroll" tabindex="0" role="region" aria-label="Requests"></div>
 </section>
-<section id="try" class="live later" aria-labelledby="try-title">
-  <h2 id="try-title">Try it</h2>
+<section id="try" class="live later" aria-label="Try it">
+  <h2>Try it</h2>
   <form id="try-form">
     <label for="prompt">Message to <span id="try-model"></span></label>
     <textarea id="prompt" required>Say hello, and what you can do.</textarea>
@@ -8186,8 +8186,8 @@ td button, ::file-selector-button, .on { color: var(--accent); font: inherit; te
   <details><summary>The request as curl</summary>
     <pre tabindex="0" id="curl" class="copied"></pre></details>
 </section>
-<section id="models" class="live later" aria-labelledby="models-title">
-  <h2 id="models-title">Models</h2>
+<section id="models" class="live later" aria-label="Models">
+  <h2>Models</h2>
   <p class="row"><label for="filter">Filter</label><input type="search" id="filter">
     <span class="dim" id="model-count" role="status"></span></p>
   <div id="model-box" class="scroll" tabindex="0" role="region" aria-label="Models"></div>
@@ -8429,7 +8429,7 @@ async function send() {
   let first = 0, used = null, end = "";
   sending = new AbortController();
   $("send").textContent = "Stop";
-  for (const name of ["answer", "thoughts"]) $(name).textContent = "";
+  $("answer").textContent = $("thoughts").textContent = "";
   say("Waiting for the first word ...", "dim");
   setTimeout(poll, 100);
   try {
