@@ -7165,14 +7165,12 @@ class ResponseRequest:
         # What comes before the client's own is not counted.
         own = len(as_list(self.asked.get("input")))
         for index, item in enumerate(items, own - len(items)):
-            where = f"input.{index}"
-            if not isinstance(item, dict):
-                raise BadRequest(f"input[{index}] must be an object", param=where)
-            kind = as_text(item.get("type", "message"))
-            if kind not in self.ITEMS:
+            kind = item.get("type", "message") if isinstance(item, dict) else json_type(item)
+            if as_text(kind) not in self.ITEMS:
                 raise BadRequest(
-                    f"input[{index}] is of type {shorten(kind, 60)!r}; it is not supported here",
-                    param=where,
+                    f"input[{index}] is of type {shorten(str(kind), 60)!r}; no such item is "
+                    "supported here",
+                    param=f"input.{index}",
                 )
             to_message = self.ITEMS[kind]
             message = to_message(self, item) if to_message else None
