@@ -7973,8 +7973,15 @@ class Ledger:
                     counts = counts or read_counts(path, by, days, rows)
                 except Exception as error:
                     problem = problem or reason_of(error)
-        facts = {"file": self.path, "problem": problem or None, "days": days}
-        return {**facts, "since_start": self.since_start(), "groups": [], "windows": [], **counts}
+        return {
+            "file": self.path,
+            "problem": problem or None,
+            "days": days,
+            "since_start": self.since_start(),
+            "groups": [],
+            "windows": [],
+            **counts,
+        }
 
     def since_start(self) -> Json:
         """Return the sums since the start."""
@@ -10534,8 +10541,6 @@ def demo_arguments(schema: Json) -> Json:
 
 class DemoServer(http.server.ThreadingHTTPServer):
     """Runs the stand-in; that the proxy leaves in the middle of an answer is no error."""
-
-    daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.debug("demo: %s", sys.exc_info()[1])
