@@ -7000,20 +7000,21 @@ class ResponseTools:
         self.told: dict[str, Json] = {}
         self.others: list[str] = []
 
-    def add(self, tools: Any, namespace: str | None = None) -> None:
-        """Offer the tools of a list, or of a namespace; the last of those of one name counts."""
-        for tool in as_list(tools):
-            kind, name = str(dig(tool, "type")), dig(tool, "name")
-            if kind == "namespace" and namespace is None:
-                self.add(tool.get("tools"), as_text(name))
+    def add(self, tools: Any) -> None:
+        """Offer the tools of a list, and of the namespaces in it; the last one of a name counts."""
+        for tool in map(as_object, as_list(tools)):
+            kind, name = str(tool.get("type")), tool.get("name")
+            if kind == "namespace" and "namespace" not in tool:
+                inner = map(as_object, as_list(tool.get("tools")))
+                self.add([{**each, "namespace": as_text(name)} for each in inner])
             elif kind in self.FIELDS and isinstance(name, str):
-                flat = self.flat(name, namespace)
+                flat, space = self.flat(tool), as_text(tool.get("namespace")) or None
                 fields = stated({each: tool.get(each) for each in self.FIELDS[kind]})
                 told = {"name": flat, **fields}
                 self.offered[flat] = {"type": kind, **(told if kind == "custom" else {kind: told})}
                 # Codex takes a flattened name for unknown.
-                space = {"namespace": namespace} if namespace else {}
-                self.told[flat] = {"type": self.CALLS[kind], "name": name, **space}
+                called = {"type": self.CALLS[kind], "name": name, "namespace": space}
+                self.told[flat] = stated(called)
             elif kind == "tool_search" and tool.get("execution") == "client":
                 # Codex has its deferred tools found by this one, those of MCP among them.
                 self.add([{**tool, "type": "function", "name": kind}])
@@ -7022,13 +7023,16 @@ class ResponseTools:
                 self.others.append(kind)
 
     @classmethod
-    def flat(cls, name: str, namespace: Any) -> str:
-        """Return namespace__name, cut to the length that is allowed."""
-        if not as_text(namespace):
-            return name
-        flat = f"{namespace}__{name}"
+    def flat(cls, named: Any) -> str:
+        """Return the name that Qwen is told for a tool, a call or a choice of one.
+
+        That is namespace__name, cut to the length that is allowed, where there is a namespace.
+        """
+        name, space = as_text(dig(named, "name")), as_text(dig(named, "namespace"))
+        flat = f"{space}__{name}" if space else name
         digest = hashlib.sha256(flat.encode("utf-8", "replace")).hexdigest()
-        return flat if len(flat) <= cls.LONGEST else f"{flat[: cls.LONGEST - 9]}_{digest[:8]}"
+        is_short = not space or len(flat) <= cls.LONGEST
+        return flat if is_short else f"{flat[: cls.LONGEST - 9]}_{digest[:8]}"
 
     def fields(self, choice: Any) -> Json:
         """Return tools, tool_choice and web_search_options of the chat request, some null."""
@@ -7044,14 +7048,12 @@ class ResponseTools:
         """Return tool_choice as chat completions have it."""
         if not isinstance(choice, dict):
             return choice
-        kind, name, tools = choice.get("type"), choice.get("name"), choice.get("tools")
-        if kind in ("function", "custom") and isinstance(name, str):
-            flat = self.flat(name, choice.get("namespace"))
-            return {"type": "function", "function": {"name": flat}}
-        if kind != "allowed_tools" or not isinstance(tools, list):
-            return "auto"
-        names = [self.flat(as_text(dig(tool, "name")), dig(tool, "namespace")) for tool in tools]
-        return {**choice, "tools": [{"name": name} for name in names]}
+        if choice.get("type") == "allowed_tools":
+            tools = as_list(choice.get("tools"))
+            return {**choice, "tools": [{"name": self.flat(tool)} for tool in tools]}
+        is_named = as_text(choice.get("type")) in self.FIELDS and as_text(choice.get("name"))
+        named = {"type": "function", "function": {"name": self.flat(choice)}}
+        return named if is_named else "auto"
 
 
 class ResponseRequest:
@@ -7211,8 +7213,8 @@ class ResponseRequest:
         return {"role": role, "content": content}
 
     def _call(self, item: Json) -> Json:
-        called = "tool_search" if item["type"] == "tool_search_call" else as_text(item.get("name"))
-        name = self.tools.flat(called, item.get("namespace"))
+        is_search = item["type"] == "tool_search_call"
+        name = "tool_search" if is_search else self.tools.flat(item)
         if item["type"] == "custom_tool_call":
             call = {"type": "custom", "name": name, "input": item.get("input")}
         else:
