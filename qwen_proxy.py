@@ -6860,23 +6860,14 @@ class EmbeddingsApi(ChatApi):
 # OpenAI reference, Responses. What is remembered is what came from client and model, before any
 # rule for Qwen.
 
-# Before what encrypted_content carries for us to the next request.
-OPAQUE = "qwen_proxy:"
+# Before the text that encrypted_content carries for us to the next request.
+CARRIED = "qwen_proxy:"
 
 
-def encode_opaque(text: str) -> str:
-    """Return a text as encrypted_content: opaque to the client, read again by decode_opaque()."""
-    return OPAQUE + base64.b64encode(text.encode("utf-8", "replace")).decode()
-
-
-def decode_opaque(value: Any) -> str:
-    """Return the text that encode_opaque() was given; empty for what another server made."""
-    if not as_text(value).startswith(OPAQUE):
-        return ""
-    try:
-        return base64.b64decode(value[len(OPAQUE) :], validate=True).decode("utf-8", "replace")
-    except ValueError:
-        return ""
+def carried_text(value: Any) -> str:
+    """Return the text that encrypted_content carries; empty for what another server made."""
+    before, _, text = as_text(value).partition(CARRIED)
+    return "" if before else text
 
 
 FORGETS = "This server keeps the latest responses in memory and forgets them when it restarts."
@@ -7243,13 +7234,13 @@ class ResponseRequest:
 
     def _reasoning(self, item: Json) -> Json | None:
         parts = as_list(item.get("content")) or as_list(item.get("summary"))
-        thoughts = decode_opaque(item.get("encrypted_content")) or text_of(parts)
+        thoughts = carried_text(item.get("encrypted_content")) or text_of(parts)
         # A list, since any number of items may belong to one message.
         message = {"role": "assistant", "content": "", "reasoning_content": [thoughts]}
         return message if thoughts else None
 
     def _compaction(self, item: Json) -> Json | None:
-        summary = decode_opaque(item.get("encrypted_content"))
+        summary = carried_text(item.get("encrypted_content"))
         content = f"The conversation so far, in summary:\n\n{summary}"
         return {"role": "user", "content": content} if summary else None
 
@@ -7557,7 +7548,7 @@ class ResponsesWriter(Writer):
         included = as_list(self._request.asked.get("include"))
         is_wanted = whole["type"] == "reasoning" and "reasoning.encrypted_content" in included
         if is_wanted or whole["type"] == "compaction":
-            whole["encrypted_content"] = encode_opaque(text)
+            whole["encrypted_content"] = CARRIED + text
         return whole
 
     # -- the items of the output -----------------------------------------------------------------
