@@ -6961,10 +6961,9 @@ def listed_items(items: list[Json]) -> list[Json]:
         if isinstance(content, str):
             kind = "output_text" if whole.get("role") == "assistant" else "input_text"
             whole["content"] = [{"type": kind, "text": content}]
-        prefix = as_object(OUTPUT_ITEMS.get(as_text(whole["type"]))).get("prefix", "item_")
         # A page begins after an id: an item that was sent twice is listed under two.
         own = as_text(whole.get("id"))
-        item_id = own if own and own not in listed else f"{prefix}{place:024x}"
+        item_id = own if own and own not in listed else f"item_{place}"
         listed[item_id] = {**whole, "id": item_id}
     return [*listed.values()]
 
