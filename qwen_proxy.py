@@ -7878,7 +7878,8 @@ class Ledger:
         self._lock, self._file_lock = threading.Lock(), threading.Lock()
         # Of KEYS: SUMS, in their order.
         self._pending = Counters()
-        # Of route, provider, model and outcome: SUMS, and how many spans are within each bound.
+        # Of route, provider, model and class of status: SUMS, errors, and how many spans are within
+        # each bound.
         self._totals = Counters()
         self._names: list[dict[str, str]] = [{}, {}, {}]
         self._file, self._end = CountsFile(path or ""), threading.Event()
@@ -7904,8 +7905,8 @@ class Ledger:
         sums = dict(zip(CountsFile.SUMS, (1, *tokens, *times)))
         with self._lock:
             provider, model, client = map(self._bounded, self._names, names)
-            total = self._totals[route, provider, model, outcome]
-            total.update(sums)
+            total = self._totals[route, provider, model, f"{outcome // 100}xx"]
+            total.update(sums, errors=int(outcome >= 400 and outcome != 499))
             for name, seconds in zip(self.HISTOGRAMS, spans):
                 if seconds is not None:
                     total.update((name, bound) for bound in self.BOUNDS if seconds <= float(bound))
@@ -7978,10 +7979,9 @@ class Ledger:
     def since_start(self) -> Json:
         """Return the sums since the start."""
         sums: collections.Counter[Any] = collections.Counter()
-        for (route, _, _, outcome), row in self._snapshot():
+        for (route, *_), row in self._snapshot().items():
             if route in self.ROUTES:
                 sums.update(row)
-                sums["errors"] += row["requests"] if outcome >= 400 and outcome != 499 else 0
         return {name: sums[name] for name in ("requests", *CountsFile.TOKENS, "errors")}
 
     def summary(self) -> str:
@@ -7993,15 +7993,14 @@ class Ledger:
             f"tokens ({sums['cached_tokens']:,} cached), {counted(sums['errors'], 'error')}"
         )
 
-    def _snapshot(self) -> list[tuple[Any, collections.Counter[Any]]]:
+    def _snapshot(self) -> Counters:
         with self._lock:
-            return [(key, row.copy()) for key, row in sorted(self._totals.items())]
+            return Counters({key: row.copy() for key, row in sorted(self._totals.items())})
 
     def metrics(self, gauges: Iterable[tuple[str, str, float]]) -> str:
         """Return the text of /metrics; gauges are name, help and value."""
-        requests, tokens = Counters(), Counters()
-        for (route, provider, model, outcome), row in self._snapshot():
-            requests[route, provider, model, f"{outcome // 100}xx"].update(row)
+        requests, tokens = self._snapshot(), Counters()
+        for (_, provider, model, _), row in requests.items():
             tokens[provider, model].update({name: row[name] for name in CountsFile.TOKENS})
         # Name, type, help, labels, samples; see metric().
         metrics: list[tuple[Any, ...]] = [
