@@ -8087,7 +8087,7 @@ main { display: grid; grid-template: auto / repeat(2, minmax(0, 1fr)); gap: 16px
 section { grid-column: 1 / -1; padding: 18px 20px; border: 1px solid var(--line); }
 section { border-radius: 10px; background: var(--card); }
 header span, label, dt, th, summary, small, .dim { color: var(--dim); font-size: 13px; }
-h1 { font-size: 22px; line-height: 1.5; } h2 { margin-bottom: 10px; font-size: 16px; }
+h1 { font-size: 22px; } h2 { margin-bottom: 10px; font-size: 16px; }
 button, .button, input, textarea {
   padding: 6px 12px; border: 1px solid var(--edge); border-radius: 7px;
   background: var(--card); color: var(--text); font: inherit; text-decoration: none;
