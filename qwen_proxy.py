@@ -7817,9 +7817,9 @@ def read_counts(
 
         def select(names: Iterable[str], where: str, **values: float) -> list[Json]:
             columns = {**{name: GROUPS[name] for name in names}, **MEASURES}
-            places = ", ".join(str(place + 1) for place, _ in enumerate(names))
+            keys = ", ".join(GROUPS[name] for name in names)
             sql = f"SELECT {', '.join(columns.values())} FROM counts WHERE {where}"
-            found = connection.execute(f"{sql} GROUP BY {places} ORDER BY {places}", values)
+            found = connection.execute(f"{sql} GROUP BY {keys} ORDER BY {keys}", values)
             return [dict(zip(columns, row)) for row in found]
 
         now = time.time()
