@@ -10466,12 +10466,14 @@ class DemoUpstream(http.server.BaseHTTPRequestHandler):
             error = {"message": "the demo answers chat only", "code": "not_in_demo"}
             self._send(404, "application/json", encode_json({"error": error}))
             return
-        self._send(200, "text/event-stream")
-        for chunk in demo_chunks(request):
-            common = {"id": "chatcmpl-demo", "created": int(time.time()), "model": DEMO_MODEL}
-            self.wfile.write(encode_event(encode_json({**common, **chunk})))
-            time.sleep(self.PAUSE)
-        self.wfile.write(encode_event(DONE))
+        common = {"id": "chatcmpl-demo", "created": int(time.time()), "model": DEMO_MODEL}
+        # The proxy may leave in the middle of an answer.
+        with contextlib.suppress(OSError):
+            self._send(200, "text/event-stream")
+            for chunk in demo_chunks(request):
+                self.wfile.write(encode_event(encode_json({**common, **chunk})))
+                time.sleep(self.PAUSE)
+            self.wfile.write(encode_event(DONE))
 
     def _send(self, status: int, content_type: str, body: bytes = b"") -> None:
         """Send the head and the body, or its beginning: its end is that of the connection."""
@@ -10530,18 +10532,11 @@ def demo_arguments(schema: Json) -> Json:
     }
 
 
-class DemoServer(http.server.ThreadingHTTPServer):
-    """Runs the stand-in; that the proxy leaves in the middle of an answer is no error."""
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        log.debug("demo: %s", sys.exc_info()[1])
-
-    @classmethod
-    def start(cls) -> str:
-        """Start the stand-in on a free port of loopback; returns its base URL."""
-        server = cls(("127.0.0.1", 0), DemoUpstream)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{server.server_port}/compatible-mode/v1"
+def start_demo() -> str:
+    """Start the stand-in on a free port of loopback; returns its base URL."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), DemoUpstream)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return f"http://127.0.0.1:{server.server_port}/compatible-mode/v1"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -10767,7 +10762,7 @@ def server_for(options: Options, environ: Mapping[str, str] | None = None) -> Pr
         return ProxyServer(options, environ)
     home = os.path.join(tempfile.gettempdir(), f"qwen_proxy-demo-{secrets.token_hex(8)}")
     options = options._replace(
-        base_url=DemoServer.start(),
+        base_url=start_demo(),
         provider=None,
         model=options.model or DEMO_MODEL,
         qwen_home=home,
