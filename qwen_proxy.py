@@ -2821,11 +2821,11 @@ class Providers:
 Selector: Any = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 
-def selector_of(connection: socket.socket, event: int) -> Any:
-    """Return a selector for whether a socket can be read, or takes bytes."""
-    selector = Selector()
-    selector.register(connection.fileno(), event)
-    return selector
+def is_ready(connection: socket.socket, event: int, seconds: float) -> bool:
+    """Return whether a socket can be read or takes bytes, after at most so long."""
+    with Selector() as selector:
+        selector.register(connection, event)
+        return bool(selector.select(max(0, seconds)))
 
 
 def send_some(connection: socket.socket, data: Any) -> Any:
@@ -2866,10 +2866,15 @@ class Waiter:
         self._last_sign = self._last_progress = time.monotonic()
         self._next_look = self._last_sign + self.LOOK
 
-    def wait(self, upstream: Any, verb: str) -> None:
-        """Return when a selector says that the upstream has sent, or has taken, bytes."""
-        if not self._wait(upstream, self.timeout):
-            raise self.silence(verb)
+    def for_reading(self, upstream: socket.socket) -> None:
+        """Return when the upstream can be read."""
+        if not self._wait(upstream, selectors.EVENT_READ, self.timeout):
+            raise self.silence("sent")
+
+    def for_writing(self, upstream: socket.socket) -> None:
+        """Return when the upstream takes bytes."""
+        if not self._wait(upstream, selectors.EVENT_WRITE, self.timeout):
+            raise self.silence("taken")
 
     def silence(self, verb: str = "sent") -> UpstreamError:
         """Return the error for an upstream that has been silent for too long."""
@@ -2882,7 +2887,7 @@ class Waiter:
 
     def sleep(self, seconds: float) -> None:
         """Wait before another attempt."""
-        self._wait(None, seconds)
+        self._wait(None, 0, seconds)
 
     def look(self) -> None:
         """Look at the shutdown, the client, the progress, and the sign of life that may be due."""
@@ -2918,7 +2923,7 @@ class Waiter:
         """Let the next look end the wait with ShuttingDown; from any thread."""
         self._is_stopping = True
 
-    def _wait(self, upstream: Any, seconds: float) -> bool:
+    def _wait(self, upstream: socket.socket | None, event: int, seconds: float) -> bool:
         """Return whether the upstream is ready; False after so many seconds."""
         now = time.monotonic()
         deadline = now + seconds
@@ -2930,7 +2935,7 @@ class Waiter:
             pause = min(deadline, self._next_look) - now
             if upstream is None:
                 time.sleep(pause)
-            elif upstream.select(pause) and not self._is_stopping:
+            elif is_ready(upstream, event, pause) and not self._is_stopping:
                 return True
             now = time.monotonic()
 
@@ -2955,7 +2960,6 @@ class Connection:
     def __init__(self, connected: http.client.HTTPConnection):
         self._connected, self.socket = connected, connected.sock
         self.socket.setblocking(False)
-        self.readable = selector_of(self.socket, selectors.EVENT_READ)
         self.waiter, self.idle_since = Waiter(), 0.0
         self.has_received = self.has_more = False
 
@@ -2964,14 +2968,14 @@ class Connection:
         self.has_received = False
         rest = send_some(self.socket, data)
         while rest:
-            self.waiter.wait(selector_of(self.socket, selectors.EVENT_WRITE), "taken")
+            self.waiter.for_writing(self.socket)
             rest = send_some(self.socket, rest)
 
     def wait(self) -> None:
         """Return when there may be something to receive; raises what a Waiter raises."""
         # Bytes of a TLS record may have been read already, which the socket does not show.
         if not (isinstance(self.socket, ssl.SSLSocket) and self.socket.pending()):
-            self.waiter.wait(self.readable, "sent")
+            self.waiter.for_reading(self.socket)
 
     def receive_now(self) -> bytes | None:
         """Return what has arrived, nothing at the end, None while nothing has; raises OSError."""
@@ -3237,7 +3241,7 @@ class UpstreamResponse:
         with contextlib.suppress(UpstreamError):
             while self._connection and not self._body.is_done and time.monotonic() < deadline:
                 if self.receive_now() is None:
-                    self._connection.readable.select(deadline - time.monotonic())
+                    is_ready(self.source, selectors.EVENT_READ, deadline - time.monotonic())
         self.close()
 
 
@@ -8922,7 +8926,6 @@ class ClientReader(io.RawIOBase):
     def __init__(self, connection: socket.socket):
         super().__init__()
         self._connection, self.deadline, self.rate = connection, 0.0, 0
-        self._readable = selector_of(connection, selectors.EVENT_READ)
 
     def readable(self) -> bool:
         return True
@@ -8931,7 +8934,7 @@ class ClientReader(io.RawIOBase):
         """Return bytes as soon as there are some; raises socket.timeout at the deadline."""
         while True:
             remaining = self.deadline - time.monotonic()
-            if remaining <= 0 or not self._readable.select(remaining):
+            if remaining <= 0 or not is_ready(self._connection, selectors.EVENT_READ, remaining):
                 raise socket.timeout("timed out")
             with contextlib.suppress(BlockingIOError):
                 received = self._connection.recv_into(buffer)
@@ -9446,7 +9449,7 @@ class Exchange:
         self.unsent = bytes(self.unsent) + data if self.unsent else data
         self.send_unsent()
         while self.unsent and not self.is_on_loop:
-            if not selector_of(self.connection, selectors.EVENT_WRITE).select(self.WRITE_TIMEOUT):
+            if not is_ready(self.connection, selectors.EVENT_WRITE, self.WRITE_TIMEOUT):
                 raise socket.timeout("timed out")
             self.send_unsent()
 
