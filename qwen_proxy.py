@@ -2825,7 +2825,7 @@ def is_ready(connection: socket.socket, event: int, seconds: float) -> bool:
     """Return whether a socket can be read or takes bytes, after at most so long."""
     with Selector() as selector:
         selector.register(connection, event)
-        return bool(selector.select(max(0, seconds)))
+        return bool(selector.select(seconds))
 
 
 def send_some(connection: socket.socket, data: Any) -> Any:
@@ -2866,15 +2866,18 @@ class Waiter:
         self._last_sign = self._last_progress = time.monotonic()
         self._next_look = self._last_sign + self.LOOK
 
-    def for_reading(self, upstream: socket.socket) -> None:
-        """Return when the upstream can be read."""
-        if not self._wait(upstream, selectors.EVENT_READ, self.timeout):
-            raise self.silence("sent")
+    def wait(self, upstream: socket.socket, event: int = selectors.EVENT_READ) -> None:
+        """Return when the upstream can be read, or takes bytes."""
+        deadline = time.monotonic() + self.timeout
+        while not is_ready(upstream, event, self._pause(deadline)):
+            if time.monotonic() >= deadline:
+                raise self.silence("sent" if event == selectors.EVENT_READ else "taken")
 
-    def for_writing(self, upstream: socket.socket) -> None:
-        """Return when the upstream takes bytes."""
-        if not self._wait(upstream, selectors.EVENT_WRITE, self.timeout):
-            raise self.silence("taken")
+    def sleep(self, seconds: float) -> None:
+        """Wait before another attempt."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            time.sleep(self._pause(end))
 
     def silence(self, verb: str = "sent") -> UpstreamError:
         """Return the error for an upstream that has been silent for too long."""
@@ -2884,10 +2887,6 @@ class Waiter:
             504,
             "upstream_timeout",
         )
-
-    def sleep(self, seconds: float) -> None:
-        """Wait before another attempt."""
-        self._wait(None, 0, seconds)
 
     def look(self) -> None:
         """Look at the shutdown, the client, the progress, and the sign of life that may be due."""
@@ -2923,21 +2922,12 @@ class Waiter:
         """Let the next look end the wait with ShuttingDown; from any thread."""
         self._is_stopping = True
 
-    def _wait(self, upstream: socket.socket | None, event: int, seconds: float) -> bool:
-        """Return whether the upstream is ready; False after so many seconds."""
+    def _pause(self, deadline: float) -> float:
+        """Return the seconds until the deadline or the next look, after the one that is due."""
         now = time.monotonic()
-        deadline = now + seconds
-        while True:
-            if now >= self._next_look or self._is_stopping:
-                self.look()
-            if now >= deadline:
-                return False
-            pause = min(deadline, self._next_look) - now
-            if upstream is None:
-                time.sleep(pause)
-            elif is_ready(upstream, event, pause) and not self._is_stopping:
-                return True
-            now = time.monotonic()
+        if now >= self._next_look or self._is_stopping:
+            self.look()
+        return max(0.0, min(deadline, self._next_look) - now)
 
     def _look_at_client(self, client: socket.socket) -> None:
         try:
@@ -2968,14 +2958,14 @@ class Connection:
         self.has_received = False
         rest = send_some(self.socket, data)
         while rest:
-            self.waiter.for_writing(self.socket)
+            self.waiter.wait(self.socket, selectors.EVENT_WRITE)
             rest = send_some(self.socket, rest)
 
     def wait(self) -> None:
         """Return when there may be something to receive; raises what a Waiter raises."""
         # Bytes of a TLS record may have been read already, which the socket does not show.
         if not (isinstance(self.socket, ssl.SSLSocket) and self.socket.pending()):
-            self.waiter.for_reading(self.socket)
+            self.waiter.wait(self.socket)
 
     def receive_now(self) -> bytes | None:
         """Return what has arrived, nothing at the end, None while nothing has; raises OSError."""
