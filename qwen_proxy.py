@@ -3249,32 +3249,15 @@ class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
         super().__init__()
         self._idle: dict[Any, list[Connection]] = collections.defaultdict(list)
         self._lock = threading.Lock()
-        self._context: ssl.SSLContext | None = None
 
-    def http_open(self, request: urllib.request.Request) -> UpstreamResponse:
-        return self._open(http.client.HTTPConnection, request)
-
-    def https_open(self, request: urllib.request.Request) -> UpstreamResponse:
-        """Return the response to a request over TLS."""
-        try:
-            context = self._tls()
-        except OSError as error:
-            # SSLError is one: SSL_CERT_FILE or SSLKEYLOGFILE name nothing good.
-            reason = reason_of(error)
-            raise UpstreamError(
-                f"TLS cannot be set up ({reason}); check SSL_CERT_FILE", 500
-            ) from error
-        return self._open(http.client.HTTPSConnection, request, context=context)
-
-    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
-
-    def _open(self, http_class: Any, request: Any, **arguments: Any) -> UpstreamResponse:
-        key = (http_class, request.host, request._tunnel_host)
-        connection, tunnel_headers = self._take(key), self._tunnel_headers(request)
+    def http_open(self, request: Any) -> UpstreamResponse:
+        """Return the response to a request, over a kept connection or a new one."""
+        key = (request.type, request.host, request._tunnel_host)
+        connection = self._take(key)
         is_new = connection is None
         while True:
             if connection is None:
-                connection = self._connect(http_class, request, arguments, tunnel_headers)
+                connection = self._connect(request)
                 is_new = True
             try:
                 return self._send(connection, request, key)
@@ -3289,6 +3272,9 @@ class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
                     ) from error
                 log.debug("a kept connection to %s was dead", request.host)
                 connection = None
+
+    https_open = http_open
+    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
     def put(self, key: Any, connection: Connection) -> None:
         """Keep a connection whose response was read to its end."""
@@ -3318,26 +3304,30 @@ class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
                 return connection
             connection.close()
 
-    @staticmethod
-    def _tunnel_headers(request: Any) -> dict[str, str]:
-        """Take the password of a forward proxy out of a request that goes through a tunnel."""
-        if not request._tunnel_host:
-            return {}
-        name = "Proxy-authorization"
-        secret = request.unredirected_hdrs.pop(name, None) or request.headers.pop(name, None)
-        return {"Proxy-Authorization": secret} if secret else {}
-
-    @staticmethod
-    def _connect(
-        http_class: Any, request: Any, arguments: Json, tunnel_headers: dict[str, str]
-    ) -> Connection:
+    @functools.cached_property
+    def _context(self) -> ssl.SSLContext:
+        """What is trusted: loading it takes 20 ms, so once, and not at start."""
         try:
-            seconds = min(request.timeout, CONNECT_TIMEOUT)
-            connection = http_class(request.host, timeout=seconds, **arguments)
+            return tls_context()
+        except OSError as error:
+            # SSLError is one: SSL_CERT_FILE or SSLKEYLOGFILE name nothing good.
+            raise UpstreamError(
+                f"TLS cannot be set up ({reason_of(error)}); check SSL_CERT_FILE", 500
+            ) from error
+
+    def _connect(self, request: Any) -> Connection:
+        seconds = min(request.timeout, CONNECT_TIMEOUT)
+        try:
+            if request.type == "https":
+                connection: Any = http.client.HTTPSConnection(request.host, context=self._context)
+            else:
+                connection = http.client.HTTPConnection(request.host)
             deadline = time.monotonic() + seconds
             connection._create_connection = functools.partial(connect_before, deadline)
             if request._tunnel_host:
-                connection.set_tunnel(request._tunnel_host, headers=tunnel_headers)
+                secret = request.get_header("Proxy-authorization")
+                headers = {"Proxy-Authorization": secret} if secret else {}
+                connection.set_tunnel(request._tunnel_host, headers=headers)
             connection.connect()
             return Connection(connection)
         except (OSError, UnicodeError, http.client.HTTPException) as error:
@@ -3364,17 +3354,14 @@ class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
     def _head_of(request: Any) -> bytes:
         """Return request line and headers; raises ValueError for a character that ends a line."""
         headers = {**request.headers, **request.unredirected_hdrs, "Accept-encoding": "identity"}
+        if request._tunnel_host:
+            # Behind a tunnel the request is the upstream's.
+            headers.pop("Proxy-authorization", None)
         lines = [f"{request.get_method()} {request.selector} HTTP/1.1"]
         lines += [f"{name.title()}: {value}" for name, value in headers.items()]
         if not all(map(str.isprintable, lines)) or " " in request.selector:
             raise ValueError("a line end in the request's head")
         return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
-
-    def _tls(self) -> ssl.SSLContext:
-        with self._lock:
-            # Loading the trust store takes 20 ms: once, and not at start.
-            self._context = self._context or tls_context()
-            return self._context
 
 
 def nowhere(chunk: Any) -> None:

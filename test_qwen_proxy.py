@@ -3013,15 +3013,24 @@ def test_blank_lines_before_the_first_event_are_not_kept():
     assert text_in(chunks) == "Hello, wörld"
 
 
-def test_the_password_of_a_forward_proxy_does_not_reach_the_upstream(upstream):
+def test_the_password_of_a_forward_proxy_does_not_reach_the_upstream(monkeypatch):
     """Behind a tunnel, kept or new, the request is the upstream's."""
-    basic = {"Proxy-Authorization": "Basic c2VjcmV0"}
-    for _ in range(2):
-        request = urllib.request.Request("https://h/v1/chat/completions", b"{}")
-        request.add_unredirected_header("Proxy-authorization", basic["Proxy-Authorization"])
-        request.set_proxy("proxy:3128", "https")
-        assert qp.KeepAliveHandler._tunnel_headers(request) == basic
+    told = []
+
+    def connect(connection):
+        told.append(connection._tunnel_headers["Proxy-Authorization"])
+        raise OSError
+
+    monkeypatch.setattr(http.client.HTTPSConnection, "connect", connect)
+    request = urllib.request.Request("https://h/v1/chat/completions", b"{}")
+    request.add_unredirected_header("Proxy-authorization", "Basic c2VjcmV0")
+    request.set_proxy("proxy:3128", "https")
+    request.timeout = 1
+    for number in range(2):
         assert b"c2VjcmV0" not in qp.KeepAliveHandler._head_of(request)
+        with pytest.raises(qp.UpstreamError):
+            qp.KeepAliveHandler()._connect(request)
+        assert told == ["Basic c2VjcmV0"] * (number + 1)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -6069,8 +6078,7 @@ def coded(answer, coding):
 
 
 def test_a_private_ca_is_judged_as_the_cli_judges_it():  # O5
-    for handler in qp.KeepAliveHandler(), qp.DeadlineHandler(1):
-        context = handler._tls() if hasattr(handler, "_tls") else qp.tls_context()
+    for context in qp.KeepAliveHandler()._context, qp.tls_context():
         assert not context.verify_flags & ssl.VERIFY_X509_STRICT and context.check_hostname
         assert context.verify_mode == ssl.CERT_REQUIRED
 
