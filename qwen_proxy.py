@@ -2941,61 +2941,6 @@ class Waiter:
             raise ClientGone from None
 
 
-class Connection:
-    """A connection to an upstream, each wait of which is a Waiter's.
-
-    It never blocks inside recv: a TLS record without data must not hide a client that leaves.
-    """
-
-    def __init__(self, connected: http.client.HTTPConnection):
-        self._connected, self.socket = connected, connected.sock
-        self.socket.setblocking(False)
-        self.waiter, self.idle_since = Waiter(), 0.0
-        self.has_received = self.has_more = False
-
-    def send(self, data: bytes) -> None:
-        """Send all of the data; raises OSError, and what a Waiter raises."""
-        self.has_received = False
-        rest = send_some(self.socket, data)
-        while rest:
-            self.waiter.wait(self.socket, selectors.EVENT_WRITE)
-            rest = send_some(self.socket, rest)
-
-    def wait(self) -> None:
-        """Return when there may be something to receive; raises what a Waiter raises."""
-        # Bytes of a TLS record may have been read already, which the socket does not show.
-        if not (isinstance(self.socket, ssl.SSLSocket) and self.socket.pending()):
-            self.waiter.wait(self.socket)
-
-    def receive_now(self) -> bytes | None:
-        """Return what has arrived, nothing at the end, None while nothing has; raises OSError."""
-        self.has_more = False
-        try:
-            received: bytes = self.socket.recv(PIECE)
-        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            return None
-        self.has_received = self.has_received or bool(received)
-        # Of TLS no more than one record is read at once.
-        is_record = isinstance(self.socket, ssl.SSLSocket) and bool(received)
-        self.has_more = is_record or len(received) == PIECE
-        return received
-
-    def is_quiet(self) -> bool:
-        """Return whether nothing can be read: on an idle connection that would be its end."""
-        try:
-            # Not SSLSocket's recv, which takes no flags.
-            socket.socket.recv(self.socket, 1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return True
-        except OSError:
-            pass
-        return False
-
-    def close(self) -> None:
-        """Close the connection; may be called more than once."""
-        self._connected.close()
-
-
 class BodyDecoder:
     """Takes the framing off a response's body, as it comes (RFC 9112 6.3).
 
@@ -3068,7 +3013,10 @@ class BodyDecoder:
 
 
 class UpstreamResponse:
-    """A response of the upstream: status, headers, and the body in pieces as they arrive."""
+    """A response of the upstream: status, headers, and the body in pieces as they arrive.
+
+    It never blocks inside recv: a TLS record without data must not hide a client that leaves.
+    """
 
     DRAIN_TIMEOUT = 0.25
     # Of compressed content at once.
@@ -3076,64 +3024,89 @@ class UpstreamResponse:
     _HEAD_END = re.compile(rb"\r?\n\r?\n")
     _STATUS_LINE = re.compile(rb"HTTP/1\.(\d) +([1-9]\d\d)\b.*\n")
 
-    def __init__(self, connection: Connection, pool: KeepAliveHandler, key: Any):
-        self._connection: Connection | None = connection
+    def __init__(
+        self, source: socket.socket, waiter: Waiter, keep: Callable[[socket.socket], None]
+    ):
         # The socket that the body comes from.
-        self.source = connection.socket
-        self._pool, self._key, self._received = pool, key, b""
-        line, parsed = self._read_head(connection)
-        self.status = int(line.group(2))
+        self.source, self._waiter, self._keep = source, waiter, keep
+        # What has come and is not decoded yet, and what is decoded and not unpacked yet.
+        self.received = self._packed = b""
+        self._is_full = self._is_closed = False
+        self._inflater: Any = None
+        # Until begin() has read the head.
+        self.status = 0
         self.headers: dict[str, str] = {}
-        for name, value in parsed.items():
+
+    def begin(self, request: bytes) -> None:
+        """Send a request and read the head of its answer: then status and headers are there.
+
+        Raises OSError, http.client.HTTPException, and what a Waiter raises.
+        """
+        # It may have refused and closed already: 413.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            rest = send_some(self.source, request)
+            while rest:
+                self._waiter.wait(self.source, selectors.EVENT_WRITE)
+                rest = send_some(self.source, rest)
+        line, end = self._read_head()
+        lines = io.BytesIO(self.received[line.end() : end])
+        # Not HTTPResponse, which looks for much that is not needed here.
+        for name, value in http.client.parse_headers(lines).items():
             lower = name.lower()
             before = self.headers.get(lower)
             self.headers[lower] = value if before is None else f"{before}, {value}"
+        self.status, self.received = int(line.group(2)), self.received[end:]
         closes = "close" in self.headers.get("connection", "").lower()
         self._stays_open = line.group(1) != b"0" and not closes
         self._coding = self.headers.get("content-encoding", "").strip().lower()
-        self._inflater: Any = None
-        # What has come and is not unpacked yet.
-        self._packed = b""
         self._body = BodyDecoder(self.status, self.headers)
-        if self._body.is_done:
-            self._body.surplus = self._received
 
-    def _read_head(self, connection: Connection) -> tuple[re.Match[bytes], http.client.HTTPMessage]:
-        size = 0
+    def _read_head(self) -> tuple[re.Match[bytes], int]:
+        """Receive the head; returns the status line, and where the head ends."""
+        start = 0
         while True:
-            end = self._HEAD_END.search(self._received)
+            end = self._HEAD_END.search(self.received, start)
             if end:
-                head, self._received = self._received[: end.end()], self._received[end.end() :]
-                line = self._STATUS_LINE.match(head)
+                line = self._STATUS_LINE.match(self.received, start)
                 if not line:
-                    raise http.client.BadStatusLine(repr(head[:100]))
-                if line.group(2).startswith(b"1"):
-                    # 100 Continue, 103 Early Hints: the response is still to come.
-                    continue
-                # Not HTTPResponse, which looks for much that is not needed here.
-                return line, http.client.parse_headers(io.BytesIO(head[line.end() :]))
-            connection.wait()
-            piece = connection.receive_now()
-            if piece is None:
+                    raise http.client.BadStatusLine(repr(self.received[start:][:100]))
+                if not line.group(2).startswith(b"1"):
+                    return line, end.end()
+                # 100 Continue, 103 Early Hints: the response is still to come.
+                start = end.end()
                 continue
-            size += len(piece)
-            if not piece or size > MAX_ERROR_BODY:
+            self._waiter.wait(self.source)
+            piece = self._receive()
+            if piece == b"" or len(self.received) > MAX_ERROR_BODY:
                 raise http.client.RemoteDisconnected("it closed the connection")
-            self._received += piece
+            self.received += piece or b""
+
+    def _receive(self) -> bytes | None:
+        """Return what has arrived, nothing at the end, None while nothing has; raises OSError."""
+        self._is_full = False
+        try:
+            received = self.source.recv(PIECE)
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return None
+        # Of TLS no more than one record is read at once.
+        is_record = isinstance(self.source, ssl.SSLSocket) and bool(received)
+        self._is_full = is_record or len(received) == PIECE
+        return received
 
     @property
     def has_more(self) -> bool:
         """True if there may be more to receive at once."""
-        return self._is_ready() or bool(self._connection and self._connection.has_more)
+        return self._is_full or self._is_ready()
 
     def _is_ready(self) -> bool:
         """Return whether bytes that have come are not decoded yet, or no more will come."""
-        return self._body.is_done or bool(self._received or self._packed)
+        return self._body.is_done or bool(self.received or self._packed)
 
     def wait(self) -> None:
         """Return when there may be something to receive; raises what a Waiter raises."""
-        if self._connection and not self._is_ready():
-            self._connection.wait()
+        # Not for what is left of a TLS record: none is longer than a PIECE.
+        if not self._is_ready():
+            self._waiter.wait(self.source)
 
     def receive(self) -> bytes:
         """Return the next content of the body, nothing at its end.
@@ -3183,10 +3156,7 @@ class UpstreamResponse:
         if self._body.is_done:
             return b""
         try:
-            received, self._received = self._received, b""
-            arrived: bytes | None = received
-            if not received and self._connection:
-                arrived = self._connection.receive_now()
+            arrived, self.received = self.received or self._receive(), b""
             if arrived is None:
                 return None
             if not arrived:
@@ -3217,19 +3187,20 @@ class UpstreamResponse:
 
     def close(self) -> None:
         """End the response, once: keep the connection if the body is at its end, else close it."""
-        connection, self._connection = self._connection, None
-        if connection is None:
+        if self._is_closed:
             return
-        if self._body.is_done and self._stays_open and not self._body.surplus:
-            self._pool.put(self._key, connection)
+        self._is_closed = True
+        surplus = self.received or self._body.surplus
+        if self._body.is_done and self._stays_open and not surplus:
+            self._keep(self.source)
         else:
-            connection.close()
+            self.source.close()
 
     def drain(self) -> None:
         """Read what little may follow the end of the stream, so that the connection can be kept."""
         deadline = time.monotonic() + self.DRAIN_TIMEOUT
         with contextlib.suppress(UpstreamError):
-            while self._connection and not self._body.is_done and time.monotonic() < deadline:
+            while not self._body.is_done and time.monotonic() < deadline:
                 if self.receive_now() is None:
                     is_ready(self.source, selectors.EVENT_READ, deadline - time.monotonic())
         self.close()
@@ -3247,61 +3218,66 @@ class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
 
     def __init__(self) -> None:
         super().__init__()
-        self._idle: dict[Any, list[Connection]] = collections.defaultdict(list)
-        self._lock = threading.Lock()
+        # The connections that are kept to each upstream, and since when.
+        self._idle: dict[Any, list[tuple[socket.socket, float]]] = collections.defaultdict(list)
 
     def http_open(self, request: Any) -> UpstreamResponse:
         """Return the response to a request, over a kept connection or a new one."""
         key = (request.type, request.host, request._tunnel_host)
-        connection = self._take(key)
-        is_new = connection is None
+        keep, connection = functools.partial(self.put, key), self._take(key)
         while True:
-            if connection is None:
-                connection = self._connect(request)
-                is_new = True
+            is_new = connection is None
+            connection = connection or self._connect(request)
+            response = UpstreamResponse(connection, request.waiter, keep)
             try:
-                return self._send(connection, request, key)
+                response.begin(self._head_of(request) + (request.data or b""))
+                return response
             except (OSError, http.client.HTTPException) as error:
-                if is_new or connection.has_received:
+                if is_new or response.received:
                     is_closed = isinstance(error, http.client.HTTPException)
                     reason = "it closed the connection" if is_closed else reason_of(error)
                     raise UpstreamError(
                         f"{request.host} gave no answer ({reason}); try again",
                         code="upstream_cut",
-                        moves_on=not connection.has_received,
+                        moves_on=not response.received,
                     ) from error
                 log.debug("a kept connection to %s was dead", request.host)
-                connection = None
+            finally:
+                if not response.status:
+                    connection.close()
+            connection = None
 
     https_open = http_open
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
-    def put(self, key: Any, connection: Connection) -> None:
+    def put(self, key: Any, connection: socket.socket) -> None:
         """Keep a connection whose response was read to its end."""
-        connection.idle_since = time.monotonic()
-        with self._lock:
-            idle = self._idle[key]
-            idle.append(connection)
-            surplus = idle.pop(0) if len(idle) > self.IDLE else None
-        if surplus is not None:
-            surplus.close()
+        idle = self._idle[key]
+        if len(idle) < self.IDLE:
+            idle.append((connection, time.monotonic()))
+        else:
+            connection.close()
 
     def close_idle(self) -> None:
         """Close the connections that are kept."""
-        with self._lock:
-            kept, self._idle = self._idle, collections.defaultdict(list)
-        for connection in itertools.chain.from_iterable(kept.values()):
+        for connection, _ in itertools.chain.from_iterable(list(self._idle.values())):
             connection.close()
 
-    def _take(self, key: Any) -> Connection | None:
+    def _take(self, key: Any) -> socket.socket | None:
+        """Return a kept connection on which nothing can be read: that would be its end."""
         while True:
-            with self._lock:
-                connection = self._idle[key].pop() if self._idle[key] else None
-            if connection is None:
+            try:
+                connection, since = self._idle[key].pop()
+            except IndexError:
                 return None
-            age = time.monotonic() - connection.idle_since
-            if age < self.IDLE_AGE and connection.is_quiet():
-                return connection
+            try:
+                # Not SSLSocket's recv, which takes no flags.
+                socket.socket.recv(connection, 1, socket.MSG_PEEK)
+            except BlockingIOError:
+                if time.monotonic() - since < self.IDLE_AGE:
+                    return connection
+            except OSError:
+                pass
             connection.close()
 
     @functools.cached_property
@@ -3315,7 +3291,7 @@ class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
                 f"TLS cannot be set up ({reason_of(error)}); check SSL_CERT_FILE", 500
             ) from error
 
-    def _connect(self, request: Any) -> Connection:
+    def _connect(self, request: Any) -> socket.socket:
         seconds = min(request.timeout, CONNECT_TIMEOUT)
         try:
             if request.type == "https":
@@ -3329,7 +3305,9 @@ class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
                 headers = {"Proxy-Authorization": secret} if secret else {}
                 connection.set_tunnel(request._tunnel_host, headers=headers)
             connection.connect()
-            return Connection(connection)
+            connected: socket.socket = connection.sock
+            connected.setblocking(False)
+            return connected
         except (OSError, UnicodeError, http.client.HTTPException) as error:
             host = request._tunnel_host or request.host
             raise UpstreamError(
@@ -3338,17 +3316,6 @@ class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
                 retry=not isinstance(error, (ssl.SSLError, http.client.HTTPException)),
                 moves_on=True,
             ) from error
-
-    def _send(self, connection: Connection, request: Any, key: Any) -> UpstreamResponse:
-        connection.waiter = request.waiter
-        try:
-            # It may have refused and closed already: 413.
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                connection.send(self._head_of(request) + (request.data or b""))
-            return UpstreamResponse(connection, self, key)
-        except BaseException:
-            connection.close()
-            raise
 
     @staticmethod
     def _head_of(request: Any) -> bytes:

@@ -6732,10 +6732,10 @@ def test_a_sign_of_life_goes_out_however_busy_the_upstream_is(noisy, monkeypatch
 
 
 def test_what_brings_no_content_is_read_a_piece_at_a_time():  # B1
-    pieces = iter([EVENTS, *[b"\r\n" * 8000] * 3])
-    connection = types.SimpleNamespace(socket=None, wait=lambda: None, has_more=True)
-    connection.receive_now = lambda: next(pieces)
-    response = qp.UpstreamResponse(connection, None, None)
+    pieces = iter([EVENTS, *[b"\r\n" * (qp.PIECE // 2)] * 3])
+    source = types.SimpleNamespace(send=len, recv=lambda _: next(pieces))
+    response = qp.UpstreamResponse(source, types.SimpleNamespace(wait=lambda _: None), None)
+    response.begin(b"")
     assert response.receive_now() is None and response.has_more and len(list(pieces)) == 2
 
 
