@@ -2953,40 +2953,42 @@ class BodyDecoder:
     True
     """
 
+    # The same length twice is allowed, RFC 9110 8.6.
+    _LENGTH = re.compile(r"\s*(\d{1,18})\s*(,\s*\1\s*)*\Z", re.A)
+
     def __init__(self, status: int, headers: Mapping[str, str]):
         self._is_chunked = "chunked" in headers.get("transfer-encoding", "").lower()
-        # The same length twice is allowed, RFC 9110 8.6.
-        lengths = {length.strip() for length in headers.get("content-length", "").split(",")}
-        length = lengths.pop() if len(lengths) == 1 else ""
-        is_known = length.isdecimal() and len(length) < 19 and not self._is_chunked
-        self.ends_with_connection = not self._is_chunked and not is_known
-        self._left = int(length) if is_known else 0
-        self._line, self._is_last, self.surplus, self._trailers = b"", False, b"", 0
+        known = self._LENGTH.match(headers.get("content-length", ""))
+        self._left = int(known.group(1)) if known and not self._is_chunked else 0
+        self.ends_with_connection = not (known or self._is_chunked)
+        # What is not decoded yet: a part of a line, or what follows the body.
+        self.rest, self._is_last, self._trailers = b"", False, 0
         has_body = self._is_chunked or self._left or self.ends_with_connection
         self.is_done = status in (204, 304) or not has_body
 
     def feed(self, received: bytes) -> bytes:
-        """Return the content in what was received; raises ValueError for a bad chunk size."""
+        """Return the content in what was received, which is nothing when the connection ends.
+
+        Raises ValueError for a bad chunk size, and for an end in the middle of the body.
+        """
         if self.ends_with_connection:
+            self.is_done = not received
             return received
+        if not received:
+            raise ValueError("connection closed")
         if self._is_chunked:
-            return self._dechunked(received)
-        content, self.surplus = received[: self._left], received[self._left :]
+            return self._dechunked(self.rest + received)
+        content, self.rest = received[: self._left], received[self._left :]
         self._left -= len(content)
         self.is_done = not self._left
         return content
 
     def _dechunked(self, received: bytes) -> bytes:
         found, at = [], 0
-        if self._line:
-            received, self._line = self._line + received, b""
         while at < len(received) and not self.is_done:
             if not self._left:
                 end = received.find(b"\n", at)
                 if end < 0:
-                    self._line = received[at:]
-                    if len(self._line) > MAX_LINE:
-                        raise ValueError("a chunk size without an end")
                     break
                 self._take_line(received[at:end].strip())
                 at = end + 1
@@ -2996,8 +2998,10 @@ class BodyDecoder:
                 self._left, at = self._left - len(found[-1]), at + len(found[-1])
                 # Skips the CRLF after the data, saving one loop iteration.
                 at += 2 if received.startswith(b"\r\n", stop) else 0
-        self.surplus = received[at:] if self.is_done else b""
-        return found[0] if len(found) == 1 else b"".join(found)
+        self.rest = received[at:]
+        if len(self.rest) > MAX_LINE and not self.is_done:
+            raise ValueError("a chunk size without an end")
+        return b"".join(found)
 
     def _take_line(self, line: bytes) -> None:
         """Take a chunk's size, the empty end of the one before, or after the last a trailer."""
@@ -3056,10 +3060,10 @@ class UpstreamResponse:
             before = self.headers.get(lower)
             self.headers[lower] = value if before is None else f"{before}, {value}"
         self.status, self.received = int(line.group(2)), self.received[end:]
-        closes = "close" in self.headers.get("connection", "").lower()
-        self._stays_open = line.group(1) != b"0" and not closes
         self._coding = self.headers.get("content-encoding", "").strip().lower()
         self._body = BodyDecoder(self.status, self.headers)
+        closes = line.group(1) == b"0" or "close" in self.headers.get("connection", "").lower()
+        self._closes = closes or self._body.ends_with_connection
 
     def _read_head(self) -> tuple[re.Match[bytes], int]:
         """Receive the head; returns the status line, and where the head ends."""
@@ -3069,7 +3073,7 @@ class UpstreamResponse:
             if end:
                 line = self._STATUS_LINE.match(self.received, start)
                 if not line:
-                    raise http.client.BadStatusLine(repr(self.received[start:][:100]))
+                    raise http.client.BadStatusLine("")
                 if not line.group(2).startswith(b"1"):
                     return line, end.end()
                 # 100 Continue, 103 Early Hints: the response is still to come.
@@ -3107,17 +3111,6 @@ class UpstreamResponse:
         # Not for what is left of a TLS record: none is longer than a PIECE.
         if not self._is_ready():
             self._waiter.wait(self.source)
-
-    def receive(self) -> bytes:
-        """Return the next content of the body, nothing at its end.
-
-        Raises UpstreamError when the connection breaks, and what a Waiter raises.
-        """
-        content = None
-        while content is None:
-            self.wait()
-            content = self.receive_now()
-        return content
 
     def receive_now(self) -> bytes | None:
         """Return the content that has arrived, nothing at the end of the body, None before that.
@@ -3157,13 +3150,7 @@ class UpstreamResponse:
             return b""
         try:
             arrived, self.received = self.received or self._receive(), b""
-            if arrived is None:
-                return None
-            if not arrived:
-                if not self._body.ends_with_connection:
-                    raise ConnectionError("connection closed")
-                self._body.is_done, self._stays_open = True, False
-            content = self._body.feed(arrived)
+            content = None if arrived is None else self._body.feed(arrived)
             return content or (b"" if self._body.is_done else None)
         except (OSError, ValueError) as error:
             reason = reason_of(error)
@@ -3177,12 +3164,12 @@ class UpstreamResponse:
 
         For an error status that is what arrived before a broken connection: the status is enough.
         """
-        body = bytearray()
+        body, piece = bytearray(), None
         with contextlib.suppress(*([UpstreamError] if self.status >= 300 else [])):
-            piece = self.receive()
-            while piece and len(body) <= limit:
-                body += piece
-                piece = self.receive()
+            while piece != b"" and len(body) <= limit:
+                self.wait()
+                piece = self.receive_now()
+                body += piece or b""
         return bytes(body[:limit])
 
     def close(self) -> None:
@@ -3190,11 +3177,10 @@ class UpstreamResponse:
         if self._is_closed:
             return
         self._is_closed = True
-        surplus = self.received or self._body.surplus
-        if self._body.is_done and self._stays_open and not surplus:
-            self._keep(self.source)
-        else:
+        if self._closes or not self._body.is_done or self.received or self._body.rest:
             self.source.close()
+        else:
+            self._keep(self.source)
 
     def drain(self) -> None:
         """Read what little may follow the end of the stream, so that the connection can be kept."""
