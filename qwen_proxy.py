@@ -3312,7 +3312,7 @@ class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
             headers.pop("Proxy-authorization", None)
         lines = [f"{request.get_method()} {request.selector} HTTP/1.1"]
         lines += [f"{name.title()}: {value}" for name, value in headers.items()]
-        if not all(map(str.isprintable, lines)) or " " in request.selector:
+        if not all(map(str.isprintable, lines)):
             raise ValueError("a line end in the request's head")
         return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
@@ -3396,6 +3396,8 @@ class Upstream:
     """Sends requests to providers, over the forward proxy where one is named."""
 
     _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+\Z")
+    # What is printable in Latin-1, and the tab.
+    _HEADER_VALUE = re.compile("[\t\x20-\x7e\xa1-\xac\xae-\xff]*\\Z")
 
     def __init__(self, forwarding: Forwarding = DIRECT) -> None:
         self._connections = KeepAliveHandler()
@@ -3415,20 +3417,13 @@ class Upstream:
         if body is not None:
             own["Content-Type"] = "application/json"
         own.update(self.custom_headers(target))
-        base_url, method = target.provider.base_url, "GET" if body is None else "POST"
-        try:
-            request: Any = urllib.request.Request(base_url + path, body, own, method=method)
-        except ValueError as error:
-            raise UpstreamError(f"the base URL {base_url} is unusable: {error}", 500) from error
+        # It is an http or https URL with a host: base_url_fault() has looked at it.
+        request: Any = urllib.request.Request(target.provider.base_url + path, body, own)
         request.waiter = waiter
         try:
             response: Any = self._opener.open(request, timeout=waiter.timeout)
-        except urllib.error.URLError as error:
-            raise UpstreamError(
-                f"the base URL {base_url} is unusable: {reason_of(error)}", 500
-            ) from error
         except ValueError as error:
-            # http.client on a key or header with odd characters; UnicodeError is one.
+            # Of _head_of(); UnicodeError is one.
             raise UpstreamError(
                 f"the request to {target.provider.name} cannot be sent: the key or a header holds "
                 "a character that HTTP does not allow",
@@ -3454,8 +3449,7 @@ class Upstream:
             and cls._HEADER_NAME.match(name)
             and name.lower() not in ("host", "content-type")
         }
-        kept = {name: text for name, text in texts.items() if text.replace("\t", "").isprintable()}
-        return {name: text for name, text in kept.items() if max(text, default="") < "\u0100"}
+        return {name: text for name, text in texts.items() if cls._HEADER_VALUE.match(text)}
 
 
 class Call:
