@@ -3317,14 +3317,11 @@ class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
         return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
 
-def nowhere(chunk: Any) -> None:
-    """Drop a chunk: the sink of an answer that has none yet, or no more."""
-
-
 class Answer:
     """An upstream's answer: its response, and the decoder that makes chunks of the bytes.
 
-    The decoder pushes what it makes into emit(), which keeps it until deliver() names a writer.
+    The chunks of a piece are kept until it is decoded, and those of the first one until deliver()
+    names a writer.
     """
 
     # Bytes that are kept until they are whole, and then translated in one long step.
@@ -3332,41 +3329,33 @@ class Answer:
 
     def __init__(self, response: UpstreamResponse, target: Target, decoder: Any, waiter: Waiter):
         self.response, self.target, self.decoder, self.waiter = response, target, decoder, waiter
-        self._pending: list[Any] = []
-        self._emit: Callable[[Any], None] = self._pending.append
+        self._chunks: list[Any] = []
+        decoder.sink = self._chunks.append
+        self._feed: Callable[[Any], None] | None = None
         # An error behind chunks that have not been delivered yet.
         self._failure: UpstreamError | None = None
-        self.is_over = self._has_news = False
+        # Whether the next step may take long.
+        self.is_over = self.is_heavy = False
         # Bytes that have come since the last chunk.
         self._kept = 0
-        decoder.sink = self.emit
-
-    def emit(self, chunk: Any) -> None:
-        """Take a chunk from the decoder."""
-        self._has_news = True
-        self._emit(chunk)
-
-    @property
-    def is_heavy(self) -> bool:
-        """True if the next step may take long."""
-        return self._kept > self.HEAVY
 
     def begin(self) -> None:
         """Read until the first chunk is there: until then an error is an HTTP status."""
-        while not self._pending and not self.is_over:
+        while not self._chunks and not self.is_over:
             self.response.wait()
             self.pump()
 
     def deliver(self, feed: Callable[[Any], None]) -> None:
         """Give the chunks that are there, and all that follow, to a writer."""
-        pending, self._pending, self._emit = self._pending, [], feed
-        for chunk in pending:
+        self._feed = feed
+        for chunk in self._chunks:
             feed(chunk)
+        self._chunks.clear()
+        if self._failure:
+            raise self._failure
 
     def pump(self) -> None:
         """Push what has arrived through; raises what receive_now() and the decoder raise."""
-        if self._failure:
-            raise self._failure
         try:
             piece = self.response.receive_now()
         except UpstreamError:
@@ -3382,14 +3371,16 @@ class Answer:
             if not piece or self.decoder.is_done:
                 self.is_over = True
                 self.decoder.close()
-            self._kept += len(piece)
-            if self._has_news:
-                self._has_news, self._kept = False, 0
-                self.waiter.progressed()
         except UpstreamError as error:
-            if not self._pending:
+            if not self._chunks:
                 raise
-            self._failure, self.is_over, self._kept = error, False, 0
+            self._failure = error
+        self._kept = 0 if self._chunks else self._kept + len(piece)
+        self.is_heavy = self._kept > self.HEAVY
+        if self._chunks:
+            self.waiter.progressed()
+            if self._feed:
+                self.deliver(self._feed)
 
 
 class Upstream:
@@ -3493,12 +3484,9 @@ class Call:
         self.moved: dict[Target | None, int] = {}
 
     def close(self) -> None:
-        """Close the response, and let go of the answers."""
+        """Close the response."""
         if self._response:
             self._response.close()
-        for answer in self.answers:
-            # It leads back to the answer, which would wait for the garbage collector.
-            answer.decoder.sink = nowhere
 
     def open(self, targets: list[Target]) -> Answer:
         """Return the first answer that one of the targets gives, begun.
@@ -6161,7 +6149,7 @@ class ChatDecoder:
     _MODEL = re.compile(rb'("model": ?)"([^"\\]*)"')
 
     def __init__(self, request: Json, target: Target):
-        self.sink: Callable[[Chunk], None] = nowhere
+        self.sink: Callable[[Chunk], None]
         self.usage: Json | None = None
         # The stream has said that it is over.
         self.is_done = False
@@ -6621,7 +6609,7 @@ class EmbeddingsDecoder:
     is_done = False
 
     def __init__(self, count: int, family: Family, budget: Budget):
-        self.sink: Callable[[Any], None] = nowhere
+        self.sink: Callable[[Any], None]
         self.usage: Json | None = None
         self._body, self._count, self._family, self._budget = bytearray(), count, family, budget
 
