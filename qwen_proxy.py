@@ -3334,16 +3334,11 @@ class Answer:
         self._feed: Callable[[Any], None] | None = None
         # An error behind chunks that have not been delivered yet.
         self._failure: UpstreamError | None = None
-        # Whether the next step may take long.
-        self.is_over = self.is_heavy = False
+        # has_begun: the first chunk is there, or the end; until then an error is an HTTP status.
+        # is_heavy: the next step may take long.
+        self.has_begun = self.is_over = self.is_heavy = False
         # Bytes that have come since the last chunk.
         self._kept = 0
-
-    def begin(self) -> None:
-        """Read until the first chunk is there: until then an error is an HTTP status."""
-        while not self._chunks and not self.is_over:
-            self.response.wait()
-            self.pump()
 
     def deliver(self, feed: Callable[[Any], None]) -> None:
         """Give the chunks that are there, and all that follow, to a writer."""
@@ -3369,7 +3364,7 @@ class Answer:
             if piece:
                 self.decoder.feed(piece)
             if not piece or self.decoder.is_done:
-                self.is_over = True
+                self.is_over = self.has_begun = True
                 self.decoder.close()
         except UpstreamError as error:
             if not self._chunks:
@@ -3378,6 +3373,7 @@ class Answer:
         self._kept = 0 if self._chunks else self._kept + len(piece)
         self.is_heavy = self._kept > self.HEAVY
         if self._chunks:
+            self.has_begun = True
             self.waiter.progressed()
             if self._feed:
                 self.deliver(self._feed)
@@ -3476,17 +3472,15 @@ class Call:
         self._waiter, self._retries = waiter, retries
         self._headers = {"Accept": api.accept, "User-Agent": user_agent}
         self._body: Json = {}
-        self._prepared_for: Target | None = None
-        self._response: UpstreamResponse | None = None
         self.notes: list[str] = []
         self.target: Target | None = None
         self.answers: list[Answer] = []
         self.moved: dict[Target | None, int] = {}
 
     def close(self) -> None:
-        """Close the response."""
-        if self._response:
-            self._response.close()
+        """Close the responses."""
+        for answer in self.answers:
+            answer.response.close()
 
     def open(self, targets: list[Target]) -> Answer:
         """Return the first answer that one of the targets gives, begun.
@@ -3496,42 +3490,42 @@ class Call:
         now = time.monotonic()
         targets = sorted(targets, key=lambda target: target.provider.cooldown_until > now)
         deadline = now + self.DEADLINE
-        for target, following in zip(targets, [*targets[1:], None]):
-            self.target = target
+        while True:
+            target = self.target = targets.pop(0)
+            provider = target.provider
             try:
-                answer = self._open_on(target, deadline, following is None)
-                target.provider.refusal = None
+                answer = self._open_on(target, deadline, is_last=not targets)
+                provider.refusal = None
                 return answer
             except ProxyError as error:
-                target.provider.note(error)
-                if not following or not error.moves_on or time.monotonic() > deadline:
+                provider.note(error)
+                if not targets or not error.moves_on or time.monotonic() > deadline:
                     raise
-                self.moved[target] = error.status
-                provider = target.provider
+                self.moved[target], rest = error.status, ""
                 if not isinstance(error, BadRequest):
                     provider.cooldown_until = time.monotonic() + self.COOLDOWN
-                rests = provider.cooldown_until > time.monotonic()
-                rest = f"it rests for {self.COOLDOWN} s, " if rests else ""
-                log.warning(
-                    "%s: %s; %strying %s",
-                    provider.name,
-                    error.message,
-                    rest,
-                    following.provider.name,
-                )
-        raise ValueError("open() needs a target")
+                    rest = f"it rests for {self.COOLDOWN} s, "
+                following = targets[0].provider.name
+                log.warning("%s: %s; %strying %s", provider.name, error.message, rest, following)
 
     def _open_on(self, target: Target, deadline: float, is_last: bool) -> Answer:
         credentials, rejected = target.provider.credentials, ""
+        access_token = credentials.access_token(pause=self._waiter.sleep)
+        self._prepare(target)
         retries, repairs, delay = self._retries, self.MAX_REPAIRS, self.RETRY_DELAY
         while True:
-            access_token = credentials.access_token(rejected, self._waiter.sleep)
             try:
-                return self._attempt(target, access_token)
+                answer = self._attempt(target, access_token)
+                while not answer.has_begun:
+                    answer.response.wait()
+                    answer.pump()
+                return answer
             except UpstreamError as error:
+                self.close()
                 if error.code == "invalid_api_key" and isinstance(credentials, OAuthCredentials):
                     self._check_rejection(credentials, access_token, rejected, error)
                     rejected = access_token
+                    access_token = credentials.access_token(rejected, self._waiter.sleep)
                     continue
                 if repairs and self._repair(error):
                     repairs -= 1
@@ -3565,27 +3559,19 @@ class Call:
         ) from error
 
     def _attempt(self, target: Target, access_token: str) -> Answer:
-        if self._prepared_for is not target:
-            self._prepare(target)
         body, path = encode_json(self._body, is_request=True), self._api.path
         response = self._upstream.send(
             target, path, body, access_token, self._waiter, self._headers
         )
-        try:
-            if not 200 <= response.status < 300:
+        if not 200 <= response.status < 300:
+            with contextlib.closing(response):
                 text = response.read(MAX_ERROR_BODY).decode("utf-8", "replace")
-                name, shown = target.provider.name, shorten(text, 2000)
-                log.debug("HTTP %d from %s: %s", response.status, name, shown)
-                raise self._api.refusal(response.status, text, response.headers, target)
-            decoder = self._api.decoder(self._request, target)
-            answer = Answer(response, target, decoder, self._waiter)
-            self.answers.append(answer)
-            answer.begin()
-            self._response = response
-            return answer
-        except BaseException:
-            response.close()
-            raise
+            name, shown = target.provider.name, shorten(text, 2000)
+            log.debug("HTTP %d from %s: %s", response.status, name, shown)
+            raise self._api.refusal(response.status, text, response.headers, target)
+        decoder = self._api.decoder(self._request, target)
+        self.answers.append(Answer(response, target, decoder, self._waiter))
+        return self.answers[-1]
 
     def _prepare(self, target: Target) -> None:
         family = target.provider.family
@@ -3594,7 +3580,6 @@ class Call:
                 family.lacks[self._api.path], code="unsupported_endpoint", moves_on=True
             )
         self._body, fired = self._api.to_upstream(self._request, target)
-        self._prepared_for = target
         for given_up in filter(None, fired.values()):
             self.notes.append(given_up)
             log.info("%s: %s", target.model, given_up)
