@@ -3656,37 +3656,29 @@ class ModelLists:
 
     def _refresh(self, provider: Provider, key: tuple[str, str]) -> None:
         with self._lock, contextlib.suppress(RuntimeError):
-            is_running = key in self._asked and not self._asked[key].done()
-            if not is_running and time.monotonic() >= self._due.get(key, 0.0):
+            if time.monotonic() >= self._due.get(key, 0.0):
                 self._due[key] = time.monotonic() + self.AGE
                 self._asked[key] = self._executor.submit(self._ask, provider, key)
 
     def _ask(self, provider: Provider, key: tuple[str, str]) -> None:
-        ids: list[str] = []
-        try:
-            ids = self._listed(provider)
-        except (ProxyError, ShuttingDown) as error:
-            log.debug("%s has no list of models: %s", provider.name, error)
-        if ids:
-            self._lists[key] = ids
-        else:
-            self._due[key] = time.monotonic() + self.AGE_FAILED
-
-    def _listed(self, provider: Provider) -> list[str]:
-        access_token = provider.credentials.access_token()
+        target, waiter, answer = Target(provider, ""), Waiter(timeout=self.TIMEOUT), None
         headers = {"User-Agent": f"qwen_proxy/{__version__}", "Accept": "application/json"}
-        waiter = Waiter(timeout=self.TIMEOUT)
         self._waiters.add(waiter)
         try:
-            target = Target(provider, "")
-            with contextlib.closing(
-                self._upstream.send(target, "/models", None, access_token, waiter, headers)
-            ) as response:
-                listed = loads(response.read(self.SIZE)) if response.status == 200 else None
+            token = provider.credentials.access_token()
+            response = self._upstream.send(target, "/models", None, token, waiter, headers)
+            with contextlib.closing(response):
+                answer = loads(response.read(self.SIZE)) if response.status == 200 else None
+        except (ProxyError, ShuttingDown) as error:
+            log.debug("%s has no list of models: %s", provider.name, error)
         finally:
             self._waiters.discard(waiter)
-        ids = (dig(entry, "id") for entry in as_list(dig(listed, "data")))
-        return [name for name in ids if isinstance(name, str) and name]
+        ids = (as_text(dig(entry, "id")) for entry in as_list(dig(answer, "data")))
+        listed = list(filter(None, ids))
+        if listed:
+            self._lists[key] = listed
+        else:
+            self._due[key] = time.monotonic() + self.AGE_FAILED
 
 
 # ------------------------------------------------------------------------------------------------
