@@ -2847,6 +2847,9 @@ class Waiter:
     left (then the upstream is dropped, also before the first token), the sign of life that is due
     to it, the progress, and the server, which may stop. All waits raise ClientGone, ShuttingDown,
     and UpstreamError (504).
+
+    Others say what has happened: last_sign, when the client was sent something; last_progress, when
+    the upstream sent more than signs of life; is_stopping ends the wait at its next look.
     """
 
     # Look at the others this often.
@@ -2862,9 +2865,9 @@ class Waiter:
         heartbeat: Callable[[], None] | None = None,
     ):
         self.timeout, self._interval, self._heartbeat = timeout, interval, heartbeat
-        self._client, self._is_stopping = client, False
-        self._last_sign = self._last_progress = time.monotonic()
-        self._next_look = self._last_sign + self.LOOK
+        self._client, self.is_stopping = client, False
+        self.last_sign = self.last_progress = time.monotonic()
+        self._next_look = self.last_sign + self.LOOK
 
     def wait(self, upstream: socket.socket, event: int = selectors.EVENT_READ) -> None:
         """Return when the upstream can be read, or takes bytes."""
@@ -2892,40 +2895,28 @@ class Waiter:
         """Look at the shutdown, the client, the progress, and the sign of life that may be due."""
         now = time.monotonic()
         self._next_look = now + self.LOOK
-        if self._is_stopping:
+        if self.is_stopping:
             raise ShuttingDown
         if self._client is not None:
             self._look_at_client(self._client)
-        if now - self._last_progress > self.timeout * self.PATIENCE:
+        if now - self.last_progress > self.timeout * self.PATIENCE:
             raise UpstreamError(
                 "the upstream has sent bytes but no answer for too long; try again",
                 504,
                 "upstream_timeout",
             )
-        if self._heartbeat and now - self._last_sign >= self._interval * 0.99:
+        if self._heartbeat and now - self.last_sign >= self._interval * 0.99:
             try:
                 self._heartbeat()
             except OSError:
                 # Never as an error of what is waited for, such as the lock.
                 raise ClientGone from None
-            self.heard()
-
-    def heard(self) -> None:
-        """Note that the client was sent something."""
-        self._last_sign = time.monotonic()
-
-    def progressed(self) -> None:
-        """Note that the upstream sent more than signs of life."""
-        self._last_progress = time.monotonic()
-
-    def stop(self) -> None:
-        """Let the next look end the wait with ShuttingDown; from any thread."""
-        self._is_stopping = True
+            self.last_sign = now
 
     def _pause(self, deadline: float) -> float:
         """Return the seconds until the deadline or the next look, after the one that is due."""
         now = time.monotonic()
-        if now >= self._next_look or self._is_stopping:
+        if now >= self._next_look or self.is_stopping:
             self.look()
         return max(0.0, min(deadline, self._next_look) - now)
 
@@ -3374,7 +3365,7 @@ class Answer:
         self.is_heavy = self._kept > self.HEAVY
         if self._chunks:
             self.has_begun = True
-            self.waiter.progressed()
+            self.waiter.last_progress = time.monotonic()
             if self._feed:
                 self.deliver(self._feed)
 
@@ -3651,7 +3642,7 @@ class ModelLists:
     def close(self) -> None:
         """End the requests that are running."""
         for waiter in list(self._waiters):
-            waiter.stop()
+            waiter.is_stopping = True
         self._executor.shutdown(wait=False)
 
     def _refresh(self, provider: Provider, key: tuple[str, str]) -> None:
@@ -9160,7 +9151,7 @@ class Exchange:
             self.closes = True
         self._write(b"".join(events))
         for waiter in self.waiters:
-            waiter.heard()
+            waiter.last_sign = time.monotonic()
 
     def tally(self, calls: list[Call]) -> None:
         """Note what the calls came to, however they ended."""
@@ -9195,7 +9186,7 @@ class Exchange:
     def stop_waiting(self) -> None:
         """End the waits of the calls to the upstream."""
         for waiter in self.waiters:
-            waiter.stop()
+            waiter.is_stopping = True
 
     def fail(self, error: BaseException) -> None:
         """Tell the client of a failure, if it is still there.
@@ -10118,7 +10109,7 @@ class ProxyServer:
                     handler.connection.shutdown(socket.SHUT_RDWR)
         self._wait_until_idle(end - self.LAST_WORDS)
         for waiter in list(self._waiters):
-            waiter.stop()
+            waiter.is_stopping = True
         half = self.LAST_WORDS / 2
         self._wait_until_idle(max(end - half, time.monotonic() + half))
         self.streams.close()
