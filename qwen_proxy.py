@@ -2861,11 +2861,10 @@ class Waiter:
         self,
         client: socket.socket | None = None,
         timeout: float = UPSTREAM_TIMEOUT,
-        interval: float = KEEP_ALIVE_INTERVAL,
         heartbeat: Callable[[], None] | None = None,
     ):
-        self.timeout, self._interval, self._heartbeat = timeout, interval, heartbeat
-        self._client, self.is_stopping = client, False
+        self._client, self.timeout, self._heartbeat = client, timeout, heartbeat
+        self.is_stopping = False
         self.last_sign = self.last_progress = time.monotonic()
         self._next_look = self.last_sign + self.LOOK
 
@@ -2905,7 +2904,7 @@ class Waiter:
                 504,
                 "upstream_timeout",
             )
-        if self._heartbeat and now - self.last_sign >= self._interval * 0.99:
+        if self._heartbeat and now - self.last_sign >= KEEP_ALIVE_INTERVAL * 0.99:
             try:
                 self._heartbeat()
             except OSError:
@@ -10137,7 +10136,7 @@ class ProxyServer:
         if exchange.writer.is_stream:
             heartbeat = functools.partial(exchange.heartbeat, targets)
         for part in api.split(request, targets):
-            waiter = Waiter(exchange.connection, options.timeout, KEEP_ALIVE_INTERVAL, heartbeat)
+            waiter = Waiter(exchange.connection, options.timeout, heartbeat)
             waiters.append(waiter)
             agent = exchange.user_agent()
             calls.append(Call(self.upstream, api, part, waiter, options.retries, agent))

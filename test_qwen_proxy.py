@@ -1439,10 +1439,11 @@ def test_what_is_not_written_is_written_later_or_gives_way(home, upstream, stale
     assert new or not credentials.problem
 
 
-def test_a_client_that_leaves_does_not_lead_to_a_refresh_without_the_lock(home, upstream):
+def test_a_client_that_leaves_leads_to_no_refresh_without_the_lock(home, upstream, monkeypatch):
+    monkeypatch.setattr(qp, "KEEP_ALIVE_INTERVAL", 0)
     path = write_login(home, upstream, expires_in=0)
     (home / "oauth_creds.lock").write_text("somebody else's")
-    watch = qp.Waiter(None, 5, 0, lambda: (_ for _ in ()).throw(BrokenPipeError(32, "Broken pipe")))
+    watch = qp.Waiter(None, 5, lambda: (_ for _ in ()).throw(BrokenPipeError(32, "Broken pipe")))
     with pytest.raises(qp.ClientGone):
         credentials_of(path, upstream).access_token(pause=watch.sleep)
     assert upstream.refreshes == [] and (home / "oauth_creds.lock").read_text() == "somebody else's"
