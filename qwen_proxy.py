@@ -2980,30 +2980,25 @@ class BodyDecoder:
                 end = received.find(b"\n", at)
                 if end < 0:
                     break
-                self._take_line(received[at:end].strip())
-                at = end + 1
-            if self._left:
-                stop = at + self._left
-                found.append(received[at:stop])
-                self._left, at = self._left - len(found[-1]), at + len(found[-1])
-                # Skips the CRLF after the data, saving one loop iteration.
-                at += 2 if received.startswith(b"\r\n", stop) else 0
-        self.rest = received[at:]
-        if len(self.rest) > MAX_LINE and not self.is_done:
-            raise ValueError("a chunk size without an end")
-        return b"".join(found)
-
-    def _take_line(self, line: bytes) -> None:
-        """Take a chunk's size, the empty end of the one before, or after the last a trailer."""
-        if self._is_last:
-            self.is_done, self._trailers = not line, self._trailers + len(line)
-            if self._trailers > MAX_LINE:
-                raise ValueError("trailers without an end")
-        elif line:
-            self._left = int(line.partition(b";")[0], 16)
-            self._is_last = not self._left
+                line, at = received[at:end].strip(), end + 1
+                if self._is_last:
+                    # A trailer, or the empty line behind them.
+                    self.is_done, self._trailers = not line, self._trailers + len(line)
+                elif line:
+                    # The size of a chunk, and not the empty end of the one before.
+                    self._left = int(line.partition(b";")[0], 16)
+                    self._is_last = not self._left
             if self._left < 0:
                 raise ValueError("a negative chunk size")
+            if self._left:
+                found.append(received[at : at + self._left])
+                self._left, at = self._left - len(found[-1]), at + len(found[-1])
+                # Skips the CRLF after the data, saving one loop iteration.
+                at += 2 if received.startswith(b"\r\n", at) else 0
+        self.rest = received[at:]
+        if not self.is_done and len(self.rest) + self._trailers > MAX_LINE:
+            raise ValueError(f"{'trailers' if self._is_last else 'a chunk size'} without an end")
+        return b"".join(found)
 
 
 class UpstreamResponse:
