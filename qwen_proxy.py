@@ -2840,6 +2840,17 @@ def send_some(connection: socket.socket, data: Any) -> Any:
     return memoryview(data)[sent:] if sent < len(data) else b""
 
 
+def peek(connection: socket.socket) -> bytes | None:
+    """Return a byte that has arrived, nothing at the end, None while nothing has."""
+    try:
+        # Not SSLSocket's recv, which takes no flags.
+        return socket.socket.recv(connection, 1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return None
+    except OSError:
+        return b""
+
+
 class Waiter:
     """Waits for the upstream of one request, and looks at what else may end it.
 
@@ -2896,8 +2907,12 @@ class Waiter:
         self._next_look = now + self.LOOK
         if self.is_stopping:
             raise ShuttingDown
-        if self._client is not None:
-            self._look_at_client(self._client)
+        ahead = peek(self._client) if self._client else None
+        if ahead == b"":
+            raise ClientGone
+        if ahead:
+            # It has sent its next request: no end can be seen behind that.
+            self._client = None
         if now - self.last_progress > self.timeout * self.PATIENCE:
             raise UpstreamError(
                 "the upstream has sent bytes but no answer for too long; try again",
@@ -2918,17 +2933,6 @@ class Waiter:
         if now >= self._next_look or self.is_stopping:
             self.look()
         return max(0.0, min(deadline, self._next_look) - now)
-
-    def _look_at_client(self, client: socket.socket) -> None:
-        try:
-            if not client.recv(1, socket.MSG_PEEK):
-                raise ClientGone
-            # It has sent its next request ahead: no end can be seen behind that.
-            self._client = None
-        except BlockingIOError:
-            pass
-        except OSError:
-            raise ClientGone from None
 
 
 class BodyDecoder:
@@ -3241,14 +3245,8 @@ class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
                 connection, since = self._idle[key].pop()
             except IndexError:
                 return None
-            try:
-                # Not SSLSocket's recv, which takes no flags.
-                socket.socket.recv(connection, 1, socket.MSG_PEEK)
-            except BlockingIOError:
-                if time.monotonic() - since < self.IDLE_AGE:
-                    return connection
-            except OSError:
-                pass
+            if time.monotonic() - since < self.IDLE_AGE and peek(connection) is None:
+                return connection
             connection.close()
 
     @functools.cached_property
@@ -3544,26 +3542,24 @@ class Call:
         ) from error
 
     def _attempt(self, target: Target, access_token: str) -> Answer:
-        body, path = encode_json(self._body, is_request=True), self._api.path
+        body = encode_json(self._body, is_request=True)
         response = self._upstream.send(
-            target, path, body, access_token, self._waiter, self._headers
+            target, self._api.path, body, access_token, self._waiter, self._headers
         )
         if not 200 <= response.status < 300:
             with contextlib.closing(response):
                 text = response.read(MAX_ERROR_BODY).decode("utf-8", "replace")
-            name, shown = target.provider.name, shorten(text, 2000)
-            log.debug("HTTP %d from %s: %s", response.status, name, shown)
+            shown = shorten(text, 2000)
+            log.debug("HTTP %d from %s: %s", response.status, target.provider.name, shown)
             raise self._api.refusal(response.status, text, response.headers, target)
         decoder = self._api.decoder(self._request, target)
         self.answers.append(Answer(response, target, decoder, self._waiter))
         return self.answers[-1]
 
     def _prepare(self, target: Target) -> None:
-        family = target.provider.family
-        if self._api.path in family.lacks:
-            raise BadRequest(
-                family.lacks[self._api.path], code="unsupported_endpoint", moves_on=True
-            )
+        lack = target.provider.family.lacks.get(self._api.path)
+        if lack:
+            raise BadRequest(lack, code="unsupported_endpoint", moves_on=True)
         self._body, fired = self._api.to_upstream(self._request, target)
         for given_up in filter(None, fired.values()):
             self.notes.append(given_up)
