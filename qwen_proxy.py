@@ -3181,25 +3181,73 @@ class UpstreamResponse:
         self.close()
 
 
-class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
-    """urllib's hook for opening connections, which here are kept and used again.
+class Upstream(urllib.request.AbstractHTTPHandler):
+    """Sends requests to providers, over the forward proxy where one is named.
 
-    The pool knows only put and take. A kept connection that turns out dead before it gave one byte
-    is replaced once; a new one that fails is an error.
+    It is urllib's hook for opening connections, which here are kept and used again. A kept one that
+    turns out dead before it gave one byte is replaced once; a new one that fails is an error.
     """
 
     # Kept open to each upstream, and for how long: shorter than any gateway's idle limit we know.
     IDLE, IDLE_AGE = 64, 30.0
+    _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+\Z")
+    # What is printable in Latin-1, and the tab.
+    _HEADER_VALUE = re.compile("[\t\x20-\x7e\xa1-\xac\xae-\xff]*\\Z")
 
-    def __init__(self) -> None:
+    def __init__(self, forwarding: Forwarding = DIRECT) -> None:
         super().__init__()
+        self._opener = opener_over(forwarding, self)
         # The connections that are kept to each upstream, and since when.
         self._idle: dict[Any, list[tuple[socket.socket, float]]] = collections.defaultdict(list)
+
+    def send(
+        self,
+        target: Target,
+        path: str,
+        body: bytes | None,
+        access_token: str,
+        waiter: Waiter,
+        headers: Mapping[str, str],
+    ) -> UpstreamResponse:
+        """POST a body (GET without one) to a path below the provider's base URL."""
+        own = {"Authorization": f"Bearer {access_token}", **headers}
+        if body is not None:
+            own["Content-Type"] = "application/json"
+        own.update(self.custom_headers(target))
+        # It is an http or https URL with a host: base_url_fault() has looked at it.
+        request: Any = urllib.request.Request(target.provider.base_url + path, body, own)
+        request.waiter = waiter
+        try:
+            response: Any = self._opener.open(request, timeout=waiter.timeout)
+        except ValueError as error:
+            # Of _head_of(); UnicodeError is one.
+            raise UpstreamError(
+                f"the request to {target.provider.name} cannot be sent: the key or a header holds "
+                "a character that HTTP does not allow",
+                500,
+            ) from error
+        return response  # type: ignore[no-any-return]
+
+    @classmethod
+    def custom_headers(cls, target: Target) -> dict[str, str]:
+        """Return customHeaders of the model's entry in settings.json, without what is no header.
+
+        Numbers and switches are text there, as in the CLI.
+        """
+        found = as_object(target.config.get("customHeaders"))
+        texts = {
+            name: (value if isinstance(value, str) else json.dumps(value)).strip()
+            for name, value in found.items()
+            if isinstance(value, (str, int, float))
+            and cls._HEADER_NAME.match(name)
+            and name.lower() not in ("host", "content-type")
+        }
+        return {name: text for name, text in texts.items() if cls._HEADER_VALUE.match(text)}
 
     def http_open(self, request: Any) -> UpstreamResponse:
         """Return the response to a request, over a kept connection or a new one."""
         key = (request.type, request.host, request._tunnel_host)
-        keep, connection = functools.partial(self.put, key), self._take(key)
+        keep, connection = functools.partial(self._keep, key), self._take(key)
         while True:
             is_new = connection is None
             connection = connection or self._connect(request)
@@ -3225,7 +3273,7 @@ class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
     https_open = http_open
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
-    def put(self, key: Any, connection: socket.socket) -> None:
+    def _keep(self, key: Any, connection: socket.socket) -> None:
         """Keep a connection whose response was read to its end."""
         idle = self._idle[key]
         if len(idle) < self.IDLE:
@@ -3233,7 +3281,7 @@ class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
         else:
             connection.close()
 
-    def close_idle(self) -> None:
+    def close(self) -> None:
         """Close the connections that are kept."""
         for connection, _ in itertools.chain.from_iterable(list(self._idle.values())):
             connection.close()
@@ -3360,66 +3408,6 @@ class Answer:
             self.waiter.last_progress = time.monotonic()
             if self._feed:
                 self.deliver(self._feed)
-
-
-class Upstream:
-    """Sends requests to providers, over the forward proxy where one is named."""
-
-    _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+\Z")
-    # What is printable in Latin-1, and the tab.
-    _HEADER_VALUE = re.compile("[\t\x20-\x7e\xa1-\xac\xae-\xff]*\\Z")
-
-    def __init__(self, forwarding: Forwarding = DIRECT) -> None:
-        self._connections = KeepAliveHandler()
-        self._opener = opener_over(forwarding, self._connections)
-
-    def send(
-        self,
-        target: Target,
-        path: str,
-        body: bytes | None,
-        access_token: str,
-        waiter: Waiter,
-        headers: Mapping[str, str],
-    ) -> UpstreamResponse:
-        """POST a body (GET without one) to a path below the provider's base URL."""
-        own = {"Authorization": f"Bearer {access_token}", **headers}
-        if body is not None:
-            own["Content-Type"] = "application/json"
-        own.update(self.custom_headers(target))
-        # It is an http or https URL with a host: base_url_fault() has looked at it.
-        request: Any = urllib.request.Request(target.provider.base_url + path, body, own)
-        request.waiter = waiter
-        try:
-            response: Any = self._opener.open(request, timeout=waiter.timeout)
-        except ValueError as error:
-            # Of _head_of(); UnicodeError is one.
-            raise UpstreamError(
-                f"the request to {target.provider.name} cannot be sent: the key or a header holds "
-                "a character that HTTP does not allow",
-                500,
-            ) from error
-        return response  # type: ignore[no-any-return]
-
-    def close(self) -> None:
-        """Close the connections that are kept."""
-        self._connections.close_idle()
-
-    @classmethod
-    def custom_headers(cls, target: Target) -> dict[str, str]:
-        """Return customHeaders of the model's entry in settings.json, without what is no header.
-
-        Numbers and switches are text there, as in the CLI.
-        """
-        found = as_object(target.config.get("customHeaders"))
-        texts = {
-            name: (value if isinstance(value, str) else json.dumps(value)).strip()
-            for name, value in found.items()
-            if isinstance(value, (str, int, float))
-            and cls._HEADER_NAME.match(name)
-            and name.lower() not in ("host", "content-type")
-        }
-        return {name: text for name, text in texts.items() if cls._HEADER_VALUE.match(text)}
 
 
 class Call:

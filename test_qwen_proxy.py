@@ -3028,9 +3028,9 @@ def test_the_password_of_a_forward_proxy_does_not_reach_the_upstream(monkeypatch
     request.set_proxy("proxy:3128", "https")
     request.timeout = 1
     for number in range(2):
-        assert b"c2VjcmV0" not in qp.KeepAliveHandler._head_of(request)
+        assert b"c2VjcmV0" not in qp.Upstream._head_of(request)
         with pytest.raises(qp.UpstreamError):
-            qp.KeepAliveHandler()._connect(request)
+            qp.Upstream()._connect(request)
         assert told == ["Basic c2VjcmV0"] * (number + 1)
 
 
@@ -6079,7 +6079,7 @@ def coded(answer, coding):
 
 
 def test_a_private_ca_is_judged_as_the_cli_judges_it():  # O5
-    for context in qp.KeepAliveHandler()._context, qp.tls_context():
+    for context in qp.Upstream()._context, qp.tls_context():
         assert not context.verify_flags & ssl.VERIFY_X509_STRICT and context.check_hostname
         assert context.verify_mode == ssl.CERT_REQUIRED
 
