@@ -3153,12 +3153,9 @@ class UpstreamResponse:
             ) from error
 
     def read(self, limit: int) -> bytes:
-        """Return the body up to a limit.
-
-        For an error status that is what arrived before a broken connection: the status is enough.
-        """
+        """Return the body up to a limit, or what arrived of it before the connection broke."""
         body, piece = bytearray(), None
-        with contextlib.suppress(*([UpstreamError] if self.status >= 300 else [])):
+        with contextlib.suppress(UpstreamError):
             while piece != b"" and len(body) <= limit:
                 self.wait()
                 piece = self.receive_now()
@@ -3214,15 +3211,15 @@ class Upstream(urllib.request.AbstractHTTPHandler):
         headers: Mapping[str, str],
     ) -> UpstreamResponse:
         """POST a body (GET without one) to a path below the provider's base URL."""
-        own = {"Authorization": f"Bearer {access_token}", **headers}
+        own = {"Authorization": f"Bearer {access_token}", **headers, **self.custom_headers(target)}
         if body is not None:
             own["Content-Type"] = "application/json"
-        own.update(self.custom_headers(target))
         # It is an http or https URL with a host: base_url_fault() has looked at it.
         request: Any = urllib.request.Request(target.provider.base_url + path, body, own)
         request.waiter = waiter
         try:
-            response: Any = self._opener.open(request, timeout=waiter.timeout)
+            response: UpstreamResponse = self._opener.open(request, timeout=waiter.timeout)
+            return response
         except ValueError as error:
             # Of _head_of(); UnicodeError is one.
             raise UpstreamError(
@@ -3230,7 +3227,6 @@ class Upstream(urllib.request.AbstractHTTPHandler):
                 "a character that HTTP does not allow",
                 500,
             ) from error
-        return response  # type: ignore[no-any-return]
 
     @classmethod
     def custom_headers(cls, target: Target) -> dict[str, str]:
@@ -3509,8 +3505,8 @@ class Call:
                     # Three attempts of 10 s would leave no time for the next provider.
                     raise
                 pause = delay if error.retry_after is None else error.retry_after
-                is_late = time.monotonic() + pause > deadline
-                if not error.retry or retries <= 0 or pause > self.LONGEST_DELAY or is_late:
+                longest = min(self.LONGEST_DELAY, deadline - time.monotonic())
+                if not error.retry or retries <= 0 or pause > longest:
                     raise
                 log.info("%s: %s; again in %.1f s", target.provider.name, error.message, pause)
             retries, delay = retries - 1, delay * 2
