@@ -3091,7 +3091,7 @@ class UpstreamResponse:
         return received
 
     @property
-    def has_more(self) -> bool:
+    def may_have_more(self) -> bool:
         """True if there may be more to receive at once."""
         return self._is_full or self._is_ready()
 
@@ -9449,7 +9449,7 @@ class StreamLoop:
                 self._end(stream)
                 return
             self._await(stream)
-            if stream.answer.response.has_more and not stream.exchange.unsent:
+            if stream.answer.response.may_have_more and not stream.exchange.unsent:
                 self._ready.append(stream)
         except Exception as error:
             self._end(stream, error)

@@ -6750,7 +6750,7 @@ def test_what_brings_no_content_is_read_a_piece_at_a_time():  # B1
     source = types.SimpleNamespace(send=len, recv=lambda _: next(pieces))
     response = qp.UpstreamResponse(source, types.SimpleNamespace(wait=lambda _: None), None)
     response.begin(b"")
-    assert response.receive_now() is None and response.has_more and len(list(pieces)) == 2
+    assert response.receive_now() is None and response.may_have_more and len(list(pieces)) == 2
 
 
 def test_trailers_without_end_do_not_hold_the_next_request_up(noisy, monkeypatch):  # B2
