@@ -9545,10 +9545,8 @@ QUIET = ("GET /status", "GET /usage", "GET /favicon.ico")
 class Handler(http.server.BaseHTTPRequestHandler):
     """One connection of a client; http.server's loop over requests, with stricter parsing."""
 
-    protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     server: Listener
-    exchange: Exchange
 
     def setup(self) -> None:
         """Read by deadline, not by socketserver's time per read."""
@@ -9558,24 +9556,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._reader = ClientReader(self.connection)
         self.rfile = io.BufferedReader(self._reader, 8192)
         self.proxy = self.server.proxy
-        self.exchange = self._new_exchange()
-        self.proxy.handlers.add(self)
-
-    def finish(self) -> None:
-        self.proxy.handlers.discard(self)
-        with contextlib.suppress(OSError):
-            super().finish()
-
-    def _new_exchange(self) -> Exchange:
-        max_body = self.proxy.options.max_body << 20
-        return Exchange(self.connection, self._reader, self.rfile, max_body)
+        if self.server.shares_processor:
+            share_one_processor()
 
     def handle_one_request(self) -> None:
         """Read one request and answer it: the only boundary for exceptions.
 
         http.server calls it as long as the connection is kept.
         """
-        self.exchange = exchange = self._new_exchange()
+        max_body = self.proxy.options.max_body << 20
+        exchange = Exchange(self.connection, self._reader, self.rfile, max_body)
+        self.proxy.exchanges.add(exchange)
         try:
             if exchange.read_head():
                 if log.isEnabledFor(logging.DEBUG):
@@ -9592,6 +9583,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = exchange.closes or self.proxy.is_stopping
             if self.close_connection:
                 exchange.linger()
+            self.proxy.exchanges.discard(exchange)
 
     def serve(self, exchange: Exchange) -> None:
         """Answer one request; every request takes this way."""
@@ -9865,9 +9857,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         exchange.read_json()
         exchange.send_json(200, self.proxy.device_login.start(self.proxy.providers.own_login()))
 
-    def log_message(self, format: str, *args: Any) -> None:
-        log.debug(format, *args)
-
 
 class Listener(http.server.ThreadingHTTPServer):
     """One listening socket; each connection has its thread."""
@@ -9914,7 +9903,7 @@ class Listener(http.server.ThreadingHTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start a thread for the connection, or answer 503 when there are too many."""
         limit = self.proxy.options.max_connections
-        if len(self.proxy.handlers) < limit:
+        if len(self.proxy.exchanges) < limit:
             super().process_request(request, client_address)
             return
         log.warning("more than %d connections; one was turned away", limit)
@@ -9940,11 +9929,6 @@ class Listener(http.server.ThreadingHTTPServer):
             self.shutdown_request(request)
         finally:
             self._rejections.release()
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        if self.shares_processor:
-            share_one_processor()
-        super().process_request_thread(request, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.error("a connection ended in %s", shorten(repr(sys.exc_info()[1]), 200))
@@ -9986,7 +9970,8 @@ class ProxyServer:
         self.providers = Providers(options, environ)
         self.upstream = Upstream(self.providers.forwarding)
         self.is_stopping = False
-        self.handlers: set[Handler] = set()
+        # One for each connection; those that are no request yet are not busy.
+        self.exchanges: set[Exchange] = set()
         self.memory = ResponseMemory()
         for warning in self.access.warnings():
             log.warning("%s", warning)
@@ -10081,10 +10066,10 @@ class ProxyServer:
             if self._is_serving:
                 listener.shutdown()
             listener.server_close()
-        for handler in list(self.handlers):
-            if not handler.exchange.is_busy:
+        for exchange in list(self.exchanges):
+            if not exchange.is_busy:
                 with contextlib.suppress(OSError):
-                    handler.connection.shutdown(socket.SHUT_RDWR)
+                    exchange.connection.shutdown(socket.SHUT_RDWR)
         self._wait_until_idle(end - self.LAST_WORDS)
         for waiter in list(self._waiters):
             waiter.is_stopping = True
@@ -10099,7 +10084,7 @@ class ProxyServer:
 
     def _wait_until_idle(self, end: float) -> None:
         while time.monotonic() < end:
-            if not any(handler.exchange.is_busy for handler in list(self.handlers)):
+            if not any(exchange.is_busy for exchange in list(self.exchanges)):
                 return
             time.sleep(0.02)
 
@@ -10231,9 +10216,9 @@ class ProxyServer:
             **({"Provider": "the built-in demo", "Login": "none needed"} if options.demo else {}),
         }
         running = [
-            {**handler.exchange.facts(), "status": None}
-            for handler in list(self.handlers)
-            if handler.exchange.is_busy and handler.exchange.counted_route() in Ledger.ROUTES
+            {**exchange.facts(), "status": None}
+            for exchange in list(self.exchanges)
+            if exchange.is_busy and exchange.counted_route() in Ledger.ROUTES
         ]
         return {
             **health,

@@ -2999,9 +2999,9 @@ def test_a_client_that_leaves_is_noticed_while_the_upstream_takes_nothing(keyed)
         with socket.create_connection(("127.0.0.1", server.port)) as client:
             client.sendall(post(json.dumps({"messages": [user("x" * 20_000_000)]}).encode()))
             upstream_end, _ = listener.accept()
-            assert len(server.handlers) == 1
+            assert len(server.exchanges) == 1
         with upstream_end:  # open, but not read from
-            until(lambda: not server.handlers)
+            until(lambda: not server.exchanges)
 
 
 def test_blank_lines_before_the_first_event_are_not_kept():
@@ -5552,7 +5552,7 @@ def slow_client(key_server, upstream):
 
 def unsent(server):
     """What clients did not take yet."""
-    return max((len(handler.exchange.unsent) for handler in list(server.handlers)), default=0)
+    return max((len(exchange.unsent) for exchange in list(server.exchanges)), default=0)
 
 
 def test_a_client_that_does_not_keep_up_gets_all_and_holds_up_no_other(key_server, slow_client):
@@ -5567,7 +5567,7 @@ def test_a_client_that_does_not_keep_up_gets_all_and_holds_up_no_other(key_serve
 
 def test_a_client_that_takes_nothing_is_left(key_server, upstream, slow_client, monkeypatch):
     monkeypatch.setattr(qp.Exchange, "WRITE_TIMEOUT", 0.05)
-    until(lambda: not key_server.handlers)
+    until(lambda: not key_server.exchanges)
     assert chat(key_server)[0] == 200
 
 
