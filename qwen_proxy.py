@@ -81,6 +81,7 @@ import select
 import selectors
 import signal
 import socket
+import socketserver
 import ssl
 import stat
 import struct
@@ -9858,7 +9859,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         exchange.send_json(200, self.proxy.device_login.start(self.proxy.providers.own_login()))
 
 
-class Listener(http.server.ThreadingHTTPServer):
+class Listener(socketserver.ThreadingTCPServer):
     """One listening socket; each connection has its thread."""
 
     daemon_threads = True
@@ -9879,17 +9880,11 @@ class Listener(http.server.ThreadingHTTPServer):
         super().__init__(address, Handler)
 
     def server_bind(self) -> None:
-        """Bind without http.server's look-up of the full host name, which may take seconds."""
+        """Bind to the address; :: is every address of this machine, those of IPv4 too."""
         if self.address_family == socket.AF_INET6:
-            # :: is every address of this machine, those of IPv4 too.
             only = self.server_address[0] != "::"
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only)
-        if self.allow_reuse_address:
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.socket.bind(self.server_address)
-        self.server_address = self.socket.getsockname()
-        host, self.server_port = self.server_address[:2]
-        self.server_name = str(host)
+        super().server_bind()
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection; with no descriptor left, pause instead of trying at once again."""
@@ -9999,7 +9994,7 @@ class ProxyServer:
     @property
     def port(self) -> int:
         """The port it listens on, also after --port 0."""
-        return self._listeners[0].server_port
+        return int(self._listeners[0].server_address[1])
 
     @property
     def url(self) -> str:
@@ -10013,7 +10008,7 @@ class ProxyServer:
             return [Listener((host, port), self)]
         first = Listener(("127.0.0.1", port), self)
         try:
-            return [first, Listener(("::1", first.server_port), self)]
+            return [first, Listener(("::1", first.server_address[1]), self)]
         except OSError as error:
             # Node would reach that other program. 10048 is WSAEADDRINUSE.
             if error.errno not in (errno.EADDRINUSE, 10048):
