@@ -8575,8 +8575,8 @@ def listening_host(stated: str) -> str:
 class AccessPolicy:
     """Who may use the server: which keys there are, whether one is needed, who may pass.
 
-    Command line and make_server() come here; the constructor raises ValueError for options that
-    would leave the door open. A page on the web reaches a server on loopback by DNS rebinding
+    The constructor raises ValueError for options that would leave the door open, and warns of what
+    a person may not have meant. A page on the web reaches a server on loopback by DNS rebinding
     (stopped by Host) or by a plain cross-site request (stopped by Origin and Sec-Fetch-Site).
     Ollama's CVE-2024-28224 was the first.
     """
@@ -8596,40 +8596,24 @@ class AccessPolicy:
             re.sub(r"(?<![/:])/\Z", "", origin).lower() for origin in options.allow_origin
         }
         self.has_keys = bool(options.api_key)
-        self._keys = [key.encode() for key in checked_keys(options.api_key)]
+        self._keys = [key.encode() for key in options.api_key]
         # An address cannot be rebound; where the server is open to a network it is reached by one.
-        self._any_address = not self.is_local(options.host)
+        # A name may lead anywhere.
+        self._any_address = options.host.endswith(".localhost") or not is_loopback(options.host)
         if self._any_address and not (self._keys or options.no_auth):
-            raise ValueError(self._needs_key(options))
-
-    @staticmethod
-    def _needs_key(options: Options) -> str:
-        command = f"python3 qwen_proxy.py --host {options.host or '0.0.0.0'} --port {options.port}"
-        return (
-            f"listening on {options.host or 'all addresses'} lets everybody on the network spend "
-            "your quota: say --no-auth, or give a key, here a fresh one: "
-            f"{command} --api-key {secrets.token_hex(16)}"
-        )
-
-    @staticmethod
-    def is_local(host: str) -> bool:
-        """Return whether only this machine reaches a server there; a name may lead anywhere."""
-        try:
-            return host == "localhost" or ipaddress.ip_address(host).is_loopback
-        except ValueError:
-            return False
-
-    def warnings(self) -> list[str]:
-        """Return what the options open that a person may not have meant."""
-        found = []
+            raise ValueError(
+                f"listening on {options.host or 'all addresses'} lets everybody on the network "
+                "spend your quota: say --no-auth, or give a key, here a fresh one: python3 "
+                f"qwen_proxy.py --host {options.host or '0.0.0.0'} --port {options.port} "
+                f"--api-key {secrets.token_hex(16)}"
+            )
         if "null" in self._origins:
-            found.append(
+            log.warning(
                 "--allow-origin null lets every web page use this server: a sandboxed frame has "
                 "that origin"
             )
         if "*" in self._origins and not self._keys:
-            found.append("--allow-origin * without --api-key lets every web page use this server")
-        return found
+            log.warning("--allow-origin * without --api-key lets every web page use this server")
 
     def check_host(self, headers: Mapping[str, str], is_required: bool) -> None:
         """Raise ProxyError unless the Host header names this machine.
@@ -8678,14 +8662,12 @@ class AccessPolicy:
         if not is_allowed and not self.LOCAL_ORIGINS.match(origin):
             name = shorten(origin, 100)
             message = (
-                f"pages of {name} may not use this server; if they should, start it with "
+                "pages without an origin of their own (a file, a sandboxed frame) may not use this "
+                "server; serve the page over http on localhost"
+                if origin == "null"
+                else f"pages of {name} may not use this server; if they should, start it with "
                 f"--allow-origin {name}"
             )
-            if origin == "null":
-                message = (
-                    "pages without an origin of their own (a file, a sandboxed frame) may not use "
-                    "this server; serve the page over http on localhost"
-                )
             raise ProxyError(message, 403, "origin_not_allowed", "permission_error")
         return [
             ("Access-Control-Allow-Origin", origin),
@@ -9968,8 +9950,6 @@ class ProxyServer:
         # One for each connection; those that are no request yet are not busy.
         self.exchanges: set[Exchange] = set()
         self.memory = ResponseMemory()
-        for warning in self.access.warnings():
-            log.warning("%s", warning)
         self._waiters: set[Waiter] = set()
         self._lists = ModelLists(self.upstream)
         # The objects of /v1/models, and what they were made from.
