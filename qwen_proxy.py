@@ -8832,9 +8832,9 @@ class Exchange:
         # No secret, and os.urandom is a system call.
         self._request_id = f"req_{random.getrandbits(96):024x}"
         self.cors: list[tuple[str, str]] = []
-        self._more_headers: list[tuple[str, str]] = []
         self.writer: Any = None
-        self.waiters: list[Waiter] = []
+        # There while the upstream is asked.
+        self.waiter: Waiter | None = None
         self._head_sent = self.is_on_loop = False
         # What the client did not take yet.
         self.unsent: Any = b""
@@ -9050,27 +9050,18 @@ class Exchange:
     # -- the answer ------------------------------------------------------------------------------
 
     def begin(self, answer: Answer) -> None:
-        """Note who answers, and when; a stream begins with its head."""
+        """Note who answers, and when."""
         self.target, self.began = answer.target, time.monotonic()
         self._adopt_request_id(answer.response.headers.get("x-request-id"))
-        if not self._head_sent:
-            self._more_headers = [("x-qwen-provider", answer.target.provider.name)]
         if self.writer.is_stream:
-            self.start_stream()
             self.writer.start()
-
-    def heartbeat(self, targets: list[Target]) -> None:
-        """Send a sign of life; the head goes with it, naming who will answer if that is sure."""
-        if not self._head_sent and len(targets) == 1:
-            self._more_headers = [("x-qwen-provider", targets[0].provider.name)]
-        self.start_stream()
-        self.writer.heartbeat()
 
     def send(self, status: int, headers: Iterable[tuple[str, str]], body: bytes | None) -> None:
         """Write the head and, where it is known, the body; None starts a chunked body."""
         lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, 'Status')}"]
-        all_headers = [*headers, *self._more_headers, *self.cors]
-        lines += [f"{name}: {value}" for name, value in all_headers]
+        lines += [f"{name}: {value}" for name, value in (*headers, *self.cors)]
+        if self.target and not self.error:
+            lines.append(f"x-qwen-provider: {self.target.provider.name}")
         lines += [f"Date: {http_date(int(time.time()))}", f"X-Request-Id: {self._request_id}"]
         if self._unread and body is not None:
             self._drop_body()
@@ -9095,59 +9086,36 @@ class Exchange:
         """Send a JSON value."""
         self.send(status, [("Content-Type", "application/json"), *headers], encode_json(value))
 
-    def start_stream(self) -> None:
-        """Make the head of an event stream, once; the next write sends it."""
-        if not self._head_sent:
-            self.send(200, self.STREAM_HEADERS, None)
-
     def write_events(self, events: list[bytes], is_last: bool = False) -> None:
         """Send whole events of a stream, each a chunk of the body, as one write.
 
-        Behind the last ones the body ends as it should, so that the connection can be used again.
+        The head goes out with the first ones. Behind the last ones the body ends as it should, so
+        that the connection can be used again.
         """
+        if not self._head_sent:
+            self.send(200, self.STREAM_HEADERS, None)
         if not self._is_http_1_0:
             events = [b"%x\r\n%s\r\n" % (len(event), event) for event in events]
             events += [b"0\r\n\r\n"] if is_last else []
         elif is_last:
             self.closes = True
         self._write(b"".join(events))
-        for waiter in self.waiters:
-            waiter.last_sign = time.monotonic()
+        if self.waiter:
+            self.waiter.last_sign = time.monotonic()
 
     def tally(self, calls: list[Call]) -> None:
-        """Note what the calls came to, however they ended."""
-        self.notes += [note for call in calls for note in call.notes]
+        """Close the calls and note what they came to, however they ended."""
         self.target = self.target or calls[0].target
         for call in calls:
+            self.notes += call.notes
             self.outcomes.update(call.moved)
             for answer in call.answers:
                 self.outcomes.setdefault(answer.target, 200)
                 if answer.decoder.usage:
-                    used = tokens_of(answer.decoder.usage)
                     before = self.tokens.get(answer.target, (0, 0, 0, 0))
+                    used = tokens_of(answer.decoder.usage)
                     self.tokens[answer.target] = tuple(map(operator.add, before, used))
-
-    def open_all(self, calls: list[Call], targets: list[Target]) -> list[Answer]:
-        """Open all calls, a few of them at a time; when one fails, the others end."""
-        if len(calls) == 1:
-            return [calls[0].open(targets)]
-        with concurrent.futures.ThreadPoolExecutor(4) as pool:
-            futures = [pool.submit(call.open, targets) for call in calls]
-            done, _ = concurrent.futures.wait(
-                futures, return_when=concurrent.futures.FIRST_EXCEPTION
-            )
-            failures = [future.exception() for future in done if future.exception()]
-            if failures and failures[0]:
-                for future in futures:
-                    future.cancel()
-                self.stop_waiting()
-                raise failures[0]
-            return [future.result() for future in futures]
-
-    def stop_waiting(self) -> None:
-        """End the waits of the calls to the upstream."""
-        for waiter in self.waiters:
-            waiter.is_stopping = True
+            call.close()
 
     def fail(self, error: BaseException) -> None:
         """Tell the client of a failure, if it is still there.
@@ -9182,7 +9150,6 @@ class Exchange:
         self.error = error
         self._adopt_request_id(error.request_id)
         if not self._head_sent:
-            self._more_headers = []
             self.send_json(error.status, error.body(), error.headers)
         else:
             self.status = error.status
@@ -9473,13 +9440,33 @@ class StreamLoop:
             self._end(stream, error)
 
 
+def open_all(calls: list[Call], targets: list[Target], waiter: Waiter) -> list[Answer]:
+    """Open all calls, a few of them at a time; when one fails, the others end."""
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        futures = [pool.submit(call.open, targets) for call in calls]
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                future.result()
+        except Exception:
+            for future in futures:
+                future.cancel()
+            waiter.is_stopping = True
+            raise
+        return [future.result() for future in futures]
+
+
 def relay(answer: Answer, exchange: Exchange, loop: StreamLoop, collector: Any = None) -> None:
     """Push an answer through to the client, piece by piece as it comes.
 
     With a collector, which is there for --log-level debug, the log shows the whole.
     """
     feed = exchange.writer.feed
-    answer.deliver(functools.partial(feed_both, collector, feed) if collector else feed)
+
+    def feed_both(chunk: Chunk) -> None:
+        collector.feed(chunk.value)
+        feed(chunk)
+
+    answer.deliver(feed_both if collector else feed)
     exchange.writer.flush()
     while not answer.is_over:
         if answer.is_heavy:
@@ -9491,13 +9478,6 @@ def relay(answer: Answer, exchange: Exchange, loop: StreamLoop, collector: Any =
             loop.carry(Stream(answer, exchange))
     if collector:
         log.debug("answer: %s", excerpt(collector.completion(answer.decoder.usage)))
-
-
-def feed_both(collector: CompletionCollector, feed: Callable[[Chunk], None], chunk: Chunk) -> None:
-    """Give a chunk to a collector and to a writer."""
-    if chunk.value["choices"]:
-        collector.feed(chunk.value)
-    feed(chunk)
 
 
 # Path (without /v1), method: the class of an API, or the method of Handler.
@@ -9561,8 +9541,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         finally:
             if exchange.is_busy:
                 self.proxy.note(exchange)
-            # It leads back to the exchange, which would wait for the garbage collector.
-            exchange.is_busy, exchange.writer = False, None
+            # They lead back to the exchange, which would wait for the garbage collector.
+            exchange.is_busy, exchange.writer, exchange.waiter = False, None, None
             self.close_connection = exchange.closes or self.proxy.is_stopping
             if self.close_connection:
                 exchange.linger()
@@ -9570,7 +9550,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def serve(self, exchange: Exchange) -> None:
         """Answer one request; every request takes this way."""
-        proxy = self.proxy
+        proxy, options = self.proxy, self.proxy.options
         self.check_access(exchange)
         api = self.find_api(exchange)
         if api is None:
@@ -9578,17 +9558,30 @@ class Handler(http.server.BaseHTTPRequestHandler):
         request = api.check(exchange.read_json())
         exchange.model = as_text(request.get("model"))
         targets = proxy.targets(request.get("model"))
-        exchange.writer = api.writer(request, exchange, targets[0])
+        writer = exchange.writer = api.writer(request, exchange, targets[0])
+        heartbeat = writer.heartbeat if writer.is_stream else None
+        waiter = Waiter(exchange.connection, options.timeout, heartbeat)
+        exchange.waiter = waiter
+        if proxy.is_stopping:
+            raise ShuttingDown
+        calls = [
+            Call(proxy.upstream, api, part, waiter, options.retries, exchange.user_agent())
+            for part in api.split(request, targets)
+        ]
+        exchange.target = targets[0] if len(targets) == 1 else None
         is_shown = log.isEnabledFor(logging.DEBUG) and not isinstance(api, EmbeddingsApi)
         collector = CompletionCollector() if is_shown else None
-        with proxy.calls(api, request, targets, exchange) as calls:
-            answers = exchange.open_all(calls, targets)
+        try:
+            is_one = len(calls) == 1
+            answers = [calls[0].open(targets)] if is_one else open_all(calls, targets, waiter)
             exchange.begin(answers[0])
             for answer in answers:
                 relay(answer, exchange, proxy.streams, collector)
-            exchange.writer.close(answers[0].decoder.usage)
+            writer.close(answers[0].decoder.usage)
             for answer in answers:
                 answer.response.drain()
+        finally:
+            exchange.tally(calls)
 
     def check_access(self, exchange: Exchange) -> None:
         """Raise ProxyError for a Host, a web page or a declared type that may not pass."""
@@ -9950,7 +9943,6 @@ class ProxyServer:
         # One for each connection; those that are no request yet are not busy.
         self.exchanges: set[Exchange] = set()
         self.memory = ResponseMemory()
-        self._waiters: set[Waiter] = set()
         self._lists = ModelLists(self.upstream)
         # The objects of /v1/models, and what they were made from.
         self._models: tuple[Any, list[Json]] = (None, [])
@@ -10046,7 +10038,7 @@ class ProxyServer:
                 with contextlib.suppress(OSError):
                     exchange.connection.shutdown(socket.SHUT_RDWR)
         self._wait_until_idle(end - self.LAST_WORDS)
-        for waiter in list(self._waiters):
+        for waiter in self._waiters():
             waiter.is_stopping = True
         half = self.LAST_WORDS / 2
         self._wait_until_idle(max(end - half, time.monotonic() + half))
@@ -10057,38 +10049,15 @@ class ProxyServer:
         self.ledger.close(max(0.5, end - time.monotonic()))
         self._stopped.set()
 
+    def _waiters(self) -> list[Waiter]:
+        """Return what waits for the upstream now."""
+        return [*filter(None, [exchange.waiter for exchange in list(self.exchanges)])]
+
     def _wait_until_idle(self, end: float) -> None:
         while time.monotonic() < end:
             if not any(exchange.is_busy for exchange in list(self.exchanges)):
                 return
             time.sleep(0.02)
-
-    @contextlib.contextmanager
-    def calls(
-        self, api: ChatApi, request: Json, targets: list[Target], exchange: Exchange
-    ) -> Iterator[list[Call]]:
-        """Make the calls to the upstream that a request takes, and count them as running."""
-        if self.is_stopping:
-            raise ShuttingDown
-        options, calls, waiters = self.options, [], []
-        heartbeat = None
-        if exchange.writer.is_stream:
-            heartbeat = functools.partial(exchange.heartbeat, targets)
-        for part in api.split(request, targets):
-            waiter = Waiter(exchange.connection, options.timeout, heartbeat)
-            waiters.append(waiter)
-            agent = exchange.user_agent()
-            calls.append(Call(self.upstream, api, part, waiter, options.retries, agent))
-        exchange.waiters = waiters
-        self._waiters.update(waiters)
-        try:
-            yield calls
-        finally:
-            self._waiters.difference_update(waiters)
-            exchange.tally(calls)
-            for call in calls:
-                call.close()
-            exchange.waiters = []
 
     def note(self, exchange: Exchange) -> None:
         """Write the log line of an exchange that is over, and count it."""
@@ -10168,7 +10137,7 @@ class ProxyServer:
             "status": status,
             "version": __version__,
             "uptime_seconds": int(time.time() - self._started),
-            "in_flight": len(self._waiters),
+            "in_flight": len(self._waiters()),
             "login": {name: login[name] for name in names if name in login},
             "last_refusal": next(filter(None, (provider.refusal for provider in asked)), None),
         }
