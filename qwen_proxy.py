@@ -9118,35 +9118,28 @@ class Exchange:
             call.close()
 
     def fail(self, error: BaseException) -> None:
-        """Tell the client of a failure, if it is still there.
+        """Tell the client of a failure, if it is still there; raises OSError.
 
         That is an HTTP status while that is possible, else the last event of the stream.
         """
-        try:
-            self._fail(error)
-        except OSError:
-            self.closes = True
-
-    def _fail(self, error: BaseException) -> None:
         is_late = isinstance(error, socket.timeout) and not self._head_sent
+        # Without headers the head itself was wrong.
+        self.closes = self.closes or not isinstance(error, ProxyError) or not self.headers
         if isinstance(error, ShuttingDown):
-            self.closes = True
             message = "the server is stopping; try again in a moment"
             headers = [("Retry-After", "2")]
             error = ProxyError(message, 503, "shutting_down", "server_error", headers=headers)
         elif is_late and self.is_busy and (self._unread or not self.headers):
-            self.closes = True
             error = BadRequest("the request did not arrive in time", 408)
         elif isinstance(error, (ClientGone, OSError)) or not self.is_busy:
-            self.closes, self.status = True, 499
-            self.notes.append(self._left())
+            self.status = 499
+            when = "while it waited for the first byte" if self.target else "before it was served"
+            if self.began is not None:
+                when = f"{time.monotonic() - self.began:.1f} s after the first byte"
+            self.notes.append(f"the client left {when}")
             return
         elif not isinstance(error, ProxyError):
-            self.closes = True
             error = fault_of_ours(error)
-        elif not self.headers:
-            # The head itself was wrong.
-            self.closes = True
         self.error = error
         self._adopt_request_id(error.request_id)
         if not self._head_sent:
@@ -9154,13 +9147,6 @@ class Exchange:
         else:
             self.status = error.status
             self.writer.error(error)
-
-    def _left(self) -> str:
-        """Return when the client left."""
-        if self.began is not None:
-            return f"the client left {time.monotonic() - self.began:.1f} s after the first byte"
-        waited = "while it waited for the first byte" if self.target else "before it was served"
-        return f"the client left {waited}"
 
     def log_level(self, route: str) -> int:
         """Return the level to log at: for an error of ours, one that the client feels, or none."""
@@ -9254,16 +9240,12 @@ class Exchange:
 
     def _write(self, data: bytes) -> None:
         """Send all of the data; while the loop moves the stream, what the client takes at once."""
-        self.unsent = bytes(self.unsent) + data if self.unsent else data
-        self.send_unsent()
+        data = bytes(self.unsent) + data if self.unsent else data
+        self.unsent = send_some(self.connection, data)
         while self.unsent and not self.is_on_loop:
             if not is_ready(self.connection, selectors.EVENT_WRITE, self.WRITE_TIMEOUT):
                 raise socket.timeout("timed out")
-            self.send_unsent()
-
-    def send_unsent(self) -> None:
-        """Send what the client takes now of what it did not take yet."""
-        self.unsent = send_some(self.connection, self.unsent)
+            self.unsent = send_some(self.connection, self.unsent)
 
 
 def fault_of_ours(error: BaseException) -> ProxyError:
@@ -9293,12 +9275,12 @@ class Stream:
 
     def move(self) -> None:
         """Push what has arrived through; nothing more while the client does not keep up."""
-        self.moved = time.monotonic()
-        if self.exchange.unsent:
-            self.exchange.send_unsent()
-        if not self.exchange.unsent:
+        self.moved, exchange = time.monotonic(), self.exchange
+        if exchange.unsent:
+            exchange.unsent = send_some(exchange.connection, exchange.unsent)
+        if not exchange.unsent:
             self.answer.pump()
-            self.exchange.writer.flush()
+            exchange.writer.flush()
 
     def look(self) -> None:
         """Look at what the clock decides; raises what a Waiter raises, OSError."""
@@ -9537,7 +9519,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     log.debug("%s %s from %s", exchange.method, path, exchange.client)
                 self.serve(exchange)
         except Exception as error:
-            exchange.fail(error)
+            try:
+                exchange.fail(error)
+            except OSError:
+                exchange.closes = True
         finally:
             if exchange.is_busy:
                 self.proxy.note(exchange)
