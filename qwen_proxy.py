@@ -8871,7 +8871,7 @@ class Exchange:
         if version not in ((1, 0), (1, 1)):
             raise BadRequest("unsupported HTTP version; use HTTP/1.1", 505)
         self._is_http_1_0 = version == (1, 0)
-        self._read_headers()
+        self.headers = self._read_headers(self.MAX_HEAD)
         self._check_framing()
         absolute = self._ABSOLUTE.match(self.path)
         if absolute and (self._is_http_1_0 or "host" in self.headers):
@@ -8882,15 +8882,16 @@ class Exchange:
         self.closes = "close" in connection or self._is_http_1_0
         return True
 
-    def _read_headers(self) -> None:
-        size, headers = 0, self.headers
+    def _read_headers(self, limit: int) -> dict[str, str]:
+        headers: dict[str, str] = {}
+        size = 0
         for _ in range(self.MAX_HEADERS + 1):
             line = self._rfile.readline(MAX_LINE + 1)
             size += len(line)
-            if size > self.MAX_HEAD:
+            if size > limit:
                 raise BadRequest("the headers are too long", 431)
             if line == b"\r\n":
-                return
+                return headers
             match = self._HEADER.match(line)
             if len(line) > MAX_LINE:
                 raise BadRequest("a header line is too long", 431)
@@ -8976,7 +8977,8 @@ class Exchange:
                 raise BadRequest("a chunk size is malformed")
             size, spare = int(match.group(1), 16), spare - len(match.group(2))
             if not size:
-                self._skip_trailers(spare)
+                # The trailers are dropped.
+                self._read_headers(spare)
                 return bytes(body)
             if len(body) + size > limit:
                 raise self._too_large()
@@ -8985,16 +8987,6 @@ class Exchange:
                 raise BadRequest("a chunk is malformed")
             body += piece
         raise BadRequest("the chunk extensions are too long")
-
-    def _skip_trailers(self, spare: int) -> None:
-        while spare > 0:
-            line = self._rfile.readline(spare)
-            if line == b"\r\n":
-                return
-            if not self._HEADER.match(line):
-                raise BadRequest("a trailer is malformed, or they are too long")
-            spare -= len(line)
-        raise BadRequest("the trailers are too long")
 
     def _decoded(self, body: bytes) -> bytes:
         coding = self.headers.get("content-encoding", "identity").lower()
