@@ -8615,17 +8615,13 @@ class AccessPolicy:
         if "*" in self._origins and not self._keys:
             log.warning("--allow-origin * without --api-key lets every web page use this server")
 
-    def check_host(self, headers: Mapping[str, str], is_required: bool) -> None:
-        """Raise ProxyError unless the Host header names this machine.
+    def check_host(self, headers: Mapping[str, str]) -> None:
+        """Raise ProxyError unless the Host header, if there is one, names this machine.
 
         A page that rebinds a name does not know a key: with one, any name will do.
         """
         host = headers.get("host")
-        if host is None:
-            if is_required:
-                raise BadRequest("the Host header is missing")
-            return
-        if self._keys and self._place_of_key(headers):
+        if host is None or self._keys and self._place_of_key(headers):
             return
         match = self._HOST.match(host.strip().lower())
         name = (match.group(1) or match.group(2)).rstrip(".") if match else ""
@@ -8817,11 +8813,15 @@ class Exchange:
     _HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n\Z")
     _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})([ \t]*;[\t\x20-\x7e]*|)\r\n\Z")
     _ABSOLUTE = re.compile(r"https?://([^/?#@]+)([/?].*|)\Z", re.I)
+    # The id of a model may hold slashes.
+    _WITH_ID = re.compile(r"/models/(.+)|/responses/([^/]+)(?:/input_items)?")
 
     def __init__(self, connection: socket.socket, reader: ClientReader, rfile: Any, max_body: int):
         self.connection, self._reader, self._rfile = connection, reader, rfile
         self._max_body = max_body
         self.method = self.path = self.key = self.model = ""
+        # The path as ENDPOINTS has it, and the id in it.
+        self.route = self.id = ""
         self.headers: dict[str, str] = {}
         self.started = self.ended = time.monotonic()
         self.began: float | None = None
@@ -8873,11 +8873,16 @@ class Exchange:
         self._is_http_1_0 = version == (1, 0)
         self.headers = self._read_headers(self.MAX_HEAD)
         self._check_framing()
+        if not (self._is_http_1_0 or "host" in self.headers):
+            raise BadRequest("the Host header is missing")
         absolute = self._ABSOLUTE.match(self.path)
-        if absolute and (self._is_http_1_0 or "host" in self.headers):
+        if absolute:
             # RFC 9112 3.2.2: such a target counts, whatever Host says.
             self.headers["host"], rest = absolute.groups()
             self.path = "/" + rest.lstrip("/")
+        if not self.path.startswith("/"):
+            raise BadRequest("the request target must be a path, such as /v1/chat/completions")
+        self._find_route()
         connection = self.headers.get("connection", "").lower()
         self.closes = "close" in connection or self._is_http_1_0
         return True
@@ -8921,21 +8926,16 @@ class Exchange:
             self._length = int(length)
             self._unread = self._length > 0
 
-    @property
-    def needs_host(self) -> bool:
-        """True if the Host header must be there (RFC 9112 3.2)."""
-        return not self._is_http_1_0
-
-    def route(self) -> str:
-        """Return the path without /v1 and without what clients get wrong in a base URL."""
-        path = self.path.partition("?")[0]
-        if not path.startswith("/"):
-            raise BadRequest("the request target must be a path, such as /v1/chat/completions")
+    def _find_route(self) -> None:
+        """Take /v1 off the path, what clients get wrong in a base URL, and the id."""
         # Base URLs that end in a slash get another one: Jan asks for //models.
-        path = "/" + path.lstrip("/")
-        if path == "/v1" or path.startswith("/v1/"):
-            path = "/" + path[3:].lstrip("/")
-        return path.rstrip("/") or "/"
+        path = re.sub(r"\A/+(v1(/+|\Z))?", "/", self.path.partition("?")[0])
+        self.route = path.rstrip("/") or "/"
+        match = self._WITH_ID.fullmatch(self.route)
+        if match:
+            start, end = match.span(match.lastindex or 0)
+            self.id = urllib.parse.unquote(self.route[start:end])
+            self.route = f"{self.route[:start]}{{id}}{self.route[end:]}"
 
     def query(self, name: str) -> str:
         """Return a parameter of the query; empty for one that is not there."""
@@ -9201,11 +9201,8 @@ class Exchange:
 
     def counted_route(self) -> str:
         """Return the route that the request counts for; 'other' for an unknown one."""
-        path = ""
-        with contextlib.suppress(BadRequest):
-            path = self.route()
-        path = "/models/{id}" if path.startswith("/models/") else path
-        return f"{self.method} {path}" if self.method in ENDPOINTS.get(path, {}) else "other"
+        is_known = self.method in ENDPOINTS.get(self.route, {})
+        return f"{self.method} {self.route}" if is_known else "other"
 
     def count(self, ledger: Ledger, route: str) -> None:
         """Count the request: once for each provider that was asked."""
@@ -9563,7 +9560,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def check_access(self, exchange: Exchange) -> None:
         """Raise ProxyError for a Host, a web page or a declared type that may not pass."""
         access, headers = self.proxy.access, exchange.headers
-        access.check_host(headers, exchange.needs_host)
+        access.check_host(headers)
         exchange.cors = access.check_origin(exchange.method, headers)
         if exchange.cors and exchange.method == "POST" and not declares_json(headers):
             raise BadRequest(
@@ -9578,39 +9575,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if exchange.method == "OPTIONS":
             self.send_preflight(exchange)
             return None
-        route, name = self._without_id(exchange.route())
-        methods = ENDPOINTS.get(route)
-        if methods is None:
-            raise self._unknown_route(exchange)
+        methods = ENDPOINTS.get(exchange.route)
         method = "GET" if exchange.method == "HEAD" else exchange.method
-        if method == "POST" and name and method not in methods:
+        if methods is None or method == "POST" and exchange.id and method not in methods:
             raise self._unknown_route(exchange)
         if method not in methods:
             others = ", ".join(methods)
             message = f"method {exchange.method} is not allowed on this route; use {others}"
             headers = [("Allow", f"{others}, OPTIONS")]
             raise BadRequest(message, 405, "method_not_allowed", headers=headers)
-        if route not in WITHOUT_KEY:
+        if exchange.route not in WITHOUT_KEY:
             exchange.key = self.proxy.access.check_key(exchange.headers)
         endpoint = methods[method]
         if isinstance(endpoint, str):
-            getattr(self, endpoint)(exchange, *([urllib.parse.unquote(name)] if name else []))
+            getattr(self, endpoint)(exchange)
             return None
         api: ChatApi = endpoint(self.proxy.memory, exchange.key)
         return api
-
-    @staticmethod
-    def _without_id(route: str) -> tuple[str, str]:
-        """Return the route as ENDPOINTS has it, and the id in it; the id of a model may hold /."""
-        before, slash, rest = route[1:].partition("/")
-        if not rest or before not in ("models", "responses"):
-            return route, ""
-        name, tail = rest, ""
-        if before == "responses" and rest.endswith("/input_items"):
-            tail = "/input_items"
-            name = rest[: -len(tail)]
-        is_id = bool(name) and (before == "models" or "/" not in name)
-        return (f"/{before}/{{id}}{tail}", name) if is_id else (route, "")
 
     @staticmethod
     def _unknown_route(exchange: Exchange) -> BadRequest:
@@ -9667,25 +9648,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
             headers=[("Allow", "POST, OPTIONS")],
         )
 
-    def get_response(self, exchange: Exchange, response_id: str) -> None:
+    def get_response(self, exchange: Exchange) -> None:
         """Answer GET /v1/responses/{id}."""
         if as_switch(exchange.query("stream")):
             raise BadRequest(
                 "a response that is stored is not streamed here; ask without stream=true",
                 param="stream",
             )
-        found = self.proxy.memory.get(response_id, exchange.key)
-        exchange.send_json(200, self._found(found, response_id)[0])
+        found = self.proxy.memory.get(exchange.id, exchange.key)
+        exchange.send_json(200, self._found(found, exchange.id)[0])
 
-    def delete_response(self, exchange: Exchange, response_id: str) -> None:
+    def delete_response(self, exchange: Exchange) -> None:
         """Answer DELETE /v1/responses/{id}."""
-        self._found(self.proxy.memory.delete(response_id, exchange.key) or None, response_id)
-        exchange.send_json(200, {"id": response_id, "object": "response", "deleted": True})
+        self._found(self.proxy.memory.delete(exchange.id, exchange.key) or None, exchange.id)
+        exchange.send_json(200, {"id": exchange.id, "object": "response", "deleted": True})
 
-    def get_input_items(self, exchange: Exchange, response_id: str) -> None:
+    def get_input_items(self, exchange: Exchange) -> None:
         """Answer GET /v1/responses/{id}/input_items, a page of them, the latest first."""
-        found = self.proxy.memory.get(response_id, exchange.key)
-        items = listed_items(self._found(found, response_id)[1])
+        found = self.proxy.memory.get(exchange.id, exchange.key)
+        items = listed_items(self._found(found, exchange.id)[1])
         limit, order = as_count(exchange.query("limit") or 20), exchange.query("order") or "desc"
         if limit is None or not 1 <= limit <= 100:
             raise BadRequest("limit must be between 1 and 100", param="limit")
@@ -9723,12 +9704,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Answer GET /v1/models."""
         exchange.send_json(200, {"object": "list", "data": self.proxy.models()})
 
-    def get_model(self, exchange: Exchange, model_id: str) -> None:
+    def get_model(self, exchange: Exchange) -> None:
         """Answer GET /v1/models/{id}."""
-        found = self.proxy.model(model_id)
+        found = self.proxy.model(exchange.id)
         if found is None:
             raise BadRequest(
-                f"the model {shorten(model_id, 100)!r} is not among those of /v1/models",
+                f"the model {shorten(exchange.id, 100)!r} is not among those of /v1/models",
                 404,
                 "model_not_found",
                 param="model",
