@@ -9456,7 +9456,7 @@ ENDPOINTS: dict[str, dict[str, Any]] = {
     "/chat/completions": {"POST": ChatRouteApi},
     "/completions": {"POST": TextApi},
     "/embeddings": {"POST": EmbeddingsApi},
-    "/responses": {"POST": ResponsesApi, "GET": "get_responses"},
+    "/responses": {"POST": ResponsesApi},
     "/responses/{id}": {"GET": "get_response", "DELETE": "delete_response"},
     "/responses/{id}/input_items": {"GET": "get_input_items"},
     "/models": {"GET": "get_models"},
@@ -9579,6 +9579,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         method = "GET" if exchange.method == "HEAD" else exchange.method
         if methods is None or method == "POST" and exchange.id and method not in methods:
             raise self._unknown_route(exchange)
+        if method not in methods and "websocket" in exchange.headers.get("upgrade", "").lower():
+            # Codex asks so for /v1/responses first. On 426 it falls back at once, on 404 only
+            # after six seconds.
+            raise BadRequest(
+                f"there are no WebSockets here; POST to /v1{exchange.route}",
+                426,
+                "upgrade_not_supported",
+                headers=[("Upgrade", "HTTP/1.1")],
+            )
         if method not in methods:
             others = ", ".join(methods)
             message = f"method {exchange.method} is not allowed on this route; use {others}"
@@ -9598,8 +9607,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         known = ", ".join(
             f"{method} /v1{route}"
             for route, methods in ENDPOINTS.items()
-            for method, endpoint in methods.items()
-            if route not in UNLISTED and endpoint != "get_responses"
+            for method in methods
+            if route not in UNLISTED
         )
         path = shorten(exchange.path.partition("?")[0], 200)
         message = f"unknown route {path}. Available routes: {known}, GET /health"
@@ -9627,26 +9636,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if exchange.headers.get(asks + "private-network") == "true":
             headers.append(("Access-Control-Allow-Private-Network", "true"))
         exchange.send(204, headers, b"")
-
-    def get_responses(self, exchange: Exchange) -> None:
-        """Refuse GET /v1/responses.
-
-        Codex asks for a WebSocket first and falls back at once on 426, but only after six seconds
-        on 404.
-        """
-        if "websocket" in exchange.headers.get("upgrade", "").lower():
-            raise BadRequest(
-                "there are no WebSockets here; POST to /v1/responses",
-                426,
-                "upgrade_not_supported",
-                headers=[("Upgrade", "HTTP/1.1")],
-            )
-        raise BadRequest(
-            "responses have no list; POST to /v1/responses",
-            405,
-            "method_not_allowed",
-            headers=[("Allow", "POST, OPTIONS")],
-        )
 
     def get_response(self, exchange: Exchange) -> None:
         """Answer GET /v1/responses/{id}."""
