@@ -8943,17 +8943,17 @@ class Exchange:
 
     def read_json(self) -> Any:
         """Return the JSON of the body; raises BadRequest."""
-        body = self._decoded(self._read_body(self._max_body))
+        body = self._read_body(self._max_body, self.BODY_TIMEOUT, self.BODY_RATE)
+        body = self._decoded(body)
         # 64 MiB of empty lists would become 1.3 GiB.
         if size_of_json(body) > max(8 * self._max_body, 64 << 20):
             raise BadRequest("the body holds too many values", 413, "request_too_large")
         return parse_json(body)
 
-    def _read_body(self, limit: int) -> bytes:
+    def _read_body(self, limit: int, seconds: float, rate: int) -> bytes:
         if self._length > limit:
             raise self._too_large()
-        self._reader.deadline = time.monotonic() + self.BODY_TIMEOUT
-        self._reader.rate = self.BODY_RATE
+        self._reader.rate, self._reader.deadline = rate, time.monotonic() + seconds
         if self.headers.get("expect", "").lower() == "100-continue" and self._unread:
             self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
         # Where a broken body ends, and the next request begins, is not known (RFC 9112 9.2).
@@ -9014,16 +9014,11 @@ class Exchange:
         return BadRequest(message, 413, "request_too_large")
 
     def _drop_body(self) -> None:
-        is_small = self._is_chunked or self._length <= self.SMALL_BODY
-        if not self._unread or not is_small or "expect" in self.headers or self.closes:
-            return
-        self._reader.rate, self._reader.deadline = 0, time.monotonic() + self.DROP_TIMEOUT
-        with contextlib.suppress(BadRequest, OSError):
-            if self._is_chunked:
-                self._read_chunked(self.SMALL_BODY)
-                self._unread = False
-            else:
-                self._unread = len(self._rfile.read(self._length)) < self._length
+        """Read a small body, so that the connection can be used again."""
+        if "expect" not in self.headers and not self.closes:
+            with contextlib.suppress(BadRequest, OSError):
+                self._read_body(self.SMALL_BODY, self.DROP_TIMEOUT, 0)
+        self.closes = self.closes or self._unread
 
     def linger(self) -> None:
         """Take in some of a refused body: closing on unread bytes resets the answer away."""
@@ -9032,12 +9027,8 @@ class Exchange:
         with contextlib.suppress(OSError, ValueError):
             self.connection.shutdown(socket.SHUT_WR)
             self._reader.rate, self._reader.deadline = 0, time.monotonic() + 2
-            rest = 4_000_000
-            while rest > 0:
-                piece = self._rfile.read1(PIECE)
-                if not piece:
-                    return
-                rest -= len(piece)
+            while self._rfile.read1(PIECE):
+                pass
 
     # -- the answer ------------------------------------------------------------------------------
 
@@ -9057,12 +9048,11 @@ class Exchange:
         lines += [f"Date: {http_date(int(time.time()))}", f"X-Request-Id: {self._request_id}"]
         if self._unread and body is not None:
             self._drop_body()
-            self.closes = self.closes or self._unread
-        if body is None:
-            lines.append("Connection: close" if self._is_http_1_0 else "Transfer-Encoding: chunked")
-        elif status != 204:
-            lines.append(f"Content-Length: {len(body)}")
-        if body is not None and self.closes:
+        if body is not None:
+            lines += [f"Content-Length: {len(body)}"] if status != 204 else []
+        elif not self._is_http_1_0:
+            lines.append("Transfer-Encoding: chunked")
+        if self.closes:
             lines.append("Connection: close")
         self._head_sent, self.status = True, status
         # One line each, whatever a header's value holds, and nothing secret in them.
@@ -9089,8 +9079,6 @@ class Exchange:
         if not self._is_http_1_0:
             events = [b"%x\r\n%s\r\n" % (len(event), event) for event in events]
             events += [b"0\r\n\r\n"] if is_last else []
-        elif is_last:
-            self.closes = True
         self._write(b"".join(events))
         if self.waiter:
             self.waiter.last_sign = time.monotonic()
