@@ -9478,6 +9478,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._reader = ClientReader(self.connection)
         self.rfile = io.BufferedReader(self._reader, 8192)
         self.proxy = self.server.proxy
+        self._is_surplus = len(self.proxy.exchanges) >= self.proxy.options.max_connections
         if self.server.shares_processor:
             share_one_processor()
 
@@ -9546,7 +9547,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             exchange.tally(calls)
 
     def check_access(self, exchange: Exchange) -> None:
-        """Raise ProxyError for a Host, a web page or a declared type that may not pass."""
+        """Raise ProxyError for what may not pass: a Host, a web page, one connection too many."""
         access, headers = self.proxy.access, exchange.headers
         access.check_host(headers)
         exchange.cors = access.check_origin(exchange.method, headers)
@@ -9554,6 +9555,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise BadRequest(
                 "a request from a web page must be declared as Content-Type: application/json", 415
             )
+        if self._is_surplus:
+            exchange.closes = True
+            message = "too many connections; try again in a moment"
+            more = [("Retry-After", "1")]
+            raise ProxyError(message, 503, "too_many_connections", "server_error", headers=more)
 
     def find_api(self, exchange: Exchange) -> ChatApi | None:
         """Return the API for a request; None for one that is answered already.
@@ -9786,7 +9792,6 @@ class Listener(socketserver.ThreadingTCPServer):
     def __init__(self, address: tuple[str, int], proxy: ProxyServer):
         self.proxy = proxy
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        self._rejections = threading.Semaphore(self.MAX_REJECTIONS)
         super().__init__(address, Handler)
 
     def server_bind(self) -> None:
@@ -9806,34 +9811,13 @@ class Listener(socketserver.ThreadingTCPServer):
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Start a thread for the connection, or answer 503 when there are too many."""
-        limit = self.proxy.options.max_connections
+        """Start a thread for the connection, unless there are far too many."""
+        limit = self.proxy.options.max_connections + self.MAX_REJECTIONS
         if len(self.proxy.exchanges) < limit:
             super().process_request(request, client_address)
             return
-        log.warning("more than %d connections; one was turned away", limit)
-        if self._rejections.acquire(blocking=False):
-            threading.Thread(target=self._reject, args=(request,), daemon=True).start()
-        else:
-            self.shutdown_request(request)
-
-    def _reject(self, request: Any) -> None:
-        try:
-            message = "too many connections; try again in a moment"
-            error = ProxyError(message, 503, "too_many_connections", "server_error")
-            body = encode_json(error.body())
-            with contextlib.suppress(OSError):
-                request.settimeout(0.5)
-                request.sendall(
-                    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
-                    b"Retry-After: 1\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s"
-                    % (len(body), body)
-                )
-                # Its request: closing on unread bytes would reset our answer away.
-                request.recv(PIECE)
-            self.shutdown_request(request)
-        finally:
-            self._rejections.release()
+        log.warning("%d connections; one more was closed", limit)
+        self.shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.error("a connection ended in %s", shorten(repr(sys.exc_info()[1]), 200))
