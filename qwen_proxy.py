@@ -9227,15 +9227,12 @@ class Exchange:
 
 def fault_of_ours(error: BaseException) -> ProxyError:
     """Log a fault of this program, and return the error for the client."""
-    frame = error.__traceback__
-    while frame and frame.tb_next:
-        frame = frame.tb_next
-    line, text = frame.tb_lineno if frame else 0, shorten(str(error), 200)
-    name = type(error).__name__
-    log.error("%s in line %d: %s; please report this", name, line, text)
-    for trace in traceback.format_exception(type(error), error, error.__traceback__):
-        for each in trace.splitlines():
-            log.debug("%s", each)
+    name, text = type(error).__name__, shorten(str(error), 200)
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)]
+    log.error("%s in line %s: %s; please report this", name, lines[-1] if lines else 0, text)
+    trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    for line in trace.splitlines():
+        log.debug("%s", line)
     return ProxyError(f"an internal error of qwen_proxy ({name}); its log says where")
 
 
@@ -9838,13 +9835,9 @@ def share_one_processor() -> None:
         os.sched_setaffinity(0, {processors[os.getpid() % len(processors)]})
 
 
-# Where to listen that is reached as localhost.
-EVERYWHERE = ("localhost", "0.0.0.0", "::", "")
-
-
 def local_url(host: str, port: int) -> str:
-    """Return the URL, without a path, of a server that listens there."""
-    name = "localhost" if host in EVERYWHERE else host
+    """Return the URL, without a path, of a server that listens there, or everywhere."""
+    name = "localhost" if host in ("0.0.0.0", "::", "") else host
     return f"http://{f'[{name}]' if ':' in name else name}:{port}"
 
 
@@ -10111,19 +10104,18 @@ class ProxyServer:
 def option_fault(name: str, value: Any) -> str:
     """Return what is wrong with the value of an option, as the end of a sentence; else empty."""
     default, (least, most) = Options._field_defaults[name], OPTIONS[name].bounds
-    if isinstance(default, tuple):
-        return ""
-    if isinstance(default, bool):
-        return "" if isinstance(value, bool) else "must be true or false"
-    if not is_number(default):
-        return "" if value is None or isinstance(value, str) else "must be a string"
-    if type(default) is int and type(value) is not int:
-        return "must be a whole number"
-    if is_number(value) and least <= value <= most:
-        return ""
-    if most < 1e9:
-        return f"must be between {least} and {most}"
-    return "must be more than 0" if 0 < least < 1 else "must not be negative"
+    bounds = "must be more than 0" if 0 < least < 1 else "must not be negative"
+    bounds = f"must be between {least} and {most}" if most < 1e9 else bounds
+    is_within = is_number(value) and least <= value <= most
+    is_text = value is None or isinstance(value, str)
+    # By what the default is: what the value is not, and what to say of it.
+    faults = (
+        (isinstance(default, bool) and not isinstance(value, bool), "must be true or false"),
+        ((default is None or isinstance(default, str)) and not is_text, "must be a string"),
+        (type(default) is int and type(value) is not int, "must be a whole number"),
+        (is_number(default) and not is_within, bounds),
+    )
+    return next((text for is_wrong, text in faults if is_wrong), "")
 
 
 def checked_options(values: Mapping[str, Any]) -> Options:
