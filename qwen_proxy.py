@@ -8809,7 +8809,7 @@ class Exchange:
         "content-length transfer-encoding host authorization origin content-type "
         "content-encoding".split()
     )
-    _REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) ([\x21-\x7e]+) HTTP/(\d)\.(\d)\r\n\Z")
+    _REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) ([\x21-\x7e]+) HTTP/(\d\.\d)\r\n\Z")
     _HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n\Z")
     _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})([ \t]*;[\t\x20-\x7e]*|)\r\n\Z")
     _ABSOLUTE = re.compile(r"https?://([^/?#@]+)([/?].*|)\Z", re.I)
@@ -8825,20 +8825,18 @@ class Exchange:
         self.headers: dict[str, str] = {}
         self.started = self.ended = time.monotonic()
         self.began: float | None = None
-        self.is_busy = False
         self.closes = True
-        self._is_http_1_0 = self._is_chunked = self._unread = False
-        self._length = 0
+        self.is_busy = self._is_http_1_0 = self._is_chunked = self._unread = False
+        self._head_sent = self.is_on_loop = False
+        self._length = self.status = 0
         # No secret, and os.urandom is a system call.
         self._request_id = f"req_{random.getrandbits(96):024x}"
         self.cors: list[tuple[str, str]] = []
         self.writer: Any = None
         # There while the upstream is asked.
         self.waiter: Waiter | None = None
-        self._head_sent = self.is_on_loop = False
         # What the client did not take yet.
         self.unsent: Any = b""
-        self.status = 0
         self.target: Target | None = None
         self.outcomes: dict[Target | None, int] = {}
         self.tokens: dict[Target | None, tuple[int, ...]] = {}
@@ -8866,11 +8864,10 @@ class Exchange:
             raise BadRequest("TLS on a plain port: the base URL begins with http://, not https://")
         if not match:
             raise BadRequest("the request line is malformed")
-        self.method, self.path = match.group(1).decode(), match.group(2).decode()
-        version = (int(match.group(3)), int(match.group(4)))
-        if version not in ((1, 0), (1, 1)):
+        self.method, self.path, version = map(bytes.decode, match.groups())
+        if version not in ("1.0", "1.1"):
             raise BadRequest("unsupported HTTP version; use HTTP/1.1", 505)
-        self._is_http_1_0 = version == (1, 0)
+        self._is_http_1_0 = version == "1.0"
         self.headers = self._read_headers(self.MAX_HEAD)
         self._check_framing()
         if not (self._is_http_1_0 or "host" in self.headers):
@@ -9127,13 +9124,6 @@ class Exchange:
         else:
             self.status = error.status
             self.writer.error(error)
-
-    def log_level(self, route: str) -> int:
-        """Return the level to log at: for an error of ours, one that the client feels, or none."""
-        is_ours = self.status == 500 and type(self.error) is ProxyError
-        is_felt = self.status >= 400 and self.status != 499
-        level = logging.DEBUG if route in QUIET else logging.INFO
-        return logging.ERROR if is_ours else logging.WARNING if is_felt else level
 
     def log_line(self) -> str:
         """Return the line for the log."""
@@ -9607,25 +9597,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     @staticmethod
     def send_preflight(exchange: Exchange) -> None:
-        """Answer OPTIONS."""
-        if not exchange.cors:
-            exchange.send(204, [("Allow", "GET, POST, DELETE, OPTIONS")], b"")
-            return
-        asks = "access-control-request-"
-        vary = "Origin, Access-Control-Request-Headers, Access-Control-Request-Private-Network"
-        headers = [
-            ("Access-Control-Allow-Methods", "GET, POST, DELETE, OPTIONS"),
-            ("Access-Control-Max-Age", "600"),
-            ("Access-Control-Allow-Origin", exchange.headers["origin"]),
-            ("Vary", vary),
-        ]
-        exchange.cors = []
-        # Echoed: any fixed list of x-stainless-* names ages (ollama#3571).
-        wanted = exchange.headers.get(asks + "headers", "")
-        if wanted:
-            headers.append(("Access-Control-Allow-Headers", wanted))
-        if exchange.headers.get(asks + "private-network") == "true":
-            headers.append(("Access-Control-Allow-Private-Network", "true"))
+        """Answer OPTIONS: which methods there are, and to a page all that it asks for."""
+        methods = "GET, POST, DELETE, OPTIONS"
+        headers = [("Allow", methods)]
+        if exchange.cors:
+            # Echoed: any fixed list of x-stainless-* names ages (ollama#3571).
+            wanted = exchange.headers.get("access-control-request-headers", "")
+            is_private = exchange.headers.get("access-control-request-private-network") == "true"
+            headers = [
+                ("Access-Control-Allow-Methods", methods),
+                ("Access-Control-Max-Age", "600"),
+                ("Vary", "Access-Control-Request-Headers, Access-Control-Request-Private-Network"),
+                *([("Access-Control-Allow-Headers", wanted)] if wanted else []),
+                *([("Access-Control-Allow-Private-Network", "true")] if is_private else []),
+            ]
         exchange.send(204, headers, b"")
 
     def get_response(self, exchange: Exchange) -> None:
@@ -9779,8 +9764,6 @@ class Listener(socketserver.ThreadingTCPServer):
     request_queue_size = 1024
     # On Windows it would let two programs share the port.
     allow_reuse_address = os.name != "nt"
-    # shutdown() takes that long at most.
-    poll_interval = 0.5
     # Above the limit of connections, so many at a time are told why; the others are just closed.
     MAX_REJECTIONS = 8
     # Bind the threads that serve to one processor: only where the process is ours.
@@ -9921,10 +9904,9 @@ class ProxyServer:
         self._is_serving = True
         first, *others = self._listeners
         for listener in others:
-            arguments = (listener.poll_interval,)
-            threading.Thread(target=listener.serve_forever, args=arguments, daemon=True).start()
+            threading.Thread(target=listener.serve_forever, daemon=True).start()
         try:
-            first.serve_forever(first.poll_interval)
+            first.serve_forever()
         except BaseException:
             # Ctrl-C in a program that vendors this file.
             self.shutdown()
@@ -9939,7 +9921,7 @@ class ProxyServer:
         self.is_stopping = True
         end = time.monotonic() + (self.options.grace if grace is None else grace)
         for listener in self._listeners:
-            # Wakes it on Linux; elsewhere it takes up to its poll_interval to notice.
+            # Wakes it on Linux; elsewhere it takes up to half a second to notice.
             with contextlib.suppress(OSError):
                 listener.socket.shutdown(socket.SHUT_RDWR)
             if self._is_serving:
@@ -9975,7 +9957,11 @@ class ProxyServer:
         """Write the log line of an exchange that is over, and count it."""
         exchange.ended, exchange.status = time.monotonic(), exchange.status or 499
         route = exchange.counted_route()
-        level = exchange.log_level(route)
+        level = logging.DEBUG if route in QUIET else logging.INFO
+        if exchange.status >= 400 and exchange.status != 499:
+            # An error of ours, or one that the client feels.
+            is_ours = exchange.status == 500 and type(exchange.error) is ProxyError
+            level = logging.ERROR if is_ours else logging.WARNING
         if log.isEnabledFor(level):
             log.log(level, "%s", exchange.log_line())
         exchange.count(self.ledger, route)

@@ -518,7 +518,7 @@ def pieces_of(cell):
 
 
 # What is waited for in seconds where nothing is to come: an end, more lines, a model's pace.
-WAITS = [(qp.Listener, "poll_interval"), (qp.LogWriter, "PAUSE"), (qp.DemoUpstream, "PAUSE")]
+WAITS = [(qp.LogWriter, "PAUSE"), (qp.DemoUpstream, "PAUSE")]
 
 
 @pytest.fixture(autouse=True)
