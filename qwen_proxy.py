@@ -9444,11 +9444,6 @@ ENDPOINTS: dict[str, dict[str, Any]] = {
     "/favicon.ico": {"GET": "get_icon"},
     "/": {"GET": "get_root"},
 }
-WITHOUT_KEY = ("/health", "/favicon.ico", "/")
-# The page's own are not for clients.
-UNLISTED = (*WITHOUT_KEY, "/status", "/login")
-# What the page and browsers ask for by themselves has no line in the log.
-QUIET = ("GET /status", "GET /usage", "GET /favicon.ico")
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -9456,6 +9451,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     disable_nagle_algorithm = True
     server: Listener
+    WITHOUT_KEY = ("/health", "/favicon.ico", "/")
+    # The page's own are not for clients.
+    UNLISTED = (*WITHOUT_KEY, "/status", "/login")
 
     def setup(self) -> None:
         """Read by deadline, not by socketserver's time per read."""
@@ -9574,7 +9572,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             message = f"method {exchange.method} is not allowed on this route; use {others}"
             headers = [("Allow", f"{others}, OPTIONS")]
             raise BadRequest(message, 405, "method_not_allowed", headers=headers)
-        if exchange.route not in WITHOUT_KEY:
+        if exchange.route not in self.WITHOUT_KEY:
             exchange.key = self.proxy.access.check_key(exchange.headers)
         endpoint = methods[method]
         if isinstance(endpoint, str):
@@ -9583,13 +9581,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         api: ChatApi = endpoint(self.proxy.memory, exchange.key)
         return api
 
-    @staticmethod
-    def _unknown_route(exchange: Exchange) -> BadRequest:
+    def _unknown_route(self, exchange: Exchange) -> BadRequest:
         known = ", ".join(
             f"{method} /v1{route}"
             for route, methods in ENDPOINTS.items()
             for method in methods
-            if route not in UNLISTED
+            if route not in self.UNLISTED
         )
         path = shorten(exchange.path.partition("?")[0], 200)
         message = f"unknown route {path}. Available routes: {known}, GET /health"
@@ -9727,7 +9724,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 page_for(status, facts, nonce, has_keys).encode(),
             )
             return
-        routes = [f"/v1{route}" for route in ENDPOINTS if route not in UNLISTED]
+        routes = [f"/v1{route}" for route in ENDPOINTS if route not in self.UNLISTED]
         lines = [
             f"qwen_proxy {__version__}: Qwen's models as an OpenAI-compatible API.\n",
             f"State: {status['verdict']}",
@@ -9829,6 +9826,8 @@ class ProxyServer:
 
     # Of the grace, for what running streams are told and the last log lines.
     LAST_WORDS = 1.5
+    # What the page and browsers ask for by themselves has no line in the log.
+    QUIET = ("GET /status", "GET /usage", "GET /favicon.ico")
 
     def __init__(self, options: Options, environ: Mapping[str, str] | None = None):
         self.options, self.access = options, AccessPolicy(options)
@@ -9957,7 +9956,7 @@ class ProxyServer:
         """Write the log line of an exchange that is over, and count it."""
         exchange.ended, exchange.status = time.monotonic(), exchange.status or 499
         route = exchange.counted_route()
-        level = logging.DEBUG if route in QUIET else logging.INFO
+        level = logging.DEBUG if route in self.QUIET else logging.INFO
         if exchange.status >= 400 and exchange.status != 499:
             # An error of ours, or one that the client feels.
             is_ours = exchange.status == 500 and type(exchange.error) is ProxyError
