@@ -9127,21 +9127,20 @@ class Exchange:
 
     def log_line(self) -> str:
         """Return the line for the log."""
-        seconds, path = self.ended - self.started, shorten(self.path.partition("?")[0], 100)
-        words = [self.method or "?", path or "?", str(self.status)]
-        if self.target:
-            words.append(f"{shorten(self.target.model, 100)} via {self.target.provider.name}")
-        words.append(f"{seconds:.2f}s")
-        if self.began is not None:
-            words.append(f"first {self.began - self.started:.2f}s")
-        if self.tokens:
-            words.append(self._tokens_text())
-        words.append(self.client)
-        attempt = self.headers.get("x-stainless-retry-count", "0")
-        if attempt != "0":
-            words.append(f"(the client's attempt {attempt[:4]})")
+        target, attempt = self.target, self.headers.get("x-stainless-retry-count", "0")
+        words = [
+            self.method or "?",
+            shorten(self.path.partition("?")[0], 100) or "?",
+            str(self.status),
+            f"{shorten(target.model, 100)} via {target.provider.name}" if target else "",
+            f"{self.ended - self.started:.2f}s",
+            "" if self.began is None else f"first {self.began - self.started:.2f}s",
+            self._tokens_text() if self.tokens else "",
+            self.client,
+            f"(the client's attempt {attempt[:4]})" if attempt != "0" else "",
+        ]
         remarks = shorten(self._remarks(), 300)
-        return " ".join(words) + (f": {remarks}" if remarks else "")
+        return " ".join(filter(None, words)) + (f": {remarks}" if remarks else "")
 
     def _remarks(self) -> str:
         faults = [self.error.message] if self.error else []
@@ -9332,15 +9331,16 @@ class StreamLoop:
         if None in due:
             self._woken.recv(PIECE)
         for stream in due - {None}:
-            self._advance(stream)
+            self._advance(stream, stream.move)
         if time.monotonic() >= self._next_look:
             self._look_at_all()
 
-    def _advance(self, stream: Stream) -> None:
+    def _advance(self, stream: Stream, step: Callable[[], None]) -> None:
+        """Take a step of a stream, if it is not over; what fails ends it."""
         if stream.is_over.is_set():
             return
         try:
-            stream.move()
+            step()
             if stream.answer.is_over or stream.answer.is_heavy:
                 self._end(stream)
                 return
@@ -9368,11 +9368,7 @@ class StreamLoop:
     def _look_at_all(self) -> None:
         self._next_look = time.monotonic() + Waiter.LOOK
         for stream in list(self._streams):
-            try:
-                stream.look()
-                self._await(stream)
-            except Exception as error:
-                self._end(stream, error)
+            self._advance(stream, stream.look)
 
     def _end(self, stream: Stream, error: Exception | None = None) -> None:
         self._streams.discard(stream)
