@@ -10482,29 +10482,24 @@ def make_server(
     shutdown() do so by hand. server.url is the base URL for clients. The log goes to the logger
     'qwen_proxy'. The arguments are the options of `serve`:
 
-        host             where to listen; 'localhost' is 127.0.0.1 and ::1
-        port             0 picks a free one
-        api_key          what clients must present, one or several
-        no_auth          listen beyond localhost without a key
-        allow_origin     web pages that may use it, besides local ones
-        allow_host       more names that the Host header may carry
-        provider         instead of the CLI's active one: a name that --help lists
-        base_url         any OpenAI-compatible upstream, with the key in OPENAI_API_KEY
-        model            for requests that name none
-        alias            'NAME=ID', other names for models
-        failover         when a provider is exhausted or down, try the next that lists the model
-        qwen_home        the CLI's folder
-        timeout          seconds that the upstream may be silent
-        retries          of a request, before the first byte of its answer
-        max_connections  the next one gets 503
-        max_body         MiB of the largest request
-        grace            seconds from shutdown() to the end, for running answers
-        usage_file       where counts are kept; in memory only without one
-        demo             a built-in stand-in answers instead of Qwen
-        environ          stands in for os.environ
+        host, port        where to listen; 'localhost' is 127.0.0.1 and ::1, port 0 a free one
+        api_key           what clients must present, one or several
+        no_auth           listen beyond localhost without a key
+        allow_origin      web pages that may use it, besides local ones
+        allow_host        more names that the Host header may carry
+        provider          instead of the CLI's active one: a name that --help lists
+        base_url          any OpenAI-compatible upstream, with the key in OPENAI_API_KEY
+        model, alias      for requests that name none; 'NAME=ID', other names for models
+        failover          when a provider is exhausted or down, try the next that lists the model
+        qwen_home         the CLI's folder
+        timeout, retries  seconds that the upstream may be silent; before its first byte only
+        max_connections   the next one gets 503
+        max_body          MiB of the largest request
+        grace             seconds from shutdown() to the end, for running answers
+        usage_file        where counts are kept; in memory only without one
+        demo, environ     a built-in stand-in for Qwen; what stands in for os.environ
 
-    Raises ValueError for a value that cannot be meant, such as a host beyond loopback without a
-    key, and OSError when the port is taken.
+    Raises ValueError for a value that cannot be meant, and OSError when the port is taken.
     """
     values = {name: value for name, value in locals().items() if name in OPTIONS}
     return server_for(checked_options(values), environ)
