@@ -8813,11 +8813,13 @@ class Exchange:
     _HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n\Z")
     _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})([ \t]*;[\t\x20-\x7e]*|)\r\n\Z")
     _ABSOLUTE = re.compile(r"https?://([^/?#@]+)([/?].*|)\Z", re.I)
+    # Base URLs that end in a slash get another one: Jan asks for //models.
+    _BASE = re.compile(r"\A/+(v1(/+|\Z))?")
     # The id of a model may hold slashes.
     _WITH_ID = re.compile(r"/models/(.+)|/responses/([^/]+)(?:/input_items)?")
 
-    def __init__(self, connection: socket.socket, reader: ClientReader, rfile: Any, max_body: int):
-        self.connection, self._reader, self._rfile = connection, reader, rfile
+    def __init__(self, connection: socket.socket, rfile: Any, max_body: int):
+        self.connection, self._rfile, self._reader = connection, rfile, rfile.raw
         self._max_body = max_body
         self.method = self.path = self.key = self.model = ""
         # The path as ENDPOINTS has it, and the id in it.
@@ -8895,13 +8897,13 @@ class Exchange:
             if line == b"\r\n":
                 return headers
             match = self._HEADER.match(line)
-            if len(line) > MAX_LINE:
+            if not match and len(line) > MAX_LINE:
                 raise BadRequest("a header line is too long", 431)
             if not match:
                 # obs-fold, NUL, bare CR or LF, a space before the colon.
                 raise BadRequest("a header line is malformed")
-            name = match.group(1).decode().lower()
-            value = match.group(2).decode("latin-1").strip(" \t")
+            name, value = match.groups()
+            name, value = name.decode().lower(), value.decode("latin-1").strip(" \t")
             if name in headers and name in self.SINGLE:
                 raise BadRequest(f"the header {name} occurs twice")
             headers[name] = f"{headers[name]}, {value}" if name in headers else value
@@ -8925,8 +8927,7 @@ class Exchange:
 
     def _find_route(self) -> None:
         """Take /v1 off the path, what clients get wrong in a base URL, and the id."""
-        # Base URLs that end in a slash get another one: Jan asks for //models.
-        path = re.sub(r"\A/+(v1(/+|\Z))?", "/", self.path.partition("?")[0])
+        path = self._BASE.sub("/", self.path.partition("?")[0])
         self.route = path.rstrip("/") or "/"
         match = self._WITH_ID.fullmatch(self.route)
         if match:
@@ -9053,7 +9054,7 @@ class Exchange:
             lines.append("Connection: close")
         self._head_sent, self.status = True, status
         # One line each, whatever a header's value holds, and nothing secret in them.
-        lines = [line if line.isprintable() else public(line) for line in lines]
+        lines = lines if "".join(lines).isprintable() else [*map(public, lines)]
         head = (SECRETS.mask("\r\n".join(lines)) + "\r\n\r\n").encode("latin-1", "replace")
         if body is None:
             # The first events go out with it, as one write.
@@ -9456,8 +9457,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         super().setup()
         self.rfile.close()
         self.connection.setblocking(False)
-        self._reader = ClientReader(self.connection)
-        self.rfile = io.BufferedReader(self._reader, 8192)
+        self.rfile = io.BufferedReader(ClientReader(self.connection), 8192)
         self.proxy = self.server.proxy
         self._is_surplus = len(self.proxy.exchanges) >= self.proxy.options.max_connections
         if self.server.shares_processor:
@@ -9469,7 +9469,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         http.server calls it as long as the connection is kept.
         """
         max_body = self.proxy.options.max_body << 20
-        exchange = Exchange(self.connection, self._reader, self.rfile, max_body)
+        exchange = Exchange(self.connection, self.rfile, max_body)
         self.proxy.exchanges.add(exchange)
         try:
             if exchange.read_head():
@@ -9512,6 +9512,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             Call(proxy.upstream, api, part, waiter, options.retries, exchange.user_agent())
             for part in api.split(request, targets)
         ]
+        # Named by a sign of life before the answer, if that is sure.
         exchange.target = targets[0] if len(targets) == 1 else None
         is_shown = log.isEnabledFor(logging.DEBUG) and not isinstance(api, EmbeddingsApi)
         collector = CompletionCollector() if is_shown else None
