@@ -9555,7 +9555,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         method = "GET" if exchange.method == "HEAD" else exchange.method
         if methods is None or method == "POST" and exchange.id and method not in methods:
             raise self._unknown_route(exchange)
-        if method not in methods and "websocket" in exchange.headers.get("upgrade", "").lower():
+        is_upgrade = "websocket" in exchange.headers.get("upgrade", "").lower()
+        if method not in methods and method == "GET" and is_upgrade:
             # Codex asks so for /v1/responses first. On 426 it falls back at once, on 404 only
             # after six seconds.
             raise BadRequest(
