@@ -9327,8 +9327,9 @@ class StreamLoop:
             pause = self._next_look - time.monotonic() if self._streams else None
         arrived = self._selector.select(pause)
         self._next_turn = time.monotonic() + self.TURN
-        due = {self._ready.popleft() for _ in range(len(self._ready))}
-        due.update(key.data for key, _ in arrived)
+        due = {key.data for key, _ in arrived}
+        while self._ready:
+            due.add(self._ready.popleft())
         if None in due:
             self._woken.recv(PIECE)
         for stream in due - {None}:
