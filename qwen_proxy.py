@@ -9359,11 +9359,10 @@ class StreamLoop:
             awaited, event = stream.exchange.connection, selectors.EVENT_WRITE
         if awaited is stream.awaited:
             return
+        self._streams.add(stream)
         before, stream.awaited = stream.awaited, None
         if before:
             self._selector.unregister(before)
-        else:
-            self._streams.add(stream)
         self._selector.register(awaited, event, stream)
         stream.awaited, stream.moved = awaited, time.monotonic()
 
@@ -9628,17 +9627,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Answer GET /v1/responses/{id}/input_items, a page of them, the latest first."""
         found = self.proxy.memory.get(exchange.id, exchange.key)
         items = listed_items(self._found(found, exchange.id)[1])
-        limit, order = as_count(exchange.query("limit") or 20), exchange.query("order") or "desc"
+        limit, after = as_count(exchange.query("limit") or 20), exchange.query("after")
+        order = exchange.query("order") or "desc"
         if limit is None or not 1 <= limit <= 100:
             raise BadRequest("limit must be between 1 and 100", param="limit")
         if order not in ("asc", "desc"):
             raise BadRequest("order must be asc or desc", param="order")
         items = items[::-1] if order == "desc" else items
-        after = exchange.query("after")
-        places = [place for place, item in enumerate(items) if item["id"] == after]
-        if after and not places:
+        ids = [item["id"] for item in items]
+        if after and after not in ids:
             raise BadRequest(f"there is no item {shorten(after, 60)!r}", param="after")
-        start = places[0] + 1 if places else 0
+        start = ids.index(after) + 1 if after else 0
         page = items[start : start + limit]
         exchange.send_json(
             200,
