@@ -8463,15 +8463,13 @@ class DeviceLogin:
 
 
 class StrictDecoder(json.JSONDecoder):
-    """Decodes a client's JSON: no constants that JSON lacks, no name twice, no endless numbers."""
+    """Decodes a client's JSON: no constants that JSON lacks, no endless numbers."""
 
     # Of one number: CPython before 3.11 takes quadratic time for more.
     MAX_DIGITS = 1000
 
     def __init__(self) -> None:
-        super().__init__(
-            parse_constant=self._constant, parse_int=self._int, object_pairs_hook=self._pairs
-        )
+        super().__init__(parse_constant=self._constant, parse_int=self._int)
 
     @staticmethod
     def _constant(name: str) -> None:
@@ -8482,13 +8480,6 @@ class StrictDecoder(json.JSONDecoder):
         if len(digits) > cls.MAX_DIGITS:
             raise ValueError("a number has too many digits")
         return int(digits)
-
-    @staticmethod
-    def _pairs(pairs: list[tuple[str, Any]]) -> Json:
-        value = dict(pairs)
-        if len(value) != len(pairs):
-            raise ValueError("a name occurs twice in one object")
-        return value
 
 
 # Made once: to make one takes as long as to decode a small body.
