@@ -8759,11 +8759,11 @@ class ClientReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Return bytes as soon as there are some; raises socket.timeout at the deadline."""
+        """Return bytes as soon as there are some; raises BadRequest (408) at the deadline."""
         while True:
             remaining = self.deadline - time.monotonic()
             if remaining <= 0 or not is_ready(self._connection, selectors.EVENT_READ, remaining):
-                raise socket.timeout("timed out")
+                raise BadRequest("the request did not arrive in time", 408)
             with contextlib.suppress(BlockingIOError):
                 received = self._connection.recv_into(buffer)
                 self.deadline += received / self.rate if self.rate else 0
@@ -9013,7 +9013,7 @@ class Exchange:
         """Take in some of a refused body: closing on unread bytes resets the answer away."""
         if not self._unread:
             return
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(BadRequest, OSError):
             self.connection.shutdown(socket.SHUT_WR)
             self._reader.rate, self._reader.deadline = 0, time.monotonic() + 2
             while self._rfile.read1(PIECE):
@@ -9091,15 +9091,15 @@ class Exchange:
 
         That is an HTTP status while that is possible, else the last event of the stream.
         """
-        is_late = isinstance(error, socket.timeout) and not self._head_sent
-        # Without headers the head itself was wrong.
-        self.closes = self.closes or not isinstance(error, ProxyError) or not self.headers
+        self.closes = self.closes or not isinstance(error, ProxyError)
         if isinstance(error, ShuttingDown):
-            message = "the server is stopping; try again in a moment"
-            headers = [("Retry-After", "2")]
-            error = ProxyError(message, 503, "shutting_down", "server_error", headers=headers)
-        elif is_late and self.is_busy and (self._unread or not self.headers):
-            error = BadRequest("the request did not arrive in time", 408)
+            error = ProxyError(
+                "the server is stopping; try again in a moment",
+                503,
+                "shutting_down",
+                "server_error",
+                headers=[("Retry-After", "2")],
+            )
         elif isinstance(error, (ClientGone, OSError)) or not self.is_busy:
             self.status = 499
             when = "while it waited for the first byte" if self.target else "before it was served"
