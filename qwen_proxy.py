@@ -8622,12 +8622,14 @@ class AccessPolicy:
             with contextlib.suppress(ValueError):
                 ipaddress.ip_address(name)
                 return
-        message = (
+        raise ProxyError(
             f"the Host header {shorten(host, 100)!r} does not name this machine; if it should, "
             f"start with --allow-host {shorten(name, 100) or 'NAME'}"
+            f"{', or send a key of --api-key' if self._keys else ''}",
+            403,
+            "host_not_allowed",
+            "permission_error",
         )
-        message += ", or send a key of --api-key" if self._keys else ""
-        raise ProxyError(message, 403, "host_not_allowed", "permission_error")
 
     def check_origin(self, method: str, headers: Mapping[str, str]) -> list[tuple[str, str]]:
         """Return the CORS headers for the answer; raises ProxyError for a foreign page."""
@@ -8907,8 +8909,9 @@ class Exchange:
             if length is not None or self._is_http_1_0:
                 raise BadRequest("Transfer-Encoding beside Content-Length, or in HTTP/1.0")
             if coding.lower() != "chunked":
-                name = shorten(coding, 40)
-                raise BadRequest(f"the transfer coding {name!r} is not supported; use chunked")
+                raise BadRequest(
+                    f"the transfer coding {shorten(coding, 40)!r} is not supported; use chunked"
+                )
             self._is_chunked = self._unread = True
         elif length is not None:
             if not re.match(r"[0-9]{1,18}\Z", length):
@@ -8982,9 +8985,10 @@ class Exchange:
         if coding in ("identity", ""):
             return body
         if coding not in ("gzip", "x-gzip", "deflate"):
-            name = shorten(coding, 40)
             raise BadRequest(
-                f"the content coding {name!r} is not supported; send it plain or as gzip", 415
+                f"the content coding {shorten(coding, 40)!r} is not supported; send it plain or as "
+                "gzip",
+                415,
             )
         try:
             decoder = zlib.decompressobj(zlib.MAX_WBITS | 32)
@@ -9459,8 +9463,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
         http.server calls it as long as the connection is kept.
         """
-        max_body = self.proxy.options.max_body << 20
-        exchange = Exchange(self.connection, self.rfile, max_body)
+        exchange = Exchange(self.connection, self.rfile, self.proxy.options.max_body << 20)
         self.proxy.exchanges.add(exchange)
         try:
             if exchange.read_head():
@@ -9495,8 +9498,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         targets = proxy.targets(request.get("model"))
         writer = exchange.writer = api.writer(request, exchange, targets[0])
         heartbeat = writer.heartbeat if writer.is_stream else None
-        waiter = Waiter(exchange.connection, options.timeout, heartbeat)
-        exchange.waiter = waiter
+        waiter = exchange.waiter = Waiter(exchange.connection, options.timeout, heartbeat)
         if proxy.is_stopping:
             raise ShuttingDown
         calls = [
@@ -9530,9 +9532,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             )
         if self._is_surplus:
             exchange.closes = True
-            message = "too many connections; try again in a moment"
-            more = [("Retry-After", "1")]
-            raise ProxyError(message, 503, "too_many_connections", "server_error", headers=more)
+            raise ProxyError(
+                "too many connections; try again in a moment",
+                503,
+                "too_many_connections",
+                "server_error",
+                headers=[("Retry-After", "1")],
+            )
 
     def find_api(self, exchange: Exchange) -> ChatApi | None:
         """Return the API for a request; None for one that is answered already.
@@ -9558,9 +9564,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             )
         if method not in methods:
             others = ", ".join(methods)
-            message = f"method {exchange.method} is not allowed on this route; use {others}"
-            headers = [("Allow", f"{others}, OPTIONS")]
-            raise BadRequest(message, 405, "method_not_allowed", headers=headers)
+            raise BadRequest(
+                f"method {exchange.method} is not allowed on this route; use {others}",
+                405,
+                "method_not_allowed",
+                headers=[("Allow", f"{others}, OPTIONS")],
+            )
         if exchange.route not in self.WITHOUT_KEY:
             exchange.key = self.proxy.access.check_key(exchange.headers)
         endpoint = methods[method]
@@ -9578,8 +9587,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if route not in self.UNLISTED
         )
         path = shorten(exchange.path.partition("?")[0], 200)
-        message = f"unknown route {path}. Available routes: {known}, GET /health"
-        return BadRequest(message, 404, "unknown_url")
+        return BadRequest(
+            f"unknown route {path}. Available routes: {known}, GET /health", 404, "unknown_url"
+        )
 
     @staticmethod
     def send_preflight(exchange: Exchange) -> None:
@@ -9683,17 +9693,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         by = list(dict.fromkeys((exchange.query("by") or "day").split(",")))
         days = exchange.query("days") or "30"
         if not set(by) <= set(GROUPS) or not re.match(r"[1-9][0-9]{0,3}\Z", days):
-            groups = ", ".join(GROUPS)
             raise BadRequest(
-                f"by must be some of {groups}, with commas between; days a number from 1 to 9999"
+                f"by must be some of {', '.join(GROUPS)}, with commas between; days a number from "
+                "1 to 9999"
             )
         exchange.send_json(200, self.proxy.ledger.report(by, int(days)))
 
     def get_metrics(self, exchange: Exchange) -> None:
         """Answer GET /metrics."""
         text = self.proxy.ledger.metrics(self.proxy.gauges())
-        content_type = "text/plain; version=0.0.4; charset=utf-8"
-        exchange.send(200, [("Content-Type", content_type)], text.encode())
+        headers = [("Content-Type", "text/plain; version=0.0.4; charset=utf-8")]
+        exchange.send(200, headers, text.encode())
 
     def get_root(self, exchange: Exchange) -> None:
         """Answer GET /: the page for a browser, a short text for others."""
@@ -9840,8 +9850,11 @@ class ProxyServer:
         except OSError as error:
             is_about_port = error.errno in (errno.EADDRINUSE, errno.EACCES, 10013, 10048)
             ways_out = "another --port, or 0 for a free one" if is_about_port else "another --host"
-            where = f"cannot listen on {options.host or 'all addresses'} port {options.port}"
-            raise OSError(error.errno, f"{where}: {reason_of(error)}; choose {ways_out}") from error
+            raise OSError(
+                error.errno,
+                f"cannot listen on {options.host or 'all addresses'} port {options.port}: "
+                f"{reason_of(error)}; choose {ways_out}",
+            ) from error
         # Last, since their threads would outlive a port that is taken.
         self.streams = StreamLoop()
         self.ledger = Ledger(options.usage_file)
@@ -10018,13 +10031,12 @@ class ProxyServer:
         usable = [provider for provider in asked if provider.problem() is None]
         status = "refused" if usable else "no_login"
         status = "ok" if any(not provider.is_refusing() for provider in usable) else status
-        names = ("type", "expires_at")
         return {
             "status": status,
             "version": __version__,
             "uptime_seconds": int(time.time() - self._started),
             "in_flight": len(self._waiters()),
-            "login": {name: login[name] for name in names if name in login},
+            "login": {name: login[name] for name in ("type", "expires_at") if name in login},
             "last_refusal": next(filter(None, (provider.refusal for provider in asked)), None),
         }
 
@@ -10065,14 +10077,13 @@ class ProxyServer:
 
     def gauges(self) -> list[tuple[str, str, float]]:
         """Return what /metrics shows of this moment: name, help, value."""
-        health = self.health()
-        expiry = health["login"].get("expires_at")
-        name, text = "login_expiry_timestamp_seconds", "When the access token expires."
-        return [
-            ("in_flight", "Requests that wait for the upstream.", health["in_flight"]),
+        expiry = self.health()["login"].get("expires_at")
+        rows = [
+            ("in_flight", "Requests that wait for the upstream.", len(self._waiters())),
             ("start_time_seconds", "When the server started.", round(self._started, 3)),
-            *([(name, text, expiry)] if expiry else []),
+            ("login_expiry_timestamp_seconds", "When the access token expires.", expiry),
         ]
+        return rows if expiry else rows[:-1]
 
 
 def option_fault(name: str, value: Any) -> str:
