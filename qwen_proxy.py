@@ -32,7 +32,7 @@ Start reading at Handler.serve, which is the life of a request:
                         ResponsesApi
     api.check           the body, as far as no upstream could make sense of it
     targets             provider and model, from the CLI's files: 'Providers'
-    exchange.open_all   access token ('Credentials'), the request in Qwen's dialect ('Requests'),
+    call.open           access token ('Credentials'), the request in Qwen's dialect ('Requests'),
                         repair, retry and failover, all before the first byte: 'Upstream'
     relay               bytes to events ('Event streams') to clean chunks ('Answers') to the
                         client; one thread does that for all answers: StreamLoop

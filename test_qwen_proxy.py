@@ -7174,7 +7174,7 @@ def program(*lines):
     return [sys.executable, "-c", "\n".join([begin, *lines, "sys.exit(qp.main())"])]
 
 
-SHORT_WAITS = "qp.Listener.poll_interval = qp.DemoUpstream.PAUSE = 0.002"
+SHORT_WAITS = "qp.DemoUpstream.PAUSE = 0.002"
 
 
 class Process:
