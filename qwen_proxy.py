@@ -8863,7 +8863,7 @@ class Exchange:
         if version not in ("1.0", "1.1"):
             raise BadRequest("unsupported HTTP version; use HTTP/1.1", 505)
         self._is_http_1_0 = version == "1.0"
-        self.headers = self._read_headers(self.MAX_HEAD)
+        self._read_headers(self.headers, self.MAX_HEAD)
         self._check_framing()
         if not (self._is_http_1_0 or "host" in self.headers):
             raise BadRequest("the Host header is missing")
@@ -8879,8 +8879,7 @@ class Exchange:
         self.closes = "close" in connection or self._is_http_1_0
         return True
 
-    def _read_headers(self, limit: int) -> dict[str, str]:
-        headers: dict[str, str] = {}
+    def _read_headers(self, headers: dict[str, str], limit: int) -> None:
         size = 0
         for _ in range(self.MAX_HEADERS + 1):
             line = self._rfile.readline(MAX_LINE + 1)
@@ -8888,7 +8887,7 @@ class Exchange:
             if size > limit:
                 raise BadRequest("the headers are too long", 431)
             if line == b"\r\n":
-                return headers
+                return
             match = self._HEADER.match(line)
             if not match and len(line) > MAX_LINE:
                 raise BadRequest("a header line is too long", 431)
@@ -8970,7 +8969,7 @@ class Exchange:
             size, spare = int(match.group(1), 16), spare - len(match.group(2))
             if not size:
                 # The trailers are dropped.
-                self._read_headers(spare)
+                self._read_headers({}, spare)
                 return bytes(body)
             if len(body) + size > limit:
                 raise self._too_large()
