@@ -9403,8 +9403,11 @@ def relay(answer: Answer, exchange: Exchange, loop: StreamLoop, collector: Any =
         collector.feed(chunk.value)
         feed(chunk)
 
-    answer.deliver(feed_both if collector else feed)
-    exchange.writer.flush()
+    try:
+        answer.deliver(feed_both if collector else feed)
+    finally:
+        # An error behind the first chunks comes behind them in the stream, too.
+        exchange.writer.flush()
     while not answer.is_over:
         if answer.is_heavy:
             # In its own thread, since it would hold up the other streams.
