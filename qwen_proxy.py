@@ -1511,9 +1511,9 @@ class OAuthCredentials:
         later.
         """
         login, is_due = self.login(), 0 < self._save_again_at < time.monotonic()
-        if login.is_fresh(rejected) and not is_due:
-            return login.access_token
-        if is_due:
+        if login.is_fresh(rejected):
+            if not is_due:
+                return login.access_token
             # By this thread: the others need not wait for the lock.
             self._save_again_at = time.monotonic() + self.SAVE_PAUSE
         with self._locked(pause):
