@@ -604,13 +604,12 @@ class Secrets:
         "selectedauthtype envkey http-referer referer x-openrouter-title x-title user-agent "
         "accept content-type".split()
     )
-    ROTATING = 64
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         # Of each value its forms, and whether they are base64; then those of all values.
         self._lasting: list[dict[str, bool]] = []
-        self._rotating: collections.deque[dict[str, bool]] = collections.deque(maxlen=self.ROTATING)
+        self._rotating: collections.deque[dict[str, bool]] = collections.deque(maxlen=64)
         self._forms: dict[str, bool] = {}
         self._patterns: list[re.Pattern[str]] = []
 
@@ -931,11 +930,10 @@ def counted(number: int, noun: str) -> str:
 
 def host_of(url: str, with_port: bool = False) -> str:
     """Return the host of a URL without user name and password, empty where it has none."""
-    try:
+    with contextlib.suppress(ValueError):
         parts = urllib.parse.urlsplit(url)
         return (parts.netloc.rpartition("@")[2] if with_port else parts.hostname) or ""
-    except ValueError:
-        return ""
+    return ""
 
 
 def base_url_fault(url: Any) -> str:
@@ -999,11 +997,10 @@ def read_regular(path: str, errors: str = "strict") -> tuple[str, os.stat_result
 
 def stamp_of(path: str) -> Any:
     """Return what changes when a file does; None where there is none."""
-    try:
+    with contextlib.suppress(OSError):
         status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_size, status.st_ino
+        return status.st_mtime_ns, status.st_size, status.st_ino
+    return None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1066,8 +1063,9 @@ class Login(NamedTuple):
         fault = base_url_fault(base_url)
         if fault:
             raise CredentialError(f"its resource_url {fault}")
-        tokens = fields["access_token"], fields["refresh_token"]
-        return cls(*tokens, expiry_date / 1000, base_url, fields)
+        return cls(
+            fields["access_token"], fields["refresh_token"], expiry_date / 1000, base_url, fields
+        )
 
     @classmethod
     def from_answer(cls, answer: Json, before: Json) -> Login:
