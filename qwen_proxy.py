@@ -3178,7 +3178,6 @@ class UpstreamResponse:
             while not self._body.is_done and time.monotonic() < deadline:
                 if self.receive_now() is None:
                     is_ready(self.source, selectors.EVENT_READ, deadline - time.monotonic())
-        self.close()
 
 
 class Upstream(urllib.request.AbstractHTTPHandler):
