@@ -3109,17 +3109,30 @@ class UpstreamResponse:
 
         Raises UpstreamError when the connection breaks.
         """
-        if self._coding in ("", "identity"):
-            return self._receive_now()
+        content: bytes | None = b""
+        try:
+            if not (self._packed or self._body.is_done):
+                arrived, self.received = self.received or self._receive(), b""
+                content = None if arrived is None else self._body.feed(arrived)
+                content = content or (b"" if self._body.is_done else None)
+        except (OSError, ValueError) as error:
+            reason = reason_of(error)
+            raise UpstreamError(
+                f"the upstream broke off in the middle of its answer ({reason}); try again",
+                code="upstream_cut",
+            ) from error
+        is_plain = self._coding in ("", "identity")
+        return content if is_plain or content is None else self._unpacked(content)
+
+    def _unpacked(self, packed: bytes) -> bytes | None:
+        """Return the next content in what was compressed, nothing at the end, None before that."""
         if self._coding not in ("gzip", "x-gzip", "deflate"):
             coding = shorten(self._coding, 40)
             raise UpstreamError(
                 f"the upstream, or a gateway before it, compresses its answer as {coding!r} "
                 "although it was asked not to; only gzip and deflate are understood"
             )
-        packed, self._packed = self._packed or self._receive_now(), b""
-        if packed is None:
-            return None
+        packed = self._packed or packed
         if self._inflater is None:
             # With the head of zlib, as RFC 9110 8.4.1.2 has it, or bare.
             is_bare = self._coding == "deflate" and packed[:1] and packed[0] & 15 != 8
@@ -3136,20 +3149,6 @@ class UpstreamResponse:
             # Another member may follow (RFC 1952 2.2).
             self._inflater = None
         return content or (None if packed else b"")
-
-    def _receive_now(self) -> bytes | None:
-        if self._body.is_done:
-            return b""
-        try:
-            arrived, self.received = self.received or self._receive(), b""
-            content = None if arrived is None else self._body.feed(arrived)
-            return content or (b"" if self._body.is_done else None)
-        except (OSError, ValueError) as error:
-            reason = reason_of(error)
-            raise UpstreamError(
-                f"the upstream broke off in the middle of its answer ({reason}); try again",
-                code="upstream_cut",
-            ) from error
 
     def read(self, limit: int) -> bytes:
         """Return the body up to a limit, or what arrived of it before the connection broke."""
