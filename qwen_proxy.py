@@ -3685,9 +3685,8 @@ class EventDecoder:
             piece = piece.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         if not self._buffer and piece[-2:] == b"\n\n":
             return self._events(piece[:-2])
-        searched = max(0, len(self._buffer) - 1)
         self._buffer += piece
-        end = self._buffer.rfind(b"\n\n", searched)
+        end = self._buffer.rfind(b"\n\n", -len(piece) - 1)
         if end < 0:
             if len(self._buffer) > MAX_EVENT:
                 raise UpstreamError(f"the upstream sent an event of more than {MAX_EVENT} bytes")
@@ -3698,8 +3697,7 @@ class EventDecoder:
 
     def close(self) -> list[Event]:
         """Return what the stream ended with, if its last blank line is missing."""
-        rest, self._buffer = bytes(self._buffer), bytearray()
-        return self._events(rest)
+        return self._events(bytes(self._buffer))
 
     def _events(self, blocks: bytes) -> list[Event]:
         return list(filter(None, map(self._parse, blocks.split(b"\n\n"))))
