@@ -3389,8 +3389,7 @@ class Answer:
         if piece is None:
             return
         try:
-            if piece:
-                self.decoder.feed(piece)
+            self.decoder.feed(piece)
             if not piece or self.decoder.is_done:
                 self.is_over = self.has_begun = True
                 self.decoder.close()
