@@ -4067,17 +4067,17 @@ class ToolShapes:
     CHOICES: Mapping[str, str] = {"any": "required", "none": "none"}
 
     def __init__(self, request: Json, traits: frozenset[str]):
+        tools = [*as_list(request.get("tools")), *as_list(request.get("functions"))]
+        names = {name_of(tool) for tool in tools} - {""}
         # By name: the envelope of a custom tool, 'custom' (OpenAI) or 'function' (Cursor, flat).
-        self.custom: dict[str, str] = {}
-        names = set()
-        for tool in [*as_list(request.get("tools")), *as_list(request.get("functions"))]:
-            name = name_of(tool)
-            names.add(name)
-            if name and self._is_custom(tool):
-                self.custom[name] = "custom" if dig(tool, "custom") else "function"
+        self.custom = {
+            name_of(tool): "custom" if dig(tool, "custom") else "function"
+            for tool in tools
+            if self._is_custom(tool) and name_of(tool)
+        }
         self._is_alibaba = "alibaba" in traits
         self._sent: dict[str, str] = {}
-        for name in sorted(names - {""}) if self._is_alibaba else ():
+        for name in sorted(names) if self._is_alibaba else ():
             if not self.LEGAL.match(name):
                 plain = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:50]
                 # Thousands of names may be cut to the same.
@@ -4303,8 +4303,8 @@ class Rewrite:
         """samplingParams and extra_body of the settings entry, where the client says nothing."""
         if not self.config:
             return
-        given, entry = self.body, dict(as_object(self.config.get("samplingParams")))
-        entry.update(as_object(self.config.get("extra_body")))
+        sampling, extra = (as_object(self.config.get(x)) for x in ("samplingParams", "extra_body"))
+        given, entry = self.body, {**sampling, **extra}
         said, reasoning = Thinking.read(entry), self.config.get("reasoning")
         if Thinking.read(given).enabled is not None:
             # What the client says of thinking replaces all that the entry says.
@@ -4832,9 +4832,9 @@ class Rule(NamedTuple):
     """One deliberate change: its name, what does it, why, and where.
 
     each: the path to the items that `apply` takes, and returns what goes in their place, where it
-    does not change the body itself; needs: fields, one of which the body must have; where: traits
-    or families, one of which must be there (none: everywhere); apis: the kinds of request. Words,
-    both.
+    does not change the body itself; needs: fields, one of which the body must have; where: words
+    for traits or families, one of which must be there (none: everywhere); apis: words for the kinds
+    of request.
     """
 
     name: str
