@@ -5164,18 +5164,6 @@ def repair_request(body: Json, error: UpstreamError) -> str:
     return ""
 
 
-def with_extra_body(request: Any) -> Any:
-    """Return the request with what is in extra_body beside it.
-
-    openai-python puts it there, other clients send it as it is written.
-    """
-    extra = dig(request, "extra_body")
-    if not isinstance(extra, dict):
-        return request
-    log.debug("extra_body is merged: %s", ", ".join(extra))
-    return {**extra, **stated(without_keys(request, ("extra_body",)))}
-
-
 # What a field must be, in Python's types and in JSON's words.
 _KINDS: dict[str, tuple[Any, str]] = {
     "stream": (bool, "true or false"),
@@ -5189,10 +5177,15 @@ _KINDS: dict[str, tuple[Any, str]] = {
 def check_object(value: Any, *fields: str) -> Json:
     """Return a request that is an object and has the right types in these fields.
 
-    `stream` may be spelled as clients like. Raises BadRequest that names what is wrong.
+    What is in extra_body goes beside it: openai-python puts it there, other clients send it as it
+    is written. `stream` may be spelled as clients like. Raises BadRequest that names what is wrong.
     """
     if not isinstance(value, dict):
         raise BadRequest(f"the body must be a JSON object, not {json_type(value)}")
+    extra = value.get("extra_body")
+    if isinstance(extra, dict):
+        log.debug("extra_body is merged: %s", ", ".join(extra))
+        value = {**extra, **stated(without_keys(value, ("extra_body",)))}
     request = {**value, **stated({"stream": as_switch(value.get("stream"))})}
     for name in fields:
         kind, words = _KINDS[name]
@@ -6489,7 +6482,7 @@ class ChatApi:
     def check(self, body: Any) -> Json:
         """Return the request in a client's body; raises BadRequest."""
         names = ("stream", "tools", "functions", "stream_options", "response_format")
-        request = check_object(with_extra_body(body), *names)
+        request = check_object(body, *names)
         check_messages(request.get("messages"))
         return request
 
@@ -6532,7 +6525,7 @@ class TextApi(ChatApi):
 
     def check(self, body: Any) -> Json:
         """Return the request in a client's body; raises BadRequest."""
-        request = check_object(with_extra_body(body), "stream", "stream_options")
+        request = check_object(body, "stream", "stream_options")
         if not isinstance(request.get("prompt"), (str, list)):
             raise BadRequest("prompt must be a string or a list", param="prompt")
         return request
