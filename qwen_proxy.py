@@ -4359,11 +4359,13 @@ class Rewrite:
             for part in as_list(message.get("content"))
             if self._unseen_kind(part)
         ]
-        asked = [(place, kind) for place, kind in unseen if first <= place <= last]
-        if asked:
-            place, kind = asked[-1]
-            what = self.UNSEEN[kind].format(model=self.model)
-            raise BadRequest(f"messages[{place}] holds {what}", param=f"messages.{place}.content")
+        for place, kind in reversed(unseen):
+            if first <= place <= last:
+                what, where = (
+                    self.UNSEEN[kind].format(model=self.model),
+                    f"messages.{place}.content",
+                )
+                raise BadRequest(f"messages[{place}] holds {what}", param=where)
         if unseen:
             self.body = mapped(
                 self.body,
@@ -4462,15 +4464,9 @@ class Rewrite:
 
         The portal wants the first one.
         """
-        holders = [as_list(message.get("content")) for message in self.body["messages"]]
-        holders = [holder for holder in holders if holder]
-        holders.insert(1, as_list(self.body.get("tools")))
-        marked = [
-            id(part)
-            for holder in holders
-            for part in holder
-            if isinstance(part, dict) and "cache_control" in part
-        ]
+        first, *rest = [as_list(message.get("content")) for message in self.body["messages"]]
+        parts = itertools.chain(first, as_list(self.body.get("tools")), *rest)
+        marked = [id(part) for part in parts if "cache_control" in as_object(part)]
         surplus = set(marked[1:-3])
 
         def thinned(part: Any) -> Any:
