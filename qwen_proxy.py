@@ -4094,13 +4094,15 @@ class ToolShapes:
             tool = self._function_of(as_object(tool.get("custom", tool)))
         elif isinstance(dig(tool, "name"), str) and "function" not in tool:
             # Anthropic's shape, or that of /v1/responses.
-            function = {
-                "name": tool["name"],
-                "description": tool.get("description"),
-                "parameters": tool.get("input_schema") or tool.get("parameters"),
+            tool = {
+                "type": "function",
+                "cache_control": tool.get("cache_control"),
+                "function": {
+                    "name": tool["name"],
+                    "description": tool.get("description"),
+                    "parameters": tool.get("input_schema") or tool.get("parameters"),
+                },
             }
-            mark = tool.get("cache_control")
-            tool = {"type": "function", "cache_control": mark, "function": function}
         function = dig(tool, "function")
         if not isinstance(function, dict):
             return tool
@@ -4119,8 +4121,13 @@ class ToolShapes:
         else:
             return self._renamed(call)
         arguments = json.dumps({"input": "" if text is None else text}, ensure_ascii=False)
-        function = {"name": custom.get("name"), "arguments": arguments}
-        return self._renamed({"id": call.get("id"), "type": "function", "function": function})
+        return self._renamed(
+            {
+                "id": call.get("id"),
+                "type": "function",
+                "function": {"name": custom.get("name"), "arguments": arguments},
+            }
+        )
 
     def choice(self, choice: Json) -> Any:
         """Return the choice of a tool as it is sent; some editors have Anthropic's shapes."""
@@ -4144,22 +4151,19 @@ class ToolShapes:
         """Return the function for a custom tool; a grammar cannot be enforced, only asked for."""
         grammar = dig(custom, "format", "grammar") or custom.get("format")
         definition = as_text(dig(grammar, "definition"))
-        rule = f"It must match this grammar:\n{definition}"
-        function = {
-            "name": custom.get("name"),
-            "description": custom.get("description") or "",
-            "parameters": {
-                "type": "object",
-                "required": ["input"],
-                "properties": {
-                    "input": {
-                        "type": "string",
-                        "description": rule if definition else "The input as it is.",
-                    }
+        rule = f"It must match this grammar:\n{definition}" if definition else "The input as it is."
+        return {
+            "type": "function",
+            "function": {
+                "name": custom.get("name"),
+                "description": custom.get("description") or "",
+                "parameters": {
+                    "type": "object",
+                    "required": ["input"],
+                    "properties": {"input": {"type": "string", "description": rule}},
                 },
             },
         }
-        return {"type": "function", "function": function}
 
     @staticmethod
     def _schema(parameters: Any) -> Json:
@@ -4389,8 +4393,11 @@ class Rewrite:
         if not isinstance(data, str):
             return part
         data = data if re.match(r"(?i)(data|https?|oss|file):", data) else f"data:;base64,{data}"
-        rest = without_keys(part, ("audio_url",))
-        return {**rest, "type": "input_audio", "input_audio": {**audio, "data": data}}
+        return {
+            **without_keys(part, ("audio_url",)),
+            "type": "input_audio",
+            "input_audio": {**audio, "data": data},
+        }
 
     def system_first(self) -> None:
         """One system message, first, with the text of all of them, and one of the user behind it.
@@ -4434,8 +4441,9 @@ class Rewrite:
         """Thoughts that come back are left out where a model has none; OpenRouter takes them."""
         if self.mode == "none" and "openrouter" not in self.traits:
             dropped = sum(bool(each.get("reasoning_content")) for each in self.body["messages"])
-            without = functools.partial(without_keys, names=("reasoning_content",))
-            self.body = mapped(self.body, "messages", without)
+            self.body["messages"] = [
+                without_keys(each, ("reasoning_content",)) for each in self.body["messages"]
+            ]
             if dropped:
                 self.notes.append(f"without the thoughts of {counted(dropped, 'earlier answer')}")
 
@@ -4797,8 +4805,7 @@ def with_system(messages: list[Json]) -> list[Json]:
 def add_instruction(body: Json, text: str) -> None:
     """Append a sentence to the system message, or put one first."""
     system, *rest = with_system(body["messages"])
-    content = joined([system["content"], text], "\n\n")
-    body["messages"] = [{**system, "content": content}, *rest]
+    body["messages"] = [{**system, "content": joined([system["content"], text], "\n\n")}, *rest]
 
 
 def forces_call(body: Json) -> bool:
