@@ -4518,16 +4518,16 @@ class Rewrite:
         if missed:
             self.notes.append(f"left out: {', '.join(missed)}")
 
-    def tools(self) -> None:
-        """Tools and tool_choice as the endpoint takes them, and no empty list of tools.
-
-        The deprecated functions and function_call take their places.
-        """
-        functions, legacy = self.body.pop("functions", None), self.body.pop("function_call", None)
+    def legacy_functions(self) -> None:
+        """The deprecated functions and function_call, as tools and tool_choice."""
+        functions, choice = self.body.pop("functions", None), self.body.pop("function_call", None)
         if functions and not self.body.get("tools"):
             self.body["tools"] = [{"type": "function", "function": each} for each in functions]
-        if legacy is not None:
-            self.body.setdefault("tool_choice", legacy)
+        if choice is not None:
+            self.body.setdefault("tool_choice", choice)
+
+    def tools(self) -> None:
+        """Tools and tool_choice as the endpoint takes them, and no empty list of tools."""
         if not self.body.get("tools"):
             self.body.pop("tools", None)
             self._leave_out({"tool_choice", "parallel_tool_calls"})
@@ -4891,12 +4891,17 @@ RULES = (
         where="alibaba",
     ),
     Rule(
+        "legacy-functions",
+        Rewrite.legacy_functions,
+        "OpenAI reference: functions, deprecated by tools",
+        needs={"functions", "function_call"},
+    ),
+    Rule(
         "tools",
         Rewrite.tools,
-        "OpenAI reference: custom tools, functions, deprecated by tools; MiniMax 400: function "
-        "parameters is empty; vLLM: null tool_choice; DashScope 400: Tool names are not allowed to "
-        "be [search]",
-        needs={"tools", "functions", "function_call", "tool_choice", "parallel_tool_calls"},
+        "OpenAI reference, custom tools; MiniMax 400: function parameters is empty; vLLM: null "
+        "tool_choice; DashScope 400: Tool names are not allowed to be [search]",
+        needs={"tools", "tool_choice", "parallel_tool_calls"},
     ),
     Rule(
         "history",

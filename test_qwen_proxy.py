@@ -3194,7 +3194,7 @@ a tool without parameters, client 29 | | tools=[function()] | tools=[F]
 a strict tool, client 29 | | tools=[function(strict=True, description=None)] | tools=[F], rule="tools"
 a schema, client 29 | | tools=[function(parameters={"$schema": "s", **ODD_SCHEMA})] | tools=[function(parameters={"$schema": "s", **CLEAN_SCHEMA})]
 web search | | web_search_options={} | enable_search=True, rule="web-search"
-functions | | functions=[{"name": "f", "parameters": {}}], function_call={"name": "f"} | tools=[F], tool_choice=function(), rule="tools"
+functions | | functions=[{"name": "f", "parameters": {}}], function_call={"name": "f"} | tools=[F], tool_choice=function(), rule="legacy-functions"
 functions, automatic | | functions=[{"name": "f"}], function_call="auto" | tools=[F], tool_choice="auto"
 functions beside no tools | | functions=[{"name": "f"}], tools=[] | tools=[F]
 functions with a reserved name beside no tools | | functions=[{"name": "search"}], tools=[] | tools=[function("search_tool", parameters=EMPTY)]
