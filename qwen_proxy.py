@@ -5682,7 +5682,8 @@ class JsonText(LongText):
     It is parsed only when its brackets are balanced, and never again once it is broken.
     """
 
-    _TOKENS = re.compile(r'\\.|["{}\[\]]', re.S)
+    # A backslash at the end belongs to what comes next.
+    _TOKENS = re.compile(r'\\.?|["{}\[\]]', re.S)
     _DEPTHS = {"{": 1, "[": 1, "}": -1, "]": -1}
 
     def __init__(self, budget: Budget) -> None:
@@ -5695,11 +5696,9 @@ class JsonText(LongText):
     def add(self, text: str) -> None:
         """Append a piece."""
         super().add(text)
-        text = self._carry + text
-        # A backslash at the end belongs to what comes next.
-        cut = len(text) - len(text.rstrip("\\"))
-        text, self._carry = (text[:-1], "\\") if cut % 2 else (text, "")
-        for token in self._TOKENS.findall(text):
+        tokens = self._TOKENS.findall(self._carry + text)
+        self._carry = tokens.pop() if tokens and tokens[-1] == "\\" else ""
+        for token in tokens:
             if token == '"':
                 self._in_string = not self._in_string
             elif not self._in_string:
@@ -5723,8 +5722,9 @@ class ToolCall:
     """One tool call of an answer: what came of it, and what of that has not been told yet."""
 
     MAX_NAME = 256
-    # Arguments that say nothing.
-    EMPTY = ("{}", "null", "[]", '""')
+    # Arguments that say nothing, and what may become such.
+    EMPTY = re.compile(r'\{\s*\}|\[\s*\]|""|null')
+    MAY_BE_EMPTY = re.compile(r'(\{\s*\}?|\[\s*\]?|""?|n|nu|nul|null)?')
     # Bytes of memory besides its arguments, about.
     COST = 2048
 
@@ -5755,8 +5755,8 @@ class ToolCall:
         if self._kept and not (self._has_none() and fresh.lstrip()[:1] == "{"):
             fresh = self._kept + fresh
         # Arguments before the name are of no use to the client yet.
-        is_kept = not self.name or not self.arguments.size and self._may_be_empty(fresh)
-        self._kept, fresh = (fresh, "") if is_kept else ("", fresh)
+        is_vague = not self.arguments.size and self.MAY_BE_EMPTY.fullmatch(fresh.strip())
+        self._kept, fresh = (fresh, "") if is_vague or not self.name else ("", fresh)
         self.arguments.add(fresh)
         self._untold.append(fresh)
 
@@ -5789,13 +5789,8 @@ class ToolCall:
         """Return whether its arguments are whole as they came."""
         return self._has_none() or self.arguments.is_whole()
 
-    @classmethod
-    def _may_be_empty(cls, arguments: str) -> bool:
-        start = "".join(arguments[:20].split())
-        return any(empty.startswith(start) for empty in cls.EMPTY)
-
     def _has_none(self) -> bool:
-        return "".join(self._kept[:20].split()) in self.EMPTY
+        return self.EMPTY.fullmatch(self._kept.strip()) is not None
 
     def is_followed_by(self, index: int | None, call_id: str, name: str, arguments: str) -> bool:
         """Return whether a delta with this call's id, or without one, starts a new call.
