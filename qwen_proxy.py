@@ -6138,8 +6138,11 @@ class ChatDecoder:
         if not self.is_done:
             self._feed_rest()
         if not self._choices or not (self.is_done or self.is_finished()):
-            cut = "ended its answer without a finish reason"
-            fault = cut if self._choices else "answered with an empty stream"
+            fault = (
+                "ended its answer without a finish reason"
+                if self._choices
+                else "answered with an empty stream"
+            )
             raise UpstreamError(f"the upstream {fault}; try again", code="upstream_cut")
         for choice in self._choices.values():
             for output in choice.close():
@@ -6219,8 +6222,8 @@ class ChatDecoder:
     def _choice(self, upstream: Json) -> list[Json]:
         """Return the choices to pass on for one of the upstream's."""
         if upstream.get("finish_reason") == "error_finish":
-            text = upstream.get("text") or dig(upstream, "delta", "content")
-            text = text_of(text or dig(upstream, "message", "content"))
+            contents = (dig(upstream, name, "content") for name in ("delta", "message"))
+            text = text_of(first_of((str, list), upstream.get("text"), *contents))
             raise to_upstream_error(Refusal.read(0, text), self._family)
         index = upstream.get("index")
         index = index if type(index) is int and 0 <= index < self.MAX_INDEX else 0
@@ -6478,6 +6481,7 @@ class ChatApi:
     accept = "text/event-stream"
     name = "chat"
     decoder: Any = ChatDecoder
+    repair = staticmethod(repair_request)
 
     def __init__(self, memory: Any = None, owner: str = ""):
         self._memory, self._owner = memory, owner
@@ -6492,11 +6496,6 @@ class ChatApi:
     def to_upstream(self, request: Json, target: Target) -> tuple[Json, dict[str, str]]:
         """Return the body for the upstream, and the rules that changed it; see Rewrite.run()."""
         return Rewrite(request, target).run(self.name)
-
-    @staticmethod
-    def repair(body: Json, error: UpstreamError) -> str:
-        """Take out of the body what was refused by name; returns how, if there was such a thing."""
-        return repair_request(body, error)
 
     @staticmethod
     def refusal(
