@@ -5450,7 +5450,7 @@ def error_message_of(refusal: Refusal) -> str:
             "key; check the base URL"
         )
     silence = {
-        0: "the upstream reported an error without a message",
+        0: "the upstream answered with no completion, and with no error message",
         404: "the upstream knows no such path (HTTP 404, empty answer); check the base URL",
     }
     empty = f"the upstream returned HTTP {refusal.status} with an empty body"
@@ -6155,7 +6155,10 @@ class ChatDecoder:
     def _feed_rest(self) -> None:
         """Translate what has no blank line behind it: the last event, or all of one JSON."""
         if self._whole is not None:
-            self._feed_event(Event(self._completion(self._whole)))
+            text = self._whole.decode("utf-8", "replace").strip("\ufeff \r\n\t")
+            if not dig(loads(text), "choices"):
+                raise to_upstream_error(Refusal.read(0, text), self._family)
+            self._feed_event(Event(text.encode()))
             # JSON that can be read is whole, even if it names no finish reason.
             self.is_done = True
             return
@@ -6166,15 +6169,6 @@ class ChatDecoder:
             # An event that is cut is no loss once the finish reason is there.
             if error.code != "upstream_cut" or not self.is_finished():
                 raise
-
-    def _completion(self, body: bytearray) -> bytes:
-        """Return the JSON of a whole completion; raises UpstreamError where it is none."""
-        text = body.decode("utf-8", "replace").strip("\ufeff \r\n\t")
-        if dig(loads(text), "choices"):
-            return text.encode()
-        refusal = Refusal.read(0, text)
-        message = refusal.message or "the upstream answered with something that is no completion"
-        raise to_upstream_error(refusal._replace(message=message), self._family)
 
     def _feed_event(self, event: Event) -> None:
         data = event.data.lstrip(b" \t")
