@@ -5915,7 +5915,7 @@ class ChatChoice:
     """One choice of an answer: what the upstream has of it in, the choices of clean chunks out."""
 
     # Fields of a choice and of a delta that are read; others pass as they are.
-    KNOWN = ("index", "delta", "message", "finish_reason")
+    KNOWN = frozenset({"index", "delta", "message", "finish_reason"})
     KNOWN_DELTA = frozenset(
         {"role", "content", "reasoning_content", "reasoning", "tool_calls", "function_call"}
     )
@@ -5928,8 +5928,6 @@ class ChatChoice:
         self._index, self._has_role = index, False
         # The upstream's; ours goes out at the end, as more may follow it.
         self.finish_reason: str | None = None
-        # Fields of choices that brought no delta, for the next one.
-        self._extra: Json = {}
 
     def feed(self, choice: Json) -> list[Json]:
         """Return the choices to pass on now: the same object where it is right as it came."""
@@ -5942,10 +5940,12 @@ class ChatChoice:
             # Each call of a whole message is one of its own.
             entries = [{"index": place, **call} for place, call in calls if isinstance(call, dict)]
             delta = {**whole, "tool_calls": entries}
-        for name, value in choice.items():
-            if name not in self.KNOWN and value is not None:
-                self._extra[name] = value
-        outputs = self._outputs(self._deltas(delta), isinstance(delta.get("role"), str))
+        is_known = choice.keys() <= self.KNOWN
+        others = {} if is_known else stated(without_keys(choice, self.KNOWN))
+        deltas = self._deltas(delta) or ([{}] if others else [])
+        outputs = self._outputs(deltas, isinstance(delta.get("role"), str))
+        if others:
+            outputs[-1].update(others)
         reason = choice.get("finish_reason")
         # Some upstreams send several.
         if as_text(reason) not in ("", "null") and self.finish_reason in (None, "stop"):
@@ -5954,7 +5954,6 @@ class ChatChoice:
 
     def close(self) -> list[Json]:
         """Return what was kept back, then the choice that finishes this one."""
-        extra, self._extra = self._extra, {}
         reasoning = self._reasoning.close()
         thoughts, content = self._content.close()
         kept: list[Json] = [{"reasoning_content": reasoning + thoughts}, {"content": content}]
@@ -5965,7 +5964,7 @@ class ChatChoice:
         reason = self.finish_reason or "stop"
         if reason in ("stop", "function_call", "tool_calls", "length"):
             reason = self._reason(reason, was_whole)
-        return [*outputs, {"index": self._index, "delta": {}, "finish_reason": reason, **extra}]
+        return [*outputs, {"index": self._index, "delta": {}, "finish_reason": reason}]
 
     def _is_plain_text(self, choice: Json, delta: Any) -> bool:
         """Return whether a choice is nothing but text that needs no look: four chunks of five."""
@@ -6010,20 +6009,14 @@ class ChatChoice:
         return [{"function_call": call["function"]} for call in calls if call["index"] == 0]
 
     def _outputs(self, deltas: list[Json], role_came: bool) -> list[Json]:
-        """Return a choice for each delta: the role in the first, what else came in the last."""
+        """Return a choice for each delta, the role in the first."""
         if not self._has_role and (deltas or role_came):
             first = deltas[0] if deltas else {}
             is_call = bool(first.keys() & {"tool_calls", "function_call"})
             content = {} if "reasoning_content" in first else {"content": None if is_call else ""}
             deltas[:1] = [{"role": "assistant", **content, **first}]
             self._has_role = True
-        outputs = [
-            {"index": self._index, "delta": delta, "finish_reason": None} for delta in deltas
-        ]
-        if outputs and self._extra:
-            outputs[-1].update(self._extra)
-            self._extra = {}
-        return outputs
+        return [{"index": self._index, "delta": delta, "finish_reason": None} for delta in deltas]
 
     def _reason(self, reason: str, was_whole: bool) -> str:
         """Return tool_calls if there are whole calls; length if the last one is cut."""
