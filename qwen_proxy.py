@@ -5916,9 +5916,7 @@ class ChatChoice:
 
     # Fields of a choice and of a delta that are read; others pass as they are.
     KNOWN = frozenset({"index", "delta", "message", "finish_reason"})
-    KNOWN_DELTA = frozenset(
-        {"role", "content", "reasoning_content", "reasoning", "tool_calls", "function_call"}
-    )
+    KNOWN_DELTA = frozenset({"role", "content", "reasoning_content", "reasoning", "tool_calls"})
 
     def __init__(
         self, shapes: ToolShapes, budget: Budget, index: int, is_json: bool, is_legacy: bool
@@ -5987,8 +5985,6 @@ class ChatChoice:
         reasoning = self._reasoning.feed(reasoning)
         text, calls = text_of(delta.get("content")), delta.get("tool_calls")
         thoughts, content = self._content.feed(text) if text else ("", "")
-        if not calls and isinstance(delta.get("function_call"), dict):
-            calls = [{"index": 0, "function": delta["function_call"]}]
         if calls:
             # What is kept back of the text comes before the call, not behind it.
             last_thoughts, last_content = self._content.close()
