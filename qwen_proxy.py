@@ -10708,7 +10708,9 @@ def status_facts(providers: Providers, is_offline: bool) -> Json:
         described = active.describe()
         facts.update(status=status, problem=problem or None, provider=described)
         if active.oauth:
-            described["login"]["mode"] = mode_of(active.oauth.path)
+            with contextlib.suppress(OSError):
+                mode = stat.S_IMODE(os.stat(active.oauth.path).st_mode)
+                described["login"]["mode"] = f"{mode:03o}"
         host = host_of(described["base_url"] or "", with_port=True)
         facts["forward_proxy"] = host and forwarding.proxy_for(host) or None
     return facts
@@ -10767,14 +10769,6 @@ def judged(provider: Provider, model: str, status: int, text: str) -> tuple[str,
     return OK, ""
 
 
-def mode_of(path: str) -> str | None:
-    """Return the permissions of a file in octal; None where there is none."""
-    try:
-        return f"{stat.S_IMODE(os.stat(path).st_mode):03o}"
-    except OSError:
-        return None
-
-
 def server_facts(options: Options) -> Json:
     """Return whether a server answers on the port, and what it says of itself."""
     url = local_url(options.host, options.port)
@@ -10807,12 +10801,10 @@ def status_lines(facts: Json) -> list[str]:
     ]
     words["forward proxy"] = facts["forward_proxy"] or "none"
     if server:
-        words["server"] = f"nothing answers at {server['url']}"
-        if server["answers"]:
-            health = as_object(server["health"])
-            said = f"{health.get('status')}, {health.get('in_flight')} requests in flight"
-            who = f"qwen_proxy {health.get('version')}: {said}" if health else "another program"
-            words["server"] = f"{server['url']} is {who}"
+        url, health = server["url"], as_object(server["health"])
+        said = f"{health.get('status')}, {health.get('in_flight')} requests in flight"
+        who = f"qwen_proxy {health.get('version')}: {said}" if health else "another program"
+        words["server"] = f"{url} is {who}" if server["answers"] else f"nothing answers at {url}"
     lines = []
     for label, value in words.items():
         for place, line in enumerate(value if isinstance(value, list) else [value]):
@@ -10831,8 +10823,8 @@ def login_lines(login: Json, is_good: bool = True) -> list[str]:
             f"expires {span_of(left)}"
             + (", refreshed at the next request" if left <= REFRESH_MARGIN and is_good else "")
         )
-    mode = login["mode"]
-    if mode and int(mode, 8) & 0o077 and os.name != "nt":
+    mode = login.get("mode", "0")
+    if int(mode, 8) & 0o077 and os.name != "nt":
         lines.append(f"permissions {mode}, others can read it: chmod 600 {login['path']}")
     return lines
 
