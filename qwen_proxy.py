@@ -2250,14 +2250,12 @@ class CliSettings:
 
     def _counts(self, folder: str, path: str) -> bool:
         """Return whether there is such a file, not the user's own, in a trusted folder."""
-        if not self._files.exists(path):
-            return False
         own = {
             os.path.realpath(os.path.join(base, name))
             for base in (self.home, os.path.join(self._user_home, ".qwen"), self._user_home)
             for name in (".env", "settings.json")
         }
-        if os.path.realpath(path) in own:
+        if not self._files.exists(path) or os.path.realpath(path) in own:
             return False
         is_trusted = self._is_trusted(folder)
         if not is_trusted:
