@@ -5606,11 +5606,10 @@ class ContentFilter:
             return True
         start = self._kept.lstrip()
         tags = (*self.TAGS, "```") if self._is_json else self.TAGS
-        if any(tag.startswith(start) for tag in tags):
-            return False
         fence = self._FENCE.match(self._kept) if self._is_json else None
-        if fence and fence.end() == len(self._kept) and not self._kept.endswith("\n"):
-            # "```js": the word may go on.
+        # "```js": the word may go on.
+        may_go_on = fence and fence.end() == len(self._kept) and not self._kept.endswith("\n")
+        if may_go_on or any(tag.startswith(start) for tag in tags):
             return False
         if fence:
             self._in_fence, self._kept = True, self._kept[fence.end() :]
@@ -6360,7 +6359,6 @@ class CompletionCollector:
 
     def _add_call(self, calls: list[Json], delta: Json) -> None:
         if delta["index"] == len(calls):
-            self._budget.count(ToolCall.COST)
             calls.append({})
         for name, value in delta.items():
             if name != "index":
