@@ -3187,8 +3187,8 @@ class Upstream(urllib.request.AbstractHTTPHandler):
     # Kept open to each upstream, and for how long: shorter than any gateway's idle limit we know.
     IDLE, IDLE_AGE = 64, 30.0
     _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+\Z")
-    # What is printable in Latin-1, and the tab.
-    _HEADER_VALUE = re.compile("[\t\x20-\x7e\xa1-\xac\xae-\xff]*\\Z")
+    # What is printable in Latin-1.
+    _HEADER_VALUE = re.compile("[\x20-\x7e\xa1-\xac\xae-\xff]*\\Z")
 
     def __init__(self, forwarding: Forwarding = DIRECT) -> None:
         super().__init__()
@@ -3434,7 +3434,7 @@ class Call:
         user_agent: str = "",
     ):
         self._upstream, self._api, self._request = upstream, api, request
-        self._waiter, self._retries = waiter, retries
+        self.waiter, self._retries = waiter, retries
         self._headers = {"Accept": api.accept, "User-Agent": user_agent}
         self._body: Json = {}
         self.notes: list[str] = []
@@ -3475,7 +3475,7 @@ class Call:
 
     def _open_on(self, target: Target, deadline: float, is_last: bool) -> Answer:
         credentials, rejected = target.provider.credentials, ""
-        access_token = credentials.access_token(pause=self._waiter.sleep)
+        access_token = credentials.access_token(pause=self.waiter.sleep)
         self._prepare(target)
         retries, repairs, delay = self._retries, self.MAX_REPAIRS, self.RETRY_DELAY
         while True:
@@ -3490,7 +3490,7 @@ class Call:
                 if error.code == "invalid_api_key" and isinstance(credentials, OAuthCredentials):
                     self._check_rejection(credentials, access_token, rejected, error)
                     rejected = access_token
-                    access_token = credentials.access_token(rejected, self._waiter.sleep)
+                    access_token = credentials.access_token(rejected, self.waiter.sleep)
                     continue
                 if repairs and self._repair(error):
                     repairs -= 1
@@ -3504,7 +3504,7 @@ class Call:
                     raise
                 log.info("%s: %s; again in %.1f s", target.provider.name, error.message, pause)
             retries, delay = retries - 1, delay * 2
-            self._waiter.sleep(pause)
+            self.waiter.sleep(pause)
 
     @staticmethod
     def _check_rejection(
@@ -3526,7 +3526,7 @@ class Call:
     def _attempt(self, target: Target, access_token: str) -> Answer:
         body = encode_json(self._body, is_request=True)
         response = self._upstream.send(
-            target, self._api.path, body, access_token, self._waiter, self._headers
+            target, self._api.path, body, access_token, self.waiter, self._headers
         )
         if not 200 <= response.status < 300:
             with contextlib.closing(response):
@@ -3535,7 +3535,7 @@ class Call:
             log.debug("HTTP %d from %s: %s", response.status, target.provider.name, shown)
             raise self._api.refusal(response.status, text, response.headers, target)
         decoder = self._api.decoder(self._request, target)
-        self.answers.append(Answer(response, target, decoder, self._waiter))
+        self.answers.append(Answer(response, target, decoder, self.waiter))
         return self.answers[-1]
 
     def _prepare(self, target: Target) -> None:
@@ -9341,8 +9341,10 @@ class StreamLoop:
             self._end(stream, error)
 
 
-def open_all(calls: list[Call], targets: list[Target], waiter: Waiter) -> list[Answer]:
+def open_all(calls: list[Call], targets: list[Target]) -> list[Answer]:
     """Open all calls, a few of them at a time; when one fails, the others end."""
+    if len(calls) == 1:
+        return [calls[0].open(targets)]
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         futures = [pool.submit(call.open, targets) for call in calls]
         try:
@@ -9351,24 +9353,25 @@ def open_all(calls: list[Call], targets: list[Target], waiter: Waiter) -> list[A
         except Exception:
             for future in futures:
                 future.cancel()
-            waiter.is_stopping = True
+            calls[0].waiter.is_stopping = True
             raise
         return [future.result() for future in futures]
 
 
-def relay(answer: Answer, exchange: Exchange, loop: StreamLoop, collector: Any = None) -> None:
+def relay(answer: Answer, exchange: Exchange, loop: StreamLoop) -> None:
     """Push an answer through to the client, piece by piece as it comes.
 
-    With a collector, which is there for --log-level debug, the log shows the whole.
+    With --log-level debug the log shows the whole, but for embeddings.
     """
-    feed = exchange.writer.feed
+    is_shown = log.isEnabledFor(logging.DEBUG) and isinstance(answer.decoder, ChatDecoder)
+    feed, collector = exchange.writer.feed, CompletionCollector()
 
     def feed_both(chunk: Chunk) -> None:
         collector.feed(chunk.value)
         feed(chunk)
 
     try:
-        answer.deliver(feed_both if collector else feed)
+        answer.deliver(feed_both if is_shown else feed)
     finally:
         # An error behind the first chunks comes behind them in the stream, too.
         exchange.writer.flush()
@@ -9380,7 +9383,7 @@ def relay(answer: Answer, exchange: Exchange, loop: StreamLoop, collector: Any =
             exchange.writer.flush()
         else:
             loop.carry(Stream(answer, exchange))
-    if collector:
+    if is_shown:
         log.debug("answer: %s", excerpt(collector.completion(answer.decoder.usage)))
 
 
@@ -9454,34 +9457,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def serve(self, exchange: Exchange) -> None:
         """Answer one request; every request takes this way."""
-        proxy, options = self.proxy, self.proxy.options
         self.check_access(exchange)
         api = self.find_api(exchange)
         if api is None:
             return
         request = api.check(exchange.read_json())
         exchange.model = as_text(request.get("model"))
-        targets = proxy.targets(request.get("model"))
-        writer = exchange.writer = api.writer(request, exchange, targets[0])
-        heartbeat = writer.heartbeat if writer.is_stream else None
-        waiter = exchange.waiter = Waiter(exchange.connection, options.timeout, heartbeat)
-        if proxy.is_stopping:
-            raise ShuttingDown
-        calls = [
-            Call(proxy.upstream, api, part, waiter, options.retries, exchange.user_agent())
-            for part in api.split(request, targets)
-        ]
-        # Named by a sign of life before the answer, if that is sure.
-        exchange.target = targets[0] if len(targets) == 1 else None
-        is_shown = log.isEnabledFor(logging.DEBUG) and not isinstance(api, EmbeddingsApi)
-        collector = CompletionCollector() if is_shown else None
+        targets = self.proxy.targets(request.get("model"))
+        exchange.writer = api.writer(request, exchange, targets[0])
+        calls = self.proxy.calls(exchange, api, request, targets)
         try:
-            is_one = len(calls) == 1
-            answers = [calls[0].open(targets)] if is_one else open_all(calls, targets, waiter)
+            answers = open_all(calls, targets)
             exchange.begin(answers[0])
             for answer in answers:
-                relay(answer, exchange, proxy.streams, collector)
-            writer.close(answers[0].decoder.usage)
+                relay(answer, exchange, self.proxy.streams)
+            exchange.writer.close(answers[0].decoder.usage)
             for answer in answers:
                 answer.response.drain()
         finally:
@@ -9719,10 +9709,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         exchange.send_json(200, self.proxy.device_login.start(self.proxy.providers.own_login()))
 
 
-class Listener(socketserver.ThreadingTCPServer):
+class Listener(http.server.ThreadingHTTPServer):
     """One listening socket; each connection has its thread."""
 
-    daemon_threads = True
     request_queue_size = 1024
     # On Windows it would let two programs share the port.
     allow_reuse_address = os.name != "nt"
@@ -9741,7 +9730,8 @@ class Listener(socketserver.ThreadingTCPServer):
         if self.address_family == socket.AF_INET6:
             only = self.server_address[0] != "::"
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only)
-        super().server_bind()
+        # Not http.server's, which looks up the full name of the host: that may take seconds.
+        socketserver.TCPServer.server_bind(self)
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection; with no descriptor left, pause instead of trying at once again."""
@@ -9919,6 +9909,23 @@ class ProxyServer:
             if not any(exchange.is_busy for exchange in list(self.exchanges)):
                 return
             time.sleep(0.02)
+
+    def calls(
+        self, exchange: Exchange, api: ChatApi, request: Json, targets: list[Target]
+    ) -> list[Call]:
+        """Return the calls to the upstream that a request takes, which wait as one."""
+        heartbeat = exchange.writer.heartbeat if exchange.writer.is_stream else None
+        waiter = Waiter(exchange.connection, self.options.timeout, heartbeat)
+        exchange.waiter = waiter
+        # Only now, or the stop could miss the waiter.
+        if self.is_stopping:
+            raise ShuttingDown
+        # Named by a sign of life before the answer, if that is sure.
+        exchange.target = targets[0] if len(targets) == 1 else None
+        return [
+            Call(self.upstream, api, part, waiter, self.options.retries, exchange.user_agent())
+            for part in api.split(request, targets)
+        ]
 
     def note(self, exchange: Exchange) -> None:
         """Write the log line of an exchange that is over, and count it."""
