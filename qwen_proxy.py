@@ -6134,6 +6134,8 @@ class ChatDecoder:
                 self._send(self._chunk([output]))
         if self._wants_usage and self.usage:
             self._send({**self._chunk([]), "usage": self.usage})
+        elif self._extra and not self._is_stream:
+            self._send(self._chunk([]))
 
     def _feed_rest(self) -> None:
         """Translate what has no blank line behind it: the last event, or all of one JSON."""
