@@ -945,10 +945,10 @@ def base_url_fault(url: Any) -> str:
     with contextlib.suppress(ValueError):
         parts = urllib.parse.urlsplit(url)
         has_host = re.match(r"[\w.-]+\Z|[0-9a-f:.]+\Z", parts.hostname or "")
-        is_clean = url.isprintable() and " " not in url
+        is_clean = url.isascii() and url.isprintable() and " " not in url
         if has_host and is_clean and parts.port != 0 and parts.scheme in ("http", "https"):
             return ""
-    return "must begin with http:// or https:// and name a host"
+    return "must begin with http:// or https://, name a host, and be ASCII without blanks"
 
 
 def web_page(text: str) -> str:
