@@ -77,7 +77,6 @@ import queue
 import random
 import re
 import secrets
-import select
 import selectors
 import signal
 import socket
@@ -2815,18 +2814,15 @@ class Providers:
 # Upstream
 # ------------------------------------------------------------------------------------------------
 
+# select() fails from descriptor 1024 on; poll() is not there on Windows.
+Selector: Any = getattr(selectors, "PollSelector", selectors.SelectSelector)
+
 
 def is_ready(connection: socket.socket, event: int, seconds: float) -> bool:
     """Return whether a socket can be read or takes bytes, after at most so long."""
-    is_reading, seconds = event == selectors.EVENT_READ, max(0.0, seconds)
-    # select() fails from descriptor 1024 on; poll() is not there on Windows. A selector, which
-    # would hide that, takes ten times as long.
-    if not hasattr(select, "poll"):
-        waited = ([connection], []) if is_reading else ([], [connection])
-        return any(select.select(*waited, [], seconds))
-    poll = select.poll()
-    poll.register(connection, select.POLLIN if is_reading else select.POLLOUT)
-    return bool(poll.poll(seconds * 1000))
+    with Selector() as selector:
+        selector.register(connection, event)
+        return bool(selector.select(seconds))
 
 
 def send_some(connection: socket.socket, data: Any) -> Any:

@@ -32,7 +32,6 @@ import pathlib
 import random
 import re
 import select
-import selectors
 import shlex
 import shutil
 import signal
@@ -6731,18 +6730,6 @@ def test_a_sign_of_life_goes_out_however_busy_the_upstream_is(noisy, monkeypatch
     assert said[-3:] == [b": keep-alive\n"] * 3
     assert {line for line in said if not line.startswith(b"data: ")} == {b": keep-alive\n"}
     lines.close()
-
-
-@pytest.mark.parametrize("has_poll", [True, False])
-def test_a_socket_is_waited_for_with_and_without_poll(monkeypatch, has_poll):
-    if not has_poll:
-        monkeypatch.delattr(select, "poll", raising=False)
-    one, other = socket.socketpair()
-    with one, other:
-        assert not qp.is_ready(one, selectors.EVENT_READ, -1)
-        assert qp.is_ready(one, selectors.EVENT_WRITE, WAIT)
-        other.close()
-        assert qp.is_ready(one, selectors.EVENT_READ, WAIT)
 
 
 def test_what_brings_no_content_is_read_a_piece_at_a_time():  # B1
