@@ -2818,11 +2818,11 @@ class Providers:
 Selector: Any = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 
-def is_ready(connection: socket.socket, event: int, seconds: float) -> bool:
-    """Return whether a socket can be read or takes bytes, after at most so long."""
-    with Selector() as selector:
-        selector.register(connection, event)
-        return bool(selector.select(seconds))
+def selector_of(connection: socket.socket, event: int) -> Any:
+    """Return a selector for whether a socket can be read, or takes bytes."""
+    selector = Selector()
+    selector.register(connection.fileno(), event)
+    return selector
 
 
 def send_some(connection: socket.socket, data: Any) -> Any:
@@ -2878,8 +2878,8 @@ class Waiter:
 
     def wait(self, upstream: socket.socket, event: int = selectors.EVENT_READ) -> None:
         """Return when the upstream can be read, or takes bytes."""
-        deadline = time.monotonic() + self.timeout
-        while not is_ready(upstream, event, self._pause(deadline)):
+        deadline, selector = time.monotonic() + self.timeout, selector_of(upstream, event)
+        while not selector.select(self._pause(deadline)):
             if time.monotonic() >= deadline:
                 raise self.silence("sent" if event == selectors.EVENT_READ else "taken")
 
@@ -3170,7 +3170,9 @@ class UpstreamResponse:
         with contextlib.suppress(UpstreamError):
             while not self._body.is_done and time.monotonic() < deadline:
                 if self.receive_now() is None:
-                    is_ready(self.source, selectors.EVENT_READ, deadline - time.monotonic())
+                    selector_of(self.source, selectors.EVENT_READ).select(
+                        deadline - time.monotonic()
+                    )
 
 
 class Upstream(urllib.request.AbstractHTTPHandler):
@@ -8718,6 +8720,8 @@ class ClientReader(io.RawIOBase):
     def __init__(self, connection: socket.socket):
         super().__init__()
         self._connection, self.deadline, self.rate = connection, 0.0, 0
+        # One for all waits: making it takes longer than they do, mostly.
+        self._selector = selector_of(connection, selectors.EVENT_READ)
 
     def readable(self) -> bool:
         return True
@@ -8726,7 +8730,7 @@ class ClientReader(io.RawIOBase):
         """Return bytes as soon as there are some; raises BadRequest (408) at the deadline."""
         while True:
             remaining = self.deadline - time.monotonic()
-            if remaining <= 0 or not is_ready(self._connection, selectors.EVENT_READ, remaining):
+            if remaining <= 0 or not self._selector.select(remaining):
                 raise BadRequest("the request did not arrive in time", 408)
             with contextlib.suppress(BlockingIOError):
                 received = self._connection.recv_into(buffer)
@@ -9166,7 +9170,7 @@ class Exchange:
         data = bytes(self.unsent) + data if self.unsent else data
         self.unsent = send_some(self.connection, data)
         while self.unsent and not self.is_on_loop:
-            if not is_ready(self.connection, selectors.EVENT_WRITE, self.WRITE_TIMEOUT):
+            if not selector_of(self.connection, selectors.EVENT_WRITE).select(self.WRITE_TIMEOUT):
                 raise socket.timeout("timed out")
             self.unsent = send_some(self.connection, self.unsent)
 
