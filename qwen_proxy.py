@@ -10554,9 +10554,9 @@ def tune_process() -> None:
         import resource
 
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        unlimited = resource.RLIM_INFINITY
-        wanted = 4 * MAX_CONNECTIONS if hard == unlimited else min(hard, 4 * MAX_CONNECTIONS)
-        if soft != unlimited and soft < wanted:
+        # No limit is a negative number here, a large one there.
+        wanted = hard if 0 <= hard < 4 * MAX_CONNECTIONS else 4 * MAX_CONNECTIONS
+        if 0 <= soft < wanted:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
