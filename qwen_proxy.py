@@ -53,6 +53,7 @@ from __future__ import annotations  # qwen_proxy.py needs Python 3.8 or newer
 import argparse
 import atexit
 import base64
+import bisect
 import collections
 import concurrent.futures
 import contextlib
@@ -7696,8 +7697,8 @@ class Ledger:
         "first_ms": ("first_byte_seconds", "first byte"),
         "whole_ms": ("duration_seconds", "end"),
     }
-    # Of the histograms, in seconds, as their labels have them.
-    BOUNDS = "0.1 0.25 0.5 1 2.5 5 10 30 60 120 300 +Inf".split()
+    # Of the histograms, in seconds.
+    BOUNDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
     LABELS = ("route", "provider", "model", "status", "le")
 
     def __init__(self, path: str | None = None):
@@ -7705,8 +7706,8 @@ class Ledger:
         self._lock, self._file_lock = threading.Lock(), threading.Lock()
         # Of KEYS: SUMS, in their order.
         self._pending = Counters()
-        # Of route, provider, model and class of status: SUMS, errors, and how many spans are within
-        # each bound.
+        # Of route, provider, model and class of status: SUMS, errors, and how many spans have each
+        # bound as their next.
         self._totals = Counters()
         self._names: list[dict[str, str]] = [{}, {}, {}]
         self._file, self._end = CountsFile(path or ""), threading.Event()
@@ -7733,10 +7734,11 @@ class Ledger:
         with self._lock:
             provider, model, client = map(self._bounded, self._names, names)
             total = self._totals[route, provider, model, f"{outcome // 100}xx"]
-            total.update(sums, errors=int(outcome >= 400 and outcome != 499))
+            total.update(sums)
+            total["errors"] += outcome >= 400 and outcome != 499
             for name, seconds in zip(self.HISTOGRAMS, spans):
                 if seconds is not None:
-                    total.update((name, bound) for bound in self.BOUNDS if seconds <= float(bound))
+                    total[name, bisect.bisect_left(self.BOUNDS, seconds)] += 1
             if route in self.ROUTES:
                 self._pending[bucket, route, provider, model, client, outcome].update(sums)
                 if len(self._pending) > self.MOST_ROWS:
@@ -7859,10 +7861,12 @@ class Ledger:
 
     def _histogram(self, rows: Counters, span: str) -> Iterator[tuple[str, tuple[Any, ...], float]]:
         for key, row in rows.items():
-            for bound in self.BOUNDS:
-                yield "_bucket", (*key, bound), row[span, bound]
+            count = 0
+            for place, bound in enumerate((*self.BOUNDS, "+Inf")):
+                count += row[span, place]
+                yield "_bucket", (*key, bound), count
             yield "_sum", key, row[span] / 1000
-            yield "_count", key, row[span, "+Inf"]
+            yield "_count", key, count
 
 
 def metric(
