@@ -5849,7 +5849,8 @@ class ToolCalls:
             arguments = function.get("arguments")
             if not isinstance(arguments, str):
                 arguments = "" if arguments is None else json.dumps(arguments, ensure_ascii=False)
-            call_id = as_text(entry.get("id"))[: ToolCall.MAX_NAME]
+            call_id = as_text(entry.get("id"))
+            call_id = call_id if len(call_id) <= ToolCall.MAX_NAME else ""
             index = entry.get("index")
             index = index if type(index) is int and 0 <= index < 100_000 else None
             call = self._call_for(index, call_id, name, arguments)
