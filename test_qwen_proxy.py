@@ -1,9 +1,10 @@
 """Tests of qwen_proxy: real sockets on loopback, a fake of Qwen's endpoints as strict as they are.
 
 Same sections, same order as the program. Most cases are rows of a few tables, named with the
-clients that need them: REQUESTS (what a client sends, what the upstream gets), FRAMES and DIRTY
-(what an upstream sends, what the client gets), REFUSALS, REPAIRS, BAD_REQUESTS, WIRE (bytes and
-statuses). Nothing here leaves the machine; HOME and QWEN_HOME are temporary.
+clients that need them: REQUESTS (what a client sends, what the upstream gets), DIRTY (what an
+upstream sends, what the client gets), and those above the tests of refusals, of repairs, of bad
+requests, of frames and of the wire. Nothing here leaves the machine; HOME and QWEN_HOME are
+temporary.
 """
 
 import argparse
@@ -148,23 +149,9 @@ def refusal(message, status=400, code="invalid_parameter_error", type="invalid_r
     return reply(status, {"error": error, "request_id": "r-1"})
 
 
-REFUSED_CLIENT = {"error": "invalid_client", "error_description": "Invalid client credentials"}
 # What the endpoints say, by their own words.
 INVALID = "<400> InternalError.Algo.InvalidParameter: "
-WRONG_TYPE = INVALID + "a field has the wrong type"
-NO_TEXTS = INVALID + "contents is neither str nor list of str.: input.contents"
-TOO_MANY_TEXTS = (
-    f"{INVALID}Value error, batch size is invalid, it should not be larger than 10.: input.contents"
-)
-ROLES = "is not one of ['system', 'assistant', 'user', 'tool', 'function'] - 'messages.['{}].role'"
-NO_CALL = f'{INVALID}messages with role "tool" must be a response to a preceeding message with "tool_calls".'
-NO_JSON = 'The "function.arguments" parameter of the code model must be in JSON format.'
-UNANSWERED = (
-    'An assistant message with "tool_calls" must be followed by tool messages responding to each '
-    '"tool_call_id". The following tool_call_ids did not have response messages: '
-)
 BUDGET = "The thinking_budget parameter must be a positive integer and not greater than "
-NO_WORD = "'messages' must contain the word 'json' in some form, to use 'response_format' of type 'json_object'."
 
 
 class FakeQwen:
@@ -174,7 +161,7 @@ class FakeQwen:
         self.requests, self.script, self.token_script = [], collections.deque(), collections.deque()
         self.access_tokens, self.refresh_tokens = {"at_1"}, {"rt_1"}
         self.refreshes, self.reused, self.expires_in, self.rotates = [], [], 21600, True
-        self.device_answers, self.models = collections.deque(), None
+        self.device_answers, self.models, self.faults = collections.deque(), None, []
         self.connections, self.gone, self.lock = 0, threading.Event(), threading.Lock()
         self.arrived = threading.Condition()
         fake = self
@@ -204,7 +191,7 @@ class FakeQwen:
             daemon_threads, request_queue_size = True, 256
 
             def handle_error(self, request, client_address):
-                pass
+                fake.faults.append(sys.exc_info()[1])
 
         self.server = Server(("127.0.0.1", 0), Handler)
         self.port = self.server.server_port
@@ -215,6 +202,7 @@ class FakeQwen:
     def close(self):
         self.server.shutdown()
         self.server.server_close()
+        assert [fault for fault in self.faults if isinstance(fault, AssertionError)] == []
 
     def answer(self, path, headers, body):
         with self.arrived:
@@ -233,7 +221,9 @@ class FakeQwen:
         if path.endswith("/v1/embeddings"):
             return self.refuse_key(path, headers) or self.embeddings(json.loads(body))
         if path.endswith("/v1/completions"):
-            refused = self.refuse_key(path, headers) or self.refuse_text(json.loads(body))
+            asked = json.loads(body)
+            assert asked["stream"] is True and "suffix" not in asked and None not in asked.values()
+            refused = self.refuse_key(path, headers)
             return refused or (self.script.popleft() if self.script else stream(*TEXT))
         if not path.endswith("/v1/chat/completions"):
             return Reply(404, [("Content-Length", "0")], [])  # as the real one: without a word
@@ -244,22 +234,13 @@ class FakeQwen:
     def embeddings(request):
         """text-embedding-v4: ten texts at most, floats only. The vector says which text it is."""
         given = request["input"] if isinstance(request["input"], list) else [request["input"]]
-        if not all(isinstance(text, str) for text in given):
-            return refusal(NO_TEXTS)
-        if len(given) > 10:
-            return refusal(TOO_MANY_TEXTS)
-        if request.get("encoding_format") != "float" or "user" in request:
-            return refusal("encoding_format must be float")
+        assert all(isinstance(text, str) for text in given) and len(given) <= 10
+        assert request["encoding_format"] == "float" and "user" not in request
         vectors = [[len(text) / 2, 0.25] for text in given]
         data = [{"object": "embedding", "index": n, "embedding": x} for n, x in enumerate(vectors)]
         usage = {"prompt_tokens": len(given), "total_tokens": len(given)}
         answer = {"object": "list", "model": request["model"], "id": "r-1", "usage": usage}
         return reply(200, {**answer, "data": data[::-1]})
-
-    @staticmethod
-    def refuse_text(request):
-        is_known = request.get("stream") is True and "suffix" not in request
-        return None if is_known and None not in request.values() else refusal("unknown field")
 
     def wait_for_request(self, count=1):
         with self.arrived:
@@ -270,12 +251,10 @@ class FakeQwen:
         try:
             return self.refuse_key(path, headers) or self.refuse_chat(path, json.loads(body), body)
         except (TypeError, AttributeError, KeyError):
-            return refusal(WRONG_TYPE)
+            return refusal(INVALID + "a field has the wrong type")
 
     def refuse_key(self, path, headers):
-        if not headers.get("User-Agent"):
-            words = "Coding Plan is currently only available for Coding Agents"
-            return reply(405, {"error": words})
+        assert headers.get("User-Agent")
         key = headers.get("Authorization", "").replace("Bearer ", "")
         if key in self.access_tokens or key.startswith("sk-good"):
             return None
@@ -285,47 +264,33 @@ class FakeQwen:
 
     @staticmethod
     def refuse_chat(path, request, body):
-        """The first thing that is wrong, as a refusal; a wrong type is an error of Python's own."""
-        if len(body) > 6_291_456:
-            return refusal("Exceeded limit on max bytes to request body : 6291456")
-        messages, tools = request["messages"], request.get("tools", [])
-        if not messages:
-            return refusal("[] is too short - 'messages'")
-        for tool_ in (tool_["function"] for tool_ in tools):
-            if not re.match(r"[A-Za-z0-9_-]{1,64}$", tool_["name"]) or "parameters" not in tool_:
-                return refusal("function parameters is empty (2013)")
-            if tool_["name"] == "search":
-                return refusal("Tool names are not allowed to be [search]")
-        if "user" not in [message["role"] for message in messages]:
-            return refusal("The input messages do not contain elements with the role of user.")
+        """A refusal that the program acts on; what else they refuse is an error of Python's own."""
+        messages = request["messages"]
+        assert len(body) <= 6_291_456 and messages
+        for tool_ in (tool_["function"] for tool_ in request.get("tools", [])):
+            assert re.match(r"[A-Za-z0-9_-]{1,64}$", tool_["name"]) and "parameters" in tool_
+            assert tool_["name"] != "search"
+        assert "user" in [message["role"] for message in messages]
         most = 32768 if request["model"].startswith("glm-5") else 262144
         is_double = {"thinking_budget", "reasoning_effort"} <= set(request)
         if not 0 < request.get("thinking_budget", 1) <= most or is_double:
             return refusal(BUDGET + str(most))
         pending = []
-        for index, message in enumerate(messages):
-            if message["role"] not in ("system", "assistant", "user", "tool", "function"):
-                return refusal(f"{message['role']} {ROLES.format(index)}")
-            if "content" not in message:
-                return refusal(f"Field required: input.messages.{index}.content")
+        for message in messages:
+            assert message["role"] in ("system", "assistant", "user", "tool", "function")
+            assert "content" in message
             if message["role"] == "tool":
-                if message.get("tool_call_id") not in pending:
-                    return refusal(NO_CALL)
+                assert message.get("tool_call_id") in pending
                 pending.remove(message["tool_call_id"])
-            elif pending:
-                break
+                continue
+            assert not pending
             for call in message.get("tool_calls") or []:
                 pending.append(call["id"])
-                try:
-                    json.loads(call["function"]["arguments"])
-                except ValueError:
-                    return refusal(NO_JSON)
-        if pending:
-            return refusal(UNANSWERED + pending[0])
+                assert isinstance(json.loads(call["function"]["arguments"]), dict)
+        assert not pending
         system, content = messages[0]["role"] == "system", messages[0]["content"]
         is_marked = isinstance(content, list) and any("cache_control" in part for part in content)
-        if path.startswith("/v1/") and not (system and is_marked):
-            return refusal("bad request")
+        assert not path.startswith("/v1/") or (system and is_marked)
         thinks = bool(re.match("qwen3.7|qwen4", request["model"]))
         thinks = request.get("enable_thinking", thinks)
         if thinks and request.get("tool_choice", "auto") not in ("auto", "none"):
@@ -333,18 +298,12 @@ class FakeQwen:
         if dig(request, "response_format", "type") == "json_object":
             if thinks:
                 return refusal("Json mode response is not supported when enable_thinking is true")
-            if "json" not in json.dumps(messages).lower():
-                return refusal(NO_WORD)
+            assert "json" in json.dumps(messages).lower()
         if not 1 <= request.get("max_tokens", 1) <= 65536:
             return refusal("Range of max_tokens should be [1, 65536]")
-        if request.get("temperature", 0) >= 2:
-            return refusal("temperature must be in [0, 2)")
-        if request.get("stream") is not True or not dig(request, "stream_options", "include_usage"):
-            return refusal(
-                "This model only support stream mode, please enable the stream parameter"
-            )
-        if {"functions", "metadata", "store"} & set(request) or request.get("tools") == []:
-            return refusal("unknown field")
+        assert request.get("temperature", 0) < 2
+        assert request["stream"] is True and dig(request, "stream_options", "include_usage")
+        assert not {"functions", "metadata", "store"} & set(request) and request.get("tools") != []
         return None
 
     def token_answer(self, form):
@@ -354,8 +313,7 @@ class FakeQwen:
                 return scripted(form) if callable(scripted) else scripted
             if form.get("grant_type") == qp.DEVICE_GRANT:
                 return self.device_answers.popleft()
-            if form.get("client_id") != qp.CLIENT_ID:
-                return reply(401, REFUSED_CLIENT)
+            assert form["client_id"] == qp.CLIENT_ID
             used = form.get("refresh_token")
             if used not in self.refresh_tokens:
                 self.reused.append(used)
@@ -373,8 +331,7 @@ class FakeQwen:
 
     def device_answer(self, form):
         self.challenge = form.get("code_challenge")
-        if form.get("client_id") != qp.CLIENT_ID or form.get("code_challenge_method") != "S256":
-            return reply(401, REFUSED_CLIENT)
+        assert form["client_id"] == qp.CLIENT_ID and form["code_challenge_method"] == "S256"
         uri = self.origin + "/authorize"
         answer = {"device_code": "dc_1", "user_code": "ABCD-EFGH", "expires_in": 900}
         answer["verification_uri"] = uri
@@ -382,24 +339,20 @@ class FakeQwen:
         return reply(200, answer)
 
     def play(self, handler, answer):
+        pieces, headers = list(answer.pieces), dict(answer.headers)
+        is_chunked = "Transfer-Encoding" in headers
+        if not is_chunked:
+            size = sum(len(piece) for piece in pieces if isinstance(piece, bytes))
+            headers.setdefault("Content-Length", str(size))
         handler.send_response_only(answer.status)
-        handler.send_header("Date", handler.date_time_string())
-        framed = any(name == "Transfer-Encoding" for name, _ in answer.headers)
-        whole = b"".join(piece for piece in answer.pieces if isinstance(piece, bytes))
-        body = b"" if framed else whole
-        for name, value in answer.headers:
-            handler.send_header(name, value)
-        if not framed and not any(name == "Content-Length" for name, _ in answer.headers):
-            handler.send_header("Content-Length", str(len(body)))
+        for header in {"Date": handler.date_time_string(), **headers}.items():
+            handler.send_header(*header)
         # An event before the first byte is silence before the answer's head.
-        silence = answer.pieces and isinstance(answer.pieces[0], threading.Event)
-        if silence and not self.pause(handler, answer.pieces.pop(0)):
+        is_late = pieces and isinstance(pieces[0], threading.Event)
+        if is_late and not self.pause(handler, pieces.pop(0)):
             return
         handler.end_headers()
-        if not framed:
-            handler.wfile.write(body)
-            return
-        for piece in answer.pieces:
+        for piece in pieces:
             if piece is CUT:
                 handler.close_connection = True
                 handler.connection.shutdown(socket.SHUT_RDWR)
@@ -408,8 +361,8 @@ class FakeQwen:
                 if not self.pause(handler, piece):
                     return
             elif piece:
-                handler.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
-        handler.wfile.write(b"0\r\n\r\n")
+                handler.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece) if is_chunked else piece)
+        handler.wfile.write(b"0\r\n\r\n" if is_chunked else b"")
 
     def pause(self, handler, event):
         """Wait for the event; False, and self.gone set, when the proxy has closed the connection meanwhile."""
@@ -521,8 +474,9 @@ WAITS = [(qp.LogWriter, "PAUSE"), (qp.DemoUpstream, "PAUSE")]
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
+def home(tmp_path, monkeypatch, caplog):
     """A HOME with an empty ~/.qwen, and short waits; no variable of the real one leaks in."""
+    caplog.set_level(logging.INFO, "qwen_proxy")
     ours = "(QWEN|OPENAI|DASHSCOPE|BAILIAN|OPENROUTER|MODELSCOPE)_|.*_proxy$"
     for name in [name for name in os.environ if re.match(ours, name, re.I)]:
         monkeypatch.delenv(name)
@@ -590,10 +544,9 @@ def keyed(serve, upstream, monkeypatch):
 
 
 @pytest.fixture()
-def key_server(serve, upstream, monkeypatch):
+def key_server(keyed):
     """A proxy in front of the fake's DashScope endpoint."""
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-key-123456")
-    return serve(base_url=upstream.dashscope, model="qwen3-max")
+    return keyed(model="qwen3-max")
 
 
 def ask(server, body=None, method="POST", path="/v1/chat/completions", headers=None):
@@ -682,31 +635,24 @@ def raw(server, request, family=socket.AF_INET):
         return received
 
 
-def translate(pieces, request=None, model="qwen3.7-plus", family="dashscope"):
+def target(model="qwen3.7-plus", family="dashscope", config=None):
+    """A model of a provider of this family, with what the settings say of it."""
+    entries = {model: config or {}}
+    return qp.Target(
+        qp.Provider("t", "http://h/v1", None, "t", entries, qp.FAMILIES[family]), model
+    )
+
+
+def translate(pieces, request=None):
     """The chunks of an answer, translated without any socket."""
-    url = "http://127.0.0.1/compatible-mode/v1"
-    provider = qp.Provider("test", url, None, "test", family=qp.FAMILIES[family])
     request = request or {"stream_options": {"include_usage": True}}
-    decoder, chunks = qp.ChatDecoder(request, qp.Target(provider, model)), []
+    decoder, chunks = qp.ChatDecoder(request, target()), []
     decoder.sink = lambda chunk: chunks.append(chunk.value)
-    push(decoder, pieces)
-    return chunks
-
-
-def push(decoder, pieces):
-    """Feed a decoder as relay() does, from an iterator that may raise as a connection does."""
-    pieces = iter(pieces)
-    while not decoder.is_done:
-        try:
-            piece = next(pieces, None)
-        except qp.UpstreamError:
-            if not decoder.is_finished():
-                raise
-            piece = None
-        if piece is None:
-            break
-        decoder.feed(piece)
+    for piece in pieces:
+        if not decoder.is_done:
+            decoder.feed(piece)
     decoder.close()
+    return chunks
 
 
 def collect(chunks):
@@ -791,18 +737,17 @@ def lines_of(server, path, body):
 
 
 @pytest.fixture()
-def quick(serve, upstream, monkeypatch):
+def quick(keyed, monkeypatch):
     """A server that gives a sign of life every 50 ms."""
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
     monkeypatch.setattr(qp, "KEEP_ALIVE_INTERVAL", 0.05)
     monkeypatch.setattr(qp.Waiter, "LOOK", 0.02)
-    return serve(base_url=upstream.dashscope, model="m")
+    return keyed()
 
 
 def comments_until(server, gate, count):
     """The lines of a stream; the gate opens at so many comments."""
     lines = []
-    for line in lines_of(server, "/v1/chat/completions", {"messages": HI}):
+    for line in lines_of(server, CHAT, {"messages": HI}):
         lines.append(line)
         if lines.count(qp.KEEP_ALIVE.strip() + b"\n") == count:
             gate.set()
@@ -825,33 +770,26 @@ def test_imports_are_of_the_standard_library_only():
     assert names and names <= set(sys.stdlib_module_names) | {"__future__"}
 
 
-def hosts_in_constants():
-    start = SOURCE.index("# Constants\n")
-    constants = SOURCE[start : SOURCE.index("# Errors and small tools\n", start)]
-    return set(re.findall(r'(?:https://|")((?:[\w-]+\.)+(?:ai|cn|com))\b', constants))
-
-
-def test_every_host_in_the_file_is_a_constant():
-    code = "".join(line.partition("#")[0] + "\n" for line in SOURCE.splitlines())
-    hosts = set(re.findall(r"https?://([\w-]+\.[\w.-]*\w)", code))
-    assert hosts - {"127.0.0.1"} <= hosts_in_constants()
-
-
 def readme():
     with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
-        return file.read()
+        return " ".join(file.read().split())
 
 
-def test_readme_names_every_host_and_holds_the_help(monkeypatch, capsys):
+def test_every_host_in_the_file_is_a_constant_and_in_the_readme():
+    start = SOURCE.index("# Constants\n")
+    constants = SOURCE[start : SOURCE.index("# Errors and small tools\n", start)]
+    named = set(re.findall(r'(?:https://|")((?:[\w-]+\.)+(?:ai|cn|com))\b', constants))
+    code = "".join(line.partition("#")[0] + "\n" for line in SOURCE.splitlines())
+    assert set(re.findall(r"https?://([\w-]+\.[\w.-]*\w)", code)) - {"127.0.0.1"} <= named
+    assert [host for host in named if host not in readme()] == []
+
+
+def test_readme_holds_the_help(monkeypatch, main):
     monkeypatch.setenv("COLUMNS", "100")
-    with pytest.raises(SystemExit):
-        qp.main(["--help"])
-    text = " ".join(readme().split())
     # The first heading is another one before Python 3.10.
-    said = capsys.readouterr().out.replace("optional arguments:", "options:")
+    said = main("--help")[1].replace("optional arguments:", "options:")
     assert len(set(re.findall(r"--[a-z][a-z-]+", said))) > 15
-    assert " ".join(said.split()) in text
-    assert [host for host in sorted(hosts_in_constants()) if host not in text] == []
+    assert " ".join(said.split()) in readme()
 
 
 def test_doctests_pass():
@@ -866,41 +804,19 @@ def test_import_starts_nothing_and_needs_no_home():
     assert (done.stdout.strip(), done.stderr) == (b"1", b"")
 
 
-def test_no_secret_reaches_log_answer_or_status(home, upstream, serve, caplog, capsys, monkeypatch):
-    caplog.set_level(logging.DEBUG, "qwen_proxy")
-    secrets = ["MARK-access-1", "MARK-refresh-1", "MARK-client-1", "sk-MARKprovider1"]
-    write_login(home, upstream, access_token=secrets[0], refresh_token=secrets[1])
-    upstream.refresh_tokens = {secrets[1]}
-    upstream.token_script.append(refusal("no such token MARK-refresh-1", 400))
-    server = serve(api_key=[secrets[2]])
-    said = [fetch(server, Authorization="Bearer " + key)[1] for key in (secrets[2], "wrong")]
-    said += [fetch(server, path, "GET")[1] for path in ("/health", "/v1/models")]
-    monkeypatch.setenv("OPENAI_API_KEY", secrets[3])
-    upstream.script.append(refusal("your key sk-MARKprovider1 is bad", 401))
-    keyed = serve(base_url=upstream.dashscope, model="m")
-    upstream.access_tokens.add(secrets[3])
-    said.append(fetch(keyed)[1])
-    qp.main(["status", "--json"])
-    everything = "".join([caplog.text, *capsys.readouterr(), *said])
-    assert "status" in everything or "usable" in everything
-    assert [secret for secret in secrets if secret in everything] == []
-
-
 # -- no secret leaves by the program's own words --------------------------------------------------
 
+OPENAI = {"auth": {"selectedType": "openai"}}
 KEY, PASSWORD = 'K3y/o+f  the="u"~77', 'Zq1/wx+"yz"=~v'
 SECRETS = [KEY, "pässwörd/Zürich?9", "p😀ss/w😀rd", "100%25+sure!", 'C:\\pass\\word"9']
 SECRETS += ["a.*b(c)[d]$^{2}|x", "two\nlines"]
 ESCAPES = "\x1b]0;x\x07\x1b[2J\r\x9b1m\u202e\x7f\nFORGED"
-ROUTES = {
-    "chat": ("/v1/chat/completions", {"messages": HI}),
-    "chat, streamed": ("/v1/chat/completions", {"messages": HI, "stream": True}),
-    "responses": ("/v1/responses", {"input": "Hi"}),
-    "responses, streamed": ("/v1/responses", {"input": "Hi", "stream": True}),
-    "completions": ("/v1/completions", {"prompt": "Hi"}),
-    "completions, streamed": ("/v1/completions", {"prompt": "Hi", "stream": True}),
-    "embeddings": ("/v1/embeddings", {"input": "Hi", "model": "text-embedding-v4"}),
-}
+ENDPOINTS = {"chat": CHAT, "text": "/v1/completions"}
+ENDPOINTS.update({name: "/v1/" + name for name in ("embeddings", "responses")})
+ASKED = {"chat": {"messages": HI}, "responses": {"input": "Hi"}, "text": {"prompt": "Hi"}}
+ROUTES = {name: (ENDPOINTS[name], body) for name, body in ASKED.items()}
+ROUTES.update({f"{n}, streamed": (p, {**b, "stream": True}) for n, (p, b) in ROUTES.items()})
+ROUTES["embeddings"] = "/v1/embeddings", {"input": "Hi", "model": "text-embedding-v4"}
 
 
 def forms_of(secret):
@@ -971,10 +887,10 @@ def traces(no_secrets, caplog, capsys):
 
 
 @pytest.fixture()
-def odd_key_server(no_secrets, serve, upstream, monkeypatch):
+def odd_key_server(no_secrets, keyed, upstream, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     upstream.access_tokens.add(KEY)
-    return serve(base_url=upstream.dashscope, model="qwen3-max")
+    return keyed(model="qwen3-max")
 
 
 def test_a_secret_is_masked_whole_in_every_form_and_order(no_secrets):  # H5
@@ -1040,19 +956,18 @@ def test_a_code_has_no_blank_and_at_most_60_characters(odd_key_server, upstream)
             assert shown["error"]["code"] == (code if kept else None)
 
 
-CUTS = """
-2000 400 RAW
-300 400 {"error": {"message": JSON}}
-200 /v1/chat/completions {"messages": [{"role": "user", "content": JSON}]}
-196 /v1/ PATH
-60 /v1/responses {"input": [{"type": JSON}]}
-""".strip().split("\n")
-
-
-@pytest.mark.parametrize("line", CUTS)
-def test_a_secret_where_a_text_is_cut_leaves_no_fragment(odd_key_server, upstream, traces, line):
-    (cut, place, template), forms = line.split(" ", 2), forms_of(KEY).values()  # H5
-    for form in [form for form in forms if template != "PATH" or '"' not in form]:
+@rows("""
+cut | place | template
+a refusal | 2000 | 400 | RAW
+its message | 300 | 400 | {"error": {"message": JSON}}
+a message | 200 | /v1/chat/completions | {"messages": [{"role": "user", "content": JSON}]}
+a path | 196 | /v1/ | PATH
+a kind of item | 60 | /v1/responses | {"input": [{"type": JSON}]}
+""")
+def test_a_secret_where_a_text_is_cut_leaves_no_fragment(
+    odd_key_server, upstream, traces, cut, place, template
+):  # H5
+    for form in [form for form in forms_of(KEY).values() if template != "PATH" or '"' not in form]:
         for shown in (7, len(form) - 1):
             text = "-" * (int(cut) - shown) + form
             if place == "400":
@@ -1079,72 +994,84 @@ def test_what_a_model_answers_is_untouched(odd_key_server, upstream, route):  # 
         assert json.dumps(json.dumps({"x": text}))[1:-1] in said
 
 
-UNREADABLE = """
-settings.json closed
-.env closed
-settings.json pipe
-settings.json folder
-settings.json link
-. file
-. closed
-. listless
-""".strip().split("\n")
+@pytest.fixture()
+def open_home(monkeypatch):
+    """A home that nobody may enter, which pytest's own folders do not allow."""
+    with tempfile.TemporaryDirectory() as top:
+        monkeypatch.setenv("HOME", top)
+        for name in ("SETTINGS", "DEFAULTS"):
+            monkeypatch.setenv(f"QWEN_CODE_SYSTEM_{name}_PATH", top + "/none")
+        monkeypatch.chdir(top)
+        folder = pathlib.Path(top, ".qwen")
+        for path in (folder.parent, folder):
+            path.mkdir(exist_ok=True)
+            path.chmod(0o755)
+        yield folder
 
 
 @posix
 @as_root
-@pytest.mark.parametrize("line", UNREADABLE)
-def test_what_cannot_be_read_is_named_with_its_reason(line):  # O2
-    name, kind = line.split()
-    with tempfile.TemporaryDirectory() as home:
-        os.chmod(home, 0o755)
-        folder = pathlib.Path(home, ".qwen")
-        folder.mkdir(mode=0o755)
-        if name == "." and kind == "file":
-            folder.rmdir()
-            folder.write_text("")
-        elif name == ".":
-            folder.chmod(0o711 if kind == "listless" else 0o700)
-        elif kind == "closed":
-            (folder / name).write_text("{}")
-            (folder / name).chmod(0o600)
-        elif kind == "link":
-            (folder / name).symlink_to("nowhere")
-        else:
-            make(folder / name, kind)
-        os.seteuid(NOBODY)
-        try:
-            providers = qp.Providers(qp.Options(), {"HOME": home})
-        finally:
-            os.seteuid(0)
+@rows("""
+name | kind
+settings, closed | settings.json | closed
+settings, a pipe | settings.json | pipe
+settings, a folder | settings.json | folder
+settings, a link to nothing | settings.json | dangling
+variables, closed | .env | closed
+the folder, a file | . | emptied
+the folder, closed | . | closed
+the folder, not to be listed | . | listless
+""")
+def test_what_cannot_be_read_is_named_with_its_reason(open_home, name, kind):  # O2
+    path = open_home / name
+    if kind in ("closed", "listless"):
+        if not path.is_dir():
+            path.write_text("{}")
+        path.chmod(0o711 if kind == "listless" else 0o700)
+    elif kind in ("pipe", "folder"):
+        make(path, kind)
+    else:
+        spoil(path, kind)
+    os.seteuid(NOBODY)
+    try:
+        providers = qp.Providers(qp.Options())
+    finally:
+        os.seteuid(0)
     said = "\n".join(providers._discovery.notes)
-    assert str(folder) in said
+    assert str(open_home) in said
     assert re.search("permission denied|not a regular|a link to nothing|a directory", said)
 
 
-def write_settings(home, upstream, config=None, **settings):
-    entry = {"baseUrl": upstream.dashscope, "generationConfig": config or {}}
-    entries = [{"id": "m", "envKey": "K", **entry}, {"id": "n", "envKey": "OTHER", **entry}]
-    settings = {"env": {"K": "k-fine"}, "modelProviders": {"openai": entries}, **settings}
-    (home / "settings.json").write_text(json.dumps(settings))
+def settings_of(upstream, *entries, **more):
+    """Settings with entries at an upstream, one named m if none is given, and their key."""
+    entry = {"id": "m", "envKey": "K", "baseUrl": upstream.dashscope}
+    listed = [{**entry, **each} for each in entries or [{}]]
+    value = {"env": {"K": "sk-good-1"}, "security": OPENAI, "modelProviders": {"openai": listed}}
+    return {**value, **more}
 
 
-KEPT = """
-{"env": {"K": "k-fine", "UNUSED_API_KEY": JSON}}
-{"security": {"auth": {"apiKey": JSON, "baseUrl": "URL"}}}
-{"config": {"customHeaders": {"X-Team": JSON}}}
-{"config": {"customHeaders": {"X-Team": "${TEAM}"}}, "env": {"K": "k-fine", "TEAM": JSON}}
-{"config": {"extra_body": {"a": {"b": [{"c": JSON}]}}}}
-{"config": {"extra_body": {"dbPassword": "RAW"}}}
-""".strip().split("\n")
+def write_settings(home, *arguments, **more):
+    (home / "settings.json").write_text(json.dumps(settings_of(*arguments, **more)))
 
 
-@pytest.mark.parametrize("place", [*KEPT, ".env", "client", "refresh_token"])
+@rows("""
+place
+another variable | {"env": {"K": "k-fine", "UNUSED_API_KEY": JSON}}
+the key for all | {"security": {"auth": {"apiKey": JSON, "baseUrl": "URL"}}}
+a header | {"config": {"customHeaders": {"X-Team": JSON}}}
+a header by a variable | {"config": {"customHeaders": {"X-Team": "${TEAM}"}}, "env": {"K": "k-fine", "TEAM": JSON}}
+a text in extra_body | {"config": {"extra_body": {"a": {"b": [{"c": JSON}]}}}}
+a password in extra_body | {"config": {"extra_body": {"dbPassword": "RAW"}}}
+.env | .env
+a client's key | client
+an access token | access_token
+a refresh token | refresh_token
+""")
 def test_a_secret_of_settings_and_logins_is_not_said(home, upstream, serve, traces, place):  # H5
     secret = PASSWORD[: 7 if "RAW" in place else None]
-    if place in KEPT:
-        kept = fill(place.replace("URL", upstream.dashscope), secret)
-        write_settings(home, upstream, **json.loads(kept))
+    if place[0] == "{":
+        kept = json.loads(fill(place.replace("URL", upstream.dashscope), secret))
+        write_settings(home, upstream, {"generationConfig": kept.pop("config", {})}, **kept)
     elif place == ".env":
         (home / ".env").write_text(f"K='{secret}'")
         write_settings(home, upstream, env={})
@@ -1156,7 +1083,8 @@ def test_a_secret_of_settings_and_logins_is_not_said(home, upstream, serve, trac
 
 
 def test_a_plain_value_of_extra_body_stays_readable(no_secrets, home, upstream, serve):  # H5
-    write_settings(home, upstream, {"extra_body": {"mode": "fast", "words": "with blanks between"}})
+    body = {"mode": "fast", "words": "with blanks between"}
+    write_settings(home, upstream, {"generationConfig": {"extra_body": body}})
     said = "because fast is odd, with blanks between"
     assert said in told(serve(), upstream, "400 " + said)
 
@@ -1169,22 +1097,21 @@ def userinfo_of(kind, secret=PASSWORD):
     return user + colon + secret.replace("/", char), secret.replace("/", char)
 
 
-ADDRESSES = """
-baseUrl http:// user:
-baseUrl  user:@/@
-resource_url http:// user:?
-resource_url  me@example.org:
-OPENAI_BASE_URL http:// :
-QWEN_OAUTH_BASE_URL http:// user:%
-HTTP_PROXY http:// user:@/@
-ALL_PROXY socks5h:// me@example.org:
-http_proxy  user:/
-""".strip().split("\n")
-
-
-@pytest.mark.parametrize("line", ADDRESSES)
-def test_userinfo_is_in_no_host_or_words(home, upstream, serve, outside, traces, monkeypatch, line):
-    place, scheme, kind = line.split(" ")  # H5
+@rows("""
+place | scheme | kind
+an entry's | baseUrl | http:// | user:
+an entry's, no scheme | baseUrl | | user:@/@
+a login's | resource_url | http:// | user:?
+a login's, no scheme | resource_url | | me@example.org:
+OpenAI's | OPENAI_BASE_URL | http:// | :
+the identity host | QWEN_OAUTH_BASE_URL | http:// | user:%
+a forward proxy | HTTP_PROXY | http:// | user:@/@
+a SOCKS proxy | ALL_PROXY | socks5h:// | me@example.org:
+a forward proxy, no scheme | http_proxy | | user:/
+""")
+def test_userinfo_is_in_no_host_or_words(
+    home, upstream, serve, outside, traces, monkeypatch, place, scheme, kind
+):  # H5
     userinfo, password = userinfo_of(kind)
     url = f"{scheme}{userinfo}@127.0.0.1:{upstream.port}/v1"
     entries = [{"id": "m", "baseUrl": url, "envKey": "K"}] if place == "baseUrl" else []
@@ -1240,13 +1167,6 @@ def stale(home, upstream):
     return path, credentials_of(path, upstream)
 
 
-def test_fresh_token_is_used_without_refresh_until_there_is_a_new_login(home, upstream, login):
-    credentials = credentials_of(login, upstream)
-    assert credentials.access_token() == "at_1"
-    write_login(home, upstream, access_token="at_new_login")
-    assert credentials.access_token() == "at_new_login" and upstream.requests == []
-
-
 @pytest.mark.parametrize("rotates", [True, False], ids=["a new refresh token", "none"])
 def test_refresh_30_seconds_before_expiry_keeps_what_it_must(home, upstream, monkeypatch, rotates):
     now = time.time()
@@ -1267,9 +1187,11 @@ def test_refresh_30_seconds_before_expiry_keeps_what_it_must(home, upstream, mon
 
 def test_forced_refresh_names_the_rejected_token_and_spares_a_newer_one(login, upstream):
     credentials = credentials_of(login, upstream)
-    assert credentials.access_token(rejected="at_0") == "at_1"
-    assert credentials.access_token(rejected="at_1") == "at_2"
-    assert credentials.access_token(rejected="at_1") == "at_2"
+    assert credentials.access_token() == credentials.access_token(rejected="at_0") == "at_1"
+    write_login(login.parent, upstream, access_token="at_new_login")
+    assert credentials.access_token() == "at_new_login" and upstream.requests == []
+    for _ in range(2):
+        assert credentials.access_token(rejected="at_new_login") == "at_2"
     assert upstream.refreshes == ["rt_1"]
 
 
@@ -1283,9 +1205,24 @@ def test_one_refresh_for_twenty_threads(upstream, stale):
     assert (at_once(*[run] * 20), upstream.refreshes) == (["at_2"] * 20, ["rt_1"])
 
 
+def refuse_to_write(*arguments, **more):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def interrupt(*arguments, **more):
+    raise KeyboardInterrupt
+
+
+def locked(home, age=0):
+    """The lock that somebody made so many seconds ago."""
+    path, then = home / "oauth_creds.lock", time.time() - age
+    path.write_text("somebody")
+    os.utime(path, (then, then))
+    return path
+
+
 def test_login_refreshed_by_another_process_meanwhile_is_adopted(home, upstream, stale):
-    (_, credentials), lock, result = stale, home / "oauth_creds.lock", []
-    lock.write_text("somebody")
+    (_, credentials), lock, result = stale, locked(home), []
     thread = threading.Thread(target=lambda: result.append(credentials.access_token()))
     thread.start()
     write_login(home, upstream, access_token="at_other", refresh_token="rt_other")
@@ -1294,47 +1231,30 @@ def test_login_refreshed_by_another_process_meanwhile_is_adopted(home, upstream,
     assert (result, upstream.refreshes) == (["at_other"], [])
 
 
-@pytest.mark.parametrize("age, polls", [(36, 0), (11, 5)])
-def test_lock_is_broken_only_when_stale(home, age, polls):
-    path, pauses = home / "oauth_creds.lock", []
-    path.write_text("somebody")
-    os.utime(str(path), (time.time() - age, time.time() - age))
-
-    def pause(seconds):
-        pauses.append(seconds)
-        if len(pauses) == polls:
-            path.unlink()
-
-    with qp.LockFile(str(path), pause):
-        assert path.read_text() != "somebody"
-    assert len(pauses) == polls and pauses == sorted(pauses) and os.listdir(str(home)) == []
-
-
-@pytest.mark.parametrize("ahead", [60, -60])
-@pytest.mark.parametrize("age, polls", [(5, 3), (20, 3), (40, 0)])
-def test_a_file_server_has_a_clock_of_its_own(home, monkeypatch, ahead, age, polls):  # O11
-    path = home / "oauth_creds.lock"
-    path.write_text("other")
-    os.utime(str(path), (time.time() - age,) * 2)
+@pytest.mark.parametrize("ahead", [60, 0, -60])
+@pytest.mark.parametrize("age, polls", [(5, 3), (20, 3), (36, 0)])
+def test_lock_is_broken_only_when_stale_by_the_file_server_s_clock(
+    home, monkeypatch, ahead, age, polls
+):  # O11
+    path, seen, pauses, start = locked(home, age), [], [], time.monotonic()
     monkeypatch.setattr(qp.time, "time", lambda real=time.time: real() + ahead)
-    seen, start = [], time.monotonic()
     monkeypatch.setattr(qp.time, "monotonic", lambda: start + 10 * len(seen))
 
     def pause(seconds):
+        pauses.append(seconds)
         seen.append(os.listdir(home))
         if len(seen) == 3:
             path.unlink()
 
     with qp.LockFile(str(path), pause):
         # Where ours is behind, only the time that it was seen for can be told.
-        assert len(seen) == (polls if ahead > 0 else 3)
-    assert all(names == ["oauth_creds.lock"] for names in seen) and os.listdir(home) == []
+        assert len(seen) == (polls if ahead >= 0 else 3) and path.read_text() != "somebody"
+    assert seen == [["oauth_creds.lock"]] * len(seen) and os.listdir(home) == []
+    assert pauses == sorted(pauses)
 
 
 def test_a_full_disk_does_not_keep_a_stale_lock(home, stale, monkeypatch):  # O11
-    path = home / "oauth_creds.lock"
-    path.write_text("other")
-    os.utime(str(path), (time.time() - 40,) * 2)
+    locked(home, 40)
     monkeypatch.setattr(qp.tempfile, "TemporaryFile", refuse_to_write)
     assert stale[1].access_token() == "at_2"
 
@@ -1349,34 +1269,44 @@ def test_lock_that_is_not_ours_any_more_is_left_alone(home):
 @pytest.mark.parametrize("text", ["from the future", None])
 def test_lock_of_which_no_age_can_be_told_is_broken_when_stale(home, monkeypatch, text):
     monkeypatch.setattr(qp.LockFile, "STALE", 0.05)
-    path = home / "oauth_creds.lock"
-    if text:
-        path.write_text(text)
-        os.utime(str(path), (time.time() + 1e6, time.time() + 1e6))
-    else:
+    path = locked(home, -1e6)
+    if not text:
+        path.unlink()
         path.symlink_to(home / "nowhere")
     with qp.LockFile(str(path)):
-        assert path.read_text() != text
+        assert path.read_text() != "somebody"
     assert os.listdir(str(home)) == []
 
 
 HTML = reply(403, b"<html><title>aliyun_waf</title></html>", "text/html")
 
 
-TROUBLES = [HTML, reply(400, b"<html>", "text/html"), reply(500, {"error": "x"})]
-TROUBLES += [reply(200, b"{cut"), reply(200, {"error": "server_error"})]
-TROUBLES += [reply(429, {"error": "slow"}), reply(200, {"access_token": None})]
-
-
-@pytest.mark.parametrize("answer", TROUBLES)
-def test_trouble_at_the_token_endpoint_is_no_verdict(upstream, stale, answer, monkeypatch):
+# What the identity host answers, and how it is told.
+@rows(r"""
+answer | words
+a gate | 403 <html><title>aliyun_waf</title></html> | web page.*aliyun_waf
+a page | 200 \n <!DOCTYPE html><body>x | web page
+a page of 400 | 400 <html> | web page
+a long text | 500 RAW | \b321\b
+a list | 500 [{"error": "no_words"}] | (?!.*no_words).*\b23\b
+in words | 500 {"error": "a_code", "error_description": "in words"} | in words
+a code | 500 {"error": "x"} | x
+cut | 200 {cut |
+an error | 200 {"error": "server_error"} | server_error
+too fast | 429 {"error": "slow"} | slow
+no token | 200 {"access_token": null} |
+""")
+def test_trouble_at_the_token_endpoint_is_told_and_no_verdict(
+    upstream, stale, monkeypatch, answer, words
+):  # H4
     path, credentials = stale
     before = path.read_text()
     monkeypatch.setattr(qp.OAuthCredentials, "PAUSE", 0)
-    upstream.token_script.append(answer)
+    upstream.token_script.append(answer_of(answer, "x" * 321))
     with pytest.raises(qp.UpstreamError) as caught:
         credentials.access_token()
     assert caught.value.status == 503 and path.read_text() == before
+    assert re.match(f"(?s).*?{words}", caught.value.message)
     assert credentials.access_token() == "at_2"
 
 
@@ -1394,42 +1324,24 @@ def test_refused_refresh_token_is_dead_until_the_file_changes(home, upstream, st
     assert credentials.access_token() == "at_2"
 
 
-def test_refused_refresh_adopts_what_another_process_wrote_meanwhile(home, upstream):
-    path = write_login(home, upstream, expires_in=0)
-
+def test_refused_refresh_adopts_what_another_process_wrote_meanwhile(home, upstream, stale):
     def another_was_faster(form):
         write_login(home, upstream, access_token="at_other", refresh_token="rt_other")
         return reply(400, {"error": "invalid_request"})
 
     upstream.token_script.append(another_was_faster)
-    assert credentials_of(path, upstream).access_token() == "at_other"
-
-
-@pytest.mark.parametrize("spoil", ["delete", "garbage", "directory"])
-def test_login_in_memory_outlives_the_file(login, upstream, spoil):
-    credentials = credentials_of(login, upstream)
-    credentials.access_token()
-    login.unlink()
-    if spoil == "garbage":
-        login.write_text("{cut")
-    elif spoil == "directory":
-        login.mkdir()
-    assert credentials.access_token() == "at_1" and credentials.problem
-
-
-def refuse_to_write(*arguments, **more):
-    raise OSError(errno.ENOSPC, "No space left on device")
+    assert stale[1].access_token() == "at_other"
 
 
 @pytest.mark.parametrize("new", [None, "new"])
 def test_what_is_not_written_is_written_later_or_gives_way(home, upstream, stale, monkeypatch, new):
-    (path, credentials), real = stale, os.replace
+    path, credentials = stale
     monkeypatch.setattr(qp.OAuthCredentials, "SAVE_PAUSE", 0)
-    monkeypatch.setattr(qp.os, "replace", refuse_to_write)
-    assert [credentials.access_token(), credentials.access_token()] == ["at_2"] * 2
+    with monkeypatch.context() as patch:
+        patch.setattr(qp.os, "replace", refuse_to_write)
+        assert [credentials.access_token(), credentials.access_token()] == ["at_2"] * 2
     assert "no space" in credentials.problem.lower()
     assert json.loads(path.read_text())["access_token"] == "at_1"
-    monkeypatch.setattr(qp.os, "replace", real)
     if new:
         write_login(home, upstream, access_token="at_new", refresh_token="rt_new")
     now = new or "2"
@@ -1439,14 +1351,14 @@ def test_what_is_not_written_is_written_later_or_gives_way(home, upstream, stale
     assert new or not credentials.problem
 
 
-def test_a_client_that_leaves_leads_to_no_refresh_without_the_lock(home, upstream, monkeypatch):
+def test_a_client_that_leaves_leads_to_no_refresh_without_the_lock(
+    home, upstream, stale, monkeypatch
+):
     monkeypatch.setattr(qp, "KEEP_ALIVE_INTERVAL", 0)
-    path = write_login(home, upstream, expires_in=0)
-    (home / "oauth_creds.lock").write_text("somebody else's")
-    watch = qp.Waiter(None, 5, lambda: (_ for _ in ()).throw(BrokenPipeError(32, "Broken pipe")))
+    lock, watch = locked(home), qp.Waiter(None, 5, refuse_to_write)
     with pytest.raises(qp.ClientGone):
-        credentials_of(path, upstream).access_token(pause=watch.sleep)
-    assert upstream.refreshes == [] and (home / "oauth_creds.lock").read_text() == "somebody else's"
+        stale[1].access_token(pause=watch.sleep)
+    assert upstream.refreshes == [] and lock.read_text() == "somebody"
 
 
 def test_a_failure_that_many_share_keeps_nobodys_frames(upstream, stale):
@@ -1461,17 +1373,12 @@ def test_a_failure_that_many_share_keeps_nobodys_frames(upstream, stale):
     assert credentials._failed[2].__traceback__ is None and len(upstream.requests) == 1
 
 
-def test_crash_between_write_and_rename_leaves_the_old_file_whole(home, upstream, monkeypatch):
-    path = write_login(home, upstream)
-    before = path.read_text()
-
-    def crash(*arguments):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(qp.os, "replace", crash)
+def test_crash_between_write_and_rename_leaves_the_old_file_whole(home, login, monkeypatch):
+    before = login.read_text()
+    monkeypatch.setattr(qp.os, "replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        qp.LoginFile(str(path)).write("{}")
-    assert path.read_text() == before
+        qp.LoginFile(str(login)).write("{}")
+    assert login.read_text() == before
     assert all(stat.S_IMODE(entry.stat().st_mode) == 0o600 for entry in home.iterdir())
 
 
@@ -1507,15 +1414,10 @@ def test_processes_racing_on_single_use_refresh_tokens(home, upstream):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
-def test_kill_in_the_middle_of_a_refresh_harms_nobody(home, upstream):
-    path, asked = write_login(home, upstream, expires_in=0), threading.Event()
-    before = path.read_text()
-
-    def hang(form):
-        asked.set()
-        return Reply(200, [("Content-Type", "application/json")], [threading.Event()])
-
-    upstream.token_script.append(hang)
+def test_kill_in_the_middle_of_a_refresh_harms_nobody(home, upstream, stale):
+    (path, credentials), asked = stale, threading.Event()
+    before, hanging = path.read_text(), Reply(200, [], [threading.Event()])
+    upstream.token_script.append(lambda form: asked.set() or hanging)
     arguments = [sys.executable, "-c", RACER, HERE, str(path), upstream.origin, "60"]
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
     assert asked.wait(WAIT)
@@ -1523,23 +1425,20 @@ def test_kill_in_the_middle_of_a_refresh_harms_nobody(home, upstream):
     process.wait(WAIT)
     lock = home / "oauth_creds.lock"
     assert path.read_text() == before and lock.exists()
-    os.utime(str(lock), (time.time() - 36, time.time() - 36))
-    assert credentials_of(path, upstream).access_token() == "at_2"
-    assert not lock.exists()
+    os.utime(lock, (time.time() - 36, time.time() - 36))
+    assert credentials.access_token() == "at_2" and not lock.exists()
 
 
-TOKEN_BODIES = r"""
-200 {"access_token": "RAW-access", "refresh_token": "RAW-ref
-200 access_token=RAW-access&refresh_token=RAW-refresh&expires_in=3600
-200 <html><body>{GRANT}</body></html>
-200 INNER << {GRANT}
-400 {"error": {GRANT}}
-400 {"error": JSON, "error_description": JSON}
-500 {"error_description": {GRANT}}
-""".strip().split("\n")
-
-
-@pytest.mark.parametrize("line", TOKEN_BODIES)
+@rows(r"""
+line
+cut | 200 {"access_token": "RAW-access", "refresh_token": "RAW-ref
+a form | 200 access_token=RAW-access&refresh_token=RAW-refresh&expires_in=3600
+a page | 200 <html><body>{GRANT}</body></html>
+JSON in JSON | 200 INNER << {GRANT}
+an object for an error | 400 {"error": {GRANT}}
+an error | 400 {"error": JSON, "error_description": JSON}
+an object for words | 500 {"error_description": {GRANT}}
+""")
 def test_a_body_of_the_identity_host_is_not_told(home, upstream, serve, traces, monkeypatch, line):
     token = "tokenZq1dwxv"  # H4
     known = token if "JSON" in line else "rt_1"  # those two fields are told, without known secrets
@@ -1551,28 +1450,11 @@ def test_a_body_of_the_identity_host_is_not_told(home, upstream, serve, traces, 
     assert {status for status, _ in answers[:-1]} <= {401, 503} and len(upstream.token_script) < 20
     monkeypatch.setattr(qp, "LOGIN_POLL_FIRST", 0.001)
     upstream.token_script.clear()
-    upstream.device_answers.extend([answer, reply(400, {"error": "access_denied"})])
+    upstream.device_answers.extend([answer, DENIED])
     assert qp.main(["login", "--no-browser"]) == 1
     upstream.device_answer = lambda form: answer
     assert qp.main(["login", "--no-browser"]) == 1
     assert traces(token, *(said for _, said in answers)) == set()
-
-
-TOLD = {
-    "403 <html><title>aliyun_waf</title>": "web page.*aliyun_waf",
-    r"200 \n <!DOCTYPE html><body>x": "web page",
-    "500 " + "x" * 321: r"\b321\b",
-    '500 [{"error": "no_words"}]': r"(?!.*no_words).*\b23\b",
-    '500 {"error": "a_code", "error_description": "in words"}': "in words",
-}
-
-
-@pytest.mark.parametrize("line", TOLD)
-def test_trouble_at_the_token_endpoint_is_told_by_its_kind(home, upstream, serve, line):  # H4
-    write_login(home, upstream, expires_in=0)
-    upstream.token_script.append(answer_of(line))
-    message = json.loads(ask(serve(), {"messages": HI})[2])["error"]["message"]
-    assert re.match(f"(?s)(?=.*{line[:3]}).*?{TOLD[line]}", message)
 
 
 def facts_of(*folders):
@@ -1599,19 +1481,21 @@ def break_(monkeypatch, name, number, seen):
     monkeypatch.setattr(os, name, fail)
 
 
-WAYS = [("replace", 0, None), ("replace", errno.EBUSY, None), ("open", errno.EROFS, None)]
-WAYS += [pytest.param("replace", errno.EXDEV, NOBODY, marks=as_root)]
-WAYS += [pytest.param("open", errno.EACCES, NOBODY, marks=as_root)]
-
-
 @posix
-@pytest.mark.parametrize("name, number, owner", WAYS)
+@rows("""
+name | number | owner
+renamed | replace | 0 | None
+a mount | replace | errno.EBUSY | None
+a folder that is read-only | open | errno.EROFS | None
+another's, a mount | replace | errno.EXDEV | NOBODY
+another's folder | open | errno.EACCES | NOBODY
+""")
 def test_a_login_is_renamed_or_written_in_place(home, upstream, monkeypatch, name, number, owner):
+    number, owner = value_of(number), value_of(owner)
     path = write_login(home, upstream, expires_in=0, note={"of": "another program"})  # H6, H8
     path.write_text(json.dumps(json.loads(path.read_text()), indent=300))  # longer than what comes
     path.chmod(0o644)
-    if owner:
-        os.chown(path, owner, owner)
+    give(owner, path)
     os.utime(path, (time.time() + 3600, time.time() + 3600))
     before, sync, synced, seen = path.stat(), os.fsync, [], []
     monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.fstat(fd).st_ino) or sync(fd))
@@ -1626,13 +1510,13 @@ def test_a_login_is_renamed_or_written_in_place(home, upstream, monkeypatch, nam
     assert re.match(r"oauth_creds\.json\.qwen_proxy-[0-9a-f]+\.tmp\Z", seen[0])
 
 
-@as_root
+@posix
 @pytest.mark.parametrize(
     "moment, link", [("fsync", os.link), ("fchown", os.symlink), ("busy", os.symlink)]
 )
 def test_a_swapped_file_changes_no_other(home, upstream, tmp_path, monkeypatch, moment, link):
     path, others = write_login(home, upstream, expires_in=0), tmp_path / "others"  # H6
-    os.chown(path, NOBODY, NOBODY)
+    give(NOBODY, path)
     others.mkdir()
     (others / "file").write_text("root's")
     before, name = facts_of(others), "replace" if moment == "busy" else moment
@@ -1657,9 +1541,6 @@ def test_a_swapped_file_changes_no_other(home, upstream, tmp_path, monkeypatch, 
 def make(path, kind):
     if kind == "pipe":
         os.mkfifo(path)
-    elif kind == "socket":
-        with socket.socket(socket.AF_UNIX) as server:
-            server.bind(os.path.relpath(path))  # as a whole, the path may be too long
     elif kind == "folder":
         path.mkdir()
     elif kind == "link":
@@ -1670,31 +1551,43 @@ def make(path, kind):
 
 
 LOGIN = '{"access_token": "at_1", "refresh_token": "rt_1", "token_type": "Bearer"}'
-LINKED = [("", 1, None), ('{"theme": "dark"}', 2, None), (LOGIN.replace('"rt_1"', "null"), 1, None)]
-LINKED += [(None, 2, None)]
-LINKED += [pytest.param(LOGIN, 1, (0, 0, NOBODY), marks=as_root)]
-LINKED += [pytest.param(LOGIN, 1, (NOBODY, NOBODY, 0), marks=as_root)]
 
 
-def make_link(path, there, steps, owners):
+def give(owner, *paths):
+    """Give files away, links themselves, to somebody or to nobody; only root can."""
+    if owner is not None and not IS_ROOT:
+        pytest.skip("only root can give files away")
+    for path in paths if owner is not None else ():
+        os.chown(path, owner, owner, follow_symlinks=False)
+
+
+def make_link(path, there, steps, *owners):
     """A link to there/oauth_creds.json, directly or by a second one; owners: of all three."""
     (there / "link").symlink_to("oauth_creds.json")
     path.symlink_to(there / ["oauth_creds.json", "link"][steps - 1])
-    for file, owner in zip((path, there / "link", there / "oauth_creds.json"), owners or ()):
-        os.chown(file, owner, owner, follow_symlinks=False)
+    for file, owner in zip((path, there / "link", there / "oauth_creds.json"), owners):
+        give(owner, file)
 
 
 @posix
-@pytest.mark.parametrize("content, steps, owners", LINKED)
+@rows("""
+content | steps | owners
+empty | "" | 1 |
+another file | '{"theme": "dark"}' | 2 |
+no login | LOGIN.replace('"rt_1"', "null") | 1 |
+to nothing | None | 2 |
+another's login | LOGIN | 1 | 0, 0, NOBODY
+another's links | LOGIN | 1 | NOBODY, NOBODY, 0
+""")
 def test_a_link_leads_to_its_owner_only(home, upstream, tmp_path, caplog, content, steps, owners):
     path, there = write_login(home, upstream, expires_in=0), tmp_path / "there"  # H7
     credentials = credentials_of(path, upstream)
     credentials.login()
     path.unlink()
     there.mkdir()
-    if content is not None:
-        make(there / path.name, content)
-    make_link(path, there, steps, owners)
+    if value_of(content) is not None:
+        make(there / path.name, value_of(content))
+    make_link(path, there, int(steps), *pieces_of(owners))
     before = facts_of(home, there)
     assert [credentials.access_token(), credentials.access_token()] == ["at_2", "at_2"]
     said = [record.msg for record in caplog.records if record.levelname == "WARNING"]
@@ -1705,12 +1598,12 @@ def test_a_link_leads_to_its_owner_only(home, upstream, tmp_path, caplog, conten
 
 
 @posix
-@pytest.mark.parametrize("steps, owner", [(1, None), pytest.param(2, NOBODY, marks=as_root)])
+@pytest.mark.parametrize("steps, owner", [(1, None), (2, NOBODY)])
 def test_a_link_to_a_login_of_its_owner_stays_a_link(home, upstream, tmp_path, steps, owner):  # H7
     path, there = home / "oauth_creds.json", tmp_path / "there"
     there.mkdir()
     target = write_login(there, upstream, expires_in=0)
-    make_link(path, there, steps, owner and [owner] * 3)
+    make_link(path, there, steps, *[owner] * 3)
     assert credentials_of(path, upstream).access_token() == "at_2"
     assert path.is_symlink() and json.loads(target.read_text())["refresh_token"] == "rt_2"
     assert owner in (None, target.stat().st_uid) and len([*home.iterdir(), *there.iterdir()]) == 3
@@ -1742,138 +1635,126 @@ neither, all is root's | 0o755, 0o644 | 0 | False
 root's file in a sticky folder | 0o1777, 0o666 | 0 | True
 """)
 def test_what_cannot_be_saved_is_said_beforehand(
-    upstream, monkeypatch, main, modes, owner, is_saved
-):
-    (folder_mode, file_mode), owner, is_saved = map(value_of, (modes, owner, is_saved))  # H8
-    with tempfile.TemporaryDirectory() as top:  # pytest's own folders are closed to nobody
-        monkeypatch.setenv("HOME", top)
-        for name_ in ("SETTINGS", "DEFAULTS"):
-            monkeypatch.setenv(f"QWEN_CODE_SYSTEM_{name_}_PATH", top + "/none")
-        monkeypatch.chdir(top)
-        folder = pathlib.Path(top) / ".qwen"
-        folder.mkdir()
-        path = write_login(folder, upstream)
-        for file, mode in ((pathlib.Path(top), 0o755), (path, file_mode), (folder, folder_mode)):
-            os.chown(file, owner, owner)
-            file.chmod(mode)
-        assert main("status") and main("--port=0")  # nobody may not read what Python loads at need
-        os.setresuid(NOBODY, NOBODY, 0)
-        try:
-            said = [main("status")[1], main("--port=0")[1]]
-            credentials = credentials_of(path, upstream)
-            assert credentials.access_token("at_1") == "at_2"
-        finally:
-            os.setresuid(0, 0, 0)
-        assert ["cannot be saved" in words for words in said] == [not is_saved] * 2
-        assert bool(credentials.problem) is not is_saved
-        assert json.loads(path.read_text())["refresh_token"] == ("rt_2" if is_saved else "rt_1")
-        assert os.listdir(folder) == [path.name]
-
-
-NO_FILES = """
-settings.json pipe
-settings.json link
-oauth_creds.json pipe
-trustedFolders.json pipe
-../../.env pipe
-../../none pipe
-""".strip().split("\n")
+    open_home, upstream, main, modes, owner, is_saved
+):  # H8
+    owner, is_saved, path = value_of(owner), value_of(is_saved), write_login(open_home, upstream)
+    for file, mode in zip((open_home, path), value_of(modes)):
+        give(owner, file)
+        file.chmod(mode)
+    assert main("status") and main("--port=0")  # nobody may not read what Python loads at need
+    os.setresuid(NOBODY, NOBODY, 0)
+    try:
+        said = [main("status")[1], main("--port=0")[1]]
+        credentials = credentials_of(path, upstream)
+        assert credentials.access_token("at_1") == "at_2"
+    finally:
+        os.setresuid(0, 0, 0)
+    assert ["cannot be saved" in words for words in said] == [not is_saved] * 2
+    assert bool(credentials.problem) is not is_saved
+    assert json.loads(path.read_text())["refresh_token"] == ("rt_2" if is_saved else "rt_1")
+    assert os.listdir(open_home) == [path.name]
 
 
 @posix
-@pytest.mark.parametrize("line", NO_FILES)
-def test_what_is_no_file_holds_no_start_up(home, upstream, tmp_path, line):  # H18
-    place, kind = line.split()
-    write_login(home, upstream)
+@rows("""
+place | kind
+settings | settings.json | pipe
+settings linked | settings.json | link
+login | oauth_creds.json | pipe
+trust | trustedFolders.json | pipe
+variables | ../../.env | pipe
+settings of the system | ../../none | pipe
+""")
+def test_what_is_no_file_holds_no_start_up(home, login, tmp_path, place, kind):  # H18
     (home / "trustedFolders.json").write_text(json.dumps({str(tmp_path): "TRUST_FOLDER"}))
     place = pathlib.Path(os.path.abspath(home / place))
-    if place.exists():
-        place.unlink()
+    spoil(place, "vanished")
     make(place, kind)
-    pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
-    done = subprocess.run([*program(), "status"], timeout=WAIT / 2, **pipes)
+    done = subprocess.run([*program(), "status"], timeout=WAIT / 2, capture_output=True)
     is_told = str(place).encode() in done.stdout
     assert done.returncode == 1 and (is_told or b"not checked" in done.stdout)
     assert b"Traceback" not in done.stderr
 
 
 @posix
-@pytest.mark.parametrize("name, kind", [("json", "pipe"), ("json", "link"), ("lock", "pipe")])
-def test_what_is_no_file_holds_no_refresh_up(home, stale, monkeypatch, name, kind):  # H18
+@rows("""
+name | kind
+gone | json | vanished
+cut | json | cut
+a folder | json | directory
+a pipe | json | pipe
+a link to a pipe | json | link
+a pipe for a lock | lock | pipe
+""")
+def test_a_login_in_memory_outlives_what_is_no_file(home, stale, monkeypatch, name, kind):  # H18
     monkeypatch.setattr(qp.LockFile, "STALE", 0.05)
-    (_, credentials), result = stale, []
+    (_, credentials), result, path = stale, [], home / ("oauth_creds." + name)
     credentials.login()
-    with contextlib.suppress(FileNotFoundError):
-        (home / ("oauth_creds." + name)).unlink()
-    make(home / ("oauth_creds." + name), kind)
+    spoil(path, kind)
+    if kind in ("pipe", "link"):
+        make(path, kind)
+    assert credentials.login() and bool(credentials.problem) == (name == "json")
     thread = threading.Thread(target=lambda: result.append(credentials.access_token()), daemon=True)
     thread.start()
     thread.join(WAIT / 2)
     assert result == ["at_2"]
 
 
-LEFT = "oauth_creds.json.qwen_proxy-0123456789ab.tmp"
-SWEPT = [(LEFT, "file", 40, False), (LEFT, "file", 10, True)]
-SWEPT += [("oauth_creds.json.0123456789ab.tmp", "file", 40, True), ("my." + LEFT, "file", 40, True)]
-
-
 @posix
-@pytest.mark.parametrize("name, kind, age, stays", SWEPT)
-def test_only_our_own_old_temporary_files_are_swept(home, upstream, name, kind, age, stays):  # H18
-    path, then = write_login(home, upstream, expires_in=0), time.time() - age
-    make(home / name, kind)
-    os.utime(home / name, (then, then), follow_symlinks=False)
-    assert credentials_of(path, upstream).access_token() == "at_2"
-    assert sorted(os.listdir(home)) == sorted([path.name] + [name] * stays)
+@rows("""
+name | age | stays
+old | oauth_creds.json.qwen_proxy-0123456789ab.tmp | 40 |
+young | oauth_creds.json.qwen_proxy-0123456789ab.tmp | 10 | yes
+another program's | oauth_creds.json.0123456789ab.tmp | 40 | yes
+another name | my.oauth_creds.json.qwen_proxy-0123456789ab.tmp | 40 | yes
+""")
+def test_only_our_own_old_temporary_files_are_swept(home, stale, name, age, stays):  # H18
+    (path, credentials), then = stale, time.time() - int(age)
+    make(home / name, "file")
+    os.utime(home / name, (then, then))
+    assert credentials.access_token() == "at_2"
+    assert sorted(os.listdir(home)) == sorted([path.name, *[name] * bool(stays)])
 
 
 PENDING = reply(400, {"error": "authorization_pending", "error_description": "wait"})
 TOKENS = {"access_token": "at_9", "refresh_token": "rt_9", "token_type": "Bearer"}
 SUCCESS = reply(200, {**TOKENS, "expires_in": 21600, "resource_url": "portal.qwen.ai"})
-POLLS = [([SUCCESS], [2]), ([PENDING, SUCCESS], [2, 2])]
-POLLS += [([reply(429, {"error": "slow_down"}), SUCCESS], [2, 3])]
-POLLS += [([reply(400, {"error": "slow_down"}), PENDING, SUCCESS], [2, 3, 2])]
-POLLS += [([reply(200, {"access_token": None}), SUCCESS], [2, 2])]
-POLLS += [([HTML._replace(status=503), SUCCESS], [2, 2])]
+DENIED = reply(400, {"error": "access_denied"})
 
 
-@pytest.mark.parametrize("answers, slept", POLLS)
-def test_device_authorization_waits_until_approved(upstream, answers, slept):
-    upstream.device_answers.extend(answers)
+# What the identity host answers, the pauses before each, and what is said if it is no login.
+@rows("""
+answers | slept | words
+approved | SUCCESS | 2 |
+pending | PENDING, SUCCESS | 2, 2 |
+too fast | reply(429, {"error": "slow_down"}), SUCCESS | 2, 3 |
+too fast, as the standard has it | reply(400, {"error": "slow_down"}), PENDING, SUCCESS | 2, 3, 2 |
+no token | reply(200, {"access_token": None}), SUCCESS | 2, 2 |
+a page | HTML._replace(status=503), SUCCESS | 2, 2 |
+denied | DENIED | 2 | refused
+a gate | HTML | 2 | 403
+expired | reply(400, {"error": "expired_token"}) | 2 | expired
+expired, client 401 | reply(401, {"error": "x"}) | 2 | expired
+too many | reply(429, {"error": "too_many"}) | 2 | 429
+""")
+def test_device_authorization_waits_for_a_verdict(upstream, answers, slept, words):
+    upstream.device_answers.extend(pieces_of(answers))
     device, pauses = qp.request_device_code(upstream.origin), []
-    login = qp.poll_for_login(upstream.origin, device, pauses.append)
-    assert (login.access_token, pauses) == ("at_9", slept)
+    try:
+        assert qp.poll_for_login(upstream.origin, device, pauses.append).access_token == "at_9"
+        assert not words
+    except qp.CredentialError as error:
+        assert words and words in str(error)
+    assert pauses == pieces_of(slept)
     form = dict(urllib.parse.parse_qsl(upstream.requests[-1][2].decode()))
-    assert re.match(r"[\w-]{43}\Z", form["code_verifier"])
-    digest = hashlib.sha256(form["code_verifier"].encode()).digest()
-    assert base64.urlsafe_b64encode(digest).rstrip(b"=").decode() == upstream.challenge
-
-
-VERDICTS = [(reply(400, {"error": "access_denied"}), "refused"), (HTML, "403")]
-VERDICTS += [(reply(400, {"error": "expired_token"}), "expired")]
-VERDICTS += [(reply(401, {"error": "x"}), "expired"), (reply(429, {"error": "too_many"}), "429")]
-
-
-@pytest.mark.parametrize("answer, words", VERDICTS)
-def test_device_authorization_that_fails_says_why(upstream, answer, words):
-    upstream.device_answers.append(answer)
-    device = qp.request_device_code(upstream.origin)
-    with pytest.raises(qp.CredentialError, match=words):
-        qp.poll_for_login(upstream.origin, device, lambda seconds: None)
+    verifier = form["code_verifier"]
+    digest = base64.urlsafe_b64encode(hashlib.sha256(verifier.encode()).digest())
+    assert len(verifier) == 43 and digest.rstrip(b"=").decode() == upstream.challenge
 
 
 ODD_TOKENS = [("expires_in", value) for value in (float("inf"), 10**400, True, "3600")]
 ODD_TOKENS += [("access_token", value) for value in (5, ["at_9"], "at 9", "at_9\r\nX: y", "ä")]
 ODD_TOKENS += [("refresh_token", "x\r\nHost: y"), ("resource_url", "x\r\nHost: y")]
-
-
-def assert_good(path):
-    """The file holds the new token, and nothing that a later request could stumble over."""
-    fields = json.loads(path.read_text())
-    for name in ("access_token", "refresh_token", "token_type", "resource_url"):
-        assert re.match(r"[\x21-\x7e]+\Z", fields[name]), name
-    assert fields["access_token"] == "at_9"
-    assert time.time() + qp.REFRESH_MARGIN < fields["expiry_date"] / 1000 < time.time() + 1e9
 
 
 @pytest.mark.parametrize("name, value", ODD_TOKENS, ids=lambda value: ascii(value)[:24])
@@ -1889,13 +1770,22 @@ def test_an_odd_answer_leaves_the_login_or_a_good_one(home, upstream, monkeypatc
         assert path.read_text() == before
     path.unlink()
     monkeypatch.setattr(qp, "LOGIN_POLL_FIRST", 0.01)
-    upstream.device_answers.extend([answer, reply(400, {"error": "access_denied"})])
+    upstream.device_answers.extend([answer, DENIED])
     real = upstream.device_answer
     upstream.device_answer = lambda form: reply(200, {**json.loads(real(form).pieces[0]), **odd})
     if qp.main(["login", "--no-browser"]) == 0:
         assert_good(path)
     else:
         assert os.listdir(home) == []
+
+
+def assert_good(path):
+    """The file holds the new token, and nothing that a later request could stumble over."""
+    fields = json.loads(path.read_text())
+    for name in ("access_token", "refresh_token", "token_type", "resource_url"):
+        assert re.match(r"[\x21-\x7e]+\Z", fields[name]), name
+    assert fields["access_token"] == "at_9"
+    assert time.time() + qp.REFRESH_MARGIN < fields["expiry_date"] / 1000 < time.time() + 1e9
 
 
 SITE = "https://chat.qwen.ai"
@@ -2051,15 +1941,14 @@ def test_settings_that_lose_the_provider_of_the_options_are_no_fault(
     home, upstream, serve, monkeypatch
 ):
     monkeypatch.setattr(qp.Providers, "INTERVAL", 0)
-    key = {"K": "sk-good-1"}
-    write_settings(home, upstream, env=key)
+    write_settings(home, upstream)
     server = serve(provider="127.0.0.1")
     assert chat(server)[0] == 200
     (home / "settings.json").write_text('{"modelProviders": {}}')
     status, _, body = chat(server)
     assert status == 401 and "127.0.0.1" in body["error"]["message"]
     assert get(server, "/v1/models")[1]["data"] == []
-    write_settings(home, upstream, {"temperature": 0}, env=key)
+    write_settings(home, upstream, ui={"theme": "another"})
     assert chat(server)[0] == 200
 
 
@@ -2076,13 +1965,6 @@ def test_key_precedence_environment_dotenv_settings(home):
     assert key() == "sk-sp-dotenv"
     assert key(BAILIAN_CODING_PLAN_API_KEY="sk-sp-env") == "sk-sp-env"
     assert key(BAILIAN_CODING_PLAN_API_KEY="") == "sk-sp-dotenv"
-
-
-def test_missing_variable_is_never_filled_with_another_key(home):
-    write_entries(home, text=SETTINGS.replace('BAILIAN_CODING_PLAN_API_KEY": "sk', 'UNUSED": "sk'))
-    provider = catalogue(home, OPENAI_API_KEY="sk-openai-key").current().providers[0]
-    with pytest.raises(qp.CredentialError, match="BAILIAN_CODING_PLAN_API_KEY is not set"):
-        provider.credentials.access_token()
 
 
 # The variables that are set, the name of the provider, and what is said.
@@ -2117,26 +1999,24 @@ def test_provider_of_the_command_line_is_never_overruled(home):
         assert found == names.current().providers[:1]
 
 
-ODD_SETTINGS = """
-{"env":["a"]}
-{"modelProviders":[1]}
-{"security":{"auth":{"baseUrl":5,"selectedType":"openai"}}}
-{"modelProviders":{"openai":[{"id":"x","baseUrl":"http://[::1"}]}}
-{"model":{"name":{}}}
-"""
-
-
-@pytest.mark.parametrize("text", ODD_SETTINGS.split())
+@rows("""
+text
+a list of variables | {"env": ["a"]}
+a list of providers | {"modelProviders": [1]}
+a number for an address | {"security": {"auth": {"baseUrl": 5, "selectedType": "openai"}}}
+half an address | {"modelProviders": {"openai": [{"id": "x", "baseUrl": "http://[::1"}]}}
+an object for a name | {"model": {"name": {}}}
+""")
 def test_odd_settings_do_not_stop_the_start(home, text):
     (home / "settings.json").write_text(text)
     for provider in catalogue(home).current().providers:
         provider.describe()
 
 
-HOMES = [("/a/b", "/a/b"), ("~/q", "{home}/q"), ("~", "{home}"), (None, "{home}/.qwen")]
-
-
-@pytest.mark.parametrize("qwen_home, expected", HOMES)
+@pytest.mark.parametrize(
+    "qwen_home, expected",
+    [("/a/b", "/a/b"), ("~/q", "{home}/q"), ("~", "{home}"), ("", "{home}/.qwen")],
+)
 def test_qwen_home_as_the_cli_resolves_it(home, qwen_home, expected):
     environ = {"HOME": str(home.parent), **({"QWEN_HOME": qwen_home} if qwen_home else {})}
     assert qp.qwen_home(environ) == expected.format(home=home.parent)
@@ -2153,36 +2033,16 @@ def test_qwen_cli_auth_seeds_the_file_once(home, upstream):
     assert json.loads(path.read_text())["access_token"] == "at_1"
 
 
-def test_files_of_an_untrusted_directory_are_not_read(home, tmp_path):
-    (tmp_path / ".env").write_text("OPENAI_BASE_URL=http://evil/v1\n")
-    environ = {"OPENAI_API_KEY": "sk-1"}
-    discovery = catalogue(home, **environ).current()
-    assert discovery.providers == [] and "not trust" in discovery.notes[0]
-    (home / "trustedFolders.json").write_text(json.dumps({str(tmp_path): "TRUST_FOLDER"}))
-    assert catalogue(home, **environ).current().providers[0].base_url == "http://evil/v1"
-
-
-def test_aliases_and_explicit_providers(home):
-    write_entries(home)
-    names = catalogue(home, qp.Options(alias=("gpt-*=qwen3.6-plus",)), HOST="http://gateway:1")
-    assert names.targets("gpt-4o")[0].provider.name == "gateway:1"
-    assert names.targets(None)[0].model == "qwen3.7-plus"
-    assert names.targets("h/anything")[0][1] == "anything"
-    assert names.targets("unknown-model")[0].provider.name == "coding-intl"
-    with pytest.raises(qp.BadRequest):
-        names.targets(5)
-
-
 # -- where a request goes when files are spoilt, distrusted or wrong -------------------------------
 
-OPENAI, FIRST = {"auth": {"selectedType": "openai"}}, "A sk-good-first"
+FIRST = "A sk-good-first"
 
 
 class World:
     """A home, the folder above it, three upstreams A, B, C (A is the identity host), a server."""
 
-    def __init__(self, home, serve, monkeypatch, caplog):
-        self.home, self.root, self.serve, self.caplog = home, home.parent.parent, serve, caplog
+    def __init__(self, home, serve, monkeypatch):
+        self.home, self.root, self.serve = home, home.parent.parent, serve
         self.setenv = monkeypatch.setenv
         self.fakes = {letter: FakeQwen() for letter in "ABC"}
         self.host = {letter: f"127.0.0.1:{fake.port}" for letter, fake in self.fakes.items()}
@@ -2219,11 +2079,10 @@ class World:
         path.write_text(value if isinstance(value, str) else json.dumps(value))
         return path
 
-    def settings(self, letter, key, model="m"):
+    def settings(self, letter, key):
         """settings.json of one entry at an upstream, with its key."""
-        entry = {"id": model, "baseUrl": self.url[letter], "envKey": "K"}
-        more = {"env": {"K": key}, "model": {"name": model}, "ui": {"theme": "x" * 99}}
-        return {"modelProviders": {"openai": [entry]}, "security": OPENAI, **more}
+        more = {"env": {"K": key}, "model": {"name": "m"}, "ui": {"theme": "x" * 99}}
+        return settings_of(self.fakes[letter], **more)
 
     def variables(self, letter, key):
         return {"OPENAI_API_KEY": key, "OPENAI_BASE_URL": self.url[letter], "OPENAI_MODEL": "m"}
@@ -2235,15 +2094,6 @@ class World:
         for name, value in self.variables("B", "sk-good-other").items():
             if "environment" in kinds:
                 self.setenv(name, value)
-
-    def check_kept(self, path, damage):
-        """A file is spoilt: nothing changes but for one warning that names it."""
-        assert self.goes() == FIRST
-        self.caplog.clear()
-        spoil(path, damage)
-        assert [self.goes() for _ in range(3)] == [FIRST] * 3
-        said = [one.getMessage() for one in self.caplog.records if one.levelname == "WARNING"]
-        assert [path.name in words for words in said] == [True], said
 
 
 SPOILT = {
@@ -2271,38 +2121,42 @@ def spoil(path, damage):
 
 
 @pytest.fixture()
-def world(home, serve, monkeypatch, caplog):
-    made = World(home, serve, monkeypatch, caplog)
+def world(home, serve, monkeypatch):
+    made = World(home, serve, monkeypatch)
     yield made
     for fake in made.fakes.values():
         fake.close()
 
 
-USER, SYSTEM, PROJECT = "home/.qwen/settings.json", "system.json", ".qwen/settings.json"
+USER, PROJECT = "home/.qwen/settings.json", ".qwen/settings.json"
 TRUSTED = "home/.qwen/trustedFolders.json"
-KEPT_FILES = """
-home/.qwen/settings.json oauth cut
-home/.qwen/settings.json environment comma
-home/.qwen/settings.json oauth vanished
-home/.qwen/settings.json environment directory
-system.json environment dangling
-.qwen/settings.json environment vanished
-home/.env oauth emptied
-.qwen/.env oauth dangling
-home/.qwen/trustedFolders.json environment cut
-""".strip().split("\n")
 
 
-@pytest.mark.parametrize("line", KEPT_FILES)
-def test_what_is_spoilt_while_running_keeps_the_account(world, line):  # H2
-    place, other, damage = line.split()
+@rows("""
+place | other | damage
+the user's settings, cut | home/.qwen/settings.json | oauth | cut
+the user's settings, a comma | home/.qwen/settings.json | environment | comma
+the user's settings, gone | home/.qwen/settings.json | oauth | vanished
+the user's settings, a folder | home/.qwen/settings.json | environment | directory
+the system's settings | system.json | environment | dangling
+the project's settings | .qwen/settings.json | environment | vanished
+the home's variables | home/.env | oauth | emptied
+the project's variables | .qwen/.env | oauth | dangling
+trust | home/.qwen/trustedFolders.json | environment | cut
+""")
+def test_what_is_spoilt_while_running_keeps_the_account(world, caplog, place, other, damage):  # H2
     named, trust = PROJECT if place == TRUSTED else place, {str(world.root): "TRUST_FOLDER"}
     content = world.variables if place.endswith(".env") else world.settings
     world.other_login(other)
     world.write(TRUSTED, trust)
     world.write(named, content("A", "sk-good-first"))
     world.start()
-    world.check_kept(world.root / place, damage)
+    assert world.goes() == FIRST
+    caplog.clear()
+    spoil(world.root / place, damage)
+    assert [world.goes() for _ in range(3)] == [FIRST] * 3
+    said = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
+    assert [pathlib.Path(place).name in words for words in said] == [True], said
     world.write(TRUSTED, trust)
     world.write(named, content("C", "sk-good-mended"))
     assert world.goes() == "C sk-good-mended"
@@ -2310,11 +2164,13 @@ def test_what_is_spoilt_while_running_keeps_the_account(world, line):  # H2
     assert world.goes()[:2] == "B "
 
 
-BROKEN = [(USER, "cut", {}), (USER, "directory", {"model": "m"}), (USER, "zeros", {})]
-BROKEN += [(SYSTEM, "comma", {"failover": True})]
-
-
-@pytest.mark.parametrize("place, damage, options", BROKEN, ids=str)
+@rows("""
+place | damage | options
+cut | home/.qwen/settings.json | cut |
+a folder | home/.qwen/settings.json | directory | model="m"
+zeros | home/.qwen/settings.json | zeros |
+the system's | system.json | comma | failover=True
+""")
 def test_settings_broken_at_the_start_stop_every_request(world, main, place, damage, options):
     world.other_login("oauth", "environment")  # H2
     path = world.write(place, world.settings("A", "sk-good-first"))
@@ -2326,14 +2182,12 @@ def test_settings_broken_at_the_start_stop_every_request(world, main, place, dam
     assert world.goes() == "B at_1"
     world.start(base_url=world.url["C"])
     assert world.goes() == "C sk-good-other"
-    world.start(**options)
+    world.start(**fields(options))
     get(world.server, "/v1/models")
     for fake in world.fakes.values():
         del fake.requests[:]
-    for target, request in [
-        *ROUTES.values(),
-        (CHAT, {"messages": HI, "model": "oauth/coder-model"}),
-    ]:
+    named = CHAT, {"messages": HI, "model": "oauth/coder-model"}
+    for target, request in [*ROUTES.values(), named]:
         status, _, body = ask(world.server, request, path=target)
         error = json.loads(body)["error"]
         assert (status, error["code"]) == (503, "settings_unreadable"), target
@@ -2404,6 +2258,7 @@ def test_trust_that_cannot_be_read_at_the_start_trusts_nothing(world, text):  # 
     else:
         world.write("moved.json", text.replace("%s", repo))
     assert base_url_and_key() == ("http://own/v1", "sk-own-key")
+    assert any("not trust" in note for note in qp.Providers(qp.Options()).current().notes)
 
 
 IDENTITY_HOSTS = {"environment": True, "home/.qwen/.env": True, "elsewhere/.env": True}
@@ -2443,7 +2298,7 @@ def test_the_identity_host_comes_from_the_users_own_files_only(world, monkeypatc
 # that key, id~variable only goes there, id!variable is a 401 that names it.
 SHAPES = """
 live at the active | a@A:KA M@B:KB        | KA    | A:a,M   | a=KA M=KA B/M!KB
-another has a key  | a@A:KA M@B:KB        | KA KB | A:a,M   | a=KA M=KB A/M=KA
+another has a key  | a@A:KA M@B:KB        | KA KB | A:a,M   | a=KA M=KB A/M=KA u~KA B/u~KB
 two others, live   | a@A:KA M@B:KB M@C:KC | KA KC | A:M     | M=KC A/M=KA B/M!KB
 nobody has a key   | a@A:KA M@B:KB M@C:KC | KA    | A:a,M   | M=KA B/M!KB C/M!KC
 no key of its own  | M@A:KA M@B:KB        | KB    | B:M     | M!KA A/M!KA B/M=KB
@@ -2463,6 +2318,8 @@ def test_the_list_of_models_says_where_a_request_goes(world, shape):  # H11
         listed.append({"id": model, "baseUrl": world.url[letter], "envKey": key})
         providers[key] = world.host[letter]
     settings = {"modelProviders": {"openai": listed}, "security": OPENAI}
+    # Never used for what has no key of its own.
+    world.setenv("OPENAI_API_KEY", "sk-good-openai")
     if name.startswith("chosen"):
         world.setenv("OPENAI_API_KEY", "sk-good-KA")
         options["base_url"] = world.url["A"]
@@ -2494,37 +2351,40 @@ def test_the_list_of_models_says_where_a_request_goes(world, shape):  # H11
 
 
 ABSENT = "(absent)"
-WRONG_FIELDS = [("baseUrl", 5, None), ("baseUrl", ["https://h.example/v1"], "OPENAI_BASE_URL")]
-WRONG_FIELDS += [("baseUrl", True, "security"), ("baseUrl", "h.example/v1", "OPENAI_BASE_URL")]
-WRONG_FIELDS += [("baseUrl", "$UNSET/v1", "security")]
-WRONG_FIELDS += [("baseUrl", "   ", None), ("baseUrl", ABSENT, None), ("envKey", 5, None)]
 
 
-@pytest.mark.parametrize("field, value, place", WRONG_FIELDS)
+@rows("""
+field | value | place
+a number | baseUrl | 5 |
+a list | baseUrl | ["https://h.example/v1"] | OPENAI_BASE_URL
+a switch | baseUrl | True | security
+no scheme | baseUrl | "h.example/v1" | OPENAI_BASE_URL
+an unset variable | baseUrl | "$UNSET/v1" | security
+blanks | baseUrl | " " |
+no address | baseUrl | ABSENT |
+a number for a variable | envKey | 5 |
+""")
 def test_an_entry_with_a_wrong_field_is_refused_by_its_name(world, outside, field, value, place):
     auth = {**OPENAI["auth"], **({"baseUrl": world.url["B"]} if place == "security" else {})}  # H12
     world.setenv("OPENAI_API_KEY", "sk-good-openai")
     if place == "OPENAI_BASE_URL":
         world.setenv(place, world.url["B"])
-    good = {"id": "good", "baseUrl": world.url["A"], "envKey": "K"}
-    wrong = {**good, "id": "m", field: value}
-    wrong = {name: item for name, item in wrong.items() if item != ABSENT}
-    settings = {"env": {"K": "sk-good-own"}, "model": {"name": "m"}, "security": {"auth": auth}}
-    world.write(USER, {**settings, "modelProviders": {"openai": [wrong, good]}})
+    wrong = {field: value_of(value)}
+    settings = settings_of(world.fakes["A"], wrong, {"id": "good"}, model={"name": "m"})
+    if value == "ABSENT":
+        del settings["modelProviders"]["openai"][0][field]
+    world.write(USER, {**settings, "security": {"auth": auth}})
     world.start()
     get(world.server, "/v1/models")
     assert world.fakes["B"].requests == []
     for request in ({}, {"model": "m", "stream": True}):
         goes = world.goes(**request)
         assert goes.startswith("401 ") and field in goes
-    assert world.goes(model="good") == "A sk-good-own" and outside == []
+    assert world.goes(model="good") == "A sk-good-1" and outside == []
 
 
-WRONG_ADDRESSES = [("baseUrl", 5), ("baseUrl", "file:///v1")]
-WRONG_ADDRESSES += [("resource_url", 5), ("resource_url", ["https://h.example"])]
-
-
-@pytest.mark.parametrize("field, value", WRONG_ADDRESSES)
+@pytest.mark.parametrize("value", [5, "file:///v1", ["https://h.example"]])
+@pytest.mark.parametrize("field", ["baseUrl", "resource_url"])
 def test_a_base_url_for_all_of_a_wrong_kind_is_refused(world, outside, field, value):  # H12
     if field == "baseUrl":
         world.setenv("OPENAI_API_KEY", "sk-good-openai")
@@ -2543,14 +2403,6 @@ def test_a_base_url_for_all_of_a_wrong_kind_is_refused(world, outside, field, va
 # ----------------------------------------------------------------------------------------------------
 
 
-def test_upstream_connection_is_kept(key_server, upstream):
-    for _ in range(5):
-        assert chat(key_server)[0] == 200
-        assert chat(key_server, stream=True)[0] == 200
-    # A client may be faster than the return of a connection to the pool.
-    assert upstream.connections <= 3
-
-
 @pytest.mark.parametrize("status", [429, 502, 503, 529])
 def test_retries_before_the_first_byte(key_server, upstream, status, monkeypatch):
     monkeypatch.setattr(qp.Call, "RETRY_DELAY", 0.01)
@@ -2567,39 +2419,26 @@ def test_retry_after_is_honoured_or_passed_on(key_server, upstream):
     status, headers, body = chat(key_server)
     assert (status, headers["Retry-After"]) == (429, "60")
     assert body["error"]["code"] == "rate_limit_exceeded"
-    far = "Mon, 99999999999999999999 Jan 2030 00:00:00 GMT"
-    assert qp.retry_after_of({"retry-after": far}) is None
 
 
-def test_no_retry_for_hard_quota(key_server, upstream):
-    upstream.script.append(refusal("Free allocated quota exceeded.", 429, "insufficient_quota"))
-    assert chat(key_server)[0] == 429 and len(upstream.bodies()) == 1
-
-
-def test_unreachable_upstream_is_502(serve, upstream, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-x-123456")
+def test_unreachable_upstream_is_502(keyed, upstream):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         urls = ["http://no-such-host.invalid/v1", f"https://127.0.0.1:{upstream.port}/v1"]
-        for url in [url_of(free), *urls]:
-            server = serve(base_url=url, model="m", retries=0)
-            for is_stream in (False, True):
-                status, _, body = chat(server, stream=is_stream)
-                assert (status, body["error"]["code"]) == (502, "upstream_unreachable"), url
-                assert "cannot be reached" in body["error"]["message"]
-
-
-def test_redirect_is_not_followed(key_server, upstream):
-    upstream.script.append(reply(302, b"", headers=[("Location", upstream.origin + "/elsewhere")]))
-    status, _, body = chat(key_server)
-    assert status == 502 and "redirect" in body["error"]["message"] and len(upstream.requests) == 1
+        for url, is_stream in itertools.product([url_of(free), *urls], (False, True)):
+            status, _, body = chat(keyed(base_url=url, retries=0), stream=is_stream)
+            assert (status, body["error"]["code"]) == (502, "upstream_unreachable"), url
+            assert "cannot be reached" in body["error"]["message"]
 
 
 def test_401_forces_one_refresh_and_one_repeat(login, upstream, serve):
-    upstream.access_tokens = set()
-    assert chat(serve())[0] == 200 and upstream.refreshes == ["rt_1"]
+    upstream.access_tokens, server = set(), serve()
+    assert chat(server)[0] == 200 and upstream.refreshes == ["rt_1"]
     tokens = [headers["Authorization"] for path, headers, _ in upstream.requests if "chat" in path]
     assert tokens == ["Bearer at_1", "Bearer at_2"]
+    # Then the refresh is refused, too.
+    upstream.access_tokens, upstream.refresh_tokens = set(), set()
+    assert chat(server)[0] == 401
 
 
 def test_useless_login_is_refreshed_once_and_called_ended(login, upstream, serve):
@@ -2623,9 +2462,15 @@ FRAME = (
 )
 FINISH = (FRAME % (429, b"X", b"Free allocated quota exceeded.")).decode().strip()
 
+
+def too_long(message, status=400):
+    return reply(status, {"error": {"message": message, "code": status}})
+
+
 # What an upstream answers, and the client gets, streamed or not: status and code; words of the
 # message and lines of the head, "; " between them.
-REFUSALS = table(r"""
+@rows(r"""
+answer | expected | words
 not for us | reply(405, {"error": "Coding Plan is currently only available for Coding Agents"}) | 403 client_not_accepted | Coding Agents
 wrong key | refusal("Incorrect API key provided. For details, see: x", 401, "invalid_api_key") | 401 invalid_api_key | region
 any other, client 12 | refusal("no", 400) | 400 invalid_parameter_error | no
@@ -2640,7 +2485,8 @@ standing | refusal(STANDING, 400, "Arrearage") | 429 insufficient_quota | good s
 hard quota, client 35 | refusal("hour allocated quota exceeded", 429, "insufficient_quota") | 429 insufficient_quota | hour; x-should-retry: false
 rate, clients 12 and 35 | refusal(RATE_LIMIT, 429, "limit_requests") | 429 rate_limit_exceeded | rate limit; Retry-After: 5
 credits | reply(402, {"error": {"message": "Insufficient credits", "code": 402}}) | 429 insufficient_quota | credits
-no model | refusal("The model `x` does not exist", 404, "model_not_found") | 404 model_not_found | does not exist
+no model | refusal("The model `x` does not exist", 404, "model_not_found") | 404 model_not_found | The model `x` does not exist. /v1/models; --alias 'gpt-*=ID'
+a redirect | reply(302, b"", headers=[("Location", "/elsewhere")]) | 502 None | redirect
 nothing | Reply(404, [], []) | 404 None | base URL
 a page | reply(200, b"<html><title>WAF</title></html>", "text/html") | 502 upstream_html | WAF
 a page of 429 | reply(429, b"<html><title>Slow down</title></html>", "text/html") | 429 rate_limit_exceeded | Slow down
@@ -2653,16 +2499,6 @@ too long, in a stream | stream(event({"error": {"message": INPUT_LENGTH}})) | 40
 busy, in a stream | stream(event({"error": {"code": "ModelServingError", "message": "Too many requests"}})) | 503 ModelServingError | Too many
 no access, in a stream | stream(event({"error": {"code": "Model.AccessDenied", "message": "no access"}})) | 403 Model.AccessDenied | no access
 a fault, client 12 | reply(500, {"error": {"message": "boom", "code": "internal_error"}}) | 502 internal_error | boom
-""")
-
-ASKED = {"chat": {"messages": HI}, "responses": {"input": "Hi"}, "text": {"prompt": "Hi"}}
-
-
-def too_long(message, status=400):
-    return reply(status, {"error": {"message": message, "code": status}})
-
-
-REFUSALS += table(r"""
 too long, llama.cpp, opencode #45834 | too_long("request (66202 tokens) exceeds the available context size (65536 tokens), try increasing it") | 400 context_length_exceeded | 66202
 too long, llama.cpp of 2025 | too_long("the request exceeds the available context size. try increasing the context size", 500) | 400 context_length_exceeded | exceeds
 too long, llama.cpp, while it answers | too_long("Context size has been exceeded.", 500) | 400 context_length_exceeded | exceeded
@@ -2675,9 +2511,6 @@ too long, llama.cpp, in a stream | stream(event({"error": {"message": "Context s
 too long, but not the context | refusal("String value length (30000000) exceeds the maximum allowed (28000000)") | 413 request_too_large | 28000000
 too many, but not the context | refusal("The length of tools exceeds the limit") | 400 invalid_parameter_error | tools
 """)
-
-
-@pytest.mark.parametrize("answer, expected, words", REFUSALS)
 def test_refusals_become_clear_statuses(key_server, upstream, answer, expected, words):
     key_server.options = key_server.options._replace(retries=0)
     routes = ("chat", "responses") if "chunk(" in answer else ("chat", "responses", "text")
@@ -2697,9 +2530,11 @@ def test_refusals_become_clear_statuses(key_server, upstream, answer, expected, 
 CALL_PLEASE = {"tool_choice": "required", "tools": [function()]}
 JSON_PLEASE = {"response_format": JSON_OBJECT}
 
+
 # What the upstream says, or nothing where it is the fake that refuses; the client's request; what
 # is sent last, None for what is not; what the log says of it, or nothing if it was sent once.
-REPAIRS = table(r"""
+@rows(r"""
+message | request_ | repaired | words
 limit | | model="some-model", max_tokens=100000 | max_tokens=65536 | with max_tokens 65536
 JSON, nobody knows | | model="qwen4-plus", **JSON_PLEASE | enable_thinking=False, response_format=JSON_OBJECT | without thinking
 JSON, thinks | | model="qwen4-plus", reasoning_effort="high", **JSON_PLEASE | enable_thinking=True, response_format=None |
@@ -2711,8 +2546,6 @@ budget of GLM | | model="glm-5", thinking_budget=40000 | enable_thinking=True, t
 schema | The model qwen3-max: json_schema is not supported | response_format=JSON_SCHEMA | response_format=JSON_OBJECT | with
 logprobs | For model qwen3-max, logprobs is not supported | logprobs=True, top_logprobs=2 | logprobs=None, top_logprobs=None | without
 tool_choice | tool_choice: required is not supported | **CALL_PLEASE | tool_choice="auto" | with
-""")
-REPAIRS += table(r"""
 no thoughts, claude-code-router #1227 | thinking is enabled but reasoning_content is missing in assistant tool call message | model="glm-5.1", own=True, messages=LOOP | messages=LOOP, **SILENT | without thinking
 no thoughts, Kimi | thinking is enabled but reasoning_content is missing in assistant tool call message | model="kimi-k2.6", messages=LOOP | messages=THOUGHTFUL, enable_thinking=False | without thinking
 no thoughts, thinks | thinking is enabled but reasoning_content is missing in assistant tool call message | model="glm-5", enable_thinking=True, messages=LOOP | messages=THOUGHTFUL, enable_thinking=True | with a word
@@ -2724,13 +2557,9 @@ a picture long ago, in other words | The error info is [Unexpected item type in 
 a picture long ago, qwen-code #1888 | Invalid value: file. Supported values are: 'text','image_url' and 'video'. | own=True, messages=LOOK | messages=UNSEEN | without media
 always thinks | The value of the enable_thinking parameter is restricted to True. | model="glm-5.9", enable_thinking=False | enable_thinking=True | with thinking
 """)
-
-
-@pytest.mark.parametrize("message, request_, repaired, words", REPAIRS)
 def test_named_refusals_are_repaired_once(
     key_server, upstream, serve, caplog, message, request_, repaired, words
 ):
-    caplog.set_level(logging.INFO, "qwen_proxy")
     server, request_, expected = key_server, fields(request_), fields(repaired)
     if request_.pop("own", False):
         server = serve(base_url=upstream.origin + "/own/v1", model="some-model")
@@ -2745,10 +2574,14 @@ def test_named_refusals_are_repaired_once(
         upstream.requests.clear()
 
 
-def test_a_body_that_no_repair_changes_is_not_sent_again(key_server, upstream):
-    upstream.script.extend([refusal("Range of max_tokens should be [1, 8192]")] * 3)
-    assert chat(key_server, model="qwen3-max", max_tokens=9000)[0] == 400
-    assert [body["max_tokens"] for body in upstream.bodies()] == [9000, 8192]
+@pytest.mark.parametrize(
+    "limit, sent", [("8192", [9000, 8192]), ("9" * 5000, [9000, None])], ids=len
+)
+def test_a_body_that_no_repair_changes_is_not_sent_again(key_server, upstream, limit, sent):  # B9
+    upstream.script.extend([refusal(f"Range of max_tokens should be [1, {limit}]")] * 3)
+    status, _, body = chat(key_server, model="qwen3-max", max_tokens=9000)
+    assert status == 400 and "report" not in json.dumps(body)
+    assert [body["max_tokens"] for body in upstream.bodies()] == sent
 
 
 # -- HTTP as upstreams and gateways break it -----------------------------------------------------
@@ -2839,9 +2672,11 @@ EARLY = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r
 CUT_401 = b'HTTP/1.1 401 Unauthorized\r\nContent-Length: 500\r\n\r\n{"error":'
 FAR = b"Retry-After: Mon, 99999999999999999999 Jan 2030 00:00:00 GMT\r\n\r\n"
 
+
 # What the upstream sends; status and code when not streamed, and when streamed, if they differ.
 # Without a code it is all of HELLO.
-FRAMES = table(r"""
+@rows(r"""
+answer | expected
 length | WHOLE_ANSWER | 200
 to the end | HEAD + b"\r\n" + SSE | 200
 to the end, as it says | HEAD + b"Connection: close\r\n\r\n" + SSE | 200
@@ -2880,9 +2715,6 @@ headers without end | HEAD + b"X: y\r\n" * 60000 | 502 upstream_cut
 a length that is none | HEAD + b"Content-Length: \xb2\r\n\r\n" | 502 upstream_cut
 a refusal that is cut | CUT_401 | 401 invalid_api_key
 """)
-
-
-@pytest.mark.parametrize("answer, expected", FRAMES)
 def test_frames_end_in_time_and_leave_nothing_behind(keyed, answer, expected):
     fake, answer = RawUpstream(), value_of(answer)
     expected = (expected.split(", ") * 2)[:2]
@@ -2907,24 +2739,6 @@ def test_frames_end_in_time_and_leave_nothing_behind(keyed, answer, expected):
     until(lambda: threading.active_count() <= threads)
 
 
-@pytest.mark.parametrize(
-    "delta", [{"content": "lo, "}, {"reasoning_content": "lo, "}, tool_call(0, "", None, "lo, ")]
-)
-def test_an_answer_that_is_held_has_a_limit_and_a_stream_has_none(raw_upstream, monkeypatch, delta):
-    monkeypatch.setattr(qp.Budget, "LIMIT", 3000)
-    is_call = "tool_calls" in delta
-    events = [HELLO[0], *([CALLS[1]] if is_call else []), *[chunk(delta)] * 1000, *END]
-    answer, server = HEAD + b"\r\n" + b"".join(events), raw_upstream.server
-    raw_upstream.script.extend([answer] * 4 + [HEAD + b"\r\n" + SSE])
-    status, _, body = chat(server)
-    assert status == 502 and "was aborted" in body["error"]["message"]
-    assert "was aborted" in respond(server)[1]["error"]["message"]
-    assert respond(server, stream=True)[1][-1][0] == "response.failed"
-    # The state of a call is held.
-    assert (chat(server, stream=True)[2][-1] == "[DONE]") == (not is_call)
-    assert chat(server)[0] == 200
-
-
 # Each connection with the answers that come on it.
 @rows("""
 script
@@ -2947,31 +2761,6 @@ def test_large_and_many_chunks_arrive_whole(raw_upstream, size, count):
     assert completion["choices"][0]["message"]["content"] == "".join(said)
     _, _, data = chat(raw_upstream.server, stream=True)
     assert text_in([json.loads(value) for value in data[:-1]]) == "".join(said)
-
-
-@pytest.mark.parametrize("start", ["", "```json\n{}\n", "Hi\n", "<think>"])
-def test_blank_characters_without_end_take_no_time_and_pass(start):
-    """Models in JSON mode fall into that: held back for a while, never for its square."""
-
-    def work(pieces):
-        content = qp.ContentFilter(is_json=True)
-        said = [content.feed(text) for text in [start] + ["\n\n  "] * pieces]
-        text = "".join(part for pair in said for part in pair) + content.close()[1]
-        assert len(text) > pieces * 3
-
-    check_linear(work, 4_000)
-
-
-UNITS = ["model ", "<title", "range of max_tokens ", "<html><title>", '"', "\\"]
-
-
-@pytest.mark.parametrize("unit", UNITS)
-def test_no_error_takes_the_square_of_its_length(unit):
-    def work(count):
-        error = qp.to_upstream_error(qp.Refusal.read(400, unit * count), qp.FAMILIES["dashscope"])
-        qp.repair_request({"max_tokens": 5, "enable_thinking": False}, error)
-
-    check_linear(work, 5_000)
 
 
 def test_late_bytes_on_an_idle_connection_are_nobodys_answer(raw_upstream):
@@ -3001,17 +2790,6 @@ def test_a_client_that_leaves_is_noticed_while_the_upstream_takes_nothing(keyed)
             assert len(server.exchanges) == 1
         with upstream_end:  # open, but not read from
             until(lambda: not server.exchanges)
-
-
-def test_blank_lines_before_the_first_event_are_not_kept():
-    provider, chunks = qp.Provider("test", "http://127.0.0.1/v1", None, "test"), []
-    decoder = qp.ChatDecoder({}, qp.Target(provider, "m"))
-    decoder.sink = lambda chunk: chunks.append(chunk.value)
-    for blank in (b"\r\n", b"\n \n", b"\xef\xbb\xbf"):
-        decoder.feed(blank)
-        assert chunks == []
-    decoder.feed(SSE)
-    assert text_in(chunks) == "Hello, wörld"
 
 
 def test_the_password_of_a_forward_proxy_does_not_reach_the_upstream(monkeypatch):
@@ -3067,11 +2845,9 @@ def test_events_are_the_same_however_the_bytes_are_cut():
 
 def to_upstream(request, model="qwen3-max", family="dashscope", config=None, api=qp.ChatRouteApi):
     """The body that goes out for a request, and the rules that fired."""
-    entries, family = {model: config or {}}, qp.FAMILIES[family]
-    provider = qp.Provider("t", "http://h/v1", None, "t", entries, family)
     request = request if {"input", "prompt"} & set(request) else {"messages": HI, **request}
     before, api = json.dumps(request), api(qp.ResponseMemory())
-    body, fired = api.to_upstream(api.check(request), qp.Target(provider, model))
+    body, fired = api.to_upstream(api.check(request), target(model, family, config))
     # The client's request is not changed: failover needs it again.
     assert json.dumps(request) == before
     return json.loads(qp.encode_json(body, is_request=True)), fired
@@ -3156,12 +2932,9 @@ def test_everything_passes_unchanged(key_server, upstream):
 NO_RESULT = "(no result: the call was interrupted)"
 CACHED = {"cache_control": {"type": "ephemeral"}}
 FIVE_CACHED = [{**part, **CACHED} for part in parts(*"01234")]
-ODD_SCHEMA = {
-    "type": "object",
-    "title": None,
-    "properties": {"a": {"description": None, "default": None, "enum": [None, "x"]}},
-}
-CLEAN_SCHEMA = {"type": "object", "properties": {"a": {"default": None, "enum": [None, "x"]}}}
+NULLS = {"default": None, "enum": [None, "x"]}
+ODD_SCHEMA = {**EMPTY, "title": None, "properties": {"a": {"description": None, **NULLS}}}
+CLEAN_SCHEMA = {**EMPTY, "properties": {"a": NULLS}}
 NULL_FORMAT = {"name": "json", "strict": None, "schema": {"default": None}}
 
 # What a client sends, and what the upstream gets: model@family (qwen3-max@dashscope where it is
@@ -3224,12 +2997,10 @@ by name, as Anthropic does, client 28 | qwen3.7-plus | tools=[F], tool_choice={"
 forced, thinks | qwen3.7-plus | tools=[F, G], tool_choice="required", enable_thinking=True | tools=[F, G], tool_choice="auto", enable_thinking=True, rule="thinking-clash"
 forced by name, thinks | qwen3.7-plus | tools=[F, G], tool_choice=function(), enable_thinking=True | tools=[F], tool_choice="auto", enable_thinking=True, rule="thinking-clash", contents=["Call the tool f now; do not answer in text.", "Hi"]
 forced, always thinks, client 28 | qwq-plus | tools=[F], tool_choice="required" | tools=[F], tool_choice="auto", rule="thinking-clash", contents=["Call one of the tools now; do not answer in text.", "Hi"]
-JSON | qwen3.7-plus | response_format=JSON_OBJECT | response_format=JSON_OBJECT, enable_thinking=False
+JSON and may think | qwen3.7-plus, qwen3-32b | response_format=JSON_OBJECT | response_format=JSON_OBJECT, enable_thinking=False
 JSON by a schema | qwen3.7-plus | response_format=JSON_SCHEMA | response_format=JSON_SCHEMA, enable_thinking=False
 JSON, thinks | qwen3.7-plus | response_format=JSON_OBJECT, reasoning_effort="high" | enable_thinking=True
-JSON, only thinks | qwen3-235b-a22b-thinking-2507 | response_format=JSON_OBJECT |
-JSON, only thinks, sees | qwen3-vl-32b-thinking | response_format=JSON_OBJECT |
-JSON, may think | qwen3-32b | response_format=JSON_OBJECT | response_format=JSON_OBJECT, enable_thinking=False
+JSON, only thinks and only thinks, sees | qwen3-235b-a22b-thinking-2507, qwen3-vl-32b-thinking | response_format=JSON_OBJECT |
 
 entry gives defaults | qwen3.7-plus | temperature=0, reasoning_effort="none", entry={"samplingParams": {"temperature": 0.1, "top_p": 0.2}, "extra_body": {"top_p": 0.3, **THINKS}}
     | temperature=0, top_p=0.3, enable_thinking=False
@@ -3279,8 +3050,7 @@ an assistant's parts, portal | coder-model@portal | messages=[system("s"), *HI, 
 an assistant's parts, marked | | messages=[*HI, assistant(parts("a", "b", **CACHED)), *HI] | messages=[*HI, assistant(parts("a", "b", **CACHED)), *HI]
 an assistant's parts, OpenRouter | x/y@openrouter | messages=[*HI, assistant(parts("a", "b")), *HI] | messages=[*HI, assistant(parts("a", "b")), *HI]
 a user's parts | | messages=[user(parts("a", "b")), *HI] | messages=[user(parts("a", "b")), *HI]
-a user's parts, DeepSeek | deepseek-v4-pro@deepseek | messages=[user(parts("a", "b")), *HI] | messages=[user("a\nb"), *HI], rule="flat-content"
-a user's parts, GLM | glm-5.1 | messages=[user(parts("a", "b")), *HI] | messages=[user("a\nb"), *HI], rule="flat-content"
+a user's parts, DeepSeek and GLM | deepseek-v4-pro@deepseek, glm-5.1 | messages=[user(parts("a", "b")), *HI] | messages=[user("a\nb"), *HI], rule="flat-content"
 """)
 
 
@@ -3342,11 +3112,29 @@ SEARCH, SEARCH_TOOL = (function(name, parameters=EMPTY) for name in ("search", "
 PATCHED = [*HI, assistant(None, tool_calls=[CUSTOM_CALL]), result("c", "ok")]
 SENT_PATCH = old_call('{"input": "*** Begin"}', name="patch")
 
+REPLAYED = json.loads(r"""[
+    {"role": "developer", "content": "Rules."},
+    {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Look"},
+        {"type": "input_image", "image_url": "data:image/png;base64,AAAA", "detail": "low"}]},
+    {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "Hm"}],
+        "encrypted_content": null},
+    {"type": "message", "role": "assistant",
+        "content": [{"type": "output_text", "text": "I look.", "annotations": []}]},
+    {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"},
+    {"type": "function_call", "call_id": "c2", "name": "run", "namespace": "shell",
+        "arguments": "{\"a\": 1}"},
+    {"role": "user", "content": "Are you there?"},
+    {"type": "function_call_output", "call_id": "c1",
+        "output": [{"type": "input_text", "text": "one"}]},
+    {"type": "function_call_output", "call_id": "c2", "output": "two"},
+    {"type": "web_search_call", "id": "ws_1"},
+    {"type": "custom_tool_call", "call_id": "c3", "name": "patch", "input": "*** Begin"},
+    {"type": "custom_tool_call_output", "call_id": "c3", "output": "done"}]""")
+
 REQUESTS += table(r"""
-off in vLLM's way, own server | Qwen/Qwen3-8B@other; everywhere | chat_template_kwargs=NO_THOUGHTS | **SILENT
+off in vLLM's way, own server, ModelScope | Qwen/Qwen3-8B@other, Qwen/Qwen3-8B@modelscope; everywhere | chat_template_kwargs=NO_THOUGHTS | **SILENT
 the same beside more of it | Qwen/Qwen3-8B@other; everywhere | chat_template_kwargs={**NO_THOUGHTS, "x": 1} | enable_thinking=False, chat_template_kwargs={**NO_THOUGHTS, "x": 1}
 the same in extra_body | Qwen/Qwen3-8B@other | extra_body={"chat_template_kwargs": NO_THOUGHTS} | **SILENT
-the same, ModelScope | Qwen/Qwen3-8B@modelscope; everywhere | chat_template_kwargs=NO_THOUGHTS | **SILENT
 the same, another model | zai-org/GLM-4.7@other | chat_template_kwargs=NO_THOUGHTS | chat_template_kwargs=NO_THOUGHTS
 the same, text | Qwen/Qwen3-8B@other | prompt="x", chat_template_kwargs=NO_THOUGHTS | prompt="x", chat_template_kwargs=NO_THOUGHTS
 on, own server | Qwen/Qwen3-8B@other; everywhere | enable_thinking=True | **ALOUD
@@ -3367,6 +3155,7 @@ budget as text | qwen3.7-plus; everywhere | thinking_budget="1024" | thinking_bu
 budget as text, Anthropic's | qwen3.7-plus | thinking={"type": "enabled", "budget_tokens": "99"} | thinking_budget=99, **THINKS
 limit with a point | | max_completion_tokens=100.0 | max_tokens=100
 limit as text | ; everywhere | max_tokens="100" | max_tokens=100
+a text with a suffix | qwen-coder-turbo | prompt="def ", suffix="return 1", max_tokens=9, best_of=None | prompt="<|fim_prefix|>def <|fim_suffix|>return 1<|fim_middle|>", max_tokens=9
 limit as text, text | qwen-coder-turbo | prompt="x", max_tokens="100" | prompt="x", max_tokens=100
 sampling as text | ; everywhere | temperature="0.5", top_k="3" | temperature=0.5, top_k=3
 neither switch nor number | qwen3.7-plus@coding; everywhere | enable_thinking="perhaps", thinking_budget="much", seed="x" | enable_thinking="perhaps", thinking_budget="much", seed="x"
@@ -3403,9 +3192,7 @@ bare base64, own server | Qwen/Qwen3-Omni@other; everywhere | messages=hear("Ukl
 audio_url, own server | Qwen/Qwen3-Omni@other | messages=[user([AUDIO_URL])] | messages=[user([AUDIO_URL])]
 bare base64 in a result | qwen3-omni-flash | messages=[*LOOP[:2], result("c", hear("UklGRg==")[0]["content"])] | contents=["Hi", "", "What?", hear("data:;base64,UklGRg==")[0]["content"][1:]]
 
-no thoughts, Kimi, claude-code-router #1227 | kimi-k2.6@token; everywhere | messages=LOOP | messages=THOUGHTFUL
-no thoughts, Kimi, own server | moonshotai/Kimi-K2.5@other; everywhere | messages=LOOP | messages=THOUGHTFUL
-no thoughts, DeepSeek, crush #2696 | deepseek-v4-pro; everywhere | messages=LOOP | messages=THOUGHTFUL
+no thoughts, Kimi and DeepSeek, claude-code-router #1227, crush #2696 | kimi-k2.6@token, moonshotai/Kimi-K2.5@other, deepseek-v4-pro; everywhere | messages=LOOP | messages=THOUGHTFUL
 no thoughts, DeepSeek's own host | deepseek-v4-pro@deepseek; everywhere | messages=LOOP | messages=[*HI, {**call("c"), "reasoning_content": ""}, result("c", "ok")]
 thoughts of its own, Kimi | kimi-k2.6@token | messages=[*HI, {**call("c"), **KEPT_THOUGHTS}, result("c", "ok")] | messages=[*HI, {**call("c"), **KEPT_THOUGHTS}, result("c", "ok")]
 no thoughts, Qwen | qwen3.7-plus@token; everywhere | messages=LOOP | messages=LOOP
@@ -3429,13 +3216,11 @@ text beside a picture | qwen3.7-plus; everywhere | messages=LOOK[:1] | messages=
 a picture long ago, oh-my-pi #1859 | qwen3.7-max; everywhere | messages=LOOK | messages=UNSEEN, rule="unseen-media"
 a picture long ago, a plan | qwen3-coder-plus@coding; everywhere | messages=LOOK | messages=UNSEEN
 a picture of a tool, long ago | qwen3.7-max | messages=[*LOOP[:2], result("c", LOOK[0]["content"]), assistant("."), *HI] | contents=["Hi", "", parts("look", LEFT_OUT["text"]), ".", "Hi"]
-a picture long ago, it sees | kimi-k2.5@coding; everywhere | messages=LOOK | messages=LOOK
-a picture long ago, who knows | some-model@other; everywhere | messages=LOOK | messages=LOOK
+a picture long ago, it sees and who knows | kimi-k2.5@coding, some-model@other; everywhere | messages=LOOK | messages=LOOK
 """)
 for schema in ("{}", "[]", "None", '""', '{"type": "object"}', '{"type": "string"}'):
     REQUESTS += table(f"""
-parameters {schema}, crawl4ai #2207 | MiniMax-M2.5@coding; everywhere | tools=[function(parameters={schema})] | tools=[F]
-parameters {schema}, own server | MiniMaxAI/MiniMax-M2.5@other; everywhere | tools=[function(parameters={schema})] | tools=[F]
+parameters {schema}, crawl4ai #2207 and own server | MiniMax-M2.5@coding, MiniMaxAI/MiniMax-M2.5@other; everywhere | tools=[function(parameters={schema})] | tools=[F]
 parameters {schema} of functions | MiniMax-M2.5@token | functions=[dict(name="f", parameters={schema})] | tools=[F]
 parameters {schema}, Anthropic's | MiniMax-M2.5@token | tools=[dict(name="f", input_schema={schema})] | tools=[F]
 """)
@@ -3461,9 +3246,8 @@ effort xhigh, GLM 5.3 | glm-5.3@token; everywhere | reasoning_effort="xhigh" | r
 effort none, GLM 5.3 | glm-5.3@token; everywhere | reasoning_effort="none" |
 off, Kimi K3 | kimi-k3; everywhere | enable_thinking=False | rule="thinking"
 JSON, GLM 5.3 | glm-5.3@token; everywhere | response_format=JSON_OBJECT | rule="thinking-clash"
-effort max, DeepSeek's own host | deepseek-v4-pro@deepseek; everywhere | reasoning_effort="max" | thinking={"type": "enabled"}, reasoning_effort="max"
+effort max, DeepSeek's own host and Z.AI | deepseek-v4-pro@deepseek, glm-5.3@zai; everywhere | reasoning_effort="max" | thinking={"type": "enabled"}, reasoning_effort="max"
 effort none, DeepSeek's own host | deepseek-v4-pro@deepseek; everywhere | reasoning_effort="none" | thinking={"type": "disabled"}
-effort max, Z.AI | glm-5.3@zai; everywhere | reasoning_effort="max" | thinking={"type": "enabled"}, reasoning_effort="max"
 entry's effort, DeepSeek V4 | deepseek-v4-pro@token; everywhere | entry={"reasoning": {"effort": "max"}} | reasoning_effort="max", **THINKS
 
 preserve_thinking in the template, goose #8939 | qwen3.7-plus; everywhere | **KEEP | preserve_thinking=True
@@ -3493,8 +3277,7 @@ JSON at a server of one's own, as Ollama names it | qwen3:14b@other | response_f
 tool called search, functions | qwen3-coder-plus | functions=[SEARCH["function"]] | tools=[SEARCH_TOOL]
 tool called search, OpenRouter | qwen/qwen3-coder-plus@openrouter; everywhere | tools=[SEARCH] | tools=[SEARCH]
 
-tools in an item, Codex 0.144 | qwen3-coder-plus | input=lite(SPACE) | tools=OFFERED
-tools in an item, own server | any@other | input=lite(SPACE) | tools=OFFERED
+tools in an item, Codex 0.144 and own server | qwen3-coder-plus, any@other | input=lite(SPACE) | tools=OFFERED
 tools in an item, no namespace | qwen3.7-plus@coding | input=lite(flat(G)) | tools=[G]
 tools in an item beside others | qwen3-coder-plus | input=lite(SPACE), tools=[flat(F)] | tools=[F, *OFFERED]
 tools in an item, tools empty | qwen3-coder-plus | input=lite(SPACE), tools=[] | tools=OFFERED
@@ -3512,6 +3295,11 @@ further results, the same | | messages=[*HI, call("c"), result("c", "one"), resu
 further results, the same and more | | messages=[*HI, call("c"), *(result("c", said) for said in ("one", "two", "one", "three"))] | contents=["Hi", "", "one\ntwo\nthree"], rule="history: "
 further results in parts | | messages=[*HI, call("c"), result("c", "one"), result("c", parts("two"))] | contents=["Hi", "", parts("one", "two")], rule="history: "
 
+a replayed conversation | qwen3-vl-plus | input=REPLAYED | messages=[system("Rules."), user([*parts("Look"), {"type": "image_url", "image_url": {**PICTURE["image_url"], "detail": "low"}}]),
+    assistant("I look.", reasoning_content="Hm", tool_calls=[use("c1"), use("c2", "shell__run", '{"a": 1}')]), result("c1", "one"), result("c2", "two"),
+    user("Are you there?"), call("c3", name="patch", arguments='{"input": "*** Begin"}'), result("c3", "done")]
+web search of a Response | | input="Hi", tools=[WEB_SEARCH, {"type": "image_generation"}] | enable_search=True
+a name that is too long | | input="Hi", tools=[{**SPACE, "tools": [{**flat(G), "name": "x" * 64}]}] | tools=[function(f"functions__{'x' * 44}_b2527481", parameters=EMPTY)]
 web search of a Response, a plan | qwen3.7-plus@coding | input="Hi", tools=[WEB_SEARCH] | rule="web-search: no web search, since this endpoint has none"
 web search of a Response, OpenRouter | x/y@openrouter | input="Hi", tools=[WEB_SEARCH] | rule="web-search"
 web search of a Response, no tool wanted | | input="Hi", tools=[WEB_SEARCH], tool_choice="none" |
@@ -3524,13 +3312,14 @@ choice of a Response: null | | input="Hi", tools=BOTH, tool_choice=None | tools=
 """)
 
 
-@pytest.mark.parametrize("target, given, sent", REQUESTS)
-def test_requests(target, given, sent):
-    target, _, everywhere = target.partition("; ")
-    model, _, family = target.partition("@")
-    given, sent, family = fields(given), fields(sent), family or "dashscope"
+@pytest.mark.parametrize("places, given, sent", REQUESTS)
+def test_requests(places, given, sent):
+    places, _, everywhere = places.partition("; ")
+    given, sent = fields(given), fields(sent)
     entry, rule = given.pop("entry", None), sent.pop("rule", None)
-    for api, asked in spellings(given, everywhere):
+    for place, (api, asked) in itertools.product(places.split(", "), spellings(given, everywhere)):
+        model, _, family = place.partition("@")
+        family = family or "dashscope"
         body, fired = to_upstream(asked, model or "qwen3-max", family, entry, api)
         assert rule is None or rule in [*fired, *map(": ".join, fired.items())]
         messages = body.get("messages", [])
@@ -3566,7 +3355,6 @@ a forced tool, client 28 | model="qwen3.7-plus", tools=[F], tool_choice="require
 a forced tool, always thinks, client 28 | model="qwq-plus", tools=[F], tool_choice="required" | an instruction in the prompt
 """)
 def test_what_is_left_out_is_named_in_log_and_notes(key_server, caplog, monkeypatch, given, words):
-    caplog.set_level(logging.INFO, "qwen_proxy")
     notes = []
     monkeypatch.setattr(qp.Exchange, "log_line", lambda self: notes.append(str(self.notes)) or "")
     assert chat(key_server, **fields(given))[0] == 200 and until(lambda: notes)
@@ -3586,7 +3374,7 @@ def test_extra_body_sent_as_it_is_written_is_merged(key_server, upstream, caplog
 def test_headers_of_the_client_and_of_the_entry(home, upstream, serve):
     headers = {"X-Team": "blue", "Bad\nName": "x", "X-Bad": "a\r\nb"}
     config = {"customHeaders": {**headers, "User-Agent": "mine"}}
-    settings(home, upstream, {"id": "a"}, {"id": "b", "generationConfig": config})
+    write_settings(home, upstream, {"id": "a"}, {"id": "b", "generationConfig": config})
     server, found = serve(), []
     for model in "ab":
         ask(server, {"messages": HI, "model": model}, headers={"User-Agent": "OpenAI/JS 6"})
@@ -3596,7 +3384,8 @@ def test_headers_of_the_client_and_of_the_entry(home, upstream, serve):
 
 
 # Odd requests that go out all the same, and the status.
-PASSED_ON = table(r"""
+@rows(r"""
+path | body | status
 messages beside a prompt, a number | text | {"prompt": "x", "messages": 5} | 200
 messages beside a prompt, a text | text | {"prompt": "x", "messages": "hi"} | 200
 messages beside a prompt, a list of numbers | text | {"prompt": "x", "messages": [1]} | 200
@@ -3606,9 +3395,6 @@ stream as text | chat | {"messages": HI, "stream": "false"} | 200
 a custom tool without a name | chat | {"messages": [*HI, call("k"), result("k", "r")], "tools": [{"type": "custom"}]} | 400
 calls of the user, which are none | chat | {"messages": [user("x", tool_calls=5), *HI], "tools": [function()]} | 400
 """)
-
-
-@pytest.mark.parametrize("path, body, status", PASSED_ON)
 def test_odd_requests_are_no_500(key_server, path, body, status):
     got, _, answer = ask(key_server, value_of(body), path=ENDPOINTS[path])
     assert got == int(status) and b"report" not in answer
@@ -3628,17 +3414,6 @@ def test_a_text_completion_is_not_repaired_in_words(key_server, upstream):
 
 def heading(value):
     return tuple(value[name] for name in ("id", "created", "model", "object"))
-
-
-def test_clean_stream_has_the_canonical_shape():
-    chunks = translate([b"".join(HELLO)])
-    deltas = [value["choices"][0]["delta"] for value in chunks[:-1]]
-    said = [{"content": text} for text in ("Hel", "lo, ", "wörld")]
-    assert deltas == [{"role": "assistant", "content": ""}, *said, {}]
-    assert chunks[-2]["choices"][0]["finish_reason"] == "stop"
-    assert (chunks[-1]["choices"], chunks[-1]["usage"]) == ([], USAGE)
-    facts = ("chatcmpl-1", 1790000000, "qwen3.7-plus", "chat.completion.chunk")
-    assert {heading(value) for value in chunks} == {facts}
 
 
 def test_unchanged_chunks_go_out_as_the_bytes_that_came(key_server, upstream):
@@ -3701,6 +3476,15 @@ def whole(content="Hello, wörld", finish_reason="stop", message=None, **more):
     return json.dumps(value, ensure_ascii=False).encode()
 
 
+def cut_emoji(text):
+    """A delta whose text has half an emoji in the place of @."""
+    return chunk({"content": text}).replace(b"@", rb"\ud83d")
+
+
+def sound(**audio):
+    return chunk({"audio": audio})
+
+
 WORDS = ("Hel", "lo, ", "wörld")
 DELTAS = texts(*WORDS)
 NATIVE = FRAME % (429, b"Throttling.AllocationQuota", b"%s")
@@ -3711,6 +3495,11 @@ PARIS, A, B = '{"city": "Paris"}', ("call_a", "get_weather"), ("call_b", "get_ti
 ENDING_B = [tool(1, *B, "{}"), *END]
 SPLIT_PARIS = ['{"city"', ': "Paris"}']
 CALLED = {"content": None, "finish_reason": "tool_calls"}
+INFO = {"search_info": {"search_results": [{"index": 1, "url": "https://x"}]}}
+FIRST_A, REST_A = '{"a"', ": 1}"
+BOTH_CALLED = {**CALLED, "calls": [("f", {"a": 1}), ("g", {"a": 1})]}
+ONE_CALLED = {**CALLED, "calls": [("f", {"a": 1})]}
+BY_ID = [("c1", "f", FIRST_A), ("c2", "g", FIRST_A), ("c1", "", REST_A), ("c2", "", REST_A)]
 TWO = {**CALLED, "calls": [("get_weather", {"city": "Paris"}), ("get_time", {})]}
 TWO["ids"] = ["call_a", "call_b"]
 FOX = "The quick brown fox jumps over the lazy dog"
@@ -3770,6 +3559,7 @@ a think tag never closed | *texts("<think>never closed"), *END | reasoning="neve
 a lone closing tag | *texts("</think>", "\n", "\n"), *DELTAS, *END |
 another tag | *texts("<", "b>"), *END | content="<b>"
 closing tags by the thousand | *texts("</think>" * 5000), *DELTAS, *END |
+blanks without end in JSON | *texts(*["\n\n  "] * 600), *END | content="\n\n  " * 600, asked=IN_JSON
 JSON in a fence, client 30 | *texts("```js", 'on\n{"a":', " 1}\n", "```\n"), *END | content='{"a": 1}', asked=IN_JSON
 JSON without, client 30 | *texts('{"a": 1}'), *END | content='{"a": 1}', asked=IN_SCHEMA
 JSON behind thoughts, client 30 | *texts("<think>x</think>", '```\n{"a": 1}```'), *END | content='{"a": 1}', reasoning="x", asked=IN_SCHEMA
@@ -3784,6 +3574,7 @@ comments, ids, names, retry | *[b": keep-alive\n\nretry: 100\n\nid:%d\nevent:res
 no blank line between events | b"".join(HELLO).replace(b"\n\n", b"\n") |
 the same, cut behind the finish | b"".join([*DELTAS, *stop()[:1], b'data: {"id":"x","usa\n\n']).replace(b"\n\n", b"\n") | usage=None
 BOM | b"\xef\xbb\xbf" + b"".join(HELLO) |
+blank lines before it | b"\r\n\n \n\xef\xbb\xbf", *HELLO |
 keep-alives in words and empty data | b"data: ping\n\n", b"data:\n\n", *HELLO |
 dirt in between | HELLO[0], b"data: ping\n\n", b"data:\n\n", b": x\n\n", b'data: {"object":"x"}\n\n', *HELLO[1:] |
 one event in several data lines | HELLO[0].replace(b'"index": 0,', b'"index": 0,\ndata: '), *HELLO[1:] |
@@ -3796,6 +3587,8 @@ no blank line at the end | *HELLO[:-1], DONE.strip() |
 
 no choices in some chunk, client 9 | event({"id": "x"}), *HELLO |
 choices null, client 9 | event({"id": "x", "choices": None}), *HELLO |
+texts and calls that are none | event({"choices": [{"delta": {}, "texts": 1, "calls": 2, "message": 3}]}), *HELLO |
+log probabilities that are none | *[event({"choices": [{"delta": {}, "logprobs": x}]}) for x in ([1], {"content": 7})], *HELLO |
 choices of null | HELLO[0], event({"choices": [None]}), *HELLO[1:] |
 choices empty at first | event({"id": "x", "choices": []}), *HELLO |
 no index | *without(DELTAS, "index"), *END |
@@ -3873,25 +3666,7 @@ choices empty in a whole answer | whole(choices=[]) | error=(502, None)
 no finish reason, no DONE, client 10 | *DELTAS | error=(502, "upstream_cut")
 connection cut | *DELTAS, CUT | error=(502, "upstream_cut")
 garbage | *DELTAS, b"data: {not json\n\n" | error=(502, "upstream_cut")
-""")
 
-
-def cut_emoji(text):
-    """A delta whose text has half an emoji in the place of @."""
-    return chunk({"content": text}).replace(b"@", rb"\ud83d")
-
-
-def sound(**audio):
-    return chunk({"audio": audio})
-
-
-INFO = {"search_info": {"search_results": [{"index": 1, "url": "https://x"}]}}
-FIRST_A, REST_A = '{"a"', ": 1}"
-BOTH_CALLED = {**CALLED, "calls": [("f", {"a": 1}), ("g", {"a": 1})]}
-ONE_CALLED = {**CALLED, "calls": [("f", {"a": 1})]}
-BY_ID = [("c1", "f", FIRST_A), ("c2", "g", FIRST_A), ("c1", "", REST_A), ("c2", "", REST_A)]
-
-DIRTY += table(r"""
 {} and then the arguments, openai-agents-js #712 | tool(0, "c", "f", "{}"), tool(0, "", None, '{"a": 1}'), *END | **ONE_CALLED
 {} and then pieces | tool(0, "c", "f", "{}"), tool(0, "", None, FIRST_A), tool(0, "", None, REST_A), *END | **ONE_CALLED
 {} with id and name on each | tool(0, "c", "f", "{ }"), tool(0, "c", "f", '{"a": 1}'), *END | **ONE_CALLED
@@ -4010,29 +3785,24 @@ def cuts_of(data):
 
 
 @pytest.mark.parametrize("pieces, expected", DIRTY)
-def test_dirty_answers_come_out_clean_wherever_the_bytes_are_cut(pieces, expected, same_ids):
-    pieces, expected = pieces_of(pieces), fields(expected)
-    whole_answer = b"".join(piece for piece in pieces if piece is not CUT)
-    asked = expected.pop("asked", {})
-    with_usage = {**asked, "stream_options": {"include_usage": True}}
+def test_dirty_answers_are_the_same_wherever_the_bytes_are_cut(pieces, expected, same_ids):
+    whole_answer = b"".join(piece for piece in pieces_of(pieces) if piece is not CUT)
+    asked = fields(expected).get("asked", {})
 
-    def outcome(parts, request=with_usage):
+    def outcome(*parts, **more):
         same_ids()
         try:
-            return translate(parts, request)
+            return translate(parts, {**asked, **more})
         except qp.UpstreamError as error:
             return error.status, error.code
 
-    clean = outcome([whole_answer])
-    if "error" in expected:
-        assert clean == expected["error"]
-    else:
-        check_canonical(clean)
-        check_completion(json.loads(qp.encode_json(collect(clean))), expected)
-        assert sum("usage" in value for value in clean) <= 1
-        assert not any("usage" in value for value in outcome([whole_answer], {**asked, "n": 1}))
+    with_usage = {"stream_options": {"include_usage": True}}
+    clean = outcome(whole_answer, **with_usage)
     for cut in cuts_of(whole_answer):
-        assert outcome([whole_answer[:cut], whole_answer[cut:]]) == clean
+        assert outcome(whole_answer[:cut], whole_answer[cut:], **with_usage) == clean
+    unasked = outcome(whole_answer, n=1)
+    is_error = isinstance(clean, tuple)
+    assert unasked == clean if is_error else not any("usage" in value for value in unasked)
 
 
 @pytest.mark.parametrize("pieces, expected", DIRTY)
@@ -4133,6 +3903,7 @@ def test_calls_return_as_offered(key_server, upstream, route, given, called, exp
 
 @rows(r"""
 pieces | expected
+as it should be | *TEXT | usage=USAGE, object="text_completion"
 usage is the end, opencrabs #694 | *TEXT[:2], text_chunk("", choices=[], usage=USAGE) | usage=USAGE
 search_info on the finish chunk | *TEXT[:2], text_chunk("", "stop", **INFO), DONE | **INFO
 search_info on the usage chunk | *TEXT[:3], text_chunk("", choices=[], usage=USAGE, **INFO), DONE | usage=USAGE, **INFO
@@ -4140,7 +3911,7 @@ search_info beside an empty text | *TEXT[:2], text_chunk("", **INFO), *TEXT[2:] 
 half an emoji | *TEXT[:2], text_chunk("\ud83d"), *TEXT[2:] | text="def f():\ufffd"
 """)
 def test_text_answers_keep_what_comes_with_them(key_server, upstream, pieces, expected):
-    upstream.script.extend([stream(*pieces_of(pieces))] * 2)
+    upstream.script.extend([stream(*pieces_of(pieces))] * 3)
     _, data = complete(key_server, stream=True, stream_options={"include_usage": True})
     assert data.pop() == "[DONE]"
     for chunks in ([complete(key_server)[1]], [json.loads(value) for value in data]):
@@ -4149,6 +3920,7 @@ def test_text_answers_keep_what_comes_with_them(key_server, upstream, pieces, ex
         found["text"] = "".join(choice["text"] for choice in choices)
         assert choices[-1]["finish_reason"] == "stop"
         assert {**found, "text": found["text"], **{"text": "def f():", **fields(expected)}} == found
+    assert "prompt_tokens" not in "".join(complete(key_server, stream=True)[1])
 
 
 THOUGHTS = [delta(reasoning_content="ü"), delta(content="ö"), *stop("length")]
@@ -4165,30 +3937,6 @@ def test_a_stream_that_ends_anywhere_is_an_error_unless_it_had_finished(pieces):
             continue
         reasons = [choice["finish_reason"] for value in chunks for choice in value["choices"]]
         assert cut > finished and reasons[-1] in ("stop", "tool_calls", "length")
-
-
-ODD_EMBEDDINGS = [
-    '{"data":[{"index":null,"embedding":[1e300]}],"usage":{"prompt_tokens":"x","total_tokens":[]}}',
-    '{"data":[{"embedding":[1.0]}],"usage":{"total_tokens":3}}',
-    '{"data":[{"index":0,"embedding":["x"]}]}',
-]
-
-
-@pytest.mark.parametrize("answer", ODD_EMBEDDINGS)
-@pytest.mark.parametrize("is_base64", [False, True])
-def test_odd_embeddings_are_no_500(answer, is_base64):
-    answers = []
-    out = argparse.Namespace(send_json=lambda status, value: answers.append(value))
-    decoder = qp.EmbeddingsDecoder(1, qp.FAMILIES["dashscope"], qp.Budget())
-    writer = qp.EmbeddingsWriter(out, "m", is_base64)
-    decoder.sink = writer.feed
-    try:
-        decoder.feed(answer.encode())
-        decoder.close()
-        writer.close(None)
-        assert answers.pop()["usage"]["prompt_tokens"] == 0
-    except qp.UpstreamError as error:
-        assert "no list of numbers" in str(error)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -4245,28 +3993,25 @@ output_text.delta output_text.done content_part.done output_item.done output_ite
 reasoning_summary_part.added reasoning_summary_text.delta reasoning_summary_text.done
 reasoning_summary_part.done output_item.done output_item.added function_call_arguments.delta
 function_call_arguments.delta function_call_arguments.done output_item.done output_item.added
-function_call_arguments.delta function_call_arguments.done output_item.done completed
+function_call_arguments.delta function_call_arguments.done output_item.done output_item.added
+custom_tool_call_input.delta custom_tool_call_input.done output_item.done completed
 """
 
 
 def test_response_events_come_in_the_order_that_all_clients_take():
-    events = events_of_response([b"".join(THINK_TEXT_CALLS)])
+    patch = [tool(2, "c", "patch", '{"inp'), tool(2, "", None, 'ut": "*** Begin"}'), *END]
+    events = events_of_response([b"".join(THINK_TEXT_CALLS[:-3] + patch)], tools=[FLAT])
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
     assert [event["type"][len("response.") :] for event in events] == IN_ORDER.split()
-    added = [event for event in events if event["type"] == "response.output_item.added"]
-    assert [event["output_index"] for event in added] == [0, 1, 2, 3, 4]
-
-
-def test_every_delta_names_its_item_and_the_done_item_is_whole():
-    events = events_of_response([b"".join(THINK_TEXT_CALLS)])
     ended = [event["item"] for event in events if event["type"] == "response.output_item.done"]
-    done = {item["id"]: item for item in ended}
+    places = {item["id"]: place for place, item in enumerate(ended)}
     for event in events:
-        if event["type"].endswith(".delta"):
-            assert event["item_id"] in done and "output_index" in event
-            assert isinstance(event["delta"], str)
-    reasoning, message, _, weather, clock = done.values()
-    kinds = ["reasoning", "message", "reasoning", "function_call", "function_call"]
+        if "output_index" in event:
+            named = event.get("item_id") or event["item"]["id"]
+            assert event["output_index"] == places[named]
+            assert isinstance(event.get("delta", ""), str)
+    reasoning, message, _, weather, clock, patch = ended
+    kinds = "reasoning message reasoning function_call function_call custom_tool_call".split()
     assert [item["type"] for item in ended] == kinds
     assert reasoning["summary"] == [{"type": "summary_text", "text": "Hmm"}]
     assert (message["role"], message["status"]) == ("assistant", "completed")
@@ -4275,6 +4020,7 @@ def test_every_delta_names_its_item_and_the_done_item_is_whole():
     facts = fields('call_id="call_a", name="get_weather", status="completed"')
     assert facts.items() <= weather.items()
     assert json.loads(weather["arguments"]) == {"city": "Paris"} and clock["arguments"] == "{}"
+    assert "*** Begin" in [event.get("delta") for event in events] and patch["input"] == "*** Begin"
     final = events[-1]["response"]
     assert final["output"] == ended and final["status"] == "completed"
     counts = {"input_tokens": 9, "output_tokens": 3, "total_tokens": 12}
@@ -4289,10 +4035,14 @@ KEPT_FIELDS = fields("""
 
 
 def test_response_has_every_required_field_streamed_and_not(key_server, upstream):
-    upstream.script.extend([stream(*THINK_TEXT_CALLS)] * 2)
+    details = {"cached_tokens": 2, "cache_creation_input_tokens": 5}
+    answer = stream(*THINK_TEXT_CALLS[:-3], *end(prompt_tokens_details=details))
+    upstream.script.extend([answer] * 2)
     asked = {**KEPT_FIELDS, "store": True, "reasoning": {"effort": "low", "summary": "auto"}}
     status, response = respond(key_server, **asked)
     assert status == 200 and set(response) == RESPONSE_FIELDS
+    counted = {"cached_tokens": 2, "cache_write_tokens": 5}
+    assert response["usage"]["input_tokens_details"] == counted
     kept = {**KEPT_FIELDS, "store": True, "object": "response", "model": "qwen3-max"}
     kept["tools"] = [{"description": None, **CALL_TOOLS[0]}]
     assert {name: response[name] for name in kept} == kept
@@ -4322,35 +4072,27 @@ RESPONSE_FIELDS = set(
 
 
 def test_every_response_has_every_field_of_the_schema_with_openai_s_defaults():
-    events = events_of_response([b"".join(THINK_TEXT_CALLS)])
-    responses = [event["response"] for event in events if "response" in event]
-    assert [set(response) for response in responses] == [RESPONSE_FIELDS] * 3
-    names = ("temperature", "top_p", "presence_penalty", "frequency_penalty")
-    assert [responses[-1][name] for name in names] == [1, 1, 0, 0]
-    assert [response["completed_at"] is None for response in responses] == [True, True, False]
     asked = {"temperature": 0, "top_p": 0.5, "safety_identifier": "me", "presence_penalty": -1}
     final = events_of_response([*DELTAS, *stop("length")], **asked)[-1]["response"]
     assert {name: final[name] for name in asked} == asked and final["completed_at"] is None
+    responses = [each["response"] for each in events_of_response([SSE]) if "response" in each]
+    assert [set(response) for response in responses] == [RESPONSE_FIELDS] * 3
+    defaults = fields("temperature=1, top_p=1, presence_penalty=0, frequency_penalty=0")
+    assert defaults.items() <= responses[-1].items()
+    assert [response["completed_at"] is None for response in responses] == [True, True, False]
 
 
-def test_tokens_written_to_the_cache_are_counted(key_server, upstream):
-    details = {"cached_tokens": 2, "cache_creation_input_tokens": 5}
-    upstream.script.append(stream(*DELTAS, *end(prompt_tokens_details=details)))
-    counted = respond(key_server)[1]["usage"]["input_tokens_details"]
-    assert counted == {"cached_tokens": 2, "cache_write_tokens": 5}
-
-
-BROKEN_OFF = table(r"""
+@rows(r"""
+pieces | code
 no end | *DELTAS | server_error
 connection cut | *DELTAS, CUT | server_error
 quota | *DELTAS, NATIVE % FREE | insufficient_quota
 rate | *DELTAS, NATIVE % MINUTE | rate_limit_exceeded
 garbage | *DELTAS, b"data: {cut\n\n" | server_error
 """)
-
-
-@pytest.mark.parametrize("pieces, code", BROKEN_OFF)
-def test_a_response_that_breaks_off_has_failed(key_server, upstream, pieces, code):
+def test_a_response_that_breaks_off_has_failed_and_can_be_continued(
+    key_server, upstream, pieces, code
+):
     upstream.script.append(stream(*pieces_of(pieces)))
     _, events = respond(key_server, stream=True)
     assert [event["sequence_number"] for _, event in events] == list(range(len(events)))
@@ -4361,6 +4103,11 @@ def test_a_response_that_breaks_off_has_failed(key_server, upstream, pieces, cod
     errors = [failure, failure["error"], response["error"]]
     assert [error["code"] for error in errors] == [code] * 3
     assert len({error["message"] for error in errors}) == 1
+    assert get(key_server, f"/v1/responses/{response['id']}")[1] == response
+    upstream.script.append(stream(*DELTAS, *stop("length")))
+    _, cut = respond(key_server, input="Go on.", previous_response_id=response["id"])
+    assert cut["status"] == "incomplete" and roles_of(upstream) == ["user", "assistant", "user"]
+    assert respond(key_server, input="More.", previous_response_id=cut["id"])[0] == 200
 
 
 def test_silence_before_and_in_a_response_is_filled_with_in_progress(quick, upstream):
@@ -4379,69 +4126,6 @@ def test_silence_before_and_in_a_response_is_filled_with_in_progress(quick, upst
     assert names.index("response.output_text.delta") > 3 and names[-1] == "response.completed"
     assert "response.in_progress" in names[names.index("response.output_text.delta") :]
     assert numbers == list(range(len(names)))
-
-
-REPLAYED = json.loads(r"""[
-    {"role": "developer", "content": "Rules."},
-    {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Look"},
-        {"type": "input_image", "image_url": "data:image/png;base64,AAAA", "detail": "low"}]},
-    {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "Hm"}],
-        "encrypted_content": null},
-    {"type": "message", "role": "assistant",
-        "content": [{"type": "output_text", "text": "I look.", "annotations": []}]},
-    {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"},
-    {"type": "function_call", "call_id": "c2", "name": "run", "namespace": "shell",
-        "arguments": "{\"a\": 1}"},
-    {"role": "user", "content": "Are you there?"},
-    {"type": "function_call_output", "call_id": "c1",
-        "output": [{"type": "input_text", "text": "one"}]},
-    {"type": "function_call_output", "call_id": "c2", "output": "two"},
-    {"type": "web_search_call", "id": "ws_1"},
-    {"type": "custom_tool_call", "call_id": "c3", "name": "patch", "input": "*** Begin"},
-    {"type": "custom_tool_call_output", "call_id": "c3", "output": "done"}]""")
-
-
-def test_a_replayed_conversation_becomes_paired_messages(key_server, upstream):
-    assert respond(key_server, input=REPLAYED, model="qwen3-vl-plus")[0] == 200
-    messages = upstream.bodies()[0]["messages"]
-    roles = "system user assistant tool tool user assistant tool".split()
-    assert [message["role"] for message in messages] == roles
-    image = {"url": "data:image/png;base64,AAAA", "detail": "low"}
-    assert messages[1]["content"][1] == {"type": "image_url", "image_url": image}
-    turn = messages[2]
-    assert (turn["content"], turn["reasoning_content"]) == ("I look.", "Hm")
-    assert [call["function"]["name"] for call in turn["tool_calls"]] == ["f", "shell__run"]
-    assert [message["content"] for message in messages[3:5]] == ["one", "two"]
-    arguments = messages[6]["tool_calls"][0]["function"]["arguments"]
-    assert json.loads(arguments) == {"input": "*** Begin"}
-
-
-OTHER_TOOLS = json.loads(
-    """[
-    {"type": "namespace", "name": "shell", "tools": [
-        {"type": "function", "name": "run", "parameters": {"type": "object", "properties": {}}},
-        {"type": "function", "name": "@", "parameters": null}]},
-    {"type": "custom", "name": "patch",
-        "format": {"type": "grammar", "syntax": "lark", "definition": "start: A"}},
-    {"type": "web_search"}, {"type": "image_generation"}]""".replace("@", "x" * 64)
-)
-
-
-def test_namespaces_and_custom_tools_are_flattened_and_restored(key_server, upstream):
-    calls = [(0, "c1", "shell__run", "{}"), (1, "c2", "patch", '{"inp')]
-    calls += [(1, "", None, 'ut": "*** Begin"}')]
-    upstream.script.append(stream(*[tool(*call) for call in calls], *END))
-    _, events = respond(key_server, stream=True, tools=OTHER_TOOLS)
-    body = upstream.bodies()[0]
-    names = [tool["function"]["name"] for tool in body["tools"]]
-    assert names[::2] == ["shell__run", "patch"] and len(names[1]) == 64
-    assert "start: A" in json.dumps(body["tools"][2]) and body["enable_search"] is True
-    run, patch = events[-1][1]["response"]["output"]
-    assert fields('name="run", namespace="shell", type="function_call"').items() <= run.items()
-    expected = fields('type="custom_tool_call", name="patch", input="*** Begin"')
-    assert expected.items() <= patch.items()
-    wanted = "response.custom_tool_call_input.delta"
-    assert [event["delta"] for name, event in events if name == wanted] == ["*** Begin"]
 
 
 FORMATS = [{"type": "json_schema", "name": "x", "schema": {"type": "object"}, "strict": True}]
@@ -4468,13 +4152,10 @@ def test_compaction_is_one_item_that_a_later_request_carries_back(key_server, up
     assert [name[len("response.") :] for name, _ in events] == names.split()
     respond(key_server, input=[*output, user("Go on.")])
     assert "Hello, wörld" in upstream.bodies()[1]["messages"][0]["content"]
-
-
-def test_a_compaction_without_a_summary_has_failed(key_server, upstream):
+    # Without a summary it has failed.
     upstream.script.extend([stream(chunk({"reasoning_content": "Hm"}), *END)] * 2)
-    request = [*HI, {"type": "compaction_trigger"}]
-    assert respond(key_server, input=request, stream=True)[1][-1][0] == "response.failed"
-    assert respond(key_server, input=request)[0] == 502
+    assert respond(key_server, input=items, stream=True)[1][-1][0] == "response.failed"
+    assert respond(key_server, input=items)[0] == 502
 
 
 def test_thoughts_are_carried_in_encrypted_content_when_asked_for(key_server, upstream):
@@ -4516,6 +4197,8 @@ def test_a_conversation_goes_on_by_the_id_of_a_response(key_server, upstream, is
     assert kinds == ["function_call_output", "function_call", "message"]
     assert listed["data"][2]["content"] == [{"type": "input_text", "text": "Weather?"}]
     assert all(item["id"] for item in listed["data"]) and listed["has_more"] is False
+    refused = get(key_server, f"/v1/responses/{second['id']}?stream=true")
+    assert (refused[0], refused[1]["error"]["param"]) == (400, "stream")
     status, _, body = ask(key_server, method="DELETE", path=f"/v1/responses/{first['id']}")
     deleted = {"id": first["id"], "object": "response", "deleted": True}
     assert status == 200 and json.loads(body) == deleted
@@ -4559,38 +4242,6 @@ def test_listed_items_have_ids_of_their_own(key_server, upstream):
     listed = get(key_server, f"/v1/responses/{second['id']}/input_items")[1]["data"]
     assert len({item["id"] for item in listed}) == len(listed) == 6
     assert {item["status"] for item in listed} == {"completed"}
-
-
-def test_a_response_that_broke_off_can_be_continued(key_server, upstream):
-    upstream.script.append(stream(*DELTAS))
-    _, events = respond(key_server, stream=True)
-    failed = events[-1][1]["response"]
-    assert failed["status"] == "failed"
-    assert get(key_server, f"/v1/responses/{failed['id']}")[1] == failed
-    upstream.script.append(stream(*DELTAS, chunk({}, "length"), DONE))
-    _, cut = respond(key_server, input="Go on.", previous_response_id=failed["id"])
-    assert cut["status"] == "incomplete" and roles_of(upstream) == ["user", "assistant", "user"]
-    assert respond(key_server, input="More.", previous_response_id=cut["id"])[0] == 200
-
-
-def test_responses_are_remembered_for_each_key(serve, login, upstream):
-    server = serve(api_key=["key-a-123456", "key-b-123456"])
-
-    def asked(key, path="/v1/responses", body=None, method="POST"):
-        headers = {"Authorization": f"Bearer {key}"}
-        status, _, answer = ask(server, body, method=method, path=path, headers=headers)
-        return status, json.loads(answer)
-
-    _, response = asked("key-a-123456", body={"input": "Hi"})
-    after = {"input": "Hi", "previous_response_id": response["id"]}
-    path = f"/v1/responses/{response['id']}"
-    for key, statuses_ in ("key-b-123456", [404, 404, 404, 400]), ("key-a-123456", [200] * 4):
-        got = [asked(key, f"{path}/input_items", method="GET")[0]]
-        got += [asked(key, path, method=method)[0] for method in ("GET",)]
-        got += [asked(key, path, method="DELETE")[0]] if key == "key-b-123456" else [200]
-        assert [*got, asked(key, body=after)[0]] == statuses_
-    status, answer = asked("key-a-123456", f"{path}?stream=true", method="GET")
-    assert status == 400 and answer["error"]["param"] == "stream"
 
 
 def references(response):
@@ -4648,16 +4299,6 @@ def test_a_shared_beginning_is_remembered_once():
     assert memory.size == 0 and not memory._items and not memory._by_id
 
 
-def test_a_previous_response_that_is_unknown_is_said_in_openai_s_words(key_server, upstream):
-    """Clients tell by them that they must send the conversation again."""
-    status, body = respond(key_server, previous_response_id="resp_1")
-    message, error = body["error"].pop("message"), {"code": "previous_response_not_found"}
-    error.update(param="previous_response_id", type="invalid_request_error")
-    assert (status, body["error"]) == (400, error)
-    assert message.startswith("Previous response with id 'resp_1' not found.")
-    assert upstream.requests == []
-
-
 def test_an_item_is_named_by_its_place_in_the_client_s_input(key_server):
     rules, odd = [{"role": "developer", "content": "Be brief."}], {"type": "nothing"}
     before = respond(key_server)[1]["id"]
@@ -4666,38 +4307,21 @@ def test_an_item_is_named_by_its_place_in_the_client_s_input(key_server):
         assert (body["error"]["param"], body["error"]["message"][:8]) == ("input.1", "input[1]")
 
 
-ODD_FIELDS = """instructions tools tool_choice reasoning text include metadata max_output_tokens
-truncation stream_options""".split()
-ODD_KINDS = "function_call function_call_output reasoning compaction custom_tool_call message"
-ODD_NAMES = "content summary output arguments name namespace call_id encrypted_content input"
-
-
-def test_odd_types_in_a_response_request_are_no_500(key_server):
-    for value in (5, "x", [5], {"a": 5}, None, True):
-        for name in ODD_FIELDS:
-            assert respond(key_server, **{name: value})[0] in (200, 400), (name, value)
-        for kind, name in itertools.product(ODD_KINDS.split(), ODD_NAMES.split()):
-            item = {"type": kind, "role": "user", name: value}
-            assert respond(key_server, input=[item, *HI])[0] in (200, 400), item
-
-
 # ----------------------------------------------------------------------------------------------------
 # Ledger
 # ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture()
-def counted(serve, upstream, monkeypatch, home):
+def counted(keyed, monkeypatch, home):
     """A proxy that counts into a file, in front of the fake's DashScope endpoint."""
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-key-123456")
     monkeypatch.setattr(qp.Ledger, "PAUSE", 0.02)
     monkeypatch.setattr(qp.Ledger, "RETRY", 0.1)
     monkeypatch.setattr(qp.Call, "RETRY_DELAY", 0.01)
     monkeypatch.setattr(qp.CountsFile, "BUSY", 0.05)
 
     def start(path=home / "c.sqlite3", **options):
-        options.setdefault("base_url", upstream.dashscope)
-        return serve(model="qwen3-max", usage_file=path and str(path), **options)
+        return keyed(model="qwen3-max", usage_file=path and str(path), **options)
 
     return start
 
@@ -4758,7 +4382,6 @@ no JSON | | chat | messages=float("nan") | 400 0 0 0 0 W | 400 \d\.\d\ds codex_c
 given up | stream(*HELLO) | chat | model="qwen3.7-plus", tools=[function()], tool_choice="required" | 200 9 0 3 0 I | codex_cli_rs: no thinking, since a tool call is forced$
 """)
 def test_each_outcome_counts(counted, upstream, home, caplog, script, route, asked, expected, line):
-    caplog.set_level(logging.INFO, "qwen_proxy")
     *numbers, level = expected.split()
     status, *tokens = map(int, numbers)
     line = line.replace("WHO", LINE_WHO).replace(" FIRST", LINE_FIRST)
@@ -4796,7 +4419,6 @@ in it | *HELLO[:2] | the client left \d\.\d s after the first byte
 behind the usage | HELLO[0], chunk({}, usage=USAGE), HELLO[1] |  9\+3 tokens .*the client left
 """)
 def test_who_leaves_is_no_error_and_stops_the_upstream(counted, upstream, caplog, pieces, words):
-    caplog.set_level(logging.INFO, "qwen_proxy")
     server, pieces = counted(None), pieces_of(pieces)
     upstream.script.append(stream(*pieces, threading.Event()))
     with send(server, stream=True) as client:
@@ -4827,7 +4449,8 @@ def test_debug_shows_the_start_what_is_sent_and_the_whole_answer(counted, upstre
 
 
 def test_each_provider_that_was_asked_counts(counted, home, upstream, second):
-    settings(home, upstream, {"id": "qwen3-max"}, {"id": "qwen3-max", "baseUrl": second.dashscope})
+    urls = ({"id": "qwen3-max", "baseUrl": fake.dashscope} for fake in (upstream, second))
+    write_settings(home, upstream, *urls)
     server = counted(base_url=None, failover=True)
     upstream.script.append(EXHAUSTED)
     assert chat(server)[0] == 200
@@ -4873,7 +4496,7 @@ def test_a_useless_file_costs_a_warning_alone(counted, home, caplog, monkeypatch
     server = counted()
     for _ in range(3):
         assert chat(server)[0] == 200
-    until(lambda: requests_of(server) == 3 and caplog.records)
+    until(lambda: requests_of(server) == 3 and words in caplog.text)
     report = usage(server)
     assert words in report["problem"]
     assert not made or report["groups"][0]["requests"] == 3
@@ -4990,17 +4613,6 @@ DAY = 86_400
 
 # Where the clock goes between three starts, in days, and how many buckets are left of the last 85
 # days; the file has one of each hour of the last 200 days.
-JUMPS = {
-    "steady": ((0, 0, 0), 85 * 24),
-    "years ahead": ((0, 7000, 7000), 85),
-    "ahead and back": ((0, 7000, 0), 85 * 24),
-    "years back": ((0, -15_000, -15_000), 85 * 24),
-    "back and ahead": ((0, -400, 0), 85 * 24),
-}
-
-
-# Where the clock goes between three starts, in days, and how many buckets are left of the last 85
-# days; the file has one of each hour of the last 200 days.
 @rows("""
 jumps | left
 steady | 0, 0, 0 | 85 * 24
@@ -5056,35 +4668,36 @@ def filled(home):
 
 
 USAGE_TABLES = {
-    "client --days 1": [
-        "client        requests  tokens in     cached      out  errors  tokens/s",
-        "aider                2         50          0        9       0         0",
-        "codex_cli_rs     1,207  4,000,000  1,500,000  132,000       7        55",
-        "curl                 3          0          0        0       3         0",
-        "y                    1         10          0       20       0        10",
-    ],
-    "provider --days 200": [
-        "provider    requests  tokens in     cached      out  errors  tokens/s",
-        "none               3          0          0        0       3         0",
-        "ahead              1         10          0       20       0        10",
-        "coding         1,219  4,001,050  1,500,000  132,509       7        55",
-        "old                1         10          0       20       0        10",
-        "openrouter         1         10          0       20       0        10",
-    ],
+    "client --days 1": """
+client        requests  tokens in     cached      out  errors  tokens/s
+aider                2         50          0        9       0         0
+codex_cli_rs     1,207  4,000,000  1,500,000  132,000       7        55
+curl                 3          0          0        0       3         0
+y                    1         10          0       20       0        10
+""",
+    "provider --days 200": """
+provider    requests  tokens in     cached      out  errors  tokens/s
+none               3          0          0        0       3         0
+ahead              1         10          0       20       0        10
+coding         1,219  4,001,050  1,500,000  132,509       7        55
+old                1         10          0       20       0        10
+openrouter         1         10          0       20       0        10
+""",
 }
-WINDOW_TABLE = [
-    "provider    window        requests  tokens in     cached      out  errors  tokens/s",
-    "coding      last 5 hours     1,209  4,000,050  1,500,000  132,009       7        55",
-    "coding      7 days           1,219  4,001,050  1,500,000  132,509       7        55",
-    "coding      30 days          1,219  4,001,050  1,500,000  132,509       7        55",
-    "openrouter  30 days              1         10          0       20       0        10",
-]
+WINDOW_TABLE = """
+provider    window        requests  tokens in     cached      out  errors  tokens/s
+coding      last 5 hours     1,209  4,000,050  1,500,000  132,009       7        55
+coding      7 days           1,219  4,001,050  1,500,000  132,509       7        55
+coding      30 days          1,219  4,001,050  1,500,000  132,509       7        55
+openrouter  30 days              1         10          0       20       0        10
+
+"""
 
 
 @pytest.mark.parametrize("arguments", USAGE_TABLES)
-def test_usage_prints_tables(filled, capsys, arguments):
-    assert qp.main(["usage", "--by", *arguments.split()]) == 0
-    assert capsys.readouterr().out.splitlines() == [*USAGE_TABLES[arguments], "", *WINDOW_TABLE, ""]
+def test_usage_prints_tables(filled, main, arguments):
+    said = (USAGE_TABLES[arguments] + WINDOW_TABLE)[1:]
+    assert main("usage", "--by", *arguments.split()) == (0, said)
 
 
 def test_usage_as_json_and_by_day(filled, capsys):
@@ -5110,16 +4723,6 @@ def test_usage_of_what_is_no_file_of_counts(home, capsys, made, code, words):
     before = sorted(os.listdir(str(home)))
     assert qp.main(["usage"]) == int(code) and words in "".join(capsys.readouterr())
     assert sorted(os.listdir(str(home))) == before
-
-
-def test_usage_reads_while_a_server_writes(counted, home, capsys):
-    path = home / "qwen_proxy.sqlite3"
-    server = counted(path)
-    for number in range(3):
-        assert chat(server)[0] == 200
-        until(lambda: path.exists() and in_file(path)[0] == number + 1)
-        assert qp.main(["usage", "--by", "model"]) == 0
-        assert re.search(rf"^qwen3-max +{number + 1} ", capsys.readouterr().out, re.M)
 
 
 @rows("""
@@ -5227,7 +4830,6 @@ def test_the_page_allows_nothing_but_its_own_nonce(key_server):
 
 
 def test_scripts_get_text_and_head_has_no_body(key_server, caplog):
-    caplog.set_level("INFO")
     for accept in ("*/*", "application/json", ""):
         status, headers, body = ask(key_server, method="GET", path="/", headers={"Accept": accept})
         assert (status, headers["Content-Type"]) == (200, "text/plain; charset=utf-8")
@@ -5240,26 +4842,23 @@ def test_scripts_get_text_and_head_has_no_body(key_server, caplog):
 
 
 # The words of the page without JavaScript, its class, and the status; NOTHING is a home without login.
-STATES = """
-NOTHING | Not ready | wrong | no Qwen login on this machine
-BROKEN | Refused | wrong | refresh token was refused
-DEMO | Ready | | the built-in demo
-KEY | Ready | | qwen3-max
-KEYED | Ready | | one of --api-key
-"""
-
-
-@pytest.mark.parametrize("line", STATES.strip().splitlines(), ids=lambda line: line.split(" | ")[0])
-def test_state_and_settings_are_seen_without_javascript(home, upstream, serve, monkeypatch, line):
-    name, verdict, mood, words = (cell.strip() for cell in line.split("|"))
-    options = {"demo": True} if name == "DEMO" else {}
-    if name == "BROKEN":
+@rows("""
+kind | verdict | mood | words
+nothing | NOTHING | Not ready | wrong | no Qwen login on this machine
+broken | BROKEN | Refused | wrong | refresh token was refused
+demo | DEMO | Ready | | the built-in demo
+key | KEY | Ready | | qwen3-max
+keyed | KEYED | Ready | | one of --api-key
+""")
+def test_state_and_settings_are_seen_without_javascript(
+    home, upstream, serve, request, kind, verdict, mood, words
+):
+    if kind == "BROKEN":
         write_login(home, upstream, expires_in=-9, refresh_token="dead")
-    if name.startswith("KEY"):
-        monkeypatch.setenv("OPENAI_API_KEY", "sk-good-key-123456")
-        options = {"base_url": upstream.dashscope, "model": "qwen3-max"}
-        options["api_key"] = ["k-123456"] if name == "KEYED" else []
-    server = serve(**options)
+    if kind.startswith("KEY"):
+        serve = request.getfixturevalue("keyed")
+    options = {"KEY": {"model": "qwen3-max"}, "DEMO": {"demo": True}}
+    server = serve(**options.get(kind, {"api_key": ["k-123456"] if kind == "KEYED" else []}))
     chat(server)
     for path in ("/", "/v1", "/v1/"):
         body = page_of(server, path)[1]
@@ -5268,7 +4867,7 @@ def test_state_and_settings_are_seen_without_javascript(home, upstream, serve, m
     text = ask(server, method="GET", path="/")[2].decode()
     assert f"State: {verdict}\n" in text and words in text
     # Who has no key yet learns no more than from /health.
-    assert ("qwen3-max" in body, "qwen3-max" in text) == (name == "KEY",) * 2
+    assert ("qwen3-max" in body, "qwen3-max" in text) == (kind == "KEY",) * 2
 
 
 @posix
@@ -5297,7 +4896,7 @@ def test_what_comes_from_outside_is_text_and_no_secret_is_told(home, upstream, s
 
 
 # Headers, and the status of POST /login, GET /status, POST /v1/chat/completions. The port is that of
-# the server, which is reached as 127.0.0.1.
+# the server, which is reached as 127.0.0.1; client 40.
 OWN_PAGE = """
 Origin: http://127.0.0.1:PORT | 200 200 200
 Origin: http://127.0.0.1:PORT; Sec-Fetch-Site: same-origin | 200 200 200
@@ -5313,6 +4912,7 @@ Origin: https://127.0.0.1:PORT | 403 403 200
 Origin: http:// | 403 403 403
 Origin: null | 403 403 403
 Origin: https://evil.example | 403 403 403
+Origin: https://evil.example; Content-Type: text/plain | 403 403 403
 Origin: https://evil.example; Host: evil.example | 403 403 403
 Origin: https://named.example | 403 403 200
 Host: desk.example; Origin: http://desk.example | 200 200 200
@@ -5323,38 +4923,55 @@ Host: desk.example; Origin: https://desk.example; X-Forwarded-Proto: https | 200
 Host: desk.example; Origin: http://desk.example; X-Forwarded-Proto: https | 403 403 403
 Host: localhost; Origin: http://desk.example | 403 403 403
 Origin: http://127.0.0.1:PORT; Content-Type: text/plain | 415 200 415
+Origin: http://localhost:3000 | 403 403 200
+Origin: http://localhost:3000; Content-Type: text/plain | 415 403 415
+Origin: http://localhost.evil.example | 403 403 403
+Origin: vscode-webview://abc | 403 403 200
+Origin: vscode-file://vscode-app | 403 403 200
+Origin: file:// | 403 403 200
+Sec-Fetch-Site: cross-site | 403 403 403
+Sec-Fetch-Site: cross-site; Sec-Fetch-Mode: no-cors | 403 403 403
+Sec-Fetch-Site: cross-site; Sec-Fetch-Mode: navigate | 403 200 403
+Sec-Fetch-Site: cross-site; Sec-Fetch-Mode: cors; Content-Type: text/plain | 403 200 403
+Sec-Fetch-Site: cross-site; Sec-Fetch-Mode: cors | 403 200 200
+Sec-Fetch-Site: cross-site; Sec-Fetch-Mode: websocket | 403 403 403
+Content-Type: application/x-www-form-urlencoded | 403 200 200
+Authorization: Bearer  | 403 200 200
 """
 
 
-def test_only_the_page_itself_may_log_in_and_read_the_code(serve, upstream, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
-    started = []
+def test_only_the_page_itself_may_log_in_and_no_other_site_spends_the_quota(
+    keyed, upstream, monkeypatch
+):
+    started, options = [], {"allow_host": ["desk.example"]}
     monkeypatch.setattr(qp.DeviceLogin, "start", lambda *both: started.append(both) or {})
-    options = {"base_url": upstream.dashscope, "model": "m", "allow_host": ["desk.example"]}
-    server = serve(allow_origin=["https://named.example"], **options)
+    server = keyed(allow_origin=["https://named.example/", "file://"], **options)
     for line in OWN_PAGE.strip().replace("PORT", str(server.port)).splitlines():
         stated, expected = line.split(" | ")
         headers = dict(header.split(": ") for header in stated.split("; "))
+        del started[:], upstream.requests[:]
         got = [ask(server, {}, "POST", "/login", headers)[0]]
         got += [ask(server, None, "GET", "/status", headers)[0]]
-        got += [ask(server, {"messages": HI}, headers=headers)[0]]
-        assert got == [int(status) for status in expected.split()], line
-        assert len(started) == (got[0] == 200), line
-        del started[:]
+        status, answered, _ = ask(server, {"messages": HI}, headers=headers)
+        assert [*got, status] == [int(status) for status in expected.split()], line
+        assert (len(started), len(upstream.bodies())) == (got[0] == 200, status == 200), line
+        origin = headers.get("Origin") if status != 403 else None
+        assert answered["Access-Control-Allow-Origin"] == origin, line
     own = {"Origin": f"http://127.0.0.1:{server.port}"}
     for method in ("GET", "HEAD", "PUT"):
         assert ask(server, {}, method, "/login", own)[0] == 405
-    keyed = serve(api_key=["k-123456"], **options)
-    own = {"Origin": f"http://127.0.0.1:{keyed.port}"}
-    assert ask(keyed, {}, "POST", "/login", own)[0] == 401 and not started
-    assert ask(keyed, {}, "POST", "/login", {**own, "X-API-Key": "k-123456"})[0] == 200 and started
+    del started[:]
+    server = keyed(api_key=["k-123456"], **options)
+    own = {"Origin": f"http://127.0.0.1:{server.port}"}
+    assert ask(server, {}, "POST", "/login", own)[0] == 401 and not started
+    assert ask(server, {}, "POST", "/login", {**own, "X-API-Key": "k-123456"})[0] == 200 and started
 
 
 # What the identity host answers, and how the log-in ends.
 @rows("""
 answers | phase | words
 approved | [PENDING, SUCCESS] | done | oauth_creds.json holds the login
-refused | [reply(400, {"error": "access_denied"})] | failed | refused in the browser
+refused | [DENIED] | failed | refused in the browser
 expired | [reply(400, {"error": "expired_token"})] | failed | code has expired
 no answer | None | failed | device authorization endpoint
 no write | [SUCCESS] | failed | cannot be written
@@ -5522,14 +5139,12 @@ def test_the_page_in_chromium(home, upstream, serve, monkeypatch, tmp_path):
 # ----------------------------------------------------------------------------------------------------
 
 
-def test_client_that_leaves_while_the_lock_is_held_is_let_go(home, upstream, serve):
-    write_login(home, upstream, expires_in=0)
-    (home / "oauth_creds.lock").write_text("somebody")
-    server = serve()
-    with socket.create_connection(("127.0.0.1", server.port), timeout=WAIT) as client:
-        client.sendall(post())
+def test_client_that_leaves_while_the_lock_is_held_is_let_go(home, upstream, stale, serve):
+    server, lock = serve(), locked(home)
+    with send(server):
         until(lambda: server.health()["in_flight"] == 1)
     until(lambda: server.health()["in_flight"] == 0)
+    assert upstream.refreshes == [] and lock.read_text() == "somebody"
 
 
 # More than the buffers of all sockets on the way.
@@ -5654,12 +5269,10 @@ def test_models_health_root(login, upstream, serve):
     owned = {"id": "coder-model", "object": "model", "owned_by": "oauth"}
     assert len(models) == 1 and owned.items() <= models[0].items()
     assert get(server, "/models/coder%2Dmodel", **key)[0] == 200
-    assert get(server, "/v1/models")[0] == 401
     health = get(server, "/health")[1]
     assert (health["status"], health["login"]["type"]) == ("ok", "oauth")
     assert "path" not in health["login"]
     assert b"/v1/chat/completions" in ask(server, method="GET", path="/")[2]
-    assert ask(server, method="HEAD", path="/")[2] == b""
 
 
 # Method, path, status, and what the body says; client 3.
@@ -5683,15 +5296,7 @@ def test_paths(key_server):
         assert "error" in json.loads(body) or got == 200
 
 
-def test_no_login_says_what_to_do(serve):  # U1
-    server = serve()
-    status, _, body = chat(server)
-    assert (status, body["error"]["type"]) == (401, "authentication_error")
-    assert "/auth" in body["error"]["message"]
-    status, health = get(server, "/health")
-    assert (status, health["status"]) == (503, "no_login")
-
-
+# The keys of a server, headers of a client, and the status.
 KEYS = """
 Authorization: Bearer k-1 | 200
 X-API-Key: k-2 | 200
@@ -5699,36 +5304,24 @@ api-key: k-1 | 200
 Authorization: bearer k-2 | 200
  | 401
 Authorization: Bearer | 401
+Authorization: Bearer k | 401
+Authorization: Bearer k- | 401
 Authorization: k-1 | 401
 X-API-Key: k-11 | 401
 Authorization: Bearer ü | 401
 """
 
 
-def test_keys_open_the_door_and_others_do_not(serve, login):
-    server = serve(api_key=["k-1", "k-2"])
+@pytest.mark.parametrize("keys", [["k-1", "k-2"], "k-1", ["\u00a0k-1 "]], ids=ascii)
+def test_keys_open_the_door_and_others_do_not(serve, login, keys):  # H1
+    server = serve(api_key=keys)
     for line in KEYS.strip("\n").splitlines():
         headers, status = line.split(" | ")
+        status = 401 if "k-2" in headers and "k-2" not in keys else int(status)
         head = b"GET /v1/models HTTP/1.1\r\nConnection: close\r\nHost: localhost\r\n"
         received = raw(server, head + headers.encode("latin-1") + b"\r\n" * (2 if headers else 1))
-        assert statuses(received) == [int(status)], line
-        assert status == "200" or b'"invalid_api_key"' in received
-
-
-NO_KEYS = [[""], ["\u00a0"], ["good-key", "\t"], ["s"], "", "s", ["good\nkey"], [None]]
-
-
-@pytest.mark.parametrize("keys", NO_KEYS, ids=ascii)
-def test_a_key_that_protects_nothing_is_refused(keys):  # H1
-    with pytest.raises((ValueError, TypeError)):
-        qp.make_server(port=0, api_key=keys)
-
-
-@pytest.mark.parametrize("keys", ["secret-key", ["\u00a0secret-key "]], ids=ascii)
-def test_keys_in_any_shape_let_in_that_key_only(serve, login, keys):  # H1
-    server = serve(api_key=keys)
-    for key, status in (("secret-key", 200), ("s", 401), ("secret", 401), ("", 401)):
-        assert get(server, "/v1/models", Authorization="Bearer " + key)[0] == status, key
+        assert statuses(received) == [status], line
+        assert status == 200 or b'"invalid_api_key"' in received
 
 
 HOSTS = """localhost|127.0.0.1:1|[::1]:8080|app.localhost|host.docker.internal:8080|friend.example\
@@ -5744,44 +5337,7 @@ def test_host_must_name_this_machine(serve, login):
             assert get(server, "/health", Host=host)[0] == status, host
 
 
-# What a page of a browser sends, and the status; client 40.
-ORIGINS = """
-Origin: http://localhost:3000 | 200
-Origin: vscode-webview://abc | 200
-Origin: https://good.example | 200
-Origin: https://evil.example | 403
-Origin: https://evil.example; Content-Type: text/plain | 403
-Origin: null | 403
-Origin: http://localhost.evil.example | 403
-Origin: vscode-file://vscode-app | 200
-Origin: file:// | 200
-Sec-Fetch-Site: cross-site | 403
-Sec-Fetch-Site: same-origin | 200
-Sec-Fetch-Site: cross-site; Sec-Fetch-Mode: no-cors | 403
-Sec-Fetch-Site: cross-site; Sec-Fetch-Mode: navigate | 403
-Sec-Fetch-Site: cross-site; Sec-Fetch-Mode: cors; Content-Type: text/plain | 403
-Sec-Fetch-Site: cross-site; Sec-Fetch-Mode: cors | 200
-Sec-Fetch-Site: cross-site; Sec-Fetch-Mode: websocket | 403
-Origin: http://localhost:3000; Content-Type: text/plain | 415
-Content-Type: application/x-www-form-urlencoded | 200
-Authorization: Bearer  | 200
-"""
-
-
-def test_pages_of_other_sites_cannot_spend_the_quota(keyed, upstream):
-    allowed = ["https://good.example/", "file://"]
-    server = keyed(allow_origin=allowed)
-    for line in ORIGINS.strip().splitlines():
-        headers, status = line.split(" | ")
-        headers = dict(header.split(": ") for header in headers.split("; "))
-        del upstream.requests[:]
-        got, answered, _ = ask(server, {"messages": HI}, headers=headers)
-        assert (got, len(upstream.bodies())) == (int(status), got == 200), line
-        origin = headers.get("Origin") if got != 403 else None
-        assert answered["Access-Control-Allow-Origin"] == origin
-
-
-def test_preflight_and_errors_are_for_allowed_origins_only(key_server):
+def test_preflight_is_for_allowed_origins_only(key_server):
     wanted = {"Access-Control-Request-Headers": "authorization, x-stainless-new"}
     wanted["Access-Control-Request-Method"] = "POST"
     ours, theirs = {"Origin": "http://localhost:1"}, {"Origin": "https://evil.example"}
@@ -5789,12 +5345,11 @@ def test_preflight_and_errors_are_for_allowed_origins_only(key_server):
     assert (status, body, headers["Access-Control-Allow-Credentials"]) == (204, b"", None)
     assert headers["Access-Control-Allow-Headers"] == "authorization, x-stainless-new"
     assert ask(key_server, method="OPTIONS", headers={**theirs, **wanted})[0] == 403
-    _, headers, _ = ask(key_server, {"messages": []}, headers=ours)
-    assert headers["Access-Control-Allow-Origin"] == "http://localhost:1"
 
 
 # Requests that cannot be served: the path, the body, and words of the answer.
-BAD_REQUESTS = table(r"""
+@rows(r"""
+path | body | words
 empty | chat | b"" |
 no JSON, client 36 | chat | b"{" |
 a string, client 36 | chat | b'"x"' |
@@ -5845,24 +5400,18 @@ an item that is a number | responses | {"input": [5]} | input[0]
 a role | responses | {"input": [{"role": "robot", "content": "x"}]} | robot
 a file | responses | {"input": [user([{"type": "input_file", "file_id": "f"}])]} | input_file
 content of an item | responses | {"input": [user(5)]} | content
-""")
-BAD_REQUESTS += table(r"""
 a picture for a text model, oh-my-pi #1859 | chat | {"model": "qwen3.7-max", "messages": [*HI, LOOK[0]]} | messages[1] holds an image
 the same, of a Response | responses | {"model": "qwen3.7-max", **as_response([*HI, LOOK[0]])} | messages[1] holds an image
 a PDF, qwen-code #1888 | chat | {"model": "qwen3.7-plus", "messages": [user([{"type": "file", "file": {"file_data": "x"}}])]} | messages[0] holds a file
-a response before, chat | chat | {"input": "Hi", "previous_response_id": "resp_1"} | Previous response with id 'resp_1' not found.
+a response before, chat | chat | {"input": "Hi", "previous_response_id": "resp_1"} | Previous response with id 'resp_1' not found.; previous_response_not_found previous_response_id
 a response before, streamed | responses | {"input": "Hi", "previous_response_id": "é", "stream": True} | Previous response with id 'é' not found.
 """)
-ENDPOINTS = {"chat": CHAT, "text": "/v1/completions"}
-ENDPOINTS.update({name: "/v1/" + name for name in ("embeddings", "responses")})
-
-
-@pytest.mark.parametrize("path, body, words", BAD_REQUESTS)
 def test_bad_requests_are_refused_with_a_word(key_server, upstream, path, body, words):
     status, _, answer = ask(key_server, value_of(body), path=ENDPOINTS[path])
     error = json.loads(answer)["error"]
     assert (status, error["type"]) == (400, "invalid_request_error") and "report" not in str(error)
-    assert words in error["message"] and upstream.requests == []
+    said = "{message} {code} {param}".format(**error)
+    assert all(text in said for text in words.split("; ")) and upstream.requests == []
 
 
 @pytest.mark.parametrize("asked", ["QWEN3-MAX", "Qwen3-Max", "qwen/Qwen3-Max"])
@@ -5886,8 +5435,11 @@ def test_plans_without_an_endpoint_say_so(login, upstream, serve):
 POST_GZIP = post(gzip.compress(BODY), b"Content-Encoding: gzip\r\n")
 GET_HEALTH = b"GET /health HTTP/1.1\r\n"
 BODY_CHUNKS = b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)
+
+
 # What a client sends, and the statuses that it gets: RFC 9112, what clients do, what attackers try.
-WIRE = table(r"""
+@rows(r"""
+request_ | expected
 two lengths | POST + b"Content-Length: 2\r\nContent-Length: 2\r\n\r\n{}" | 400
 length and chunked | POST + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" | 400
 length with sign | POST + b"Content-Length: +2\r\n\r\n{}" | 400
@@ -5941,9 +5493,6 @@ an error, then another, client 36 | post(b"[]") + post(b"{}") + POST_GZIP + post
 half a surrogate pair | post(b'{"messages": [{"role":"user","content":"cut \\ud83d"}]}') + HEALTH | 200 200
 a WebSocket, client 36 | WEBSOCKET + b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n" + WEBSOCKET + b"\r\n" + HEALTH | 426 405 200
 """)
-
-
-@pytest.mark.parametrize("request_, expected", WIRE)
 def test_wire(key_server, upstream, request_, expected):
     received = raw(key_server, value_of(request_))
     assert statuses(received) == [int(status) for status in expected.split()], received[:200]
@@ -5952,18 +5501,6 @@ def test_wire(key_server, upstream, request_, expected):
     else:
         assert b'{"error"' in received and upstream.requests == []
     assert get(key_server, "/health")[0] == 200
-
-
-NAMES = {"--allow-host": ["*", "*.x", "", " ", "a b", "http://", "a,b", "mü.x"]}
-NAMES["--host"] = ["localhost:8080", "http://localhost", "*", "a b", "[::1]:80"]
-NO_HOSTS = [(option, name) for option, names in NAMES.items() for name in names]
-
-
-@pytest.mark.parametrize("option, name", NO_HOSTS)
-def test_a_name_that_would_never_match_or_be_listened_on_is_refused(option, name):  # O10
-    host, allowed = ("localhost", [name]) if option == "--allow-host" else (name, [])
-    with pytest.raises(ValueError, match=option):
-        qp.make_server(host, 0, api_key="good-key", allow_host=allowed)
 
 
 @pytest.mark.parametrize("host", ["::", "[::]", "0:0::0", "[::1]", "::1", "localhost"])
@@ -5999,8 +5536,9 @@ def test_the_connection_lives_on_after_an_error_in_mid_stream(key_server, upstre
 
 
 def test_many_clients_at_once_share_connections(key_server, upstream):
-    found = at_once(*[lambda: [chat(key_server)[0] for _ in range(10)]] * 8)
-    assert found == [[200] * 10] * 8 and upstream.connections <= 16
+    work = [lambda is_stream=n % 2 > 0: chat(key_server, is_stream)[0] for n in range(80)]
+    assert at_once(*[lambda: [each() for each in work[:10]]] * 8) == [[200] * 10] * 8
+    assert upstream.connections <= 16
 
 
 LINES = {"blanks": b"X: a%sa", "blanks and an end": b"X:%s\0", "a name": b"X%s"}
@@ -6038,7 +5576,6 @@ def test_connections_above_the_limit_do_not_hold_the_others_up(keyed):
 
 
 def test_no_line_of_the_log_is_forged_and_none_is_cut_inside_a_key(key_server, upstream, caplog):
-    caplog.set_level(logging.INFO, "qwen_proxy")
     key = "0123456789abcdef0123456789abcdef"
     qp.SECRETS.add(key)
     upstream.script.append(refusal("x" * 280 + " " + key + "\n00:00:00 I forged", 400))
@@ -6065,10 +5602,13 @@ def test_a_stream_is_not_held_back_by_what_is_in_front(key_server, route):  # O1
 
 
 def packed_in(data, coding):
-    """In ten pieces, as a gateway would flush them."""
-    bits = {"gzip": 31, "deflate": 15, "bare": -15}[coding]
-    packer, step = zlib.compressobj(9, zlib.DEFLATED, bits), len(data) // 10 + 1
+    """In ten pieces, as a gateway would flush them; members: RFC 1952 2.2."""
+    step = len(data) // 10 + 1
     pieces = [data[at : at + step] for at in range(0, len(data), step)]
+    if coding == "members":
+        members = [gzip.compress(piece) for piece in pieces]
+        return [members[0], b"".join(members[1:])]
+    packer = zlib.compressobj(9, zlib.DEFLATED, {"gzip": 31, "deflate": 15, "bare": -15}[coding])
     packed = [packer.compress(piece) + packer.flush(zlib.Z_SYNC_FLUSH) for piece in pieces]
     return [*packed, packer.flush()]
 
@@ -6103,18 +5643,17 @@ def test_what_does_not_belong_to_a_key_is_named(serve, upstream, monkeypatch, ke
     message = answer["error"]["message"]
     assert status == 401 and upstream.requests == [] and "sk-good" not in message
     assert "OPENAI_API_KEY" in message and ("quotes" in message or "'Bearer '" in message)
-    with pytest.raises(ValueError, match="--api-key"):
-        qp.make_server(port=0, api_key=key)
 
 
 @pytest.mark.parametrize("status", [200, 400])
-@pytest.mark.parametrize("coding", ["gzip", "deflate", "bare"])
+@pytest.mark.parametrize("coding", ["gzip", "members", "deflate", "bare"])
 def test_a_compressed_answer_is_read(key_server, upstream, coding, status):  # O8
     answer, text = stream(*packed_in(b"".join(HELLO), coding)), "Hello, wörld"
     if status == 400:
         text, answer = "No ä here.", refusal("No ä here.")
         answer = answer._replace(pieces=[b"".join(packed_in(answer.pieces[0], coding))])
-    upstream.script.append(coded(answer, "X-GZIP" if coding == "gzip" else "deflate"))
+    name = {"gzip": "X-GZIP", "members": "gzip"}.get(coding, "deflate")
+    upstream.script.append(coded(answer, name))
     got, _, body = chat(key_server)
     said = body["error"] if status == 400 else body["choices"][0]["message"]
     assert got == status and text in said.values()
@@ -6136,18 +5675,6 @@ def test_what_cannot_be_unpacked_says_why(key_server, upstream, monkeypatch, cod
     assert got == 502 and words in answer["error"]["message"]
 
 
-def test_an_answer_of_several_gzip_members_is_whole(key_server, upstream):  # RFC 1952 2.2
-    members = [gzip.compress(piece) for piece in HELLO]
-    upstream.script.append(coded(stream(members[0], b"".join(members[1:])), "gzip"))
-    assert chat(key_server)[2]["choices"][0]["message"]["content"] == "Hello, wörld"
-
-
-def test_gzip_bomb_is_413(keyed):
-    server, bomb = keyed(max_body=1), gzip.compress(b" " * 50_000_000)
-    status, _, body = ask(server, bomb, headers={"Content-Encoding": "gzip"})
-    assert (status, json.loads(body)["error"]["code"]) == (413, "request_too_large")
-
-
 def test_http_1_0_gets_an_unframed_stream(key_server):
     request = post(stream=True).replace(b"HTTP/1.1\r\nHost: localhost", b"HTTP/1.0")
     received = raw(key_server, request)
@@ -6165,10 +5692,8 @@ def test_fault_of_ours_is_a_500_without_traceback(counted, monkeypatch, caplog):
     assert "Traceback" not in "".join(said)
 
 
-def test_vendored_server_runs_in_a_thread_and_stops(login, upstream):
-    server = qp.make_server(port=0)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
+def test_vendored_server_runs_in_a_thread_and_stops(login, upstream, serve):
+    server = serve()
     assert chat(server)[0] == 200 and server.url == f"http://localhost:{server.port}/v1"
     with socket.create_connection(("127.0.0.1", server.port), timeout=WAIT) as idle:
         idle.sendall(HEALTH.replace(b"Connection: close\r\n", b""))
@@ -6176,10 +5701,6 @@ def test_vendored_server_runs_in_a_thread_and_stops(login, upstream):
         server.shutdown()
         with idle.makefile("rb") as reader:
             assert reader.read().endswith(b"}")
-    thread.join(WAIT)
-    assert not thread.is_alive()
-    with pytest.raises(OSError):
-        socket.create_connection(("127.0.0.1", server.port), timeout=1).close()
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads cannot be bound here")
@@ -6198,23 +5719,31 @@ def test_what_serves_shares_a_processor_and_the_rest_of_the_program_is_free(
     assert len(set().union(*seen)) == 1 and len(seen) > 2 and os.sched_getaffinity(0) == before
 
 
-def test_make_server_takes_the_options_and_their_checks():  # U9
+def test_make_server_takes_the_options():  # U9
     arguments = list(inspect.signature(qp.make_server).parameters)
     assert {*arguments, "log_level", "no_usage"} == {*qp.OPTIONS, "environ"}
     documented = inspect.cleandoc(qp.make_server.__doc__)
     listed = re.findall(r"^ {4}((?:\w+, )*\w+) {2,}\S", documented, re.M)
     assert ", ".join(listed).split(", ") == arguments
-    odd = [
-        ("base_url", "foo"),
-        ("timeout", 0),
-        ("host", "0.0.0.0"),
-        ("port", "8080"),
-        ("retries", -1),
-        ("alias", "x"),
-    ]
-    for name, value in odd:
-        with pytest.raises(ValueError, match="--" + name.replace("_", "-")):
-            qp.make_server(**{"port": 0, name: value})
+    said = {name: re.search(r"default: (\d+)\)", each.help) for name, each in qp.OPTIONS.items()}
+    said = {name: int(found.group(1)) for name, found in said.items() if found}
+    assert {name: getattr(qp.Options(), name) for name in said} == said and "grace" in said
+
+
+WRONG_OPTIONS = fields(r"""
+    api_key=[[""], ["\u00a0"], ["good-key", "\t"], ["s"], "", "s", ["good\nkey"], [None],
+        '"sk-good-1"', "'sk-good-1'", '"sk-good-1', "Bearer sk-good-1"],
+    allow_host=[["*"], ["*.x"], [""], [" "], ["a b"], ["http://"], ["a,b"], ["mü.x"]],
+    host=["localhost:8080", "http://localhost", "*", "a b", "[::1]:80"],
+    base_url=["foo"], timeout=[0], port=["8080"], retries=[-1], alias=["x"]
+""")
+
+
+@pytest.mark.parametrize("name", WRONG_OPTIONS)
+def test_make_server_refuses_what_protects_or_matches_nothing(name):  # H1, O10, U9
+    for value in WRONG_OPTIONS[name]:
+        with pytest.raises((ValueError, TypeError), match="--" + name.replace("_", "-")):
+            qp.make_server(**{"port": 0, "api_key": "good-key", name: value})
 
 
 def test_a_with_statement_runs_a_server(home):  # U9
@@ -6235,36 +5764,13 @@ def test_a_program_that_vendors_it_passes_a_strict_type_check(tmp_path):  # U9
     assert done.returncode == 0, done.stdout
 
 
-def test_an_unknown_model_is_answered_with_the_way_out(key_server, upstream):  # U6
-    upstream.script.append(refusal("The model `gpt-4o` does not exist.", 404, "model_not_found"))
-    status, _, answer = chat(key_server, model="gpt-4o")
-    message = answer["error"]["message"]
-    assert status == 404 and message.startswith("The model `gpt-4o` does not exist. /v1/models")
-    assert "--alias 'gpt-*=ID'" in message
-
-
-def test_tls_on_the_plain_port_is_named_and_an_icon_is_no_error(key_server, caplog):  # U10
-    caplog.set_level("INFO")
+def test_tls_on_the_plain_port_is_named(key_server, caplog):  # U10
     context = ssl.create_default_context()
     with socket.create_connection(("127.0.0.1", key_server.port), timeout=WAIT) as client:
         with pytest.raises(OSError):
             context.wrap_socket(client, server_hostname="localhost")
-    assert ask(key_server, method="GET", path="/favicon.ico")[0] == 204
     until(lambda: "TLS on a plain port" in caplog.text)
     assert max(map(len, caplog.text.split("\n"))) < 200
-
-
-def test_running_streams_end_in_an_error_event_at_shutdown(keyed, upstream):
-    server, result = keyed(), []
-    upstream.script.append(stream(*HELLO[:2], threading.Event()))
-    client = threading.Thread(target=lambda: result.append(chat(server, stream=True)))
-    client.start()
-    upstream.wait_for_request()
-    server.shutdown(grace=0.2)
-    client.join(WAIT)
-    status, _, data = result[0]
-    final = json.loads(data[-1]) if status == 200 else data
-    assert final["error"]["code"] == "shutting_down"
 
 
 FILES = "a\r\nX-Injected: 1|a\r\n\r\n<script>|a\x01\x7f\x1b[2J|名前\udcff: b"
@@ -6286,27 +5792,35 @@ def test_the_name_of_a_login_file_ends_no_header_line(home, upstream, serve, nam
         assert odd == [] and names.count(b"x-qwen-provider") == 1 and b"x-injected" not in names
 
 
-ITEMS = [(HELLO, False, "/v1/responses"), (CALLS, True, "/v1/responses")]
-ITEMS += [(CALLS, False, "/v1/chat/completions")]
-
-
-@pytest.mark.parametrize("pieces, is_stream, path", ITEMS)
-def test_an_item_of_a_response_is_known_to_its_key_only(keyed, upstream, path, pieces, is_stream):
-    server = keyed(api_key=["key-a", "key-b"])  # H16
-    upstream.script.append(stream(*pieces))
+@rows("""
+pieces | is_stream | path
+text | HELLO | False | /v1/responses
+calls, streamed | CALLS | True | /v1/responses
+calls, for chat | CALLS | False | /v1/chat/completions
+""")
+def test_a_response_is_known_to_its_key_only(keyed, upstream, pieces, is_stream, path):  # H16
+    server, is_stream = keyed(api_key=["key-a", "key-b"]), value_of(is_stream)
+    upstream.script.append(stream(*value_of(pieces)))
     request, key = {"input": "Hi", "stream": is_stream}, {"Authorization": "Bearer key-a"}
     body = ask(server, request, path="/v1/responses", headers=key)[2].decode()
-    whole_ = json.loads(body.split("data: ")[-1])["response"] if is_stream else json.loads(body)
-    items = [item for item in whole_["output"] if item["type"] != "reasoning"]
+    made = json.loads(body.split("data: ")[-1])["response"] if is_stream else json.loads(body)
+    items = [item for item in made["output"] if item["type"] != "reasoning"]
     turn = HI + [{"type": "item_reference", "id": item["id"]} for item in items]
     calls = [item["call_id"] for item in items if "call_id" in item]
-    turn += [{"type": "function_call_output", "call_id": call, "output": "x"} for call in calls]
-    for key, status in (("key-b", 400), ("key-a", 200), ("key-b", 400)):
+    results = [{"type": "function_call_output", "call_id": call, "output": "x"} for call in calls]
+    after = {"input": [*results, *HI], "previous_response_id": made["id"]}
+    stored = f"/v1/responses/{made['id']}"
+    for key, refused in (("key-b", True), ("key-a", False), ("key-b", True)):
         for name, value in (("Authorization", "bearer %s"), ("api-key", "%s")):
             del upstream.requests[:]
             headers = {"x-api-key": "wrong", name: value % key}
-            answer = ask(server, {"input": turn}, path=path, headers=headers)
-            assert (answer[0], len(upstream.bodies())) == (status, status == 200), (key, name)
+            asked = ({"input": turn + results}, after)
+            got = [ask(server, each, path=path, headers=headers)[0] for each in asked]
+            assert got == [400 if refused else 200] * 2, (key, name)
+            assert len(upstream.bodies()) == (0 if refused else 2)
+            got = [ask(server, None, "GET", stored + x, headers)[0] for x in ("", "/input_items")]
+            assert got == [404 if refused else 200] * 2, (key, name)
+    assert ask(server, None, "DELETE", stored, headers)[0] == 404
 
 
 @pytest.mark.parametrize("origins", ["null", "NULL", "http://a.example *", ""])
@@ -6378,28 +5892,21 @@ def test_a_refusal_of_any_other_body_closes_the_connection(serve, login, monkeyp
 # What clients need: one test for each thing that some client fails without
 # ----------------------------------------------------------------------------------------------------
 
-# The other needs are rows of REQUESTS, DIRTY, REFUSALS and WIRE, named with the client's number.
-
-
-def settings(home, upstream, *entries):
-    entries = [{"envKey": "K", "baseUrl": upstream.dashscope, **entry} for entry in entries]
-    value = {"env": {"K": "sk-good-1"}, "security": OPENAI, "modelProviders": {"openai": entries}}
-    (home / "settings.json").write_text(json.dumps(value))
+# The other needs are rows of the tables, named with the client's number.
 
 
 def test_client_01_models_come_at_once_with_or_without_a_key(key_server, upstream, monkeypatch):
     # Who waited for the list would wait for ever.
     monkeypatch.setattr(qp.ModelLists, "TIMEOUT", 1000)
     monkeypatch.setattr(qp.ProxyServer.models, "__defaults__", (0.05,))
-    never = threading.Event()
-    upstream.models = lambda: Reply(200, [("Transfer-Encoding", "chunked")], [never])
+    never = [threading.Event()]
+    upstream.models = lambda: Reply(200, [("Transfer-Encoding", "chunked")], never)
     for headers in ({}, {"Authorization": "Bearer x"}):
         status, models = get(key_server, "/v1/models", **headers)
         assert status == 200 and models["object"] == "list"
         (model,) = models["data"]
         assert (model["id"], model["object"]) == ("qwen3-max", "model")
         assert (type(model["created"]), type(model["owned_by"])) == (int, str)
-    never.set()
 
 
 def test_aliases_are_listed_and_found(keyed, login, home, upstream):  # O3
@@ -6415,13 +5922,10 @@ def test_aliases_are_listed_and_found(keyed, login, home, upstream):  # O3
         status, model = get(server, "/v1/models/" + name)
         assert (status, model.get("id")) == (200, name), name
     assert get(server, "/v1/models/gpt-4o")[1]["context_length"] == 262_144
-    status, body = get(server, "/v1/models/unheard-of")
-    assert (status, body["error"]["code"], body["error"]["param"]) == (
-        404,
-        "model_not_found",
-        "model",
-    )
-    assert chat(server, model="fast")[2]["model"] == "b/c"
+    status, error = get(server, "/v1/models/unheard-of")
+    assert status == 404 and error["error"]["code"] == "model_not_found"
+    for name, model in (("fast", "b/c"), ("gpt-4o", "qwen3-max"), (None, "qwen3-max")):
+        assert chat(server, model=name)[2]["model"] == model
 
 
 def test_client_05_the_body_decides_about_streaming_and_07_about_usage(key_server):
@@ -6477,8 +5981,7 @@ SIZES += [("dashscope", "text-embedding-v2", 25), ("other", "nomic-embed-text", 
 
 @pytest.mark.parametrize("family, model, size", SIZES)
 def test_client_34_a_batch_is_as_large_as_the_model_takes(family, model, size):
-    provider = qp.Provider("t", "http://h/v1", None, "t", family=qp.FAMILIES[family])
-    assert qp.EmbeddingsApi.batch_size(qp.Target(provider, model)) == size
+    assert qp.EmbeddingsApi.batch_size(target(model, family)) == size
 
 
 def test_client_34_a_thousand_texts_come_back_in_order(key_server, upstream):
@@ -6487,6 +5990,22 @@ def test_client_34_a_thousand_texts_come_back_in_order(key_server, upstream):
     found = [(entry["index"], entry["embedding"][0] * 2) for entry in answer["data"]]
     assert found == [(index, index % 97 + 1) for index in range(1000)]
     assert answer["usage"] == {"prompt_tokens": 1000, "total_tokens": 1000}
+
+
+@rows("""
+answer
+counts that are none | {"data": [{"index": null, "embedding": [1e300]}], "usage": {"prompt_tokens": "x", "total_tokens": []}}
+counts in part | {"data": [{"embedding": [1.0]}], "usage": {"total_tokens": 3}}
+numbers that are none | {"data": [{"index": 0, "embedding": ["x"]}]}
+""")
+@pytest.mark.parametrize("encoding", ["float", "base64"])
+def test_odd_embeddings_are_no_500(key_server, upstream, answer, encoding):
+    upstream.embeddings = lambda _: reply(200, answer.encode())
+    status, body = embed(key_server, "x", encoding_format=encoding)
+    if status == 200:
+        assert body["usage"]["prompt_tokens"] == 0
+    else:
+        assert status == 502 and "no list of numbers" in body["error"]["message"]
 
 
 def test_a_batch_that_fails_fails_the_request(key_server, upstream):
@@ -6506,27 +6025,9 @@ def complete(server, prompt="x", **more):
     return status, data_of(body) if is_stream else json.loads(body)
 
 
-def test_text_completions_whole_and_streamed(key_server, upstream):
-    request = fields('model="qwen-coder-turbo", suffix="return 1", max_tokens=9, best_of=None')
-    status, completion = complete(key_server, "def ", **request)
-    assert (status, completion["object"], completion["usage"]) == (200, "text_completion", USAGE)
-    expected = {"index": 0, "text": "def f():", "logprobs": None, "finish_reason": "stop"}
-    assert completion["choices"] == [expected]
-    prompt = "<|fim_prefix|>def <|fim_suffix|>return 1<|fim_middle|>"
-    assert json.loads(upstream.requests[0][2])["prompt"] == prompt
-    _, data = complete(key_server, "def ", stream=True, **request)
-    assert data.pop() == "[DONE]"
-    chunks = [json.loads(value) for value in data]
-    assert "".join(value["choices"][0]["text"] for value in chunks) == "def f():"
-    assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
-    assert not any(value.get("usage") for value in chunks)
-
-
 @rows(r"""
 pieces | status
 cut | *TEXT[:2] | 502
-refused | NATIVE % FREE | 429
-a page | b"<html></html>" | 502
 error_finish | *TEXT[:2], text_chunk("", "error_finish") | 502
 """)
 def test_text_completions_end_as_carefully_as_chats(key_server, upstream, pieces, status):
@@ -6539,7 +6040,7 @@ def test_text_completions_end_as_carefully_as_chats(key_server, upstream, pieces
 def test_live_models_are_merged_kept_and_outlive_errors(home, upstream, second, serve, monkeypatch):
     upstream.models, second.models = ["qwen-max", "text-embedding-v4"], ["qwen-max", "qwen3-max"]
     both = [{"id": "qwen3-max"}, {"id": "qwen3-max", "baseUrl": second.dashscope}]
-    settings(home, upstream, *both)
+    write_settings(home, upstream, *both)
     server, other = serve(), f"127.0.0.1:{second.port}"
     names = ["qwen3-max", "qwen-max", "text-embedding-v4"]
     names += [other + "/qwen3-max", other + "/qwen-max"]
@@ -6571,8 +6072,8 @@ def serve_two(home, upstream, second, serve, monkeypatch):
     monkeypatch.setattr(qp.Call, "RETRY_DELAY", 0.01)
 
     def start(url=None, failover=True, **arguments):
-        first = {"id": "m", "baseUrl": url or upstream.dashscope}
-        settings(home, upstream, first, {"id": "m", "baseUrl": second.dashscope}, {"id": "other"})
+        urls = ({"baseUrl": address or upstream.dashscope} for address in (url, second.dashscope))
+        write_settings(home, upstream, *urls, {"id": "other"})
         return serve(failover=failover, model="m", **arguments)
 
     return start
@@ -6584,7 +6085,6 @@ WRONG_KEY = refusal("Incorrect API key provided.", 401, "invalid_api_key")
 
 @pytest.mark.parametrize("answer", [EXHAUSTED, WRONG_KEY, reply(503, b"")])
 def test_failover_goes_to_another_that_lists_the_model(upstream, second, serve_two, answer, caplog):
-    caplog.set_level(logging.INFO, "qwen_proxy")
     server, there = serve_two(), f"127.0.0.1:{second.port}"
     upstream.script.extend([answer] * 3)
     status, headers, _ = chat(server)
@@ -6617,20 +6117,16 @@ def test_failover_from_hosts_that_cannot_be_reached(serve_two, monkeypatch):
         assert chat(serve_two(url_of(full)))[0] == 200
 
 
-LIMITED, BAD_VALUE = refusal("Requests rate limit", 429, "limit_requests"), refusal("bad value")
-STAYS = [([EXHAUSTED], 429, {"failover": False}), ([LIMITED], 429, {}), ([BAD_VALUE], 400, {})]
-
-
-@pytest.mark.parametrize("answers, status, options", STAYS, ids=["no flag", "soft", "refused"])
-def test_what_does_not_move_to_another_key(upstream, second, serve_two, answers, status, options):
-    upstream.script.extend(answers)
-    assert chat(serve_two(retries=0, **options))[0] == status and second.requests == []
-
-
-def test_never_repeated_after_the_first_byte(upstream, second, serve_two):
-    upstream.script.append(stream(*DELTAS, NATIVE % FREE))
-    _, _, data = chat(serve_two(), stream=True)
-    assert json.loads(data[-1])["error"]["code"] == "insufficient_quota"
+@rows("""
+answer | status | options
+no flag | EXHAUSTED | 429 | failover=False
+soft | refusal("Requests rate limit", 429, "limit_requests") | 429 | retries=0
+refused | refusal("bad value") | 400 |
+begun | stream(*DELTAS, NATIVE % FREE) | 200 |
+""")
+def test_what_does_not_move_to_another_key(upstream, second, serve_two, answer, status, options):
+    upstream.script.append(value_of(answer))
+    assert chat(serve_two(**fields(options)), stream=True)[0] == int(status)
     assert second.requests == [] and len(upstream.bodies()) == 1
 
 
@@ -6642,16 +6138,12 @@ def test_retries_and_failover_end_with_a_clients_patience(upstream, second, serv
     assert len(upstream.bodies()) == 2 and second.requests == []
 
 
-NO_QUOTA = ["Free allocated quota exceeded."]
-NO_QUOTA += ["You exceeded your current quota, please check your plan"]
-
-
-@pytest.mark.parametrize("words", NO_QUOTA)
+@pytest.mark.parametrize("words", ["Free allocated quota", "You exceeded your current quota"])
 def test_several_oauth_files_rotate_on_quota(home, upstream, login, serve, words):
     write_login(home, upstream, name="oauth_creds_work.json", access_token="at_work")
     upstream.access_tokens.add("at_work")
     server = serve()
-    upstream.script.append(refusal(words, 429, "insufficient_quota"))
+    upstream.script.append(refusal(words + " exceeded.", 429, "insufficient_quota"))
     status, headers, _ = chat(server)
     assert (status, headers["x-qwen-provider"]) == (200, "oauth-work")
     tokens = [headers["Authorization"] for _, headers, _ in upstream.requests]
@@ -6665,37 +6157,34 @@ def test_several_oauth_files_rotate_on_quota(home, upstream, login, serve, words
 
 
 @pytest.fixture()
-def noisy(serve, monkeypatch):
+def noisy(keyed, request):
     """Start a server whose upstream makes this noise."""
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-good-1")
-    with contextlib.ExitStack() as stack:
 
-        def start(noise, **options):
-            fake = NoiseUpstream(*noise)
-            stack.enter_context(fake.listener)
-            fake.server = serve(base_url=fake.url, model="m", retries=0, **options)
-            return fake
+    def start(noise, **options):
+        fake = NoiseUpstream(*noise)
+        request.addfinalizer(fake.listener.close)
+        fake.server = keyed(base_url=fake.url, retries=0, **options)
+        return fake
 
-        yield start
+    return start
 
 
 def in_chunks(data):
     return b"%X\r\n%s\r\n" % (len(data), data)
 
 
-EVENTS = OK + b"Content-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 NOISE = {  # start of the answer, what follows it without end
-    "comments": (EVENTS, in_chunks(b": still here\n\n")),
-    "blank deltas": (EVENTS, in_chunks(chunk({}))),
-    "empty texts": (EVENTS, in_chunks(chunk({"content": ""}))),
-    "no choices": (EVENTS, in_chunks(chunk())),
-    "words": (EVENTS, in_chunks(b"data: processing\n\n")),
-    "events without data": (EVENTS, in_chunks(b"event: ping\nid: 1\n\n")),
+    "comments": (IN_CHUNKS, in_chunks(b": still here\n\n")),
+    "blank deltas": (IN_CHUNKS, in_chunks(chunk({}))),
+    "empty texts": (IN_CHUNKS, in_chunks(chunk({"content": ""}))),
+    "no choices": (IN_CHUNKS, in_chunks(chunk())),
+    "words": (IN_CHUNKS, in_chunks(b"data: processing\n\n")),
+    "events without data": (IN_CHUNKS, in_chunks(b"event: ping\nid: 1\n\n")),
     "early answers": (b"", b"HTTP/1.1 102 Processing\r\n\r\n"),
     "headers": (OK, b"X-More: 1\r\n"),
-    "comments behind text": (EVENTS + in_chunks(HELLO[1]), in_chunks(b": x\n\n")),
+    "comments behind text": (IN_CHUNKS + in_chunks(HELLO[1]), in_chunks(b": x\n\n")),
 }
-FLOOD = {"text": (EVENTS, in_chunks(chunk({"content": "x"})))}
+FLOOD = {"text": (IN_CHUNKS, in_chunks(chunk({"content": "x"})))}
 
 
 @pytest.mark.parametrize("is_stream", [True, False])
@@ -6733,7 +6222,7 @@ def test_a_sign_of_life_goes_out_however_busy_the_upstream_is(noisy, monkeypatch
 
 
 def test_what_brings_no_content_is_read_a_piece_at_a_time():  # B1
-    pieces = iter([EVENTS, *[b"\r\n" * (qp.PIECE // 2)] * 3])
+    pieces = iter([IN_CHUNKS, *[b"\r\n" * (qp.PIECE // 2)] * 3])
     source = types.SimpleNamespace(send=len, recv=lambda _: next(pieces))
     response = qp.UpstreamResponse(source, types.SimpleNamespace(wait=lambda _: None), None)
     response.begin(b"")
@@ -6742,7 +6231,7 @@ def test_what_brings_no_content_is_read_a_piece_at_a_time():  # B1
 
 def test_trailers_without_end_do_not_hold_the_next_request_up(noisy, monkeypatch):  # B2
     monkeypatch.setattr(qp.UpstreamResponse, "DRAIN_TIMEOUT", 0.02)
-    fake = noisy((EVENTS + in_chunks(SSE) + b"0\r\n", b"X-Trailer: 1\r\n"))
+    fake = noisy((IN_CHUNKS + in_chunks(SSE) + b"0\r\n", b"X-Trailer: 1\r\n"))
     assert statuses(raw(fake.server, post(stream=True) + HEALTH)) == [200, 200]
     assert fake.left.wait(WAIT)
 
@@ -6763,36 +6252,47 @@ def test_ids_and_names_have_a_length():  # B5
     assert max(len(value["id"]) for value in chunks) < 500
 
 
-# What a choice holds in each of 300 events, with their number for @.
+# What a choice holds in each of 300 events, with their number for @, how a stream of them ends, and a
+# response.
 @rows(r"""
-choice
-an unknown list | delta={"annotations": [{"a": 1}] * 100}
-log probabilities | delta={"content": "x"}, logprobs={"content": [{"token": "a"}] * 100}
-ever new texts | delta={f"text{n}@": "x" for n in range(20)}
-ever new values | delta={"content": "x", **{f"value{n}@": 1 for n in range(20)}}
-ever new fields | delta={"content": "x"}, **{f"field{n}@": 1 for n in range(20)}
-long names | delta={"content": "x", "n" * 5000 + "@": 1}
-arguments | delta=tool_call(0, "c", "f", "x" * 1000)
-reasoning | delta={"reasoning_content": "x" * 1000}
-many calls | delta={"tool_calls": [{"index": n, "id": f"c@{n}", "function": {"name": "f" * 50}} for n in range(50)]}
+choice | end | response
+text | delta={"content": "x" * 1000} | [DONE] | response.failed
+an unknown list | delta={"annotations": [{"a": 1}] * 100} | [DONE] | response.completed
+log probabilities | delta={"content": "x"}, logprobs={"content": [{"token": "a"}] * 100} | [DONE] | response.completed
+ever new texts | delta={f"text{n}@": "x" for n in range(20)} | [DONE] | response.completed
+ever new values | delta={"content": "x", **{f"value{n}@": 1 for n in range(20)}} | [DONE] | response.completed
+ever new fields | delta={"content": "x"}, **{f"field{n}@": 1 for n in range(20)} | [DONE] | response.completed
+long names | delta={"content": "x", "n" * 5000 + "@": 1} | [DONE] | response.completed
+arguments | delta=tool_call(0, "c", "f", "x" * 1000) | aborted | response.failed
+reasoning | delta={"reasoning_content": "x" * 1000} | [DONE] | response.failed
+many calls | delta={"tool_calls": [{"index": n, "id": f"c@{n}", "function": {"name": "f" * 50}} for n in range(50)]} | aborted | response.failed
 """)
-def test_a_collected_answer_has_one_budget(raw_upstream, monkeypatch, choice):  # B5
+def test_a_collected_answer_has_one_budget(raw_upstream, monkeypatch, choice, end, response):  # B5
     monkeypatch.setattr(qp.Budget, "LIMIT", 200_000)
     data = event({"choices": [{"index": 0, "finish_reason": None, **fields(choice)}]})
     events = [data.replace(b"@", b"%d" % number) for number in range(300)]
-    raw_upstream.script.append(HEAD + b"\r\n" + b"".join([HELLO[0], *events, *END]))
-    status, _, body = chat(raw_upstream.server)
+    answer, server = HEAD + b"\r\n" + b"".join([HELLO[0], *events, *END]), raw_upstream.server
+    raw_upstream.script.extend([answer] * 4 + [HEAD + b"\r\n" + SSE])
+    status, _, body = chat(server)
     assert status == 502 and "MiB of memory" in body["error"]["message"]
+    assert end in chat(server, stream=True)[2][-1]
+    held = respond(server)[1]
+    assert held.get("status") == "completed" or "was aborted" in held["error"]["message"]
+    assert respond(server, stream=True)[1][-1][0] == response
+    assert chat(server)[0] == 200
 
 
-DENSE = {"lists": b"[],", "objects": b"{},", "texts": b'"ab",', "names": b'{"a":1},'}
+def test_a_call_counts_for_more_than_its_text(monkeypatch):  # B5
+    monkeypatch.setattr(qp.Budget, "LIMIT", 3000)
+    with pytest.raises(qp.UpstreamError, match="was aborted"):
+        collect(translate([HELLO[0], CALLS[1], *[tool(0, "", None, "lo, ")] * 200, *END]))
 
 
-@pytest.mark.parametrize("name", DENSE)
-def test_a_small_gzip_that_becomes_a_billion_bytes_is_413(key_server, upstream, name):  # B5
-    size = 60_000_000 // len(DENSE[name])
-    packed = gzip.compress(b'{"messages":[' + DENSE[name] * size + b"1]}", 1)
-    status, _, answer = ask(key_server, packed, headers={"Content-Encoding": "gzip"})
+@pytest.mark.parametrize("unit", [b"[],", b"{},", b'"ab",', b'{"a":1},', b" "], ids=ascii)
+def test_a_small_gzip_that_becomes_a_billion_bytes_is_413(keyed, unit):  # B5
+    server, size = keyed(max_body=1 if unit == b" " else 64), 60_000_000 // len(unit)
+    packed = gzip.compress(b'{"messages":[' + unit * size + b"1]}", 1)
+    status, _, answer = ask(server, packed, headers={"Content-Encoding": "gzip"})
     assert (status, json.loads(answer)["error"]["code"]) == (413, "request_too_large")
 
 
@@ -6812,8 +6312,18 @@ def asked(messages=(), **more):
     return lambda: to_upstream({"messages": [*HI, *messages], **more})
 
 
-def answered(*pieces):
-    return lambda: translate([*pieces, *END])
+def answered(*pieces, **asked):
+    return lambda: translate([*pieces, *END], asked)
+
+
+def told_why(text):
+    """A refusal with a text is understood, and repaired where it can be."""
+
+    def work():
+        error = qp.to_upstream_error(qp.Refusal.read(400, text), qp.FAMILIES["dashscope"])
+        qp.repair_request({"max_tokens": 5, "enable_thinking": False}, error)
+
+    return work
 
 
 def responded(items, **more):
@@ -6874,6 +6384,16 @@ colliding indexes of choices | 100 | answered(event({"choices": [{"index": i * C
 colliding indexes of calls | 100 | answered(*(tool(i * COLLIDING, "", "f", "{}") for i in range(n)))
 colliding indexes of embeddings | 500 | embedded([i * COLLIDING for i in range(n)])
 lines of an event | 1000 | answered(b"data: x\n" * n + b"\n")
+blanks in JSON without end | 500 | answered(*texts(*["\n\n  "] * n), **IN_JSON)
+blanks behind a fence | 500 | answered(*texts("```json\n{}\n", *["\n\n  "] * n), **IN_JSON)
+blanks behind a text | 500 | answered(*texts("Hi\n", *["\n\n  "] * n), **IN_JSON)
+blanks behind a tag | 500 | answered(*texts("<think>", *["\n\n  "] * n), **IN_JSON)
+an error of words | 5000 | told_why("model " * n)
+an error of tags | 5000 | told_why("<title" * n)
+an error of limits | 5000 | told_why("range of max_tokens " * n)
+an error of pages | 5000 | told_why("<html><title>" * n)
+an error of quotes | 5000 | told_why('"' * n)
+an error of escapes | 5000 | told_why("\\" * n)
 bytes without a line's end | 1000 | answered(*[b": " + b"x" * 10] * n, b"\n\n")
 """)
 def test_work_grows_like_what_is_sent(small, work):  # B6
@@ -6933,20 +6453,6 @@ def test_a_long_list_of_models_is_built_once(key_server, upstream, monkeypatch):
     assert {get(key_server, "/v1/models")[0] for _ in range(3)} == {200} and not built
 
 
-# Choices of an upstream, and the status; odd requests are rows of BAD_REQUESTS and PASSED_ON.
-STRANGE = [(b'{"delta":{"x":1e999},"index":0}', 502)]
-STRANGE += [(b'{"delta":{"content":"a"},"texts":1,"calls":2,"message":3}', 200)]
-STRANGE += [(b'{"delta":{"content":"a"},"logprobs":[1]}', 200)]
-STRANGE += [(b'{"delta":{"content":"a"},"logprobs":{"content":7}}', 200)]
-
-
-@pytest.mark.parametrize("choice, status", STRANGE)
-def test_what_is_odd_has_a_cause(key_server, upstream, choice, status):  # B9
-    upstream.script.append(stream(b'data: {"choices":[' + choice + b"]}\n\n", *END))
-    got, _, body = chat(key_server)
-    assert got == status and "report" not in json.dumps(body), body
-
-
 @pytest.mark.parametrize("depth", [900, 960, 970, 975, 980, 985, 990, 1000, 1100, 5000])
 def test_any_depth_of_nesting_is_an_answer_or_a_400(key_server, depth):  # B9
     metadata = b'{"a":' * depth + b"1" + b"}" * depth
@@ -6954,11 +6460,10 @@ def test_any_depth_of_nesting_is_an_answer_or_a_400(key_server, depth):  # B9
     assert status in (200, 400) and b"report" not in answer, answer
 
 
-def test_a_limit_of_five_thousand_digits_is_no_repair(key_server, upstream):  # B9
-    digits = "9" * 5000
-    upstream.script.append(refusal(f"Range of max_tokens should be [1, {digits}]", 400))
-    status, _, body = chat(key_server, max_tokens=5)
-    assert status in (200, 400) and "report" not in json.dumps(body)
+def test_a_number_out_of_range_is_the_upstreams_fault(key_server, upstream):  # B9
+    upstream.script.append(stream(b'data: {"choices":[{"delta":{"x":1e999}}]}\n\n', *END))
+    status, _, body = chat(key_server)
+    assert status == 502 and "out of range" in body["error"]["message"]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -7003,38 +6508,43 @@ REFUSED_BY_NAME = [
     "Json mode response is not supported when enable_thinking is true",
     'tool_choice should be ["none", "auto"]',
 ]
-HISTORY = json.loads(r"""{
-    "functions": [{"name": "f"}], "function_call": {"name": "f"},
-    "reasoning": {"effort": "low", "max_tokens": 5},
-    "thinking": {"type": "enabled", "budget_tokens": 5}, "tool_choice": "required",
-    "chat_template_kwargs": {"enable_thinking": true},
-    "response_format": {"type": "json_schema", "json_schema": {"schema": {}}}}""")
-ANTHROPIC = json.loads(r"""{
-    "messages": [{"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": [{"type": "text", "text": "a"},
-            {"type": "tool_use", "id": "t", "name": "f", "input": {}}]},
-        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t",
-            "content": [{"type": "text", "text": "x"}]}]},
-        {"role": "assistant", "content": "", "tool_calls": [
-            {"type": "function", "function": {"name": "f", "arguments": "{}"}}]},
-        {"role": "tool", "content": "x"}, {"role": "assistant", "content": "a"},
-        {"role": "system", "content": "b"}],
-    "tools": [{"name": "f",
-        "input_schema": {"type": "object", "properties": {"a": {"description": null}}}}],
-    "think": "high", "tool_choice": {"type": "any"}, "max_output_tokens": -1, "repeat_penalty": 1,
-    "thinking_budget": 5, "min_p": 1,
-    "extra_body": {"top_k": 5, "enable_thinking": true, "functions": [{"name": "f"}],
-        "response_format": {"type": "json_object"}}}""")
-A_TEXT = json.loads("""{"prompt": "a", "suffix": "b", "max_tokens": 5, "stream": true,
-    "stream_options": {}, "temperature": 1, "user": "u"}""")
+HISTORY = fields(r"""
+    functions=[{"name": "f"}], function_call={"name": "f"}, reasoning={"effort": "low", "max_tokens": 5},
+    thinking={"type": "enabled", "budget_tokens": 5}, tool_choice="required",
+    chat_template_kwargs=THINKS, response_format={"type": "json_schema", "json_schema": {"schema": {}}}
+""")
+ANTHROPIC = fields(r"""
+    messages=[*HI, assistant([*parts("a"), {"type": "tool_use", "id": "t", "name": "f", "input": {}}]),
+        user([{"type": "tool_result", "tool_use_id": "t", "content": parts("x")}]), call(None),
+        {"role": "tool", "content": "x"}, assistant("a"), system("b")],
+    tools=[{"name": "f", "input_schema": {"type": "object", "properties": {"a": {"description": None}}}}],
+    think="high", tool_choice={"type": "any"}, max_output_tokens=-1, repeat_penalty=1,
+    thinking_budget=5, min_p=1, extra_body={"top_k": 5, "functions": [{"name": "f"}], **THINKS, **JSON_PLEASE}
+""")
+A_TEXT = fields("""
+    prompt="a", suffix="b", max_tokens=5, stream=True, stream_options={}, temperature=1, user="u"
+""")
+FUZZED_RESPONSE = fields(r"""
+    model="m", input=[*REPLAYED, {"type": "compaction", "encrypted_content": "x"}],
+    tools=[*CALL_TOOLS, {"type": "namespace", "name": "n", "tools": CALL_TOOLS},
+        {"type": "custom", "name": "c", "format": {"definition": "d"}}],
+    tool_choice={"type": "allowed_tools", "mode": "auto", "tools": [{"name": "c"}]},
+    reasoning={"effort": "low"}, text={"format": {"type": "json_schema", "name": "x", "schema": {}}},
+    include=["reasoning.encrypted_content"], metadata={}, max_output_tokens=5, instructions="x",
+    truncation="auto", stream_options={}
+""")
 FUZZED_REQUESTS = {
     "chat": (EVERYTHING, qp.ChatApi),
     "history": ({**EVERYTHING, "messages": EVERYTHING["messages"] * 2, **HISTORY}, qp.ChatApi),
     "anthropic": (ANTHROPIC, qp.ChatApi),
     "text": (A_TEXT, qp.TextApi),
+    "response": (FUZZED_RESPONSE, qp.ResponsesApi),
+    "embeddings": (
+        fields('model="m", input=["a", "b"], encoding_format="float"'),
+        qp.EmbeddingsApi,
+    ),
 }
-FUZZED_CONFIG = json.loads("""{"samplingParams": {"top_p": 0.5},
-    "extra_body": {"enable_thinking": true}, "customHeaders": {}}""")
+FUZZED_CONFIG = {"samplingParams": {"top_p": 0.5}, "extra_body": THINKS, "customHeaders": {}}
 FUZZED_TARGETS = """dashscope qwen3.7-plus|portal coder-model|coding glm-4.7|token qwen3.8-max
 openrouter qwen/qwen3-max|deepseek deepseek-v4|other m"""
 
@@ -7046,51 +6556,20 @@ def test_odd_requests_are_served_or_refused_by_name(name):
     for number in range(1500):
         odd = mutated(request, random_, random_.randrange(1, 4))
         family, model = random_.choice(re.split(r"[|\n]", FUZZED_TARGETS)).split()
-        config = {model: mutated(FUZZED_CONFIG, random_, 1) if number % 3 == 0 else {}}
-        provider = qp.Provider("t", "http://h/v1", None, "t", config, qp.FAMILIES[family])
+        config = mutated(FUZZED_CONFIG, random_, 1) if number % 3 == 0 else {}
+        route = api(qp.ResponseMemory())
         try:
-            body, _ = api().to_upstream(api().check(odd), qp.Target(provider, model))
+            body, _ = route.to_upstream(route.check(odd), target(model, family, config))
             qp.repair_request(body, qp.UpstreamError(random_.choice(REFUSED_BY_NAME), 400))
             qp.encode_json(body)
+            if name == "response":
+                writer, events = response_writer(qp.ResponseRequest(odd, qp.ResponseMemory()))
+                writer.close(None)
+                assert len(events) == 3
         except qp.BadRequest as error:
             refused += 1
             assert error.message and error.status == 400
     assert 0 < refused < 1500
-
-
-FUZZED_RESPONSE = fields(r"""
-    model="m", input=REPLAYED,
-    tools=[*CALL_TOOLS, {"type": "namespace", "name": "n", "tools": CALL_TOOLS},
-        {"type": "custom", "name": "c", "format": {"definition": "d"}}],
-    tool_choice={"type": "allowed_tools", "mode": "auto", "tools": [{"name": "c"}]},
-    reasoning={"effort": "low"},
-    text={"format": {"type": "json_schema", "name": "x", "schema": {}}},
-    include=["reasoning.encrypted_content"], metadata={}, max_output_tokens=5, instructions="x"
-""")
-AN_EMBEDDING = {"model": "m", "input": ["a", "b"], "encoding_format": "float"}
-
-
-def test_odd_response_and_embedding_requests_are_served_or_refused_by_name():
-    random_, refused = random.Random(5), 0
-    for _ in range(1500):
-        odd = mutated(FUZZED_RESPONSE, random_, random_.randrange(1, 4))
-        try:
-            request = qp.ResponseRequest(odd, qp.ResponseMemory())
-            qp.ChatApi().check(request.chat)
-            body, _ = to_upstream(request.chat, "qwen3.7-plus")
-            writer, events = response_writer(request)
-            writer.close(None)
-            assert len(events) == 3
-            qp.encode_json(body)
-        except qp.BadRequest as error:
-            refused += 1
-            assert error.message and error.status == 400
-    assert 0 < refused < 1500
-    for _ in range(500):
-        try:
-            qp.EmbeddingsApi().check(mutated(AN_EMBEDDING, random_, 2))
-        except qp.BadRequest as error:
-            assert error.message
 
 
 FUZZED = """plain|usage on every chunk|cumulative text|error_finish|native error frame later
@@ -7174,12 +6653,10 @@ class Process:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def __init__(self, *arguments, **environ):
-        more = {
-            "env": {**os.environ, **environ},
-            "preexec_fn": self.begin if os.name == "posix" else None,
-        }
+        more = {"preexec_fn": self.begin} if os.name == "posix" else {}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        self.popen = subprocess.Popen([*self.command, *arguments], **more, **pipes)
+        environ = {**os.environ, **environ}
+        self.popen = subprocess.Popen([*self.command, *arguments], env=environ, **more, **pipes)
         self.lines, self.is_up = [], threading.Event()
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
@@ -7228,9 +6705,8 @@ def test_start_says_what_a_newcomer_needs(login, upstream, monkeypatch):
     with Process("--port", "0") as process:
         assert process.port
         said = "".join(process.lines)
-        for words in f"qwen_proxy {qp.__version__}|oauth_creds.json|coder-model|curl http".split(
-            "|"
-        ):
+        version = "qwen_proxy " + qp.__version__
+        for words in (version, "oauth_creds.json", "coder-model", "curl http"):
             assert words in said
         assert chat(process)[0] == 200
 
@@ -7266,6 +6742,8 @@ status x | there is no command x
 --port 8080 status | the command comes first: qwen_proxy.py status
 --alias x | NAME=ID
 --timeout 0 | --timeout
+--grace=-1 | --grace must be
+--grace=nan | --grace must be
 --base-url ftp://x | --base-url
 --provider x | no provider 'x'
 --host 0.0.0.0 --port 0 | --api-key
@@ -7307,21 +6785,16 @@ def test_an_older_python_shows_what_is_needed(main, monkeypatch):
     assert main("--version") == (2, "qwen_proxy.py needs Python 3.8 or newer\n")
 
 
-def test_help_names_each_command_and_the_variable_of_each_provider(main):  # U3
-    said = main("--help")[1]
-    for name, (_, variable) in qp.PRESETS.items():
-        assert re.search(rf"^  {name} +{variable}$", said, re.M)
-    for name in qp.COMMANDS:
-        assert re.search(rf"^  {name}  +\w", said, re.M)
-
-
 @pytest.mark.parametrize("variable", [None, "DASHSCOPE_API_KEY", "BAILIAN_CODING_PLAN_API_KEY"])
-def test_without_a_login_a_line_to_paste_comes_first(main, serve, monkeypatch, variable):  # U3
+def test_without_a_login_a_line_to_paste_comes_first(main, serve, monkeypatch, variable):  # U1, U3
     if variable:
         monkeypatch.setenv(variable, "sk-good-1")
-    first = "python3 qwen_proxy.py --provider"
-    said = [main("--port=0")[1], main("status")[1], chat(serve())[2]["error"]["message"]]
-    for text in said:
+    server, first = serve(), "python3 qwen_proxy.py --provider"
+    status, _, body = chat(server)
+    assert (status, body["error"]["type"]) == (401, "authentication_error")
+    status, health = get(server, "/health")
+    assert (status, health["status"]) == (503, "no_login")
+    for text in (main("--port=0")[1], main("status")[1], body["error"]["message"]):
         places = [text.find(words) for words in (first, "`qwen`", "qwen_proxy.py login")]
         assert places[0] > 0 and (variable or -1 < places[0] < places[1] < places[2])
         assert variable is None or variable in text and "YOUR_KEY" not in text
@@ -7407,30 +6880,19 @@ def test_a_closed_terminal_is_nothing_to_what_nohup_started(login, upstream, mon
         assert chat(process)[0] == 200
 
 
-@pytest.mark.parametrize("value", [None, "0.5", "-1", "nan"])
-def test_grace_is_8_seconds_unless_told_otherwise(capsys, value):  # H10
-    arguments = ["--grace=" + value] if value else []
-    if value in (None, "0.5"):
-        grace = qp.build_parser().parse_args(arguments).grace
-        assert qp.checked_options(qp.stated({"grace": grace})).grace == float(value or 8)
-        return
-    with pytest.raises(SystemExit):
-        qp.main(arguments)
-    assert re.search(r"error: .*--grace(?!=)", capsys.readouterr().err)
-
-
 # A log that is held for long, and two more ways to end.
 SLOW_LOG = """
 qp.LogWriter.PAUSE = 0.2
 signal.signal(signal.SIGUSR1, lambda *_: sys.exit(3))
 signal.signal(signal.SIGUSR2, lambda *_: 1 // 0)
 """
-ENDINGS = {"SIGTERM": 0, "SIGUSR1": 3, "SIGUSR2": 1, "SIGHUP SIGINT": 1}
 
 
 @posix
-@pytest.mark.parametrize("names", ENDINGS)
-def test_no_line_of_the_log_is_lost(login, upstream, monkeypatch, names):  # O14
+@pytest.mark.parametrize(
+    "names, code", [("SIGTERM", 0), ("SIGUSR1", 3), ("SIGUSR2", 1), ("SIGHUP SIGINT", 1)]
+)
+def test_no_line_of_the_log_is_lost(login, upstream, monkeypatch, names, code):  # O14
     monkeypatch.setattr(Process, "command", program(SHORT_WAITS, SLOW_LOG))
     process, requests = Process("--port", "0"), ["/v1/chat/completions"] * 5 + ["/health"]
     connection = http.client.HTTPConnection("127.0.0.1", process.port, timeout=WAIT)
@@ -7442,7 +6904,7 @@ def test_no_line_of_the_log_is_lost(login, upstream, monkeypatch, names):  # O14
         upstream.script.append(stream(*ENDLESS))
         with send(process, stream=True) if " " in names else contextlib.nullcontext():
             upstream.wait_for_request(6 if " " in names else 5)
-            assert send_signals(process, names) == ENDINGS[names]
+            assert send_signals(process, names) == code
     finally:
         connection.close()
         process.popen.kill()
@@ -7483,26 +6945,24 @@ def assert_plain(said):
     assert not re.search("^ *FORGED", said, re.M)
 
 
-LOGINS = r"""
-device 200 {"device_code": "dc_123456", "verification_uri": "ORIGIN/authorize", "user_code": JSON}
-device 200 {"device_code": "dc_123456", "verification_uri": JSON}
-device 200 {"device_code": "dc_123456", "verification_uri": "--gpu-launcher=x"}
-token 400 {"error": JSON}
-token 200 {"access_token": "at_123456", "refresh_token": "rt_123456"}
-""".strip().split("\n")
-
-
 @posix
-@pytest.mark.parametrize("line", LOGINS)
-def test_a_login_says_and_opens_nothing_harmful(upstream, home, monkeypatch, capsys, caplog, line):
+@rows(r"""
+endpoint | line
+a code | device | 200 {"device_code": "dc_123456", "verification_uri": "ORIGIN/authorize", "user_code": JSON}
+an address | device | 200 {"device_code": "dc_123456", "verification_uri": JSON}
+an option | device | 200 {"device_code": "dc_123456", "verification_uri": "--gpu-launcher=x"}
+an error | token | 400 {"error": JSON}
+tokens | token | 200 {"access_token": "at_123456", "refresh_token": "rt_123456"}
+""")
+def test_a_login_says_and_opens_nothing_harmful(
+    upstream, home, monkeypatch, capsys, caplog, endpoint, line
+):
     opened = []  # H13
     monkeypatch.setattr("webbrowser.open", opened.append)
     monkeypatch.setattr(qp, "LOGIN_POLL_FIRST", 0.001)
     monkeypatch.setenv("QWEN_HOME", str(home / ESCAPES))
-    endpoint, line = line.replace("ORIGIN", upstream.origin).split(" ", 1)
-    answer = answer_of(line, ESCAPES)
-    upstream.device_answers.extend([answer] * (endpoint == "token"))
-    upstream.device_answers.append(reply(400, {"error": "access_denied"}))
+    answer = answer_of(line.replace("ORIGIN", upstream.origin), ESCAPES)
+    upstream.device_answers.extend([answer] * (endpoint == "token") + [DENIED])
     if endpoint == "device":
         upstream.device_answer = lambda form: answer
     assert qp.main(["login"]) == (0 if "at_123456" in line else 1)
@@ -7539,14 +6999,7 @@ def test_login_writes_the_file(home, upstream, monkeypatch, capsys):
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_login_ended_by_ctrl_c_or_refusal_leaves_nothing(home, upstream, monkeypatch, capsys):
-    monkeypatch.setattr(qp, "LOGIN_POLL_FIRST", 0.01)
-    upstream.device_answers.append(reply(400, {"error": "access_denied"}))
-    assert qp.main(["login", "--no-browser"]) == 1
-
-    def interrupt(*arguments, forwarding):
-        raise KeyboardInterrupt
-
+def test_login_ended_by_ctrl_c_leaves_nothing(home, upstream, monkeypatch, capsys):
     monkeypatch.setattr(qp, "poll_for_login", interrupt)
     assert qp.main(["login", "--no-browser"]) == 130
     assert os.listdir(str(home)) == [] and "Traceback" not in capsys.readouterr().err
@@ -7682,17 +7135,10 @@ def test_status_is_said_in_any_encoding(home, upstream, monkeypatch, encoding, a
     assert json.loads(said)["model"] == "m\u6a21\u2013" if arguments else model in said
 
 
-LEFT_READERS = """
-status --offline | head -0
-status --offline >&-
-status --offline --json 2>&- | true
-"""
-
-
 @posix
-@pytest.mark.parametrize("command", LEFT_READERS.strip().split("\n"))
+@pytest.mark.parametrize("command", ["| head -0", ">&-", "--json 2>&- | true"])
 def test_a_reader_that_leaves_is_no_error(login, command):  # O4
-    script = f"{shlex.join(program())} {command}; exit ${{PIPESTATUS[0]}}"
+    script = f"{shlex.join(program())} status --offline {command}; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", script], capture_output=True)
     assert (done.returncode, done.stderr) == (1, b"")
 
@@ -7701,11 +7147,12 @@ def test_a_reader_that_leaves_is_no_error(login, command):  # O4
     "proxy", ["socks5://u:pass-word@127.0.0.1:9", "SOCKS5h://127.0.0.1:9", "socks4://127.0.0.1:9"]
 )
 @pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "ALL_PROXY"])
-def test_a_socks_proxy_is_named(keyed, upstream, monkeypatch, capsys, variable, proxy):  # O7
+def test_a_socks_proxy_is_named(keyed, upstream, monkeypatch, main, variable, proxy):  # O7
     monkeypatch.setenv(variable, proxy)
     upstream.models, is_used = ["m"], variable != "ALL_PROXY"
-    code = qp.main(["status", "--json", "--base-url", upstream.dashscope, "--model=m"])
-    facts = json.loads(capsys.readouterr().out)
+    command = ["status", "--base-url", upstream.dashscope, "--model=m"]
+    code, said = main(*command, "--json")
+    facts = json.loads(said)
     assert code == is_used and bool(facts["forward_proxy"]) == is_used
     status, _, answer = chat(keyed())
     assert status == (502 if is_used else 200)
@@ -7714,8 +7161,8 @@ def test_a_socks_proxy_is_named(keyed, upstream, monkeypatch, capsys, variable, 
         for words in (f"{variable} names a SOCKS proxy", "127.0.0.1 in NO_PROXY"):
             assert words in facts["problem"] and "pass-word" not in facts["problem"]
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    assert qp.main(["status", "--base-url", upstream.dashscope, "--model=m"]) == 0
-    assert "forward proxy none" in capsys.readouterr().out
+    code, said = main(*command)
+    assert code == 0 and "forward proxy none" in said
 
 
 @rows("""
