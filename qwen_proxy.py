@@ -4069,7 +4069,7 @@ class ToolShapes:
         # By name: the envelope of a custom tool, 'custom' (OpenAI) or 'function' (Cursor, flat).
         self.custom = {
             name_of(tool): "custom" if dig(tool, "custom") else "function"
-            for tool in tools
+            for tool in as_list(request.get("tools"))
             if self._is_custom(tool) and name_of(tool)
         }
         self._is_alibaba = "alibaba" in traits
@@ -5548,6 +5548,8 @@ class ContentFilter:
     """
 
     TAGS = ("<think>", "</think>", "<thinking>", "</thinking>")
+    # Of thoughts; what follows is plain, whatever it looks like.
+    MAX_BLOCKS = 100
     # Closing tags, then one that opens.
     _THINK = re.compile(r"(?:\s*</think(?:ing)?>)*(?:\s*<(think(?:ing)?)>\n*)?")
     _FENCE = re.compile(r"\s*```[a-zA-Z0-9]*[ \t]*\n?")
@@ -5556,6 +5558,7 @@ class ContentFilter:
         self._increments, self._is_json = Increments(), is_json
         self._kept = self._closing = ""
         self._in_fence = self._took_tag = self._is_plain = False
+        self._blocks = 0
         # All passes as it is from now on: feed() need not be asked.
         self.is_open = False
 
@@ -5617,7 +5620,8 @@ class ContentFilter:
     def _feed_thoughts(self) -> tuple[str, str]:
         thoughts, tag, rest = self._kept.partition(self._closing)
         if tag:
-            self._closing, self._kept = "", ""
+            self._closing, self._kept, self._blocks = "", "", self._blocks + 1
+            self._is_plain = self._blocks == self.MAX_BLOCKS
             more, content = self._feed_increment(rest)
             return thoughts + more, content
         # The tag may have begun.

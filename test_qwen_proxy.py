@@ -3559,6 +3559,7 @@ a think tag never closed | *texts("<think>never closed"), *END | reasoning="neve
 a lone closing tag | *texts("</think>", "\n", "\n"), *DELTAS, *END |
 another tag | *texts("<", "b>"), *END | content="<b>"
 closing tags by the thousand | *texts("</think>" * 5000), *DELTAS, *END |
+thoughts by the thousand | *texts("<think>x</think>" * 1000), *END | content="<think>x</think>" * 900, reasoning="x" * 100
 blanks without end in JSON | *texts(*["\n\n  "] * 600), *END | content="\n\n  " * 600, asked=IN_JSON
 JSON in a fence, client 30 | *texts("```js", 'on\n{"a":', " 1}\n", "```\n"), *END | content='{"a": 1}', asked=IN_JSON
 JSON without, client 30 | *texts('{"a": 1}'), *END | content='{"a": 1}', asked=IN_SCHEMA
@@ -3865,6 +3866,7 @@ def test_dirty_answers_are_responses_one_item_after_the_other(pieces, expected):
 route | given | called | expected
 search, forgecode #1580 | chat | tools=[SEARCH] | "search_tool", "{}" | function("search", arguments="{}")
 search, of functions | chat | functions=[SEARCH["function"]] | "search_tool", "{}" | {"name": "search", "arguments": "{}"}
+custom, of functions | chat | functions=[{"type": "custom", "name": "f"}] | "f", '{"input": 1}' | {"name": "f", "arguments": '{"input": 1}'}
 search, of a Response | responses | tools=[flat(SEARCH)] | "search_tool", "{}" | {"type": "function_call", "name": "search", "arguments": "{}"}
 search, of a Response for chat | chat | input="Hi", tools=[flat(SEARCH)] | "search_tool", "{}" | function("search", arguments="{}")
 custom tool, flat, codex-proxy #707 | chat | tools=[FLAT] | "patch", '{"input": "*** Begin"}' | function("patch", arguments="*** Begin")
@@ -6379,6 +6381,7 @@ arguments, whole each time | 200 | answered(*[tool(0, "c", "f", '{"a":"' + "x" *
 JSON that begins again and again | 200 | answered(*[tool(0, "", "", "{")] * n)
 closing tags in one delta | 1000 | answered(*texts("</think>" * n))
 opening tags in one delta | 1000 | answered(*texts("<think>" * n))
+thoughts in one delta | 1000 | answered(*texts("<think>x</think>" * n))
 halves of a tag | 200 | answered(*texts(*["</thi"] * n))
 colliding indexes of choices | 100 | answered(event({"choices": [{"index": i * COLLIDING, "delta": {"content": "x"}} for i in range(n)]}))
 colliding indexes of calls | 100 | answered(*(tool(i * COLLIDING, "", "f", "{}") for i in range(n)))
