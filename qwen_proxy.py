@@ -3354,9 +3354,9 @@ class Answer:
 
     def __init__(self, response: UpstreamResponse, target: Target, decoder: Any, waiter: Waiter):
         self.response, self.target, self.decoder, self.waiter = response, target, decoder, waiter
-        self._chunks: list[Any] = []
+        self._chunks: list[tuple[Any, Any]] = []
         decoder.sink = self._chunks.append
-        self._feed: Callable[[Any], None] | None = None
+        self._feed: Callable[[Any, Any], None] | None = None
         # An error behind chunks that have not been delivered yet.
         self._failure: UpstreamError | None = None
         # has_begun: the first chunk is there, or the end; until then an error is an HTTP status.
@@ -3365,11 +3365,11 @@ class Answer:
         # Bytes that have come since the last chunk.
         self._kept = 0
 
-    def deliver(self, feed: Callable[[Any], None]) -> None:
+    def deliver(self, feed: Callable[[Any, Any], None]) -> None:
         """Give the chunks that are there, and all that follow, to a writer."""
         self._feed = feed
-        for chunk in self._chunks:
-            feed(chunk)
+        for chunk, raw in self._chunks:
+            feed(chunk, raw)
         self._chunks.clear()
         if self._failure:
             raise self._failure
@@ -5904,13 +5904,6 @@ class ToolCalls:
         return call
 
 
-class Chunk(NamedTuple):
-    """A chunk for the client, and the bytes that it came as, if they are still right."""
-
-    value: Json
-    raw: bytes | None = None
-
-
 class ChatChoice:
     """One choice of an answer: what the upstream has of it in, the choices of clean chunks out."""
 
@@ -6056,12 +6049,13 @@ class TextChoice:
 class ChatDecoder:
     """The bytes of an answer in, chunks as OpenAI shapes them out, into `sink`.
 
-    The body is judged by its content, not by its Content-Type: a stream, one JSON object (an error,
-    or a whole completion), or a web page with status 200. Out come: the role in the first delta
-    only; one id, created and model throughout; reasoning_content and content never in one delta;
-    one tool call a delta; a finish chunk whose delta is empty; usage in one last chunk without
-    choices, if the client asked for it. Raises UpstreamError for an error inside the stream and for
-    an end that is none.
+    With each goes the data of the event that it came as, where that is still right, else None. The
+    body is judged by its content, not by its Content-Type: a stream, one JSON object (an error, or
+    a whole completion), or a web page with status 200. Out come: the role in the first delta only;
+    one id, created and model throughout; reasoning_content and content never in one delta; one tool
+    call a delta; a finish chunk whose delta is empty; usage in one last chunk without choices, if
+    the client asked for it. Raises UpstreamError for an error inside the stream and for an end that
+    is none.
     """
 
     OBJECT = "chat.completion.chunk"
@@ -6074,7 +6068,7 @@ class ChatDecoder:
     _MODEL = re.compile(rb'("model": ?)"([^"\\]*)"')
 
     def __init__(self, request: Json, target: Target):
-        self.sink: Callable[[Chunk], None]
+        self.sink: Callable[[tuple[Json, bytes | None]], None]
         self.usage: Json | None = None
         # The stream has said that it is over.
         self.is_done = False
@@ -6218,7 +6212,7 @@ class ChatDecoder:
         """Pass a chunk on, with what is left of events before it."""
         if self._extra:
             chunk, data, self._extra = {**self._extra, **chunk}, None, {}
-        self.sink(Chunk(chunk, data))
+        self.sink((chunk, data))
 
     def _decoded(self, data: bytes) -> Any:
         """Return the object in the bytes, which begin with a brace."""
@@ -6408,9 +6402,9 @@ class Writer:
     def start(self) -> None:
         """Write what goes out before the first chunk."""
 
-    def feed(self, chunk: Chunk) -> None:
-        """Write one chunk."""
-        self._pieces.append(encode_event(chunk.raw or encode_json(chunk.value)))
+    def feed(self, chunk: Json, raw: bytes | None) -> None:
+        """Write one chunk, as it came if it is given so."""
+        self._pieces.append(encode_event(raw or encode_json(chunk)))
 
     def heartbeat(self) -> None:
         """Write a sign of life while the upstream is silent."""
@@ -6442,9 +6436,9 @@ class CollectingWriter(Writer):
         super().__init__(out)
         self._collector = CompletionCollector()
 
-    def feed(self, chunk: Chunk) -> None:
+    def feed(self, chunk: Json, raw: bytes | None) -> None:
         """Collect one chunk."""
-        self._collector.feed(chunk.value)
+        self._collector.feed(chunk)
 
     def close(self, usage: Json | None) -> None:
         """Write the whole answer."""
@@ -6526,7 +6520,7 @@ class EmbeddingsDecoder:
     is_done = False
 
     def __init__(self, count: int, family: Family, budget: Budget):
-        self.sink: Callable[[Any], None]
+        self.sink: Callable[[tuple[list[Any], Json]], None]
         self.usage: Json | None = None
         self._body, self._count, self._family, self._budget = bytearray(), count, family, budget
 
@@ -6570,9 +6564,9 @@ class EmbeddingsWriter(Writer):
         self._model, self._encode = model, self._base64_of if is_base64 else list
         self._batches: list[tuple[list[Any], Json]] = []
 
-    def feed(self, chunk: Any) -> None:
-        """Keep the vectors and the usage of one batch."""
-        self._batches.append(chunk)
+    def feed(self, vectors: Any, usage: Any) -> None:
+        """Keep one batch."""
+        self._batches.append((vectors, usage))
 
     def close(self, usage: Json | None) -> None:
         """Write the whole answer."""
@@ -7276,10 +7270,10 @@ class ResponsesWriter(Writer):
         self._emit("response.in_progress", response=self._response())
         self.flush()
 
-    def feed(self, chunk: Chunk) -> None:
+    def feed(self, chunk: Json, raw: bytes | None) -> None:
         """Write the events for one chunk."""
         is_summary = self._request.is_compaction
-        for choice in chunk.value["choices"][:1]:
+        for choice in chunk["choices"][:1]:
             delta = choice["delta"]
             self._finish_reason = choice["finish_reason"] or self._finish_reason
             for kind, field in (self.SUMMARY if is_summary else self.TEXTS).items():
@@ -9377,9 +9371,9 @@ def relay(answer: Answer, exchange: Exchange, loop: StreamLoop) -> None:
     is_shown = log.isEnabledFor(logging.DEBUG) and isinstance(answer.decoder, ChatDecoder)
     feed, collector = exchange.writer.feed, CompletionCollector()
 
-    def feed_both(chunk: Chunk) -> None:
-        collector.feed(chunk.value)
-        feed(chunk)
+    def feed_both(chunk: Json, raw: bytes | None) -> None:
+        collector.feed(chunk)
+        feed(chunk, raw)
 
     try:
         answer.deliver(feed_both if is_shown else feed)

@@ -647,7 +647,7 @@ def translate(pieces, request=None):
     """The chunks of an answer, translated without any socket."""
     request = request or {"stream_options": {"include_usage": True}}
     decoder, chunks = qp.ChatDecoder(request, target()), []
-    decoder.sink = lambda chunk: chunks.append(chunk.value)
+    decoder.sink = lambda sent: chunks.append(sent[0])
     for piece in pieces:
         if not decoder.is_done:
             decoder.feed(piece)
@@ -3969,7 +3969,7 @@ def events_of_response(pieces, **request):
     asked = asked_for_response(**request)
     writer, events = response_writer(asked)
     for value in translate(pieces, asked.chat):
-        writer.feed(qp.Chunk(value))
+        writer.feed(value, None)
     writer.close(USAGE)
     return events
 
@@ -6622,7 +6622,7 @@ def test_odd_answers_come_out_whole_or_as_an_error(name):
             continue
         outcomes["whole"] += 1
         for value in chunks:
-            writer.feed(qp.Chunk(value))
+            writer.feed(value, None)
         writer.close(USAGE)
         qp.encode_json([collect(chunks), chunks])
         choices = [choice for value in chunks for choice in value["choices"]]
