@@ -5223,10 +5223,6 @@ def check_messages(messages: Any) -> None:
 # Pure: the upstream's bytes in, clean chunks out; a refusal's text in, an UpstreamError out.
 
 
-# No status, and no message, which has blanks.
-ERROR_CODE = re.compile(r"(?![45]\d\d\Z)\S{1,60}")
-
-
 class Refusal(NamedTuple):
     """What an upstream's refusal says, whichever of its shapes it has."""
 
@@ -5274,7 +5270,8 @@ class Refusal(NamedTuple):
         message = first_of(str, *messages, value.get("message")) or ""
         codes = (error.get("code"), error.get("type"))
         names = [str(code) for code in codes if isinstance(code, (str, int))]
-        code = next((name for name in names if ERROR_CODE.fullmatch(name)), "")
+        # No status, and no message, which has blanks.
+        code = next((name for name in names if re.fullmatch(r"(?![45]\d\d\Z)\S{1,60}", name)), "")
         request_id = first_of(
             str, value.get("request_id"), error.get("request_id"), value.get("traceId")
         )
@@ -5291,7 +5288,7 @@ class ErrorRule(NamedTuple):
     """What becomes of a refusal: conditions, then the kind of error."""
 
     # Empty: any.
-    statuses: tuple[int, ...]
+    statuses: tuple[int, ...] | range
     # Searched in 'code: message', ignoring case.
     pattern: str
     # Of ERROR_KINDS.
@@ -5300,6 +5297,8 @@ class ErrorRule(NamedTuple):
     code: str | None = None
     # Empty: any.
     families: tuple[str, ...] = ()
+    # In place of the upstream's.
+    message: str = ""
 
 
 # How the client and the other providers are told.
@@ -5335,6 +5334,13 @@ ERROR_KINDS: dict[str, Json] = {
 # the code lies: insufficient_quota and Throttling.AllocationQuota are mostly a limit per minute,
 # that recovers.
 ERROR_RULES = (
+    ErrorRule(
+        range(300, 400),
+        r"",
+        "fault",
+        message="the upstream wants to redirect the request elsewhere, which is not followed with "
+        "a key; check the base URL",
+    ),
     ErrorRule((), r"^upstream_html: ", "fault"),
     ErrorRule((), r"data_?inspection_?failed|inappropriate content", "request", "content_filter"),
     ErrorRule((), r"max_(completion_)?tokens\W.{0,60}too large", "request"),
@@ -5390,6 +5396,12 @@ ERROR_RULES = (
         "name",
         "model_not_found",
     ),
+    ErrorRule(
+        (404,),
+        r"^\S*: \Z",
+        "name",
+        message="the upstream knows no such path (HTTP 404, empty answer); check the base URL",
+    ),
     ErrorRule((404,), r"", "name"),
     ErrorRule((413,), r"", "size"),
     ErrorRule((504,), r"", "timeout"),
@@ -5399,16 +5411,10 @@ ERROR_RULES = (
     ErrorRule((400, 405, 406, 408, 409, 411, 414, 415, 422), r"", "request"),
     ErrorRule((), r"", "fault"),
 )
-# The way out for an error code, where the family has no other.
-ADVICE = {
-    "invalid_api_key": "Check the key and that it belongs to this base URL",
-    "model_not_found": "/v1/models lists those that there are; --alias 'gpt-*=ID' leads names that "
-    "a client has built in to one of them",
-}
 
 
 def to_upstream_error(
-    refusal: Refusal, family: Family, retry_after: float | None = None
+    refusal: Refusal, family: Family, headers: Mapping[str, str] = {}
 ) -> UpstreamError:
     """Return the error for the client: by the first of ERROR_RULES, with advice."""
     text = f"{refusal.code}: {refusal.message}"[:MAX_ERROR_TEXT_SCANNED]
@@ -5419,14 +5425,26 @@ def to_upstream_error(
         and (not rule.families or family.name in rule.families)
         and re.search(rule.pattern, text, re.I)
     )
-    fields = {"code": refusal.code, **ERROR_KINDS[rule.kind]}
-    fields["code"] = rule.code or fields["code"]
-    message, advice = error_message_of(refusal), {**ADVICE, **family.advice}.get(fields["code"])
+    kind = ERROR_KINDS[rule.kind]
+    code = rule.code or kind.get("code", refusal.code)
+    silence = (
+        f"returned HTTP {refusal.status} with an empty body"
+        if refusal.status
+        else "answered with no completion, and with no error message"
+    )
+    message = rule.message or refusal.message or f"the upstream {silence}"
+    advice = {
+        "invalid_api_key": "Check the key and that it belongs to this base URL",
+        "model_not_found": "/v1/models lists those that there are; --alias 'gpt-*=ID' leads names "
+        "that a client has built in to one of them",
+        **family.advice,
+    }.get(code)
+    retry_after = retry_after_of(headers)
     error = UpstreamError(
         f"{message.rstrip('.')}. {advice}" if advice else message,
-        **fields,
+        **{**kind, "code": code},
         param=refusal.param,
-        request_id=refusal.request_id,
+        request_id=refusal.request_id or headers.get("x-request-id"),
         retry_after=retry_after,
     )
     if error.status == 429 and error.retry or error.status == 503 and retry_after is not None:
@@ -5437,21 +5455,6 @@ def to_upstream_error(
         # openai-python and -node would retry a 429 otherwise.
         error.headers.append(("x-should-retry", "false"))
     return error
-
-
-def error_message_of(refusal: Refusal) -> str:
-    """Return the upstream's message, or what its silence means."""
-    if refusal.status in range(300, 400):
-        return (
-            "the upstream wants to redirect the request elsewhere, which is not followed with a "
-            "key; check the base URL"
-        )
-    silence = {
-        0: "the upstream answered with no completion, and with no error message",
-        404: "the upstream knows no such path (HTTP 404, empty answer); check the base URL",
-    }
-    empty = f"the upstream returned HTTP {refusal.status} with an empty body"
-    return refusal.message or silence.get(refusal.status, empty)
 
 
 def retry_after_of(headers: Mapping[str, str]) -> float | None:
@@ -6478,10 +6481,7 @@ class ChatApi:
         status: int, text: str, headers: Mapping[str, str], target: Target
     ) -> UpstreamError:
         """Return the error for an answer whose status is none of success."""
-        refusal = Refusal.read(status, text)
-        request_id = refusal.request_id or headers.get("x-request-id")
-        refusal = refusal._replace(request_id=request_id)
-        return to_upstream_error(refusal, target.provider.family, retry_after_of(headers))
+        return to_upstream_error(Refusal.read(status, text), target.provider.family, headers)
 
     @staticmethod
     def split(request: Json, targets: list[Target]) -> list[Json]:
