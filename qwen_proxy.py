@@ -5257,11 +5257,12 @@ class Refusal(NamedTuple):
     @classmethod
     def of(cls, status: int, value: Json) -> Refusal:
         """Read a JSON object: OpenAI's shape, the native one, a string, or one within another."""
-        choices = as_list(value.get("choices"))
-        content = dig(choices[0] if choices else None, "delta", "content")
-        if as_text(content):
+        choice = next(iter(as_list(value.get("choices"))), None)
+        contents = (dig(choice, name, "content") for name in ("delta", "message"))
+        text = text_of(first_of((str, list), dig(choice, "text"), *contents))
+        if text:
             # error_finish: the text of the error is the content.
-            return cls.read(status, content)
+            return cls.read(status, text)
         error = value.get("error", value)
         if isinstance(error, str):
             error = {"message": error, **value, "code": value.get("code") or error}
@@ -6202,9 +6203,7 @@ class ChatDecoder:
     def _choice(self, upstream: Json) -> list[Json]:
         """Return the choices to pass on for one of the upstream's."""
         if upstream.get("finish_reason") == "error_finish":
-            contents = (dig(upstream, name, "content") for name in ("delta", "message"))
-            text = text_of(first_of((str, list), upstream.get("text"), *contents))
-            raise to_upstream_error(Refusal.read(0, text), self._family)
+            raise to_upstream_error(Refusal.of(0, {"choices": [upstream]}), self._family)
         index = upstream.get("index")
         index = index if type(index) is int and 0 <= index < self.MAX_INDEX else 0
         if index not in self._choices:
