@@ -5511,7 +5511,7 @@ class Increments:
             return self._settle(self._joined + text)
         self._evidence += 0 if is_repeat else len(self._latest)
         self._joined, self._latest = self._joined + text, text
-        if self._evidence >= self.EVIDENCE and not is_periodic(text):
+        if self._evidence >= self.EVIDENCE and not self.is_periodic(text):
             self._is_cumulative = True
             return text[self._sent :]
         agreed = len(os.path.commonprefix([self._joined, text]))
@@ -5520,35 +5520,34 @@ class Increments:
 
     def close(self) -> str:
         """Return what was kept back, when no more will come."""
-        is_decided = self.is_settled or self._is_cumulative
-        return "" if is_decided else self._settle(self._joined)
+        return "" if self._is_cumulative else self._settle(self._joined)
 
     def _settle(self, joined: str) -> str:
         self.is_settled, self._joined, self._latest = True, "", ""
         return joined[self._sent :]
 
+    @staticmethod
+    def is_periodic(text: str) -> bool:
+        """Return whether a text is one unit of at most half its length over and over.
 
-def is_periodic(text: str) -> bool:
-    """Return whether a text is one unit of at most half its length over and over.
+        The last one may be cut. The unit is looked for in the beginning, as looking through a long
+        text takes the square of its length.
 
-    The last one may be cut. The unit is looked for in the beginning, as looking through a long text
-    takes the square of its length.
-
-    >>> is_periodic("hahah"), is_periodic("Hello, w")
-    (True, False)
-    """
-    start = text[:MAX_PREFIX_SCANNED]
-    widths = range(1, len(start) // 2 + 1)
-    width = next((width for width in widths if start.startswith(start[width:])), 0)
-    return width > 0 and text.startswith(text[width:])
+        >>> Increments.is_periodic("hahah"), Increments.is_periodic("Hello, w")
+        (True, False)
+        """
+        start = text[:MAX_PREFIX_SCANNED]
+        widths = range(1, len(start) // 2 + 1)
+        width = next((width for width in widths if start.startswith(start[width:])), 0)
+        return width > 0 and text.startswith(text[width:])
 
 
 class ContentFilter:
     """Takes out of the content what does not belong there, at its very beginning and end.
 
-    That is what a cumulative text repeats (see Increments), thoughts that a server left in the
-    content (<think>...</think> first, or the lone closing tag), and, where the client asked for
-    JSON, the code fence around it. Such a word in the middle is the answer's.
+    That is thoughts that a server left in the content (<think>...</think> first, or the lone
+    closing tag), and, where the client asked for JSON, the code fence around it. Such a word in the
+    middle is the answer's.
     """
 
     TAGS = ("<think>", "</think>", "<thinking>", "</thinking>")
@@ -5559,34 +5558,14 @@ class ContentFilter:
     _FENCE = re.compile(r"\s*```[a-zA-Z0-9]*[ \t]*\n?")
 
     def __init__(self, is_json: bool):
-        self._increments, self._is_json = Increments(), is_json
-        self._kept = self._closing = ""
-        self._in_fence = self._took_tag = self._is_plain = False
-        self._blocks = 0
+        self._is_json, self._kept, self._closing, self._blocks = is_json, "", "", 0
+        self._in_fence = self._took_tag = False
         # All passes as it is from now on: feed() need not be asked.
-        self.is_open = False
+        self.is_plain = False
 
     def feed(self, text: str) -> tuple[str, str]:
         """Return (reasoning, content) to pass on now."""
-        said = self._feed_increment(self._increments.feed(text))
-        self.is_open = self._is_plain and self._increments.is_settled
-        return said
-
-    def close(self) -> tuple[str, str]:
-        """Return (reasoning, content) that was kept back: no more will come, or a tool call."""
-        thoughts, content = self._feed_increment(self._increments.close())
-        kept, self._kept = self._kept, ""
-        if self._closing:
-            return thoughts + kept, content
-        if self._in_fence:
-            bare = kept.rstrip()
-            kept = bare[:-3].rstrip() if bare.endswith("```") else kept
-        elif self._took_tag:
-            kept = kept.lstrip()
-        return thoughts, content + kept
-
-    def _feed_increment(self, text: str) -> tuple[str, str]:
-        if self._is_plain:
+        if self.is_plain:
             return "", text
         self._kept += text
         if not (self._closing or self._in_fence or self._starts()):
@@ -5598,9 +5577,22 @@ class ContentFilter:
             body = self._kept.rstrip("` \t\r\n") if is_short else self._kept
             self._kept = self._kept[len(body) :]
             return "", body
-        self._is_plain = True
+        self.is_plain = True
         text, self._kept = self._kept, ""
         return "", text.lstrip() if self._took_tag else text
+
+    def close(self, text: str) -> tuple[str, str]:
+        """Return (reasoning, content) up to the last piece: no more will come, or a tool call."""
+        thoughts, content = self.feed(text)
+        kept, self._kept = self._kept, ""
+        if self._closing:
+            return thoughts + kept, content
+        if self._in_fence:
+            bare = kept.rstrip()
+            kept = bare[:-3].rstrip() if bare.endswith("```") else kept
+        elif self._took_tag:
+            kept = kept.lstrip()
+        return thoughts, content + kept
 
     def _starts(self) -> bool:
         """Return whether the beginning is known: a tag or a fence was taken off, or it is plain."""
@@ -5625,8 +5617,8 @@ class ContentFilter:
         thoughts, tag, rest = self._kept.partition(self._closing)
         if tag:
             self._closing, self._kept, self._blocks = "", "", self._blocks + 1
-            self._is_plain = self._blocks == self.MAX_BLOCKS
-            more, content = self._feed_increment(rest)
+            self.is_plain = self._blocks == self.MAX_BLOCKS
+            more, content = self.feed(rest)
             return thoughts + more, content
         # The tag may have begun.
         end = thoughts.rfind("<")
@@ -5918,7 +5910,11 @@ class ChatChoice:
     def __init__(
         self, shapes: ToolShapes, budget: Budget, index: int, is_json: bool, is_legacy: bool
     ):
-        self._reasoning, self._content = Increments(), ContentFilter(is_json)
+        self._reasoning, self._text, self._content = (
+            Increments(),
+            Increments(),
+            ContentFilter(is_json),
+        )
         self._tools, self._is_legacy = ToolCalls(shapes, budget), is_legacy
         self._index, self._has_role = index, False
         # The upstream's; ours goes out at the end, as more may follow it.
@@ -5950,7 +5946,7 @@ class ChatChoice:
     def close(self) -> list[Json]:
         """Return what was kept back, then the choice that finishes this one."""
         reasoning = self._reasoning.close()
-        thoughts, content = self._content.close()
+        thoughts, content = self._content.close(self._text.close())
         kept: list[Json] = [{"reasoning_content": reasoning + thoughts}, {"content": content}]
         was_whole = self._tools.is_whole()
         deltas = [delta for delta in kept if any(delta.values())]
@@ -5973,7 +5969,8 @@ class ChatChoice:
             and "message" not in choice
             and self._has_role
             and self.finish_reason is None
-            and self._content.is_open
+            and self._content.is_plain
+            and self._text.is_settled
         )
 
     def _deltas(self, delta: Json) -> list[Json]:
@@ -5981,10 +5978,10 @@ class ChatChoice:
         reasoning = as_text(delta.get("reasoning_content") or delta.get("reasoning"))
         reasoning = self._reasoning.feed(reasoning)
         text, calls = text_of(delta.get("content")), delta.get("tool_calls")
-        thoughts, content = self._content.feed(text) if text else ("", "")
+        thoughts, content = self._content.feed(self._text.feed(text)) if text else ("", "")
         if calls:
             # What is kept back of the text comes before the call, not behind it.
-            last_thoughts, last_content = self._content.close()
+            last_thoughts, last_content = self._content.close(self._text.close())
             thoughts, content = thoughts + last_thoughts, content + last_content
         thoughts = reasoning + thoughts
         deltas: list[Json] = [{"reasoning_content": thoughts}] if thoughts else []
