@@ -5839,8 +5839,7 @@ class ToolCalls:
         self._latest: dict[tuple[str, int | None], ToolCall] = {}
 
     def feed(self, entries: Any) -> list[Json]:
-        """Return the deltas to pass on for the tool_calls of one upstream delta."""
-        deltas = []
+        """Return the deltas to pass on now, with the tool_calls of one upstream delta."""
         for entry in as_list(entries):
             if not isinstance(entry, dict):
                 continue
@@ -5858,19 +5857,9 @@ class ToolCalls:
             if call.name and call.index < 0:
                 call.index = len(self.named)
                 self.named.append(call)
-            deltas += self._told()
-        return deltas
+        return self.told()
 
-    def close(self) -> list[Json]:
-        """Return the deltas that complete all calls."""
-        return self._told(is_end=True)
-
-    def is_whole(self) -> bool:
-        """Return whether the last call's arguments are whole as they came."""
-        last = self._latest.get(("", None))
-        return last is not None and last.is_whole()
-
-    def _told(self, is_end: bool = False) -> list[Json]:
+    def told(self, is_end: bool = False) -> list[Json]:
         """Return the deltas that can go out: those of a call when the one before it is whole."""
         deltas, is_done = [], True
         while is_done and self._done < len(self.named):
@@ -5948,9 +5937,9 @@ class ChatChoice:
         reasoning = self._reasoning.close()
         thoughts, content = self._content.close(self._text.close())
         kept: list[Json] = [{"reasoning_content": reasoning + thoughts}, {"content": content}]
-        was_whole = self._tools.is_whole()
+        was_whole = all(call.is_whole() for call in self._tools.named[-1:])
         deltas = [delta for delta in kept if any(delta.values())]
-        outputs = self._outputs(deltas + self._tool_deltas(self._tools.close()), True)
+        outputs = self._outputs(deltas + self._tool_deltas(self._tools.told(is_end=True)), True)
         # [DONE] without a reason: it is whole, and opencode loops without one.
         reason = self.finish_reason or "stop"
         if reason in ("stop", "function_call", "tool_calls", "length"):
