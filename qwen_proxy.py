@@ -5724,12 +5724,10 @@ class ToolCall:
     # Bytes of memory besides its arguments, about.
     COST = 2048
 
-    def __init__(
-        self, shapes: ToolShapes, budget: Budget, upstream_id: str, upstream_index: int | None
-    ):
+    def __init__(self, shapes: ToolShapes, budget: Budget):
         self._shapes = shapes
-        self.upstream_id, self._upstream_index = upstream_id, upstream_index
-        self.id, self.name = "call_" + secrets.token_hex(12), ""
+        self.upstream_index: int | None = None
+        self.id, self.upstream_id, self.name = "call_" + secrets.token_hex(12), "", ""
         # Known with the name, so that the calls that a client is told of have no holes.
         self.index = -1
         self.arguments, self._increments = JsonText(budget), Increments()
@@ -5794,8 +5792,8 @@ class ToolCall:
         Some repeat one id; without any, a name again after whole arguments is a new call, unless it
         came with every delta.
         """
-        is_elsewhere = index not in (None, self._upstream_index) and not call_id
-        if is_elsewhere and (name or self._upstream_index is not None):
+        is_elsewhere = index not in (None, self.upstream_index) and not call_id
+        if is_elsewhere and (name or self.upstream_index is not None):
             return True
         if not (name and self.name) or self.upstream_id and not call_id:
             return False
@@ -5876,11 +5874,11 @@ class ToolCalls:
         call = self._latest.get((call_id, index)) or self._latest.get((call_id, None))
         if call and not call.is_followed_by(index, call_id, name, arguments):
             return call
-        call = self._latest.get(("", index))
-        if call and call_id and index is not None and not call.upstream_id and not call.name:
-            # Its id comes late: ours has not gone out yet.
-            return call
-        call = ToolCall(self._shapes, self._budget, call_id, index)
+        # Its id, name and index may come late: ours have not gone out yet.
+        call = self._latest.get(("", index)) or self._latest.get(("", None))
+        if not call or call.upstream_id or call.name or call.upstream_index not in (None, index):
+            call = ToolCall(self._shapes, self._budget)
+        call.upstream_id, call.upstream_index = call_id, index
         if call_id and (call_id, None) not in self._latest:
             # Two calls of one id have two at the client.
             call.id = call_id

@@ -3623,6 +3623,8 @@ no ids, the name on every delta | *[calling(bare_call("f", text, index=0)) for t
 no ids and types, client 20 | *[calling(bare_call("f", "{}", index=n)) for n in (0, 1)], *END | calls=[("f", {})] * 2, **CALLED
 ids null and the same | tool(0, None, "f", "{}"), tool(1, "same", "g", "{}"), tool(2, "same", "h", "{}"), *END | calls=[("f", {}), ("g", {}), ("h", {})], **CALLED
 an index only later | calling({"id": "c1", "function": {"name": "f"}}), calling({"index": 0, "function": {"arguments": "{}"}}), *END | calls=[("f", {})], **CALLED
+arguments before all else | *[calling(part) for part in (bare_call(None, '{"a":'), bare_call("f", "1", id="c1"), bare_call(None, "}", id="c1"))], *END | calls=[("f", {"a": 1})], **CALLED
+arguments before id, name and index | calling(bare_call(None, '{"a":')), tool(0, "c1", "f", "1"), tool(0, "c1", None, "}"), *END | calls=[("f", {"a": 1})], **CALLED
 an id with the last blank | tool(0, "c1", "f", '{"a":1}'), tool(0, "c1", "f", "\n"), *END | calls=[("f", {"a": 1})], **CALLED
 arguments null, client 21 | tool(0, "c1", "f", None), *END | calls=[("f", {})], **CALLED
 arguments empty, client 21 | tool(0, "c1", "f", ""), *END | calls=[("f", {})], **CALLED
