@@ -3864,8 +3864,6 @@ PROFILES = {
     "dashscope-thinking": "switch",
     "qwen-chat-template": "template",
 }
-# Stands for an image or another part that a model refuses in its history.
-NO_MEDIA = {"type": "text", "text": "(left out: the model cannot take it)"}
 
 
 # What a model brings along, by a word in its id. 'thoughts': a message with tool calls needs its
@@ -4345,36 +4343,27 @@ class Rewrite:
         return shaped
 
     def unseen_media(self) -> None:
-        """Media that the model cannot take: refused in the user's latest message.
+        """Media that the model cannot take: refused in the user's latest question.
 
-        A word stands for them in earlier ones, as in Qwen Code, so that a conversation can go on.
+        A word stands for them elsewhere, as in Qwen Code, so that a conversation can go on.
         """
-        messages = self.body["messages"]
-        first = last = latest_of_user(messages)
-        # Several messages in a row are one question.
-        while first > 0 and messages[first - 1]["role"] == "user":
-            first -= 1
         unseen = [
             (place, self._unseen_kind(part))
-            for place, message in enumerate(messages)
+            for place, message in enumerate(self.body["messages"])
             for part in as_list(message.get("content"))
             if self._unseen_kind(part)
         ]
+        if not unseen:
+            return
+        asked = latest_question(self.body["messages"])
         for place, kind in reversed(unseen):
-            if first <= place <= last:
-                what, where = (
-                    self.UNSEEN[kind].format(model=self.model),
-                    f"messages.{place}.content",
+            if place in asked:
+                what = self.UNSEEN[kind].format(model=self.model)
+                raise BadRequest(
+                    f"messages[{place}] holds {what}", param=f"messages.{place}.content"
                 )
-                raise BadRequest(f"messages[{place}] holds {what}", param=where)
-        if unseen:
-            self.body = mapped(
-                self.body,
-                "messages.content",
-                lambda part: NO_MEDIA if self._unseen_kind(part) else part,
-            )
-            count = counted(len(unseen), "media part")
-            self.notes.append(f"left out: {count} of earlier messages")
+        leave_out_media(self.body, self._unseen_kind)
+        self.notes.append(f"left out: {counted(len(unseen), 'media part')} of earlier messages")
 
     def _unseen_kind(self, part: Json) -> str:
         """Return what a part is that the model cannot take, one of UNSEEN; empty for others."""
@@ -4775,10 +4764,27 @@ def image_part(part: Json) -> Json:
     return {"type": "image_url", "image_url": stated({"detail": detail, **image})}
 
 
-def latest_of_user(messages: list[Json]) -> int:
-    """Return the place of the user's latest message; -1 where there is none."""
-    places = (place for place, each in enumerate(messages) if each["role"] == "user")
-    return max(places, default=-1)
+def latest_question(messages: list[Json]) -> range:
+    """Return the places of the user's latest message and of the user's messages just before it."""
+    places = (place for place, message in enumerate(messages) if message["role"] == "user")
+    first = last = max(places, default=-1)
+    while first > 0 and messages[first - 1]["role"] == "user":
+        first -= 1
+    return range(first, last + 1)
+
+
+def leave_out_media(
+    body: Json, is_refused: Callable[[Any], Any] = lambda part: dig(part, "type") != "text"
+) -> None:
+    """Put a word in the place of media that are refused, but not in the user's latest question."""
+    asked = latest_question(body["messages"])
+    word = {"type": "text", "text": "(left out: the model cannot take it)"}
+    body["messages"] = [
+        message
+        if place in asked
+        else mapped(message, "content", lambda part: word if is_refused(part) else part)
+        for place, message in enumerate(body["messages"])
+    ]
 
 
 def parts_of(content: Any) -> list[Json]:
@@ -5050,16 +5056,6 @@ class Repair(NamedTuple):
         if self.unasked and (is_always or Thinking.read(body).enabled is not None):
             return False
         return self.when(body) and (self.then is None or "messages" in body)
-
-
-def leave_out_media(body: Json) -> None:
-    """Put a word in the place of media in messages before the user's latest."""
-    messages, last = body["messages"], max(latest_of_user(body["messages"]), 0)
-    earlier = [
-        mapped(each, "content", lambda part: part if part.get("type") == "text" else NO_MEDIA)
-        for each in messages[:last]
-    ]
-    body["messages"] = [*earlier, *messages[last:]]
 
 
 _THOUGHTS_WANTED = r"reasoning_content.{0,60}(is missing|must be)|missing.{0,40}reasoning_content"

@@ -2555,6 +2555,7 @@ parts, cherry-studio #9352 | Input should be a valid string: input.messages.0.co
 a picture long ago | image input is not supported | own=True, messages=LOOK | messages=UNSEEN | without media
 a picture long ago, in other words | The error info is [Unexpected item type in content.] | own=True, messages=LOOK | messages=UNSEEN | without media
 a picture long ago, qwen-code #1888 | Invalid value: file. Supported values are: 'text','image_url' and 'video'. | own=True, messages=LOOK | messages=UNSEEN | without media
+a picture of a tool | image input is not supported | own=True, routes=["chat"], messages=[*LOOP[:2], result("c", LOOK[0]["content"])] | messages=[*LOOP[:2], result("c", UNSEEN[0]["content"])] | without media
 always thinks | The value of the enable_thinking parameter is restricted to True. | model="glm-5.9", enable_thinking=False | enable_thinking=True | with thinking
 """)
 def test_named_refusals_are_repaired_once(
