@@ -5050,13 +5050,6 @@ class Repair(NamedTuple):
     sets: Json = {}
     drops: tuple[str, ...] = ()
 
-    def fits(self, body: Json) -> bool:
-        """Return whether the body has what a refusal names, so that it can be taken out."""
-        is_always = model_facts(as_text(body.get("model"))).thinking == "always"
-        if self.unasked and (is_always or Thinking.read(body).enabled is not None):
-            return False
-        return self.when(body) and (self.then is None or "messages" in body)
-
 
 _THOUGHTS_WANTED = r"reasoning_content.{0,60}(is missing|must be)|missing.{0,40}reasoning_content"
 REPAIRS = (
@@ -5145,9 +5138,12 @@ def repair_request(body: Json, error: UpstreamError) -> str:
 
     Returns how, or "" if there was no such thing.
     """
+    is_always = model_facts(as_text(body.get("model"))).thinking == "always"
+    is_asked = is_always or Thinking.read(body).enabled is not None
     for repair in REPAIRS if error.status == 400 else ():
         match = re.search(repair.pattern, error.message[:MAX_ERROR_TEXT_SCANNED], re.S)
-        if match is None or not repair.fits(body):
+        has_place = repair.then is None or "messages" in body
+        if not match or not has_place or not repair.when(body) or (repair.unasked and is_asked):
             continue
         before, number = dict(body), match.group(match.lastindex or 0) or ""
         if repair.limit in body:
