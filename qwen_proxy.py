@@ -5161,18 +5161,8 @@ def repair_request(body: Json, error: UpstreamError) -> str:
     return ""
 
 
-# What a field must be, in Python's types and in JSON's words.
-_KINDS: dict[str, tuple[Any, str]] = {
-    "stream": (bool, "true or false"),
-    "tools": (list, "a list"),
-    "functions": (list, "a list"),
-    "stream_options": (dict, "an object"),
-    "response_format": (dict, "an object"),
-}
-
-
-def check_object(value: Any, *fields: str) -> Json:
-    """Return a request that is an object and has the right types in these fields.
+def check_object(value: Any, **fields: type) -> Json:
+    """Return a request that is an object; these fields are of these types, if they are there.
 
     What is in extra_body goes beside it: openai-python puts it there, other clients send it as it
     is written. `stream` may be spelled as clients like. Raises BadRequest that names what is wrong.
@@ -5184,10 +5174,10 @@ def check_object(value: Any, *fields: str) -> Json:
         log.debug("extra_body is merged: %s", ", ".join(extra))
         value = {**extra, **stated(without_keys(value, ("extra_body",)))}
     request = {**value, **stated({"stream": as_switch(value.get("stream"))})}
-    for name in fields:
-        kind, words = _KINDS[name]
+    words = {bool: "true or false", list: "a list", dict: "an object"}
+    for name, kind in fields.items():
         if request.get(name) is not None and not isinstance(request[name], kind):
-            raise BadRequest(f"{name} must be {words}", param=name)
+            raise BadRequest(f"{name} must be {words[kind]}", param=name)
     return request
 
 
@@ -6442,8 +6432,14 @@ class ChatApi:
 
     def check(self, body: Any) -> Json:
         """Return the request in a client's body; raises BadRequest."""
-        names = ("stream", "tools", "functions", "stream_options", "response_format")
-        request = check_object(body, *names)
+        request = check_object(
+            body,
+            stream=bool,
+            tools=list,
+            functions=list,
+            stream_options=dict,
+            response_format=dict,
+        )
         check_messages(request.get("messages"))
         return request
 
@@ -6478,7 +6474,7 @@ class TextApi(ChatApi):
 
     def check(self, body: Any) -> Json:
         """Return the request in a client's body; raises BadRequest."""
-        request = check_object(body, "stream", "stream_options")
+        request = check_object(body, stream=bool, stream_options=dict)
         if not isinstance(request.get("prompt"), (str, list)):
             raise BadRequest("prompt must be a string or a list", param="prompt")
         return request
@@ -6878,7 +6874,7 @@ class ResponseRequest:
     )
 
     def __init__(self, request: Any, memory: ResponseMemory, owner: str = ""):
-        self.asked: Json = check_object(request, "stream")
+        self.asked: Json = check_object(request, stream=bool)
         self.tools = ResponseTools()
         self.items = self._read_items(memory, owner)
         last = self.items[-1] if self.items else None
