@@ -3913,16 +3913,28 @@ class History:
         # Results without a call.
         self.lost = 0
 
-    def add(self, message: Json) -> None:
-        """Take the next message; it is not changed."""
-        for each in self._unpacked(message):
-            if each["role"] in ("tool", "function"):
-                self._add_result({**each, "role": "tool"})
-            elif each["role"] == "assistant":
-                self._add_answer(each)
+    def repaired(self, messages: list[Json]) -> list[Json]:
+        """Return the messages, put right; raises BadRequest if none is left."""
+        for message in itertools.chain.from_iterable(map(self._unpacked, messages)):
+            if message["role"] in ("tool", "function"):
+                self._add_result({**message, "role": "tool"})
+            elif message["role"] == "assistant":
+                self._add_answer(message)
             else:
-                self._said, self._before = [], [each]
+                self._said, self._before = [], [message]
                 self._turns.append(self._before)
+        if not self._turns:
+            raise BadRequest(
+                "messages contains only tool results; the assistant message with the matching "
+                "tool_calls is missing",
+                param="messages",
+            )
+        for first, *more in self._answered.values():
+            content = first.get("content")
+            # A repeated one adds nothing.
+            others = [each.get("content") for each in more if each.get("content") != content]
+            first["content"] = joined([content, *others], "\n") if others else content
+        return [each for turn in self._turns for each in [*turn, *self._media_in(turn)]]
 
     @staticmethod
     def _unpacked(message: Json) -> list[Json]:
@@ -4019,22 +4031,6 @@ class History:
             self._answered[call_id].append(message)
         else:
             self.lost += 1
-
-    def messages(self) -> list[Json]:
-        """Return the messages; raises BadRequest if none is left."""
-        for first, *more in self._answered.values():
-            content = first.get("content")
-            # A repeated one adds nothing.
-            others = [each.get("content") for each in more if each.get("content") != content]
-            first["content"] = joined([content, *others], "\n") if others else content
-        messages = [each for turn in self._turns for each in [*turn, *self._media_in(turn)]]
-        if not messages:
-            raise BadRequest(
-                "messages contains only tool results; the assistant message with the matching "
-                "tool_calls is missing",
-                param="messages",
-            )
-        return messages
 
     def _media_in(self, turn: list[Json]) -> list[Json]:
         """Take the media out of the results of a turn, into a message of the user if any."""
@@ -4417,9 +4413,7 @@ class Rewrite:
     def history(self) -> None:
         """Ids, pairs, media and order of calls and results, also of those that are parts."""
         history = History(self.shapes, "alibaba" in self.traits)
-        for message in self.body["messages"]:
-            history.add(message)
-        self.body["messages"] = history.messages()
+        self.body["messages"] = history.repaired(self.body["messages"])
         if history.lost:
             self.notes.append(f"left out: {counted(history.lost, 'tool result')} without a call")
 
