@@ -5028,17 +5028,16 @@ def rules_for(api: str, traits: frozenset[str]) -> tuple[Rule, ...]:
 class Repair(NamedTuple):
     """What to do about a refusal by name: in the text of a 400, if the body has what it names.
 
-    when: what the body must ask for; unasked: not if it asks for thinking, or the model always
-    thinks; limit: the field that gets the number that the refusal names, '$1' in `how`; each: what
-    goes in the place of each message; then: a change that needs messages; sets: what to set; drops:
-    fields to leave out; how: for the log.
+    pattern: a group with the name of a field holds the number for it; how: for the log; when: what
+    the body must ask for; unasked: not if it asks for thinking, or the model always thinks; each:
+    what goes in the place of each message; then: a change that needs messages; sets: what to set;
+    drops: fields to leave out.
     """
 
     pattern: str
     how: str
     when: Callable[[Json], bool] = bool
     unasked: bool = False
-    limit: str = ""
     each: Callable[[Json], Json] | None = None
     then: Callable[[Json], None] | None = None
     sets: Json = {}
@@ -5048,14 +5047,12 @@ class Repair(NamedTuple):
 _THOUGHTS_WANTED = r"reasoning_content.{0,60}(is missing|must be)|missing.{0,40}reasoning_content"
 REPAIRS = (
     Repair(
-        r"[Rr]ange of max_tokens should be \[\d+, ?(\d+)\]",
-        "with max_tokens $1",
-        limit="max_tokens",
+        r"[Rr]ange of max_tokens should be \[\d+, ?(?P<max_tokens>\d+)\]",
+        "with max_tokens {max_tokens}",
     ),
     Repair(
-        r"thinking_budget.*not greater than (\d+)",
-        "with thinking_budget $1",
-        limit="thinking_budget",
+        r"thinking_budget.*not greater than (?P<thinking_budget>\d+)",
+        "with thinking_budget {thinking_budget}",
     ),
     Repair(
         r"enable_thinking is true",
@@ -5139,9 +5136,9 @@ def repair_request(body: Json, error: UpstreamError) -> str:
         has_place = repair.then is None or "messages" in body
         if not match or not has_place or not repair.when(body) or (repair.unasked and is_asked):
             continue
-        before, number = dict(body), match.group(match.lastindex or 0) or ""
-        if repair.limit in body:
-            body[repair.limit] = as_count(number)
+        before, limits = dict(body), match.groupdict()
+        for name in limits.keys() & body.keys():
+            body[name] = as_count(limits[name])
         if repair.each:
             body.update(mapped(body, "messages", repair.each))
         if repair.then:
@@ -5151,7 +5148,7 @@ def repair_request(body: Json, error: UpstreamError) -> str:
             body.pop(name, None)
         # Otherwise the same body would be refused again.
         if body != before:
-            return repair.how.replace("$1", number)
+            return repair.how.format(**limits)
     return ""
 
 
