@@ -4220,6 +4220,7 @@ class Rewrite:
         "modalities": (["text"],),
         "store": (False,),
         "service_tier": ("auto",),
+        "tools": ([],),
         "tool_choice": ("auto", "none"),
         "parallel_tool_calls": (True,),
     }
@@ -4493,8 +4494,9 @@ class Rewrite:
 
     def _leave_out(self, names: AbstractSet[str]) -> None:
         """Drop fields; the notes name those that ask for something that does not happen here."""
-        dropped = {name: self.body.pop(name) for name in sorted(names & self.body.keys())}
-        missed = [name for name, value in dropped.items() if value not in self.MEANT.get(name, ())]
+        dropped = sorted(names & self.body.keys())
+        missed = [name for name in dropped if self.body[name] not in self.MEANT.get(name, ())]
+        self.body = without_keys(self.body, dropped)
         if missed:
             self.notes.append(f"left out: {', '.join(missed)}")
 
@@ -4509,8 +4511,7 @@ class Rewrite:
     def tools(self) -> None:
         """Tools and tool_choice as the endpoint takes them, and no empty list of tools."""
         if not self.body.get("tools"):
-            self.body.pop("tools", None)
-            self._leave_out({"tool_choice", "parallel_tool_calls"})
+            self._leave_out({"tools", "tool_choice", "parallel_tool_calls"})
             return
         is_strict = any(dig(tool, "function", "strict") for tool in self.body["tools"])
         if is_strict and "alibaba" in self.traits:
