@@ -3986,11 +3986,13 @@ class History:
         self._unnamed.clear()
         calls = [self._valid_call(call, f"call_{place}_{at}") for at, call in enumerate(calls)]
         message["tool_calls"] = calls
-        ids = [dig(call, "id") for call in calls]
-        turn += [{"role": "tool", "tool_call_id": call_id, "content": self.STUB} for call_id in ids]
+        turn += [
+            {"role": "tool", "tool_call_id": dig(call, "id"), "content": self.STUB}
+            for call in calls
+        ]
         # The first call of an id that occurs again gets the first result.
-        for at in reversed(range(len(ids))):
-            self._waiting.setdefault(str(ids[at]), []).append((turn, at + 1))
+        for at in reversed(range(1, len(turn))):
+            self._waiting.setdefault(str(turn[at]["tool_call_id"]), []).append((turn, at))
 
     def _valid_call(self, call: Any, new_id: str) -> Any:
         """Return a call with an id, and with arguments that are the text of a JSON object."""
