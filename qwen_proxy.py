@@ -4056,8 +4056,6 @@ class ToolShapes:
     # Names that a tool may have at Alibaba's, where 'search' is reserved. Model Studio, 'Function
     # calling'.
     LEGAL = re.compile(r"(?!search\Z)[A-Za-z0-9_-]{1,64}\Z")
-    # Choices of Anthropic's that name no tool.
-    CHOICES: Mapping[str, str] = {"any": "required", "none": "none"}
 
     def __init__(self, request: Json, traits: frozenset[str]):
         tools = [*as_list(request.get("tools")), *as_list(request.get("functions"))]
@@ -4124,9 +4122,9 @@ class ToolShapes:
 
     def choice(self, choice: Json) -> Any:
         """Return the choice of a tool as it is sent; some editors have Anthropic's shapes."""
-        name, kind = name_of(choice), str(choice.get("type"))
-        named = {"type": "function", "function": {"name": name}}
-        return self._renamed(named) if name else self.CHOICES.get(kind, "auto")
+        if name_of(choice):
+            return self._renamed({"type": "function", "function": {"name": name_of(choice)}})
+        return {"any": "required", "none": "none"}.get(str(choice.get("type")), "auto")
 
     def _renamed(self, named: Any) -> Any:
         function = dig(named, "function")
