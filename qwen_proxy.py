@@ -4285,8 +4285,7 @@ class Rewrite:
                 continue
             before, self.notes = dict(self.body), []
             if rule.each:
-                change = functools.partial(rule.apply, self)
-                self.body = mapped(self.body, rule.each, change)
+                self.body = mapped(self.body, rule.each, functools.partial(rule.apply, self))
             else:
                 rule.apply(self)
             if self.body != before:
@@ -4393,8 +4392,7 @@ class Rewrite:
         spoken = [at for at, message in enumerate(messages) if message["role"] != "system"]
         if not spoken or messages[spoken[-1]]["role"] == "assistant":
             place = spoken[-1] + 1 if spoken else len(messages) - 1
-            asked = [{**message, "role": "user"} for message in messages[place:]]
-            messages = [*messages[:place], *asked]
+            messages = messages[:place] + [{**each, "role": "user"} for each in messages[place:]]
         system = [message for message in messages if message["role"] == "system"]
         rest = [message for message in messages if message["role"] != "system"]
         if not any(message["role"] == "user" for message in rest):
@@ -4433,10 +4431,9 @@ class Rewrite:
 
         That is with tool calls; at DeepSeek's own host in every message of the assistant.
         """
-        if "deepseek" not in self.traits:
-            return with_thoughts(message)
-        is_missing = message["role"] == "assistant" and not message.get("reasoning_content")
-        return {**message, "reasoning_content": ""} if is_missing else message
+        if "deepseek" in self.traits and message["role"] == "assistant":
+            return {**message, "reasoning_content": message.get("reasoning_content") or ""}
+        return with_thoughts(message)
 
     def flat_content(self, message: Json) -> Json:
         """Text parts as one string: of the assistant, and wherever parts are lost or refused."""
@@ -4457,12 +4454,14 @@ class Rewrite:
         parts = itertools.chain(first, as_list(self.body.get("tools")), *rest)
         marked = [id(part) for part in parts if "cache_control" in as_object(part)]
         surplus = set(marked[1:-3])
-
-        def thinned(part: Any) -> Any:
-            return without_keys(part, ("cache_control",)) if id(part) in surplus else part
-
         for path in ("tools", "messages.content") if surplus else ():
-            self.body = mapped(self.body, path, thinned)
+            self.body = mapped(
+                self.body,
+                path,
+                lambda part: (
+                    without_keys(part, ("cache_control",)) if id(part) in surplus else part
+                ),
+            )
 
     # -- parameters ------------------------------------------------------------------------------
 
