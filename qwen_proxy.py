@@ -3737,9 +3737,6 @@ DONE = b"[DONE]"
 # Pure: a client's request in, the upstream's request out. What no rule names passes unchanged.
 
 
-THINKING_FIELDS = (
-    "enable_thinking thinking_budget reasoning_effort reasoning thinking think chat_template_kwargs"
-).split()
 # Where a request says whether to think, how hard, and with how many tokens, and how each is read;
 # the first that can be read counts.
 THINKING_SPELLINGS: tuple[tuple[Callable[[Any], Any], str], ...] = (
@@ -3755,6 +3752,7 @@ THINKING_SPELLINGS: tuple[tuple[Callable[[Any], Any], str], ...] = (
         "chat_template_kwargs.thinking_budget",
     ),
 )
+THINKING_FIELDS = {path.split(".")[0] for _, paths in THINKING_SPELLINGS for path in paths.split()}
 
 
 class Thinking(NamedTuple):
