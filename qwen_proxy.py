@@ -3791,7 +3791,7 @@ class Thinking(NamedTuple):
 
 
 class Dialect(NamedTuple):
-    """How a kind of endpoint or model is told about thinking.
+    """How a kind of endpoint or model is told about thinking; as Qwen is where nothing is said.
 
     off, on: what to set; efforts: its levels by the client's names, other names as they are, '' for
     none at all, or None where it has no levels; budget: the field for a number of tokens, which
@@ -3800,10 +3800,10 @@ class Dialect(NamedTuple):
     the request says nothing. Fields of an object have a dot.
     """
 
-    off: Json
-    on: Json = {}
+    off: Json = {"enable_thinking": False}
+    on: Json = {"enable_thinking": True}
     efforts: Mapping[str, str] | None = None
-    budget: str = ""
+    budget: str = "thinking_budget"
     budgets: Mapping[str, int] = {}
     is_nested: bool = False
     is_default: bool = False
@@ -3813,17 +3813,18 @@ class Dialect(NamedTuple):
 # 'own ...' at hosts that are not Alibaba's. Model Studio, 'Deep thinking': tokens per level; above,
 # the model's maximum. DeepSeek's and Z.AI's reference: reasoning_effort. Levels of models: Qwen
 # Code 0.24.4, models.dev, QwenLM/Qwen3.8 #217.
-_SWITCHED = Dialect(
-    off={"enable_thinking": False}, on={"enable_thinking": True}, budget="thinking_budget"
-)
 DIALECTS = {
     "deepseek": Dialect(
         off={"thinking": {"type": "disabled"}},
         on={"thinking": {"type": "enabled"}},
         efforts={"low": "high", "medium": "high", "xhigh": "max"},
+        budget="",
     ),
     "zai": Dialect(
-        off={"thinking": {"type": "disabled"}}, on={"thinking": {"type": "enabled"}}, efforts={}
+        off={"thinking": {"type": "disabled"}},
+        on={"thinking": {"type": "enabled"}},
+        efforts={},
+        budget="",
     ),
     "openrouter": Dialect(
         off={"reasoning.enabled": False},
@@ -3832,24 +3833,21 @@ DIALECTS = {
         budget="reasoning.max_tokens",
         is_nested=True,
     ),
-    "qwen": _SWITCHED._replace(budgets={"low": 4096, "medium": 16_384}),
-    "unknown": _SWITCHED._replace(efforts={}),
+    "qwen": Dialect(budgets={"low": 4096, "medium": 16_384}),
+    "unknown": Dialect(efforts={}),
     "qwen3.8": Dialect(
-        off={"reasoning_effort": "none"},
-        efforts={"": "xhigh", "max": "xhigh"},
-        budget="thinking_budget",
+        off={"reasoning_effort": "none"}, on={}, efforts={"": "xhigh", "max": "xhigh"}
     ),
-    "own qwen3.8": _SWITCHED._replace(efforts={"high": "xhigh", "max": "xhigh"}),
-    "deepseek-v4": _SWITCHED._replace(
-        efforts={"low": "high", "medium": "high", "xhigh": "max"}, budget=""
-    ),
-    "deepseek-v4.1": _SWITCHED._replace(efforts={"medium": "high", "xhigh": "max"}, budget=""),
-    "low-high-max": Dialect(off={}, efforts={"medium": "high", "xhigh": "max"}),
-    "effort": Dialect(off={"reasoning_effort": "none"}, efforts={}),
-    "switch": _SWITCHED._replace(is_default=True),
+    "own qwen3.8": Dialect(efforts={"high": "xhigh", "max": "xhigh"}),
+    "deepseek-v4": Dialect(efforts={"low": "high", "medium": "high", "xhigh": "max"}, budget=""),
+    "deepseek-v4.1": Dialect(efforts={"medium": "high", "xhigh": "max"}, budget=""),
+    "low-high-max": Dialect(off={}, on={}, efforts={"medium": "high", "xhigh": "max"}, budget=""),
+    "effort": Dialect(off={"reasoning_effort": "none"}, on={}, efforts={}, budget=""),
+    "switch": Dialect(is_default=True),
     "template": Dialect(
         off={"chat_template_kwargs.enable_thinking": False},
         on={"chat_template_kwargs.enable_thinking": True},
+        budget="",
         is_default=True,
     ),
 }
