@@ -3851,34 +3851,26 @@ DIALECTS = {
         is_default=True,
     ),
 }
-# The dialects of the profiles that an entry's capabilities.reasoning names. Qwen Code 0.24.4.
-PROFILES = {
-    "openai-effort": "effort",
-    "dashscope-effort": "effort",
-    "openai-reasoning": "openrouter",
-    "deepseek-openai": "zai",
-    "dashscope-thinking": "switch",
-    "qwen-chat-template": "template",
-}
-
-
-# What a model brings along, by a word in its id. 'thoughts': a message with tool calls needs its
-# thoughts back (Kimi and DeepSeek, thinking mode); 'strings': content is never a list.
-MODEL_TRAITS = {
-    "qwen": frozenset({"qwen", "limits"}),
-    "kimi": frozenset({"thoughts"}),
-    "deepseek": frozenset({"thoughts"}),
-    "qwen-long": frozenset({"strings"}),
-    "coder-model": frozenset({"qwen", "limits"}),
-}
 
 
 @functools.lru_cache(maxsize=256)
 def traits_of(family: str, model: str) -> frozenset[str]:
-    """Return what the rules look at: the family's name and traits, and what the model brings."""
-    brought = [traits for word, traits in MODEL_TRAITS.items() if word in model.lower()]
-    without = MODEL_TRAITS["qwen"] if family in DIALECTS else frozenset()
-    return FAMILIES[family].traits | {family} | (frozenset().union(*brought) - without)
+    """Return what the rules look at: the family's name and traits, and what the model brings.
+
+    'thoughts': a message with tool calls needs its thoughts back (Kimi and DeepSeek, thinking
+    mode); 'strings': content is never a list.
+    """
+    of_qwen = frozenset() if family in DIALECTS else frozenset({"qwen", "limits"})
+    # By a word in its id.
+    brought = {
+        "qwen": of_qwen,
+        "coder-model": of_qwen,
+        "qwen-long": {"strings"},
+        "kimi": {"thoughts"},
+        "deepseek": {"thoughts"},
+    }
+    found = [traits for word, traits in brought.items() if word in model.lower()]
+    return FAMILIES[family].traits.union({family}, *found)
 
 
 class History:
@@ -4209,6 +4201,15 @@ class Rewrite:
             "logprobs parallel_tool_calls enable_search preserve_thinking tool_stream".split(),
             as_switch,
         ),
+    }
+    # The dialects of the profiles that an entry's capabilities.reasoning names. Qwen Code 0.24.4.
+    PROFILES: Mapping[str, str] = {
+        "openai-effort": "effort",
+        "dashscope-effort": "effort",
+        "openai-reasoning": "openrouter",
+        "deepseek-openai": "zai",
+        "dashscope-thinking": "switch",
+        "qwen-chat-template": "template",
     }
     # What these values mean to OpenAI is what happens here anyway.
     MEANT: Mapping[str, tuple[Any, ...]] = {
@@ -4581,8 +4582,8 @@ class Rewrite:
         """Return which of DIALECTS the model is told in; empty where nothing is known of it."""
         name, family = self.facts.dialect, self.family.name
         profile = as_text(self.profile.get("profile"))
-        if profile in PROFILES or family in DIALECTS:
-            return PROFILES.get(profile, family)
+        if profile in self.PROFILES or family in DIALECTS:
+            return self.PROFILES.get(profile, family)
         if "alibaba" in self.traits:
             return "unknown" if self.mode == "unknown" else name
         if "qwen" not in self.traits or self.mode == "unknown":
