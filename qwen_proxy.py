@@ -4175,11 +4175,11 @@ def custom_input(arguments: Any) -> Any:
 
 
 class Rewrite:
-    """One request on its way into the upstream's dialect; each public method is a rule of RULES.
+    """One request on its way into the upstream's dialect.
 
-    A rule replaces fields of self.body, or returns what goes in the place of one item there; what
-    the fields hold is the client's, and never changed. What the client does not get because of a
-    rule goes into self.notes.
+    Its public methods, but for run(), are the rules of RULES. A rule replaces fields of self.body,
+    or returns what goes in the place of one item there; what the fields hold is the client's, and
+    never changed. What the client does not get because of a rule goes into self.notes.
     """
 
     LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
@@ -5027,8 +5027,8 @@ class Repair(NamedTuple):
 
     pattern: a group with the name of a field holds the number for it; how: for the log; when: what
     the body must ask for; unasked: not if it asks for thinking, or the model always thinks; each:
-    what goes in the place of each message; then: a change that needs messages; sets: what to set;
-    drops: fields to leave out.
+    what goes in the place of each message; then: a change that needs messages; sets: what to set,
+    None to leave a field out.
     """
 
     pattern: str
@@ -5038,7 +5038,6 @@ class Repair(NamedTuple):
     each: Callable[[Json], Json] | None = None
     then: Callable[[Json], None] | None = None
     sets: Json = {}
-    drops: tuple[str, ...] = ()
 
 
 _THOUGHTS_WANTED = r"reasoning_content.{0,60}(is missing|must be)|missing.{0,40}reasoning_content"
@@ -5074,7 +5073,7 @@ REPAIRS = (
     Repair(
         r"logprobs",
         "without log probabilities",
-        drops=("logprobs", "top_logprobs"),
+        sets={"logprobs": None, "top_logprobs": None},
     ),
     Repair(
         rf"[Pp]refill is incompatible with enable_thinking|{_THOUGHTS_WANTED}",
@@ -5141,8 +5140,8 @@ def repair_request(body: Json, error: UpstreamError) -> str:
         if repair.then:
             repair.then(body)
         body.update(repair.sets)
-        for name in repair.drops:
-            body.pop(name, None)
+        for name in repair.sets.keys() - stated(repair.sets):
+            del body[name]
         # Otherwise the same body would be refused again.
         if body != before:
             return repair.how.format(**limits)
