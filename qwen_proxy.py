@@ -382,17 +382,9 @@ def model_facts(model: str) -> ModelFacts:
 
 # Limits that several sections share.
 
-# Longest silence of the upstream.
-UPSTREAM_TIMEOUT = 300.0
 CONNECT_TIMEOUT = 10
 # A streaming client is sent something at least this often.
 KEEP_ALIVE_INTERVAL = 15
-RETRIES = 2
-# Windows has no more than select(), which takes 512 sockets.
-MAX_CONNECTIONS = 500 if os.name == "nt" else 1024
-MAX_BODY_MIB = 64
-# From the first signal to the end: docker kills after 10.
-GRACE = 8.0
 # A web page with one of these comes from a gateway that is busy, and is judged by its status.
 RETRY_STATUSES = frozenset({429, 502, 503, 529})
 # Of a request line, a header line, a chunk size.
@@ -426,30 +418,39 @@ class Options(NamedTuple):
     alias: tuple[str, ...] = ()
     failover: bool = False
     qwen_home: str | None = None
-    timeout: float = UPSTREAM_TIMEOUT
-    retries: int = RETRIES
-    max_connections: int = MAX_CONNECTIONS
-    max_body: int = MAX_BODY_MIB
-    grace: float = GRACE
+    # Longest silence of the upstream.
+    timeout: float = 300.0
+    retries: int = 2
+    # Windows has no more than select(), which takes 512 sockets.
+    max_connections: int = 500 if os.name == "nt" else 1024
+    # In MiB.
+    max_body: int = 64
+    # From the first signal to the end: docker kills after 10.
+    grace: float = 8.0
     log_level: str = "info"
     usage_file: str | None = None
     no_usage: bool = False
     demo: bool = False
 
 
+DEFAULTS = Options()
+
+
 class Option(NamedTuple):
-    """What --help says of an option; bounds: of a number, both included; choices: of a text."""
+    """What --help says of an option; bounds: of a number, both included; choices: of a text.
+
+    A number must be more than 0 unless its bounds say otherwise.
+    """
 
     help: str
     metavar: str = ""
-    bounds: tuple[float, float] = (0, float("inf"))
+    bounds: tuple[float, float] = (1e-9, float("inf"))
     choices: tuple[str, ...] = ()
 
 
 # The one table of options: parser, variables (QWEN_PROXY_<OPTION>), checks and README follow it. A
 # default that is a list makes an option that may be repeated (and a variable with commas), a flag
 # is one that is False.
-_POSITIVE = (1e-9, float("inf"))
 OPTIONS = {
     "host": Option("where to listen (default: localhost, that is 127.0.0.1 and ::1)", "HOST"),
     "port": Option("0 picks a free one (default: 8080)", "PORT", (0, 65535)),
@@ -469,14 +470,14 @@ OPTIONS = {
     "alias": Option("another name for a model; gpt-*=ID is possible", "NAME=ID"),
     "failover": Option("when a provider is exhausted or down, try the next that lists the model"),
     "qwen_home": Option("the CLI's folder (default: ~/.qwen; also QWEN_HOME)", "DIR"),
-    "timeout": Option("longest silence of the upstream (default: 300)", "SECONDS", _POSITIVE),
-    "retries": Option("before the first byte of an answer only (default: 2)", "N"),
-    "max_connections": Option(
-        "the next one gets 503 (default: 1024; on Windows 500)", "N", _POSITIVE
+    "timeout": Option("longest silence of the upstream (default: 300)", "SECONDS"),
+    "retries": Option(
+        "before the first byte of an answer only (default: 2)", "N", (0, float("inf"))
     ),
-    "max_body": Option("largest request (default: 64)", "MIB", _POSITIVE),
+    "max_connections": Option("the next one gets 503 (default: 1024; on Windows 500)", "N"),
+    "max_body": Option("largest request (default: 64)", "MIB"),
     "grace": Option(
-        "from the first signal to the end, for running answers (default: 8)", "SECONDS", _POSITIVE
+        "from the first signal to the end, for running answers (default: 8)", "SECONDS"
     ),
     "log_level": Option(
         "debug shows requests and answers, secrets masked (default: info)",
@@ -2869,7 +2870,7 @@ class Waiter:
     def __init__(
         self,
         client: socket.socket | None = None,
-        timeout: float = UPSTREAM_TIMEOUT,
+        timeout: float = DEFAULTS.timeout,
         heartbeat: Callable[[], None] | None = None,
     ):
         self._client, self.timeout, self._heartbeat = client, timeout, heartbeat
@@ -3429,7 +3430,7 @@ class Call:
         api: Any,
         request: Json,
         waiter: Waiter,
-        retries: int = RETRIES,
+        retries: int = DEFAULTS.retries,
         user_agent: str = "",
     ):
         self._upstream, self._api, self._request = upstream, api, request
@@ -10388,11 +10389,11 @@ def make_server(
     alias: Iterable[str] | str = (),
     failover: bool = False,
     qwen_home: str | None = None,
-    timeout: float = UPSTREAM_TIMEOUT,
-    retries: int = RETRIES,
-    max_connections: int = MAX_CONNECTIONS,
-    max_body: int = MAX_BODY_MIB,
-    grace: float = GRACE,
+    timeout: float = DEFAULTS.timeout,
+    retries: int = DEFAULTS.retries,
+    max_connections: int = DEFAULTS.max_connections,
+    max_body: int = DEFAULTS.max_body,
+    grace: float = DEFAULTS.grace,
     usage_file: str | None = None,
     demo: bool = False,
     environ: Mapping[str, str] | None = None,
@@ -10497,7 +10498,8 @@ def tune_process() -> None:
 
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         # No limit is a negative number here, a large one there.
-        wanted = hard if 0 <= hard < 4 * MAX_CONNECTIONS else 4 * MAX_CONNECTIONS
+        enough = 4 * DEFAULTS.max_connections
+        wanted = hard if 0 <= hard < enough else enough
         if 0 <= soft < wanted:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
