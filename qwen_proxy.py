@@ -550,8 +550,8 @@ class ProxyError(Exception):
 
     def body(self) -> Json:
         """Return the body of an error answer, with the upstream's request_id if there is one."""
-        body: Json = {"error": self.error_object()}
-        return {**body, "request_id": public(self.request_id)} if self.request_id else body
+        request_id = {"request_id": public(self.request_id)} if self.request_id else {}
+        return {"error": self.error_object(), **request_id}
 
 
 class BadRequest(ProxyError):
@@ -797,17 +797,16 @@ def encode_json(value: Any, is_request: bool = False) -> bytes:
     client's request, else UpstreamError.
     """
     try:
-        text = _JSON_ENCODER.encode(value)
-    except (ValueError, RecursionError):
-        cause = "a number that is out of range, or is nested too deeply"
-        if is_request:
-            raise BadRequest(f"the body holds {cause}") from None
-        raise UpstreamError(f"the upstream's answer holds {cause}") from None
-    try:
-        return text.encode()
+        return _JSON_ENCODER.encode(value).encode()
     except UnicodeEncodeError:
         # Half of a surrogate pair: a string was cut in an emoji. Strict parsers refuse it.
-        return re.sub("[\ud800-\udfff]", "\ufffd", text).encode()
+        return re.sub("[\ud800-\udfff]", "\ufffd", _JSON_ENCODER.encode(value)).encode()
+    except (ValueError, RecursionError):
+        kind = BadRequest if is_request else UpstreamError
+        whose = "the body" if is_request else "the upstream's answer"
+        raise kind(
+            f"{whose} holds a number that is out of range, or is nested too deeply"
+        ) from None
 
 
 def size_of_json(data: bytes) -> int:
