@@ -1696,16 +1696,14 @@ class ApiKey:
 def key_fault(value: str, source: str) -> str:
     """Return what does not belong to a key, as a sentence; empty for a good one."""
     SECRETS.add(value.strip("\"'").rpartition(" ")[2])
-    if value[:1] in ("'", '"'):
-        return (
-            f"the key in {source} is in quotes, which are part of it there (docker --env-file "
-            "keeps them): take them away"
-        )
-    if value[:7].lower() == "bearer ":
-        return f"the key in {source} begins with 'Bearer ': give the key alone"
-    if not value.isprintable() or not value.isascii():
-        return f"the key in {source} holds a character that no key has: copy it again"
-    return ""
+    faults = {
+        "['\"]": "is in quotes, which are part of it there (docker --env-file keeps them): take "
+        "them away",
+        "(?i:bearer )": "begins with 'Bearer ': give the key alone",
+        "[ -~]*[^ -~]": "holds a character that no key has: copy it again",
+    }
+    found = (fault for pattern, fault in faults.items() if re.match(pattern, value))
+    return next((f"the key in {source} {fault}" for fault in found), "")
 
 
 class DeviceCode(NamedTuple):
