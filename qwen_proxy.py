@@ -114,11 +114,8 @@ Json = Dict[str, Any]
 # OAuth of the Qwen Code CLI: device authorization (RFC 8628) with PKCE (RFC 7636), public client.
 # Qwen Code, packages/core/src/qwen/qwenOAuth2.ts.
 OAUTH_BASE_URL = "https://chat.qwen.ai"
-DEVICE_CODE_PATH = "/api/v1/oauth2/device/code"
 TOKEN_PATH = "/api/v1/oauth2/token"
 CLIENT_ID = "f0304373b74a44d2b584a3fb70ca9e56"
-SCOPE = "openid profile email model.completion"
-DEVICE_GRANT = "urn:ietf:params:oauth:grant-type:device_code"
 # Where a login that names no resource_url is served.
 PORTAL_RESOURCE_URL = "portal.qwen.ai"
 # The one model id that an OAuth login serves.
@@ -1434,7 +1431,7 @@ def post_form(
     oauth_base_url: str,
     path: str,
     fields: dict[str, str],
-    forwarding: Forwarding = DIRECT,
+    forwarding: Forwarding,
     headers: Mapping[str, str] | None = None,
 ) -> tuple[int, Json | None, str]:
     """POST a form to the identity host; returns status, JSON object or None, and a description.
@@ -1448,14 +1445,14 @@ def post_form(
     fault = base_url_fault(url)
     if fault:
         raise UpstreamError(f"QWEN_OAUTH_BASE_URL {fault}", 500)
-    data = urllib.parse.urlencode(fields).encode("ascii", "replace")
+    form = urllib.parse.urlencode({"client_id": CLIENT_ID, **fields})
     own = {
         "Content-Type": "application/x-www-form-urlencoded",
         "Accept": "application/json",
         # Without a User-Agent of its own choice the host answers HTML (hermes-agent #7746).
         "User-Agent": f"qwen_proxy/{__version__}",
     }
-    request = urllib.request.Request(url, data, {**(headers or {}), **own})
+    request = urllib.request.Request(url, form.encode("ascii"), {**(headers or {}), **own})
     try:
         with open_before(request, OAuthCredentials.TIMEOUT, forwarding) as response:
             status, body = response.getcode(), response.read(MAX_ERROR_BODY)
@@ -1559,17 +1556,17 @@ class OAuthCredentials:
         self._login, self._stamp = login, stamp_of(self.path)
 
     def authorize(
-        self, show: Callable[[DeviceCode], None], sleep: Callable[[float], None] = time.sleep
+        self,
+        show: Callable[[DeviceAuthorization], None],
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """Run device authorization to its end, and save the new login; raises ProxyError.
 
         show is called with what the user needs.
         """
-        device = request_device_code(self._oauth_base_url, self._forwarding)
+        device = DeviceAuthorization(self._oauth_base_url, self._forwarding)
         show(device)
-        self.replace(
-            poll_for_login(self._oauth_base_url, device, sleep, forwarding=self._forwarding)
-        )
+        self.replace(device.wait(sleep))
         if self.problem:
             raise CredentialError(f"{self.path} cannot be written: {self.problem}")
 
@@ -1640,11 +1637,7 @@ class OAuthCredentials:
             raise
 
     def _refresh(self, login: Login) -> Login:
-        form = {
-            "grant_type": "refresh_token",
-            "refresh_token": login.refresh_token,
-            "client_id": CLIENT_ID,
-        }
+        form = {"grant_type": "refresh_token", "refresh_token": login.refresh_token}
         status, answer, detail = post_form(self._oauth_base_url, TOKEN_PATH, form, self._forwarding)
         if status == 200 and answer and not answer.get("error"):
             refreshed = Login.from_answer(answer, login.fields)
@@ -1706,118 +1699,106 @@ def key_fault(value: str, source: str) -> str:
     return next((f"the key in {source} {fault}" for fault in found), "")
 
 
-class DeviceCode(NamedTuple):
-    """An authorization that waits for its user (RFC 8628 3.2); expires_in is in seconds."""
+class DeviceAuthorization:
+    """A log-in that waits for its user's approval in the browser (RFC 8628).
 
-    device_code: str
-    code_verifier: str
-    user_code: str
-    verification_uri: str
-    expires_in: float
-
-
-def request_device_code(oauth_base_url: str, forwarding: Forwarding = DIRECT) -> DeviceCode:
-    """Start a device authorization (RFC 8628 3.1); raises UpstreamError when the host refuses."""
-    # Here, since it costs every start 2 ms.
-    import uuid
-
-    # RFC 7636 4.1, 4.2.
-    code_verifier = secrets.token_urlsafe(32)
-    SECRETS.add(code_verifier)
-    digest = hashlib.sha256(code_verifier.encode()).digest()
-    code_challenge = base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
-    form = {"client_id": CLIENT_ID, "scope": SCOPE, "code_challenge": code_challenge}
-    status, answer, detail = post_form(
-        oauth_base_url,
-        DEVICE_CODE_PATH,
-        {**form, "code_challenge_method": "S256"},
-        forwarding,
-        {"x-request-id": str(uuid.uuid4())},
-    )
-    if not answer or not isinstance(answer.get("device_code"), str):
-        raise UpstreamError(f"the device authorization endpoint answered {status}: {detail}")
-    addresses = (answer.get("verification_uri_complete"), answer.get("verification_uri"))
-    address = next((each for each in addresses if is_page_of(oauth_base_url, each)), None)
-    if address is None:
-        raise UpstreamError(
-            "the device authorization endpoint named no page of its own site for the approval"
-        )
-    return DeviceCode(
-        answer["device_code"],
-        code_verifier,
-        str(answer.get("user_code") or "")[:60],
-        address,
-        seconds_in(answer.get("expires_in"), 900),
-    )
-
-
-def is_page_of(base_url: str, address: Any) -> bool:
-    """Return whether an address is a page of the same site; a browser would open anything.
-
-    >>> is_page_of(OAUTH_BASE_URL, OAUTH_BASE_URL + "/authorize?user_code=AB")
-    True
+    verification_uri, user_code: where to approve it, and what the page must show; expires_in:
+    seconds until it is too late.
     """
-    if base_url_fault(address):
-        return False
-    ours, theirs = urllib.parse.urlsplit(base_url), urllib.parse.urlsplit(address)
-    host, other = ours.hostname or "", theirs.hostname or ""
-    is_address = host.replace(".", "").isdigit() or ":" in host
-    # chat.qwen.ai is a page of qwen.ai, and so are its other names.
-    site = host if is_address or host.count(".") < 2 else host.partition(".")[2]
-    return (other == site or other.endswith("." + site)) and theirs.scheme == ours.scheme
 
-
-# RFC 8628 3.5; Qwen Code's first interval.
-LOGIN_POLL_FIRST = 2.0
-
-
-def poll_for_login(
-    oauth_base_url: str,
-    device: DeviceCode,
-    sleep: Callable[[float], None] = time.sleep,
-    forwarding: Forwarding = DIRECT,
-) -> Login:
-    """Wait until the user has approved (RFC 8628 3.4).
-
-    slow_down arrives as HTTP 429 here, not as RFC 8628's 400; a 200 with access_token null is
-    'pending' (Qwen Code, qwenOAuth2.ts). Raises CredentialError when the approval will not come.
-    """
-    interval, deadline = LOGIN_POLL_FIRST, time.monotonic() + device.expires_in
-    form = {
-        "grant_type": DEVICE_GRANT,
-        "client_id": CLIENT_ID,
-        "device_code": device.device_code,
-        "code_verifier": device.code_verifier,
+    PATH = "/api/v1/oauth2/device/code"
+    GRANT = "urn:ietf:params:oauth:grant-type:device_code"
+    SCOPE = "openid profile email model.completion"
+    # RFC 8628 3.5; Qwen Code's first interval.
+    FIRST_INTERVAL = 2.0
+    # By the answer's error, or by its status.
+    VERDICTS = {
+        "access_denied": "the log-in was refused in the browser; run login again to start over",
+        **dict.fromkeys(
+            ("expired_token", 401), "the code has expired; run login again for a new one"
+        ),
     }
-    while time.monotonic() < deadline:
-        sleep(interval)
-        try:
-            status, answer, detail = post_form(oauth_base_url, TOKEN_PATH, form, forwarding)
-        except UpstreamError as error:
-            # A network that comes and goes must not end the log-in.
-            log.warning("%s", error)
-            continue
-        reason = (answer or {}).get("error")
-        if status == 200 and answer is not None and not reason:
-            if answer.get("access_token") is not None:
-                return Login.from_answer(answer, {})
-        elif reason == "authorization_pending":
-            interval = LOGIN_POLL_FIRST
-        elif reason == "slow_down":
-            interval = min(interval * 1.5, 10.0)
-        elif reason == "access_denied":
-            raise CredentialError(
-                "the log-in was refused in the browser; run login again to start over"
+
+    def __init__(self, oauth_base_url: str, forwarding: Forwarding = DIRECT):
+        """Ask for a code (RFC 8628 3.1); raises UpstreamError when the host gives none."""
+        # Here, since it costs every start 2 ms.
+        import uuid
+
+        # RFC 7636 4.1, 4.2.
+        verifier = secrets.token_urlsafe(32)
+        SECRETS.add(verifier)
+        digest = hashlib.sha256(verifier.encode()).digest()
+        form = {
+            "scope": self.SCOPE,
+            "code_challenge": base64.urlsafe_b64encode(digest).rstrip(b"=").decode(),
+            "code_challenge_method": "S256",
+        }
+        headers = {"x-request-id": str(uuid.uuid4())}
+        status, answer, detail = post_form(oauth_base_url, self.PATH, form, forwarding, headers)
+        if not answer or not isinstance(answer.get("device_code"), str):
+            raise UpstreamError(f"the device authorization endpoint answered {status}: {detail}")
+        named = (answer.get("verification_uri_complete"), answer.get("verification_uri"))
+        pages = [page for page in map(as_text, named) if self.is_page_of(oauth_base_url, page)]
+        if not pages:
+            raise UpstreamError(
+                "the device authorization endpoint named no page of its own site for the approval"
             )
-        elif reason == "expired_token" or status == 401:
-            raise CredentialError("the code has expired; run login again for a new one")
-        elif answer is not None or status < 500:
-            raise CredentialError(
-                f"the token endpoint answered {status}: {detail}; run login again"
-            )
-    raise CredentialError(
-        f"the log-in was not approved within {device.expires_in / 60:.0f} minutes; run login again"
-    )
+        self.verification_uri = pages[0]
+        self.user_code = str(answer.get("user_code") or "")[:60]
+        self.expires_in = seconds_in(answer.get("expires_in"), 900)
+        poll = {
+            "grant_type": self.GRANT,
+            "device_code": answer["device_code"],
+            "code_verifier": verifier,
+        }
+        self._poll = functools.partial(post_form, oauth_base_url, TOKEN_PATH, poll, forwarding)
+
+    def wait(self, sleep: Callable[[float], None] = time.sleep) -> Login:
+        """Return the login when the user has approved (RFC 8628 3.4).
+
+        slow_down arrives as HTTP 429 here, not as RFC 8628's 400; a 200 with access_token null is
+        'pending' (Qwen Code, qwenOAuth2.ts). Raises CredentialError when no approval will come.
+        """
+        interval, deadline = self.FIRST_INTERVAL, time.monotonic() + self.expires_in
+        while time.monotonic() < deadline:
+            sleep(interval)
+            try:
+                status, answer, detail = self._poll()
+            except UpstreamError as error:
+                # A network that comes and goes must not end the log-in.
+                log.warning("%s", error)
+                continue
+            reason = dig(answer, "error")
+            if status == 200 and answer is not None and not reason:
+                if answer.get("access_token") is not None:
+                    return Login.from_answer(answer, {})
+            elif reason == "authorization_pending":
+                interval = self.FIRST_INTERVAL
+            elif reason == "slow_down":
+                interval = min(interval * 1.5, 10.0)
+            elif answer is not None or status < 500:
+                verdict = self.VERDICTS.get(as_text(reason)) or self.VERDICTS.get(status)
+                raise CredentialError(
+                    verdict or f"the token endpoint answered {status}: {detail}; run login again"
+                )
+        minutes = f"{self.expires_in / 60:.0f} minutes"
+        raise CredentialError(f"the log-in was not approved within {minutes}; run login again")
+
+    @staticmethod
+    def is_page_of(base_url: str, address: str) -> bool:
+        """Return whether an address is a page of the same site; a browser would open anything.
+
+        >>> DeviceAuthorization.is_page_of(OAUTH_BASE_URL, OAUTH_BASE_URL + "/authorize")
+        True
+        """
+        if base_url_fault(address):
+            return False
+        ours, theirs = urllib.parse.urlsplit(base_url), urllib.parse.urlsplit(address)
+        host, other = ours.hostname or "", theirs.hostname or ""
+        is_address = host.replace(".", "").isdigit() or ":" in host
+        # chat.qwen.ai is a page of qwen.ai, and so are its other names.
+        site = host if is_address or host.count(".") < 2 else host.partition(".")[2]
+        return (other == site or other.endswith("." + site)) and theirs.scheme == ours.scheme
 
 
 # ------------------------------------------------------------------------------------------------
@@ -8348,7 +8329,7 @@ class DeviceLogin:
                 "message": public(getattr(error, "message", "") or reason_of(error)),
             }
 
-    def _show(self, device: DeviceCode) -> None:
+    def _show(self, device: DeviceAuthorization) -> None:
         self.state = {
             "phase": "waiting",
             "address": device.verification_uri,
@@ -10528,7 +10509,7 @@ def cmd_login(options: Options, parsed: argparse.Namespace) -> int:
     path = os.path.join(home, "oauth_creds.json")
     credentials = CliSettings(home, os.environ, home).login_at(path)
 
-    def show(device: DeviceCode) -> None:
+    def show(device: DeviceAuthorization) -> None:
         """Tell the person where to approve the log-in."""
         minutes = f"{device.expires_in / 60:.0f} minutes"
         say(f"Open this address and approve the log-in, within {minutes}:", "")

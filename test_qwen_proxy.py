@@ -311,7 +311,7 @@ class FakeQwen:
             if self.token_script:
                 scripted = self.token_script.popleft()
                 return scripted(form) if callable(scripted) else scripted
-            if form.get("grant_type") == qp.DEVICE_GRANT:
+            if form.get("grant_type") == qp.DeviceAuthorization.GRANT:
                 return self.device_answers.popleft()
             assert form["client_id"] == qp.CLIENT_ID
             used = form.get("refresh_token")
@@ -1448,7 +1448,7 @@ def test_a_body_of_the_identity_host_is_not_told(home, upstream, serve, traces, 
     server = serve(retries=0)
     answers = [fetch(server, route) for route in [*ROUTES, "/v1/models"]]
     assert {status for status, _ in answers[:-1]} <= {401, 503} and len(upstream.token_script) < 20
-    monkeypatch.setattr(qp, "LOGIN_POLL_FIRST", 0.001)
+    monkeypatch.setattr(qp.DeviceAuthorization, "FIRST_INTERVAL", 0.001)
     upstream.token_script.clear()
     upstream.device_answers.extend([answer, DENIED])
     assert qp.main(["login", "--no-browser"]) == 1
@@ -1739,9 +1739,9 @@ too many | reply(429, {"error": "too_many"}) | 2 | 429
 """)
 def test_device_authorization_waits_for_a_verdict(upstream, answers, slept, words):
     upstream.device_answers.extend(pieces_of(answers))
-    device, pauses = qp.request_device_code(upstream.origin), []
+    device, pauses = qp.DeviceAuthorization(upstream.origin), []
     try:
-        assert qp.poll_for_login(upstream.origin, device, pauses.append).access_token == "at_9"
+        assert device.wait(pauses.append).access_token == "at_9"
         assert not words
     except qp.CredentialError as error:
         assert words and words in str(error)
@@ -1769,7 +1769,7 @@ def test_an_odd_answer_leaves_the_login_or_a_good_one(home, upstream, monkeypatc
     except qp.ProxyError:
         assert path.read_text() == before
     path.unlink()
-    monkeypatch.setattr(qp, "LOGIN_POLL_FIRST", 0.01)
+    monkeypatch.setattr(qp.DeviceAuthorization, "FIRST_INTERVAL", 0.01)
     upstream.device_answers.extend([answer, DENIED])
     real = upstream.device_answer
     upstream.device_answer = lambda form: reply(200, {**json.loads(real(form).pieces[0]), **odd})
@@ -1805,7 +1805,7 @@ http://10.9.0.1/
 def device_uri(monkeypatch, base, **fields):
     answer = {"device_code": "dc_123456", "user_code": "AB", "expires_in": 900, **fields}
     monkeypatch.setattr(qp, "post_form", lambda *arguments: (200, answer, "a JSON object"))
-    return qp.request_device_code(base).verification_uri
+    return qp.DeviceAuthorization(base).verification_uri
 
 
 @pytest.mark.parametrize("base", [SITE, "http://127.0.0.1:80", "http://localhost"])
@@ -4984,7 +4984,7 @@ stopped | [] | failed |
 """)
 def test_the_page_logs_in_to_the_end(home, upstream, serve, monkeypatch, answers, phase, words):
     answers, seen = value_of(answers), threading.Event()
-    monkeypatch.setattr(qp, "LOGIN_POLL_FIRST", 0.01 if answers else WAIT)
+    monkeypatch.setattr(qp.DeviceAuthorization, "FIRST_INTERVAL", 0.01 if answers else WAIT)
     monkeypatch.setattr(qp.Providers, "INTERVAL", 0)
     for answer in answers or []:
         upstream.token_script.append(lambda form, answer=answer: seen.wait(WAIT) and answer)
@@ -5108,7 +5108,7 @@ class Browser:
 
 @pytest.mark.skipif(not CHROMIUM, reason="needs Chromium: apt install chromium")
 def test_the_page_in_chromium(home, upstream, serve, monkeypatch, tmp_path):
-    monkeypatch.setattr(qp, "LOGIN_POLL_FIRST", 0.01)
+    monkeypatch.setattr(qp.DeviceAuthorization, "FIRST_INTERVAL", 0.01)
     approved, go = threading.Event(), threading.Event()
     login = {**json.loads(SUCCESS.pieces[0]), "resource_url": upstream.origin}
     upstream.token_script.append(lambda form: approved.wait(WAIT) and reply(200, login))
@@ -6965,7 +6965,7 @@ def test_a_login_says_and_opens_nothing_harmful(
 ):
     opened = []  # H13
     monkeypatch.setattr("webbrowser.open", opened.append)
-    monkeypatch.setattr(qp, "LOGIN_POLL_FIRST", 0.001)
+    monkeypatch.setattr(qp.DeviceAuthorization, "FIRST_INTERVAL", 0.001)
     monkeypatch.setenv("QWEN_HOME", str(home / ESCAPES))
     answer = answer_of(line.replace("ORIGIN", upstream.origin), ESCAPES)
     upstream.device_answers.extend([answer] * (endpoint == "token") + [DENIED])
@@ -6994,7 +6994,7 @@ def test_status_says_no_escapes(home, upstream, monkeypatch, capsys, broken):  #
 
 
 def test_login_writes_the_file(home, upstream, monkeypatch, capsys):
-    monkeypatch.setattr(qp, "LOGIN_POLL_FIRST", 0.01)
+    monkeypatch.setattr(qp.DeviceAuthorization, "FIRST_INTERVAL", 0.01)
     upstream.device_answers.extend([PENDING, SUCCESS])
     assert qp.main(["login", "--no-browser"]) == 0
     said = capsys.readouterr().err
@@ -7006,7 +7006,7 @@ def test_login_writes_the_file(home, upstream, monkeypatch, capsys):
 
 
 def test_login_ended_by_ctrl_c_leaves_nothing(home, upstream, monkeypatch, capsys):
-    monkeypatch.setattr(qp, "poll_for_login", interrupt)
+    monkeypatch.setattr(qp.DeviceAuthorization, "wait", interrupt)
     assert qp.main(["login", "--no-browser"]) == 130
     assert os.listdir(str(home)) == [] and "Traceback" not in capsys.readouterr().err
 
