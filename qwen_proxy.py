@@ -1298,21 +1298,20 @@ class LoginFile:
         os.fsync(handle)
 
 
-def time_left(deadline: float) -> float:
-    """Return the seconds until a deadline (monotonic); raises socket.timeout after it."""
-    remaining = deadline - time.monotonic()
-    if remaining <= 0:
-        raise socket.timeout("timed out")
-    return remaining
-
-
 class DeadlineSocket(socket.socket):
     """A socket that receives nothing after its deadline, however slowly the bytes drip in."""
 
     deadline = float("inf")
 
+    def hurry(self) -> None:
+        """Let what comes next take no longer than until the deadline; raises socket.timeout."""
+        remaining = self.deadline - time.monotonic()
+        if remaining <= 0:
+            raise socket.timeout("timed out")
+        self.settimeout(remaining)
+
     def recv_into(self, *arguments: Any) -> int:
-        self.settimeout(time_left(self.deadline))
+        self.hurry()
         return super().recv_into(*arguments)
 
 
@@ -1341,7 +1340,7 @@ def connect_before(deadline: float, address: tuple[str, int], *_: Any, **__: Any
         try:
             keep_alive(connection)
             connection.deadline = deadline
-            connection.settimeout(time_left(deadline))
+            connection.hurry()
             connection.connect(place)
             return connection
         except OSError as error:
