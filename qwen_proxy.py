@@ -1016,27 +1016,17 @@ NO_LOGIN = (
     "`qwen` and then /auth, where an API key can be set up. `python3 qwen_proxy.py login` comes "
     f"last: that free tier ended on {FREE_TIER_END}, and chat is refused"
 )
-# A token counts as expired this long before it is: the CLI's own margin.
-REFRESH_MARGIN = 30
-# What a header may hold.
-_TOKEN = re.compile(r"[\x21-\x7e]+\Z")
 
 
-class Login(NamedTuple):
+class Login:
     """One state of oauth_creds.json. expires_at is in seconds; fields is the whole file."""
 
-    access_token: str
-    refresh_token: str
-    expires_at: float
-    base_url: str
-    fields: Json
+    # A token counts as expired this long before it is: the CLI's own margin.
+    REFRESH_MARGIN = 30
+    # What a header may hold.
+    HEADER_TEXT = re.compile(r"[\x21-\x7e]+\Z")
 
-    def is_fresh(self, rejected: str = "") -> bool:
-        """Return whether the access token can be used now, and is not the rejected one."""
-        return self.access_token != rejected and time.time() < self.expires_at - REFRESH_MARGIN
-
-    @classmethod
-    def of(cls, fields: Any) -> Login:
+    def __init__(self, fields: Any):
         """Check the JSON of oauth_creds.json; raises CredentialError that names what is wrong.
 
         Qwen Code, sharedTokenManager.ts: the three strings and expiry_date (ms) are required.
@@ -1046,23 +1036,29 @@ class Login(NamedTuple):
         for name in ("access_token", "refresh_token", "token_type"):
             if not as_text(fields.get(name)):
                 raise CredentialError(f"it has no {name}")
-        if not _TOKEN.match(fields["access_token"]):
+        self.fields = fields
+        self.access_token = as_text(fields["access_token"])
+        self.refresh_token = as_text(fields["refresh_token"])
+        if not self.HEADER_TEXT.match(self.access_token):
             raise CredentialError("its access_token holds a character that no header may hold")
         expiry_date = fields.get("expiry_date", 0)
         if not is_number(expiry_date) or not 0 < expiry_date < 1e17:
             raise CredentialError("its expiry_date is not a time in milliseconds")
-        SECRETS.add(fields["access_token"], rotates=True)
-        SECRETS.add(fields["refresh_token"], rotates=True)
-        url = fields.get("resource_url", "")
-        url = PORTAL_RESOURCE_URL if url in (None, "") else url
+        self.expires_at = expiry_date / 1000
+        SECRETS.add(self.access_token, rotates=True)
+        SECRETS.add(self.refresh_token, rotates=True)
+        named = fields.get("resource_url")
+        url = PORTAL_RESOURCE_URL if named in (None, "") else named
         SECRETS.add_userinfo(str(url))
-        base_url = base_url_of(url) if isinstance(url, str) else url
-        fault = base_url_fault(base_url)
+        self.base_url = base_url_of(as_text(url))
+        fault = base_url_fault(self.base_url)
         if fault:
             raise CredentialError(f"its resource_url {fault}")
-        return cls(
-            fields["access_token"], fields["refresh_token"], expiry_date / 1000, base_url, fields
-        )
+
+    def is_fresh(self, rejected: str = "") -> bool:
+        """Return whether the access token can be used now, and is not the rejected one."""
+        is_expired = time.time() >= self.expires_at - self.REFRESH_MARGIN
+        return not is_expired and self.access_token != rejected
 
     @classmethod
     def from_answer(cls, answer: Json, before: Json) -> Login:
@@ -1072,16 +1068,19 @@ class Login(NamedTuple):
         makes the CLI fall back to a host that refuses the token. Raises UpstreamError for an answer
         without a new access token: the old one must not get a new expiry.
         """
-        fields = {**before, "access_token": answer.get("access_token")}
-        for name in ("refresh_token", "token_type", "resource_url"):
-            if _TOKEN.match(as_text(answer.get(name))):
-                fields[name] = answer[name]
-        fields.setdefault("token_type", "Bearer")
-        fields.setdefault("resource_url", PORTAL_RESOURCE_URL)
+        names = ("refresh_token", "token_type", "resource_url")
+        texts = {name: as_text(answer.get(name)) for name in names}
         seconds = seconds_in(answer.get("expires_in"), 3600)
-        fields["expiry_date"] = int((time.time() + seconds) * 1000)
+        fields = {
+            "token_type": "Bearer",
+            "resource_url": PORTAL_RESOURCE_URL,
+            **before,
+            **{name: text for name, text in texts.items() if cls.HEADER_TEXT.match(text)},
+            "access_token": answer.get("access_token"),
+            "expiry_date": int((time.time() + seconds) * 1000),
+        }
         try:
-            return cls.of(fields)
+            return cls(fields)
         except CredentialError as error:
             raise OAuthCredentials.refresh_failed(
                 f"the token endpoint's answer is unusable: {error.message}"
@@ -1244,7 +1243,7 @@ class LoginFile:
         target = os.path.realpath(self.path)
         try:
             text, status = read_regular(target)
-            Login.of(loads(text))
+            Login(loads(text))
         except (OSError, ValueError, CredentialError) as error:
             raise OSError(
                 errno.EPERM,
@@ -1592,7 +1591,7 @@ class OAuthCredentials:
     def _read(self, stamp: Any) -> None:
         self._stamp = stamp
         try:
-            login = Login.of(loads(read_regular(self.path)[0]))
+            login = Login(loads(read_regular(self.path)[0]))
         except (OSError, UnicodeError, CredentialError) as error:
             self.problem = reason_of(error)
             if self._login:
@@ -2780,7 +2779,7 @@ class Providers:
         if not seed or os.path.lexists(path):
             return
         try:
-            login = Login.of(loads(seed))
+            login = Login(loads(seed))
             own = CliSettings(self.home, self._environ, self._folder).login_at(path)
             use = own.adopt if is_read_only else own.replace
             use(login)
@@ -10746,7 +10745,11 @@ def login_lines(login: Json, is_good: bool = True) -> list[str]:
         left = login["expires_at"] - time.time()
         lines.append(
             f"expires {span_of(left)}"
-            + (", refreshed at the next request" if left <= REFRESH_MARGIN and is_good else "")
+            + (
+                ", refreshed at the next request"
+                if left <= Login.REFRESH_MARGIN and is_good
+                else ""
+            )
         )
     mode = login.get("mode", "0")
     if int(mode, 8) & 0o077 and os.name != "nt":

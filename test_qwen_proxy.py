@@ -1147,7 +1147,7 @@ empty token | {"access_token":"","refresh_token":"b","token_type":"Bearer","expi
 """)
 def test_incomplete_login_is_named(text, words):
     with pytest.raises(qp.CredentialError, match=words):
-        qp.Login.of(qp.loads(text))
+        qp.Login(qp.loads(text))
 
 
 def test_base_url_of_resource_url():
@@ -1402,7 +1402,7 @@ print(len(failures), failures[:1])
 
 
 def test_processes_racing_on_single_use_refresh_tokens(home, upstream):
-    upstream.expires_in = qp.REFRESH_MARGIN + 0.3  # seconds for which it is fresh
+    upstream.expires_in = qp.Login.REFRESH_MARGIN + 0.3  # seconds for which it is fresh
     path = write_login(home, upstream, expires_in=0)
     arguments = [sys.executable, "-c", RACER, HERE, str(path), upstream.origin, "3"]
     processes = [subprocess.Popen(arguments, stdout=subprocess.PIPE) for _ in range(4)]
@@ -1785,7 +1785,7 @@ def assert_good(path):
     for name in ("access_token", "refresh_token", "token_type", "resource_url"):
         assert re.match(r"[\x21-\x7e]+\Z", fields[name]), name
     assert fields["access_token"] == "at_9"
-    assert time.time() + qp.REFRESH_MARGIN < fields["expiry_date"] / 1000 < time.time() + 1e9
+    assert time.time() + qp.Login.REFRESH_MARGIN < fields["expiry_date"] / 1000 < time.time() + 1e9
 
 
 SITE = "https://chat.qwen.ai"
