@@ -735,46 +735,6 @@ def _make_public(record: logging.LogRecord) -> bool:
 log.addFilter(_make_public)
 
 
-class Forwarding(NamedTuple):
-    """The forward proxy that all connections go over, where it was named, and hosts without it."""
-
-    url: str = ""
-    source: str = ""
-    exempt: tuple[str, ...] = ()
-
-    @classmethod
-    def of(cls, variable: Callable[[str], str], stated: Any = None) -> Forwarding:
-        """Return what the settings state, or else the variables; a scheme may be missing.
-
-        One for both schemes, in the CLI's order.
-        """
-        names = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy")
-        named = [("proxy in settings.json", as_text(stated))]
-        named += [(name, variable(name)) for name in names]
-        source, url = next((each for each in named if each[1].strip()), ("", ""))
-        SECRETS.add_userinfo(url.strip())
-        scheme, _, rest = url.strip().rpartition("://")
-        userinfo, at, host = rest.rpartition("@")
-        # Passwords as URLs need them.
-        quoted = urllib.parse.quote(userinfo, safe=":%", errors="replace")
-        listed = re.split(r"[\s,]+", variable("no_proxy") or variable("NO_PROXY"))
-        # *.name is .name, and .name is name, which includes what ends in it.
-        exempt = tuple(re.sub(r"^\*?\.", "", name.lower()) for name in listed if name)
-        return cls(f"{scheme or 'http'}://{quoted}{at}{host}" if rest else "", source, exempt)
-
-    def proxy_for(self, host: str) -> str:
-        """Return the proxy for a host, with its port if it has one; empty for none."""
-        host, name = host.lower(), host_of("//" + host)
-        is_exempt = any(
-            exempt == "*" or exempt in (host, name) or name.endswith("." + exempt)
-            for exempt in self.exempt
-        )
-        return "" if is_exempt else self.url
-
-
-DIRECT = Forwarding()
-
-
 def loads(text: str | bytes, default: Any = None) -> Any:
     """Return the JSON value in a text, or the default where it is not JSON."""
     try:
@@ -1377,6 +1337,44 @@ class DeadlineHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             return connection
 
         return super().do_open(connection_to, req, **arguments)
+
+
+class Forwarding:
+    """The forward proxy that all connections go over.
+
+    url: empty for none; source: where it was named; exempt: hosts that are reached without it.
+    """
+
+    def __init__(self, variable: Callable[[str], str], stated: Any = None):
+        """Take what the settings state, or else the variables; a scheme may be missing.
+
+        One for both schemes, in the CLI's order.
+        """
+        names = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy")
+        named = [("proxy in settings.json", as_text(stated))]
+        named += [(name, variable(name)) for name in names]
+        self.source, url = next((each for each in named if each[1].strip()), ("", ""))
+        SECRETS.add_userinfo(url.strip())
+        scheme, _, rest = url.strip().rpartition("://")
+        userinfo, at, host = rest.rpartition("@")
+        # Passwords as URLs need them.
+        quoted = urllib.parse.quote(userinfo, safe=":%", errors="replace")
+        listed = re.split(r"[\s,]+", variable("no_proxy") or variable("NO_PROXY"))
+        # *.name is .name, and .name is name, which includes what ends in it.
+        self.exempt = [re.sub(r"^\*?\.", "", name.lower()) for name in listed if name]
+        self.url = f"{scheme or 'http'}://{quoted}{at}{host}" if rest else ""
+
+    def proxy_for(self, host: str) -> str:
+        """Return the proxy for a host, with its port if it has one; empty for none."""
+        host, name = host.lower(), host_of("//" + host)
+        is_exempt = any(
+            exempt == "*" or exempt in (host, name) or name.endswith("." + exempt)
+            for exempt in self.exempt
+        )
+        return "" if is_exempt else self.url
+
+
+DIRECT = Forwarding(lambda name: "")
 
 
 class ForwardProxy(urllib.request.ProxyHandler):
@@ -2146,7 +2144,7 @@ class CliSettings:
 
     def forwarding(self) -> Forwarding:
         """Return the forward proxy that the settings or the variables name."""
-        return Forwarding.of(self.variable, self.values.get("proxy"))
+        return Forwarding(self.variable, self.values.get("proxy"))
 
     def config(self, entry: Json) -> Json:
         """Return an entry's generationConfig with the reasoning that the CLI would ask for.
