@@ -1486,7 +1486,7 @@ class OAuthCredentials:
         self._oauth_base_url, self._forwarding = oauth_base_url, forwarding
         self._refreshing, self._reading = threading.Lock(), threading.Lock()
         self._login: Login | None = None
-        self._stamp: Any = ()
+        self._stamp = ()
         # When to try again what could not be written (monotonic); 0: nothing.
         self._save_again_at = 0.0
         # The refresh token that failed last, until when it is not tried again, and the error.
@@ -1525,7 +1525,16 @@ class OAuthCredentials:
         with self._reading:
             stamp = stamp_of(self.path)
             if stamp != self._stamp:
-                self._read(stamp)
+                self._stamp = stamp
+                try:
+                    self._login = Login(loads(read_regular(self.path)[0]))
+                    self.problem, self._save_again_at = "", 0.0
+                except (OSError, UnicodeError, CredentialError) as error:
+                    self.problem = reason_of(error)
+                    if self._login:
+                        log.warning(
+                            "%s: %s; still using the login in memory", self.path, self.problem
+                        )
             if self._login is None:
                 raise CredentialError(
                     f"no usable login in {self.path}: {self.problem}; {LOGIN_AGAIN}"
@@ -1586,17 +1595,6 @@ class OAuthCredentials:
                 log.warning("%s: %s", self.path, self.problem)
             self._stamp = stamp_of(self.path)
 
-    def _read(self, stamp: Any) -> None:
-        self._stamp = stamp
-        try:
-            login = Login(loads(read_regular(self.path)[0]))
-        except (OSError, UnicodeError, CredentialError) as error:
-            self.problem = reason_of(error)
-            if self._login:
-                log.warning("%s: %s; still using the login in memory", self.path, self.problem)
-            return
-        self._login, self.problem, self._save_again_at = login, "", 0.0
-
     @contextlib.contextmanager
     def _locked(self, pause: Callable[[float], None] = time.sleep) -> Iterator[None]:
         """Keep out other threads, and by the CLI's lock other processes."""
@@ -1610,8 +1608,11 @@ class OAuthCredentials:
                 stack.enter_context(LockFile(os.path.join(folder, "oauth_creds.lock"), pause))
             except OSError as error:
                 # A read-only folder: no process can write the file, so none needs the lock.
-                reason = reason_of(error)
-                log.warning("cannot create the lock in %s (%s); continuing without", folder, reason)
+                log.warning(
+                    "cannot create the lock in %s (%s); continuing without",
+                    folder,
+                    reason_of(error),
+                )
             yield
 
     def _refreshed(self, login: Login) -> Login:
