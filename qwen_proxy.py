@@ -1225,10 +1225,10 @@ class LoginFile:
                     os.fchown(handle, before.st_uid, before.st_gid)
                 self._complete(handle, before)
             os.replace(temporary, path)
-        except BaseException:
+        finally:
+            # It is there only if it could not be renamed.
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
-            raise
 
     def _overwrite(self, path: str, data: bytes, before: os.stat_result | None) -> None:
         """Write over the old file; blanks make room first, so that it stays whole JSON."""
@@ -1282,9 +1282,10 @@ def keep_alive(connection: socket.socket) -> None:
     """
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     names = {"TCP_KEEPIDLE": 45, "TCP_KEEPALIVE": 45, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 5}
-    for name in filter(functools.partial(hasattr, socket), names):
-        with contextlib.suppress(OSError):
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), names[name])
+    for name, value in names.items():
+        # Each system has some of them.
+        with contextlib.suppress(AttributeError, OSError):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def connect_before(deadline: float, address: tuple[str, int], *_: Any, **__: Any) -> socket.socket:
