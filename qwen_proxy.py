@@ -379,11 +379,6 @@ def model_facts(model: str) -> ModelFacts:
 
 # Limits that several sections share.
 
-CONNECT_TIMEOUT = 10
-# A streaming client is sent something at least this often.
-KEEP_ALIVE_INTERVAL = 15
-# A web page with one of these comes from a gateway that is busy, and is judged by its status.
-RETRY_STATUSES = frozenset({429, 502, 503, 529})
 # Of a request line, a header line, a chunk size.
 MAX_LINE = 65_536
 # Of a refusal's body, and of the head of an answer.
@@ -964,17 +959,10 @@ def stamp_of(path: str) -> Any:
 # Credentials
 # ------------------------------------------------------------------------------------------------
 
-LOGIN_AGAIN = "run `qwen` and then /auth, or `python3 qwen_proxy.py login`"
 FREE_TIER_ENDED = (
     f"Qwen's free OAuth tier ended on {FREE_TIER_END}: a login still works, but chat does not. "
     "Configure an API key in the CLI (run `qwen`, then /auth), or start with --provider NAME and "
     "its key in the environment"
-)
-NO_LOGIN = (
-    "no Qwen login on this machine. With a key: DASHSCOPE_API_KEY=YOUR_KEY python3 qwen_proxy.py "
-    "--provider dashscope-intl (--help names the other providers and their variables). Or run "
-    "`qwen` and then /auth, where an API key can be set up. `python3 qwen_proxy.py login` comes "
-    f"last: that free tier ended on {FREE_TIER_END}, and chat is refused"
 )
 
 
@@ -1479,6 +1467,7 @@ class OAuthCredentials:
     PAUSE = 5.0
     # Before a login that could not be written is tried again.
     SAVE_PAUSE = 30.0
+    LOGIN_AGAIN = "run `qwen` and then /auth, or `python3 qwen_proxy.py login`"
 
     def __init__(
         self, path: str, oauth_base_url: str = OAUTH_BASE_URL, forwarding: Forwarding = DIRECT
@@ -1538,7 +1527,7 @@ class OAuthCredentials:
                         )
             if self._login is None:
                 raise CredentialError(
-                    f"no usable login in {self.path}: {self.problem}; {LOGIN_AGAIN}"
+                    f"no usable login in {self.path}: {self.problem}; {self.LOGIN_AGAIN}"
                 )
             return self._login
 
@@ -1656,7 +1645,8 @@ class OAuthCredentials:
             return current
         log.warning("the token endpoint refused the refresh token: %s", detail)
         raise CredentialError(
-            f"the login in {self.path} has expired and its refresh token was refused; {LOGIN_AGAIN}"
+            f"the login in {self.path} has expired and its refresh token was refused; "
+            f"{self.LOGIN_AGAIN}"
         )
 
     @classmethod
@@ -2416,6 +2406,13 @@ class Discovery:
         ("anthropic", ("ANTHROPIC_API_KEY", "ANTHROPIC_BASE_URL", "ANTHROPIC_MODEL")),
         ("gemini", ("GEMINI_API_KEY", "GEMINI_MODEL")),
     )
+    NO_LOGIN = (
+        "no Qwen login on this machine. With a key: DASHSCOPE_API_KEY=YOUR_KEY python3 "
+        "qwen_proxy.py --provider dashscope-intl (--help names the other providers and their "
+        "variables). Or run `qwen` and then /auth, where an API key can be set up. `python3 "
+        f"qwen_proxy.py login` comes last: that free tier ended on {FREE_TIER_END}, and chat is "
+        "refused"
+    )
 
     def __init__(self, options: Options, settings: CliSettings, known: dict[str, OAuthCredentials]):
         self._options, self._settings = options, settings
@@ -2425,7 +2422,7 @@ class Discovery:
         listed = SettingsProviders(settings)
         self._listed = list(listed.providers.values())
         self._oauth = oauth_providers(settings, known)
-        self.advice = self.problem or "; ".join(listed.notes) or NO_LOGIN
+        self.advice = self.problem or "; ".join(listed.notes) or self.NO_LOGIN
         try:
             active = None if self.problem else self._choose()
         except CredentialError as error:
@@ -2842,6 +2839,8 @@ class Waiter:
     LOOK = 0.25
     # Bytes that bring nothing, such as comments, may come this many times as long as silence lasts.
     PATIENCE = 10
+    # A streaming client is sent something at least this often.
+    HEARTBEAT = 15
 
     def __init__(
         self,
@@ -2894,7 +2893,7 @@ class Waiter:
                 504,
                 "upstream_timeout",
             )
-        if self._heartbeat and now - self.last_sign >= KEEP_ALIVE_INTERVAL * 0.99:
+        if self._heartbeat and now - self.last_sign >= self.HEARTBEAT * 0.99:
             try:
                 self._heartbeat()
             except OSError:
@@ -3160,6 +3159,7 @@ class Upstream(urllib.request.AbstractHTTPHandler):
     turns out dead before it gave one byte is replaced once; a new one that fails is an error.
     """
 
+    CONNECT_TIMEOUT = 10
     # Kept open to each upstream, and for how long: shorter than any gateway's idle limit we know.
     IDLE, IDLE_AGE = 64, 30.0
     _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+\Z")
@@ -3280,7 +3280,7 @@ class Upstream(urllib.request.AbstractHTTPHandler):
             ) from error
 
     def _connect(self, request: Any) -> socket.socket:
-        seconds = min(request.timeout, CONNECT_TIMEOUT)
+        seconds = min(request.timeout, self.CONNECT_TIMEOUT)
         try:
             if request.type == "https":
                 connection: Any = http.client.HTTPSConnection(request.host, context=self._context)
@@ -5177,7 +5177,8 @@ class Refusal(NamedTuple):
         # DashScope's own messages begin with <400>, which is no web page.
         page = web_page(stripped)
         if page:
-            code = "html" if status in RETRY_STATUSES else "upstream_html"
+            # One with these comes from a gateway that is busy, and is judged by its status.
+            code = "html" if status in (429, 502, 503, 529) else "upstream_html"
             return cls(status, f"a gateway answered with {page} instead of the API", code)
         return cls(status, " ".join(shorten(stripped, 500).split()))
 

@@ -739,7 +739,7 @@ def lines_of(server, path, body):
 @pytest.fixture()
 def quick(keyed, monkeypatch):
     """A server that gives a sign of life every 50 ms."""
-    monkeypatch.setattr(qp, "KEEP_ALIVE_INTERVAL", 0.05)
+    monkeypatch.setattr(qp.Waiter, "HEARTBEAT", 0.05)
     monkeypatch.setattr(qp.Waiter, "LOOK", 0.02)
     return keyed()
 
@@ -1354,7 +1354,7 @@ def test_what_is_not_written_is_written_later_or_gives_way(home, upstream, stale
 def test_a_client_that_leaves_leads_to_no_refresh_without_the_lock(
     home, upstream, stale, monkeypatch
 ):
-    monkeypatch.setattr(qp, "KEEP_ALIVE_INTERVAL", 0)
+    monkeypatch.setattr(qp.Waiter, "HEARTBEAT", 0)
     lock, watch = locked(home), qp.Waiter(None, 5, refuse_to_write)
     with pytest.raises(qp.ClientGone):
         stale[1].access_token(pause=watch.sleep)
@@ -1872,7 +1872,11 @@ DRIPPED += [("proxy", "headers"), ("status", "status line"), ("status", "early a
 
 @pytest.mark.parametrize("place, kind", DRIPPED)
 def test_who_drips_is_left(home, upstream, serve, monkeypatch, capsys, place, kind):  # B3
-    for owner in (qp, "CONNECT_TIMEOUT"), (qp, "STATUS_TIMEOUT"), (qp.OAuthCredentials, "TIMEOUT"):
+    for owner in (
+        (qp.Upstream, "CONNECT_TIMEOUT"),
+        (qp, "STATUS_TIMEOUT"),
+        (qp.OAuthCredentials, "TIMEOUT"),
+    ):
         monkeypatch.setattr(*owner, 0.1)
     start, drip = DRIPS[kind]
     dripper = NoiseUpstream(start, *(b"%c" % byte for byte in drip), pace=0.01, most=ENOUGH)
@@ -6105,7 +6109,7 @@ def test_failover_goes_to_another_that_lists_the_model(upstream, second, serve_t
 
 
 def test_failover_from_hosts_that_cannot_be_reached(serve_two, monkeypatch):
-    monkeypatch.setattr(qp, "CONNECT_TIMEOUT", 0.2)
+    monkeypatch.setattr(qp.Upstream, "CONNECT_TIMEOUT", 0.2)
     with contextlib.ExitStack() as stack:
         free = stack.enter_context(socket.socket())
         free.bind(("127.0.0.1", 0))
@@ -6217,7 +6221,7 @@ def test_bytes_that_bring_nothing_have_a_limit(noisy, monkeypatch, name, is_stre
 
 @pytest.mark.parametrize("name", ["comments", "comments behind text"])
 def test_a_sign_of_life_goes_out_however_busy_the_upstream_is(noisy, monkeypatch, name):  # B1
-    monkeypatch.setattr(qp, "KEEP_ALIVE_INTERVAL", 0.05)
+    monkeypatch.setattr(qp.Waiter, "HEARTBEAT", 0.05)
     monkeypatch.setattr(qp.Waiter, "LOOK", 0.02)
     lines = lines_of(noisy(NOISE[name]).server, CHAT, {"messages": HI})  # client 15
     said = list(itertools.islice(filter(bytes.strip, lines), 6))
