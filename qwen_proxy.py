@@ -9818,7 +9818,6 @@ class ProxyServer:
         self.streams.close()
         self._lists.close()
         self.upstream.close()
-        LockFile.release_all()
         self.ledger.close(max(0.5, end - time.monotonic()))
         self._stopped.set()
 
@@ -10420,6 +10419,7 @@ def cmd_serve(options: Options, _: argparse.Namespace) -> int:
         server.serve_forever()
     if not last_words(f"stopped after {server.ledger.summary()}"):
         # The interpreter would wait for stderr at its end.
+        LockFile.release_all()
         os._exit(0)
     return 0
 
@@ -10427,8 +10427,9 @@ def cmd_serve(options: Options, _: argparse.Namespace) -> int:
 def stop_serving(server: ProxyServer, number: int, frame: Any) -> None:
     """Stop gently at the first signal, at once at the second one."""
     if server.is_stopping:
-        LockFile.release_all()
         last_words("stopped at once")
+        # Last of all: until then a request may take the lock.
+        LockFile.release_all()
         os._exit(1)
     server.is_stopping = True
     threading.Thread(target=server.shutdown).start()
