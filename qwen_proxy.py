@@ -63,7 +63,6 @@ import fnmatch
 import functools
 import gc
 import hashlib
-import hmac
 import html
 import http.client
 import http.server
@@ -8613,7 +8612,7 @@ class AccessPolicy:
         values = [value.strip(" ").encode("latin-1", "replace") for value in presented]
         # All of them, in constant time.
         matches = [
-            any([hmac.compare_digest(key, value) for value in values])  # noqa: C419
+            any([secrets.compare_digest(key, value) for value in values])  # noqa: C419
             for key in self._keys
         ]
         return matches.index(True) + 1 if any(matches) else 0
