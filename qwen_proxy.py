@@ -915,20 +915,22 @@ def reason_of(error: BaseException) -> str:
     """Return a few words for a failure, without Python's names for it."""
     if isinstance(error, urllib.error.URLError) and isinstance(error.reason, BaseException):
         error = error.reason
-    if isinstance(error, socket.timeout):
-        return "timed out"
-    if isinstance(error, socket.gaierror):
-        return "the host name cannot be resolved"
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return (
-            f"its TLS certificate is not trusted ({error.verify_message}); a private CA goes into "
-            "SSL_CERT_FILE"
-        )
-    if isinstance(error, ssl.SSLError):
-        return f"TLS failed ({error.reason or 'connection closed'})"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror[:1].lower() + error.strerror[1:]
-    return str(getattr(error, "reason", error)) or type(error).__name__
+    reason, system = getattr(error, "reason", None), as_text(getattr(error, "strerror", None))
+    # The first that fits and has words.
+    kinds = (
+        (socket.timeout, "timed out"),
+        (socket.gaierror, "the host name cannot be resolved"),
+        (
+            ssl.SSLCertVerificationError,
+            f"its TLS certificate is not trusted ({getattr(error, 'verify_message', '')}); a "
+            "private CA goes into SSL_CERT_FILE",
+        ),
+        (ssl.SSLError, f"TLS failed ({reason or 'connection closed'})"),
+        (OSError, system[:1].lower() + system[1:]),
+        (BaseException, str(reason or error)),
+    )
+    found = (words for kind, words in kinds if isinstance(error, kind) and words)
+    return next(found, type(error).__name__)
 
 
 def read_regular(path: str, errors: str = "strict") -> tuple[str, os.stat_result]:
