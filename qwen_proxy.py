@@ -9983,7 +9983,7 @@ class ProxyServer:
 
 def option_fault(name: str, value: Any) -> str:
     """Return what is wrong with the value of an option, as the end of a sentence; else empty."""
-    default, (least, most) = Options._field_defaults[name], OPTIONS[name].bounds
+    default, (_, _, (least, most), choices) = Options._field_defaults[name], OPTIONS[name]
     bounds = "must be more than 0" if 0 < least < 1 else "must not be negative"
     bounds = f"must be between {least} and {most}" if most < 1e9 else bounds
     is_within = is_number(value) and least <= value <= most
@@ -9993,7 +9993,9 @@ def option_fault(name: str, value: Any) -> str:
         (isinstance(default, bool) and not isinstance(value, bool), "must be true or false"),
         ((default is None or isinstance(default, str)) and not is_text, "must be a string"),
         (type(default) is int and type(value) is not int, "must be a whole number"),
+        (is_number(default) and not is_number(value), "must be a number"),
         (is_number(default) and not is_within, bounds),
+        (choices and value not in choices, f"must be one of {', '.join(choices)}"),
     )
     return next((text for is_wrong, text in faults if is_wrong), "")
 
@@ -10180,29 +10182,31 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def words_of(environ: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """Return the QWEN_PROXY_* variables as words to stand before and behind a command line.
+def with_variables(given: Json, environ: Mapping[str, str]) -> Json:
+    """Return the options of the command line, and behind them those of QWEN_PROXY_* variables.
 
-    So it overrides what has one value, and its own values of what may be repeated come first.
-    Raises ValueError for a variable that cannot be meant.
+    The command line overrides what has one value; of what may be repeated its own come first.
+    Raises ValueError for a variable that cannot be meant, with its name.
     """
-    before, behind = [], []
-    for name in OPTIONS:
-        flag, variable = "--" + name.replace("_", "-"), f"QWEN_PROXY_{name.upper()}"
-        default, text = Options._field_defaults[name], environ.get(variable, "")
+    options = dict(given)
+    readers = {bool: as_switch, int: as_decimal, float: as_decimal}
+    for name, default in Options._field_defaults.items():
+        variable = f"QWEN_PROXY_{name.upper()}"
         if isinstance(default, tuple):
-            texts = [environ[each] for each in (variable, variable + "S") if each in environ]
-            values = [value.strip() for each in texts for value in each.split(",")]
-            if name == "api_key":
-                checked_keys(values, variable + "S")
-            behind += [f"{flag}={value}" for value in values if value]
-        elif default is False and text:
-            if as_switch(text) is None:
-                raise ValueError(f"{variable} must be 1 or 0")
-            before += [flag] if as_switch(text) else []
-        elif text:
-            before.append(f"{flag}={text}")
-    return before, behind
+            variables = [each for each in (variable, variable + "S") if each in environ]
+            parts = [part.strip() for each in variables for part in environ[each].split(",")]
+            # An empty key is refused: to serve without one would open the door.
+            value: Any = [part for part in parts if part or name == "api_key"]
+            variable, options[name] = " and ".join(variables), [*options.get(name, ()), *value]
+        elif name in options or not environ.get(variable):
+            continue
+        else:
+            value = options[name] = readers.get(type(default), str)(environ[variable])
+        try:
+            checked_options({name: value})
+        except ValueError as error:
+            raise ValueError(f"{variable}: {error}") from None
+    return options
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -10218,11 +10222,11 @@ def main(argv: list[str] | None = None) -> int:
     command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "serve"
     parser = build_parser()
     try:
-        before, behind = words_of(os.environ)
-        parsed, unknown = parser.parse_known_args([*before, *arguments, *behind])
+        parsed, unknown = parser.parse_known_args(arguments)
         if unknown:
             raise ValueError(unknown_word(unknown[0], list(vars(parsed))))
-        options = checked_options(stated({name: getattr(parsed, name) for name in OPTIONS}))
+        given = stated({name: getattr(parsed, name) for name in OPTIONS})
+        options = checked_options(with_variables(given, os.environ))
     except ValueError as error:
         parser.error(public(str(error)))
     # SIGTERM ends a command as Ctrl-C does, so that the CLI's lock does not stay behind.

@@ -6936,6 +6936,47 @@ def test_a_key_that_protects_nothing_ends_the_start(main, monkeypatch, arguments
     assert variable is not None or "--no-auth" not in said
 
 
+@rows("""
+variable | value | words
+a word for a number | PORT | "x" | --port must be a whole number
+no port | PORT | "65536" | between 0 and 65535
+a number of none | GRACE | ".5.5" | must be a number
+no switch | DEMO | "perhaps" | --demo must be true or false
+none of several | LOG_LEVEL | "loud" | must be one of debug, info
+an address | BASE_URL | "h/v1" | http://
+one of a list | ALIAS | "a=b, c" | NAME=ID, not 'c'
+a list | ALLOW_HOSTS | "ok, a b" | not 'a b'
+""")
+def test_a_variable_that_cannot_be_meant_is_named(main, monkeypatch, variable, value, words):
+    monkeypatch.setenv(f"QWEN_PROXY_{variable}", value_of(value))
+    code, said = main("status", "--offline")
+    assert code == 2 and f"error: QWEN_PROXY_{variable}: " in said and words in said
+    assert main("--version") == (0, f"qwen_proxy {qp.__version__}\n")
+    code, said = main("--help")
+    assert code == 0 and "--usage-file" in said
+
+
+@rows("""
+environ | arguments | name | value
+one | PORT="0" | | port | 0
+one of the command line | PORT="x" | --port=1 | port | 1
+a switch | FAILOVER="on" | | failover | True
+a switch that is off | FAILOVER="no" | | failover | False
+set to nothing | ALLOW_HOSTS="", TIMEOUT="" | | allow_host | ()
+of a list its own first | ALIAS="a=1,b=2" | --alias=a=3 | alias | ("a=3", "a=1", "b=2")
+both spellings | API_KEY="key-1", API_KEYS="key-2, key-3" | | api_key | ("key-1", "key-2", "key-3")
+""")
+def test_variables_stand_behind_the_command_line(
+    main, monkeypatch, environ, arguments, name, value
+):
+    for variable, text in fields(environ).items():
+        monkeypatch.setenv(f"QWEN_PROXY_{variable}", text)
+    found = []
+    monkeypatch.setitem(qp.COMMANDS, "status", lambda options, _: found.append(options) or 0)
+    assert main("status", *arguments.split())[0] == 0
+    assert getattr(found[0], name) == value_of(value)
+
+
 @pytest.mark.parametrize("host, begin", [("", ""), ("x.localhost", "-"), ("::", "sk-")])
 def test_a_host_without_a_key_is_refused_with_a_command(main, monkeypatch, host, begin):  # H1
     numbers, fresh = itertools.count(10**30), set()
