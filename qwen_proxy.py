@@ -2287,6 +2287,9 @@ class SettingsProviders:
         # What is there and cannot be used, with its field.
         self.notes: list[str] = []
         self.providers: dict[tuple[str, str], Provider] = {}
+        # Of a model id, and of one at a base URL, the provider of the first entry, which counts
+        # for the CLI; it may be one that is not read.
+        self.first: dict[tuple[str, str], Provider] = {}
         protocols = as_object(dig(settings.values, "providerProtocol"))
         kinds = settings.values.get("modelProviders", {})
         if not isinstance(kinds, dict):
@@ -2303,32 +2306,37 @@ class SettingsProviders:
                 self.notes.append(f"{where} in settings.json {words}")
 
     def _read(self, entry: Json, where: str) -> None:
+        model, wire = as_text(entry.get("id")), entry.get("wireApi", "chat-completions")
         flag = next((flag for flag in self.FLAGS if entry.get(flag)), "")
-        wire = entry.get("wireApi", "chat-completions")
-        if not as_text(entry.get("id")):
-            self.notes.append(f"{where} is not read: its id must be a string")
-        elif flag:
-            self.notes.append(f"{where} is not read: {flag} is no chat model")
-        elif wire != "chat-completions":
-            words = f"wireApi {shorten(str(wire), 40)} is not spoken here"
-            self.notes.append(f"{where} is not read: {words}")
+        faults = (
+            (not model, "its id must be a string"),
+            (flag, f"{flag} is no chat model"),
+            (wire != "chat-completions", f"wireApi {shorten(str(wire), 40)} is not spoken here"),
+        )
+        fault = next((words for is_wrong, words in faults if is_wrong), "")
+        base_url, problem = self._base_url(entry)
+        if fault:
+            self.notes.append(f"{where} is not read: {fault}")
+            provider = unusable_provider(where, f"{where}: {fault}")
         else:
-            self._add(entry, where)
+            provider = self._provider(entry, where, base_url, problem)
+        provider.entries.setdefault(model, self._settings.config(entry))
+        self.first.setdefault((model, base_url), provider)
+        self.first.setdefault((model, ""), provider)
 
-    def _add(self, entry: Json, where: str) -> None:
-        """Put an entry under its provider; key and base URL come from the entry alone.
+    def _provider(self, entry: Json, where: str, base_url: str, problem: str) -> Provider:
+        """Return the provider that an entry belongs to; key and base URL come from it alone.
 
         The CLI would fall back from an unset envKey to OPENAI_API_KEY, and so send one company's
         key to another; here a variable that is not set stays an error with its name in it. Nor does
         anything wrong or missing get a default host.
         """
         variable = as_text(entry.get("envKey", "OPENAI_API_KEY")).strip()
-        base_url, problem = self._base_url(entry)
-        if not variable:
-            problem = "envKey must be the name of a variable"
+        problem = problem if variable else "envKey must be the name of a variable"
+        name = "unnamed" if problem else name_at(base_url)
         key = (where if problem else base_url, variable)
         if key not in self.providers:
-            name, others = "unnamed" if problem else name_at(base_url), self.providers.values()
+            others = self.providers.values()
             taken = [other.name.split("#")[0] for other in others].count(name)
             name = f"{name}#{taken + 1}" if taken else name
             self.providers[key] = (
@@ -2336,7 +2344,7 @@ class SettingsProviders:
                 if problem
                 else keyed_provider(self._settings, where, name, base_url, variable)
             )
-        self.providers[key].entries.setdefault(entry["id"], self._settings.config(entry))
+        return self.providers[key]
 
     def _base_url(self, entry: Json) -> tuple[str, str]:
         """Return an entry's base URL and '', or what it says and why that is none."""
@@ -2421,7 +2429,7 @@ class Discovery:
         self.problem = "" if options.provider or options.base_url else settings.problem
         self._wanted, self._wanted_at = self._wanted_model()
         listed = SettingsProviders(settings)
-        self._listed = list(listed.providers.values())
+        self._listed, self._first = list(listed.providers.values()), listed.first
         self._oauth = oauth_providers(settings, known)
         self.advice = self.problem or "; ".join(listed.notes) or self.NO_LOGIN
         try:
@@ -2512,13 +2520,13 @@ class Discovery:
         return own if kind == "qwen-oauth" or kind is None and is_there else None
 
     def _by_entry(self) -> Provider | None:
-        """Return the provider of the entry with the wanted id; of several, that of model.baseUrl.
+        """Return the provider of the entry with the wanted id: that at model.baseUrl, or the first.
 
-        Qwen Code, its model resolver.
+        It is never another one because that cannot be used. Qwen Code, its model resolver.
         """
-        having = [provider for provider in self._listed if self._wanted in provider.entries]
-        having.sort(key=lambda provider: provider.stated_url != self._wanted_at)
-        return having[0] if having else None
+        id_only, exact = (self._wanted, ""), (self._wanted, self._wanted_at)
+        first = self._first.get(exact) or self._first.get(id_only)
+        return first if self._wanted else None
 
     def _by_environment(self) -> Provider | None:
         url = self._settings.variable("OPENAI_BASE_URL")
@@ -2537,8 +2545,8 @@ class Discovery:
 
         It is never another one because that has no key.
         """
-        having = [provider for provider in self._listed if DEFAULT_MODEL in provider.entries]
-        return next(iter(self._listed if self._wanted else having + self._listed), None)
+        default = None if self._wanted else self._first.get((DEFAULT_MODEL, ""))
+        return default or next(iter(self._listed), None)
 
     def _by_lone_key(self) -> Provider | None:
         """Return the provider of the only key in the environment, if its host is certain."""
@@ -2559,7 +2567,7 @@ class Discovery:
             )
         return None
 
-    def _wanted_model(self) -> tuple[str, str | None]:
+    def _wanted_model(self) -> tuple[str, str]:
         """Return the model that the CLI would use, and the base URL that settings.json has for it.
 
         Of two entries with one id it tells which is meant.
@@ -2569,7 +2577,7 @@ class Discovery:
         name = re.sub(r"^\$runtime\|[^|]*\|", "", as_text(stored.get("name")))
         base_url = as_text(stored.get("baseUrl")).rstrip("/") if name and not option else ""
         named = option or name or variable("OPENAI_MODEL") or variable("QWEN_MODEL")
-        return named, base_url or None
+        return named, base_url
 
     def _default_model(self, active: Provider | None) -> str:
         wanted = self._wanted

@@ -2387,6 +2387,33 @@ def test_an_entry_with_a_wrong_field_is_refused_by_its_name(world, outside, fiel
     assert world.goes(model="good") == "A sk-good-1" and outside == []
 
 
+# Entries as id@upstream with a field of their own, in file order; model.name and model.baseUrl;
+# and where a request goes that names no model, or the field that its 401 names.
+@rows("""
+entries | model | expected
+the first | x@A; m@B; m@A | m | B
+the first, without a key | x@A; m@B envKey="NONE"; m@A | m | NONE
+the first, without an address | x@A; m@B baseUrl=" "; m@A | m | baseUrl
+the first, of another API | x@A; m@B wireApi="responses"; m@A | m | wireApi
+the first, for voices | m@B voiceOnly=True; m@A | m | voiceOnly
+that at the address | x@A; m@B; m@C | m C | C
+that at the address, broken | m@B; m@C envKey=5; m@C | m C | envKey
+none at the address | x@A; m@B; m@C | m A | B
+the CLI's default | x@A; qwen3.7-max@B envKey="NONE"; qwen3.7-max@A | | NONE
+""")
+def test_the_first_entry_with_the_id_counts(world, entries, model, expected):
+    listed, (name, _, letter) = [], model.partition(" ")
+    for entry in entries.split("; "):
+        id, host, more = re.match(r"(\S+)@(\w) ?(.*)", entry).groups()
+        listed.append({"id": id, "baseUrl": world.url[host], "envKey": "K", **fields(more)})
+    wanted = {"name": name, **({"baseUrl": world.url[letter]} if letter else {})}
+    settings = {"modelProviders": {"openai": listed}, "env": {"K": "sk-good-1"}, "model": wanted}
+    world.write(USER, {**settings, "security": OPENAI})
+    world.start()
+    goes = world.goes()
+    assert goes == f"{expected} sk-good-1" or goes.startswith("401 ") and expected in goes
+
+
 @pytest.mark.parametrize("value", [5, "file:///v1", ["https://h.example"]])
 @pytest.mark.parametrize("field", ["baseUrl", "resource_url"])
 def test_a_base_url_for_all_of_a_wrong_kind_is_refused(world, outside, field, value):  # H12
