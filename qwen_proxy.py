@@ -1916,21 +1916,16 @@ def qwen_home(environ: Mapping[str, str], option: str | None = None) -> str:
     return os.path.abspath(named)
 
 
-_DOTENV_LINE = re.compile(
-    r"""^[ \t]*(?:export[ \t]+)?([\w.-]+)[ \t]*[=:][ \t]*
-    (?: ("(?:\\.|[^"\\])*" | '[^']*' | `[^`]*`) | ([^#\r\n]*) )""",
-    re.M | re.X,
-)
-
-
 def parse_dotenv(text: str) -> dict[str, str]:
     r"""Return NAME=value lines as the dotenv package reads them.
 
     >>> parse_dotenv('export A=1 # note\nB="x\\ny"') == {"A": "1", "B": "x\ny"}
     True
     """
+    line = r"""(?mx) ^[ \t]*(?:export[ \t]+)?([\w.-]+)[ \t]*[=:][ \t]*
+        (?: ("(?:\\.|[^"\\])*" | '[^']*' | `[^`]*`) | ([^#\r\n]*) )"""
     values = {}
-    for name, quoted, bare in _DOTENV_LINE.findall(text):
+    for name, quoted, bare in re.findall(line, text):
         value = quoted[1:-1] or bare.strip()
         if quoted.startswith('"'):
             value = value.replace("\\n", "\n").replace("\\r", "\r").replace('\\"', '"')
@@ -1951,16 +1946,14 @@ def parse_settings(text: str) -> Json:
     return settings
 
 
-# Never filled in. Qwen Code, settings.ts.
-UNEXPANDED = frozenset({"SESSION_ID", "QWEN_CODE_SESSION_ID"})
-
-
 def expand_variables(value: Any, environ: Mapping[str, str]) -> Any:
     """Replace $NAME and ${NAME} in every string of a JSON value; unknown names stay."""
 
     def known(match: re.Match[str]) -> str:
         name = match.group(1) or match.group(2)
-        return match.group() if name.upper() in UNEXPANDED else environ.get(name, match.group())
+        # Qwen Code, settings.ts.
+        is_kept = name.upper() in ("SESSION_ID", "QWEN_CODE_SESSION_ID")
+        return match.group() if is_kept else environ.get(name, match.group())
 
     if isinstance(value, str):
         return re.sub(r"\$(?:(\w+)|\{(\w+)\})", known, value)
@@ -1973,11 +1966,12 @@ def expand_variables(value: Any, environ: Mapping[str, str]) -> Any:
 
 def merge(low: Json, high: Json) -> Json:
     """Return two settings objects merged in depth; the second one wins."""
-    merged = dict(low)
-    for name, value in high.items():
-        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
-        merged[name] = merge(merged[name], value) if both else value
-    return merged
+    in_both = {
+        name: merge(low[name], value)
+        for name, value in high.items()
+        if isinstance(value, dict) and isinstance(low.get(name), dict)
+    }
+    return {**low, **high, **in_both}
 
 
 def current_form(settings: Json) -> Json:
