@@ -2034,13 +2034,9 @@ class WatchedFiles:
             if good and not text.strip():
                 raise ValueError("it is empty")
             self._good[path] = parse(text)
-        except FileNotFoundError:
-            if os.path.islink(path):
-                fault = "it is a link to nothing"
-            elif good:
-                fault = "it is gone"
         except (OSError, ValueError, RecursionError) as error:
-            fault = reason_of(error)
+            is_absent = isinstance(error, FileNotFoundError) and not os.path.islink(path)
+            fault = "" if is_absent and not good else reason_of(error)
         if path not in self._good:
             return {}, fault
         if fault and fault != self._warned.get(path):
@@ -2099,7 +2095,13 @@ class CliSettings:
         self._excluded: list[Any] = []
         self.problem = ""
         self._read_settings(folder)
-        self._read_variables(folder)
+        self.variables = layered(self._project_variables(folder), self._own)
+        known = {**self.variables, **environ}
+        of_settings = expand_variables(as_object(self.values.get("env")), known)
+        self.variables = layered(self.variables, of_settings)
+        known = layered(environ, self.variables)
+        self.values = expand_variables(self.values, known)
+        self._stored = expand_variables(self._stored, known)
         SECRETS.add_settings(self.values)
         SECRETS.add_settings(self.variables)
 
@@ -2151,15 +2153,6 @@ class CliSettings:
         if "samplingParams" in config and not profile:
             reasoning = None
         return {**config, **stated({"reasoning": reasoning, "profile": profile or None})}
-
-    def _read_variables(self, folder: str) -> None:
-        self.variables = layered(self._project_variables(folder), self._own)
-        known = {**self.variables, **self.environ}
-        own = expand_variables(as_object(self.values.get("env")), known)
-        self.variables = layered(self.variables, own)
-        known = layered(self.environ, self.variables)
-        self.values = expand_variables(self.values, known)
-        self._stored = expand_variables(self._stored, known)
 
     def _project_variables(self, folder: str) -> Json:
         """Return what the nearest .env of the working directory or above says.
@@ -2238,8 +2231,8 @@ class CliSettings:
         for rule, level in self._load(path, parse_settings).items():
             if level in ("TRUST_FOLDER", "TRUST_PARENT", "DO_NOT_TRUST"):
                 root = os.path.dirname(rule.rstrip(os.sep)) if level == "TRUST_PARENT" else rule
-                for prefix in spellings(root):
-                    if any(place.startswith(prefix) for place in spellings(folder)):
+                for prefix, place in itertools.product(spellings(root), spellings(folder)):
+                    if place.startswith(prefix):
                         fitting.append((prefix.count(os.sep), level == "DO_NOT_TRUST"))
         return not max(fitting)[1]
 
@@ -2264,9 +2257,9 @@ def keyed_provider(
     return Provider(name, base_url, key, f"{where}, {variable}", family=family)
 
 
-def unusable_provider(where: str, problem: str, name: str = "unnamed") -> Provider:
+def unusable_provider(where: str, problem: str) -> Provider:
     """Return a provider that has nothing but a problem; where: what was meant to name it."""
-    return Provider(name, "", ApiKey("", where, problem), where)
+    return Provider("unnamed", "", ApiKey("", where, problem), where)
 
 
 class SettingsProviders:
@@ -2296,8 +2289,8 @@ class SettingsProviders:
             elif protocol == "openai":
                 self.notes.append(f"{where} in settings.json must be a list of models")
             elif protocol not in self.OTHERS:
-                words = f"is not read: providerProtocol.{kind} must be openai"
-                self.notes.append(f"{where} in settings.json {words}")
+                fault = f"providerProtocol.{kind} must be openai"
+                self.notes.append(f"{where} in settings.json is not read: {fault}")
 
     def _read(self, entry: Json, where: str) -> None:
         model, wire = as_text(entry.get("id")), entry.get("wireApi", "chat-completions")
@@ -2327,17 +2320,16 @@ class SettingsProviders:
         """
         variable = as_text(entry.get("envKey", "OPENAI_API_KEY")).strip()
         problem = problem if variable else "envKey must be the name of a variable"
-        name = "unnamed" if problem else name_at(base_url)
         key = (where if problem else base_url, variable)
         if key not in self.providers:
-            others = self.providers.values()
-            taken = [other.name.split("#")[0] for other in others].count(name)
-            name = f"{name}#{taken + 1}" if taken else name
-            self.providers[key] = (
-                unusable_provider(where, f"{where}: {problem}", name)
+            made = (
+                unusable_provider(where, f"{where}: {problem}")
                 if problem
-                else keyed_provider(self._settings, where, name, base_url, variable)
+                else keyed_provider(self._settings, where, name_at(base_url), base_url, variable)
             )
+            taken = [other.name.split("#")[0] for other in self.providers.values()].count(made.name)
+            made.name += f"#{taken + 1}" if taken else ""
+            self.providers[key] = made
         return self.providers[key]
 
     def _base_url(self, entry: Json) -> tuple[str, str]:
