@@ -2389,9 +2389,9 @@ def oauth_providers(settings: CliSettings, known: dict[str, OAuthCredentials]) -
 class Discovery:
     """Everything that can be used on this machine, the active provider first.
 
-    model: for requests that name none; notes: what a person should know, such as skipped files;
-    problem: settings that cannot be read, as nothing stands in for what they may name; advice: what
-    to do as long as there is no provider.
+    model: for requests that name none; is_chosen: whether an option names the active provider;
+    notes: what a person should know, such as skipped files; problem: settings that cannot be read,
+    as nothing stands in for what they may name; advice: what to do as long as there is no provider.
     """
 
     # The kind of login that variables stand for, if all of them are set.
@@ -2412,14 +2412,25 @@ class Discovery:
     def __init__(self, options: Options, settings: CliSettings, known: dict[str, OAuthCredentials]):
         self._options, self._settings = options, settings
         self.settings_files, self.notes = settings.files, settings.notes
-        self.problem = "" if options.provider or options.base_url else settings.problem
+        self.is_chosen = bool(options.provider or options.base_url)
+        self.problem = "" if self.is_chosen else settings.problem
         self._wanted, self._wanted_at = self._wanted_model()
         listed = SettingsProviders(settings)
         self._listed, self._first = list(listed.providers.values()), listed.first
         self._oauth = oauth_providers(settings, known)
         self.advice = self.problem or "; ".join(listed.notes) or self.NO_LOGIN
+        # The first that applies names the active provider, or says why there can be none.
+        rules = (
+            self._by_option,
+            self._by_kind,
+            self._by_entry,
+            self._by_environment,
+            self._by_first_entry,
+            self._by_lone_key,
+        )
         try:
-            active = None if self.problem else self._choose()
+            found = filter(None, (rule() for rule in rules))
+            active = None if self.problem else next(found, None)
         except CredentialError as error:
             active, self.advice = None, error.message
         self.notes += listed.notes
@@ -2444,21 +2455,6 @@ class Discovery:
         names = ", ".join(sorted(other.name for other in others))
         besides = f"; besides {names}" if names else ""
         return f"{self.model or 'no model'} via {active.name} ({active.source}){besides}"
-
-    def _choose(self) -> Provider | None:
-        """Return the provider that the first rule to apply names.
-
-        Raises CredentialError with what to do where a rule says that there can be none.
-        """
-        rules = (
-            self._by_option,
-            self._by_kind,
-            self._by_entry,
-            self._by_environment,
-            self._by_first_entry,
-            self._by_lone_key,
-        )
-        return next(filter(None, (rule() for rule in rules)), None)
 
     def _by_option(self) -> Provider | None:
         if self._options.base_url:
@@ -2510,9 +2506,10 @@ class Discovery:
 
         It is never another one because that cannot be used. Qwen Code, its model resolver.
         """
-        id_only, exact = (self._wanted, ""), (self._wanted, self._wanted_at)
-        first = self._first.get(exact) or self._first.get(id_only)
-        return first if self._wanted else None
+        if not self._wanted:
+            return None
+        at_url = self._first.get((self._wanted, self._wanted_at))
+        return at_url or self._first.get((self._wanted, ""))
 
     def _by_environment(self) -> Provider | None:
         url = self._settings.variable("OPENAI_BASE_URL")
@@ -2596,8 +2593,8 @@ class Serving:
     was named.
     """
 
-    def __init__(self, discovery: Discovery, lists: list[list[str]], is_chosen: bool):
-        self._providers, self._is_chosen = discovery.providers, is_chosen
+    def __init__(self, discovery: Discovery, lists: list[list[str]]):
+        self._providers, self._is_chosen = discovery.providers, discovery.is_chosen
         # The settings may have changed since the lists were asked for.
         padded = itertools.chain(lists, itertools.repeat([]))
         # Ids in their order; as keys, since each request looks for one.
@@ -2684,7 +2681,7 @@ class Providers:
         if options.provider and not self._discovery.providers:
             raise ValueError(self._discovery.advice)
         # The latest Serving, and what it was made from.
-        self._serving: tuple[list[Any], Any] = ([], None)
+        self._serving: tuple[Any, Any] = (None, None)
 
     def current(self) -> Discovery:
         """Return the discovery as of now."""
@@ -2706,11 +2703,9 @@ class Providers:
 
         It is the same object until the settings or one of the lists are others.
         """
-        discovery = self.current()
-        made_from, (before, serving) = [discovery, *lists], self._serving
-        if [*map(id, before)] != [*map(id, made_from)]:
-            is_chosen = self.options.base_url is not None or self.options.provider is not None
-            serving = Serving(discovery, lists, is_chosen)
+        made_from, (before, serving) = (self.current(), lists), self._serving
+        if made_from != before:
+            serving = Serving(*made_from)
             self._serving = (made_from, serving)
         return serving  # type: ignore[no-any-return]
 
