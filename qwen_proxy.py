@@ -2104,6 +2104,7 @@ class CliSettings:
         self._stored = expand_variables(self._stored, known)
         SECRETS.add_settings(self.values)
         SECRETS.add_settings(self.variables)
+        self.forwarding = Forwarding(self.variable, self.values.get("proxy"))
 
     def variable(self, name: str) -> str:
         """Return a variable without blanks around it; '' when it is unset or empty."""
@@ -2129,11 +2130,7 @@ class CliSettings:
     def login_at(self, path: str) -> OAuthCredentials:
         """Return the login in a file. Its host gets the refresh token: no project may move it."""
         host = layered(self.environ, self._of_cli).get("QWEN_OAUTH_BASE_URL") or OAUTH_BASE_URL
-        return OAuthCredentials(path, host, self.forwarding())
-
-    def forwarding(self) -> Forwarding:
-        """Return the forward proxy that the settings or the variables name."""
-        return Forwarding(self.variable, self.values.get("proxy"))
+        return OAuthCredentials(path, host, self.forwarding)
 
     def config(self, entry: Json) -> Json:
         """Return an entry's generationConfig with the reasoning that the CLI would ask for.
@@ -2753,7 +2750,7 @@ class Providers:
         # Login files come and go.
         self._logins, _ = login_names(self.home)
         settings = CliSettings(self.home, self._environ, self._folder, self._files)
-        self.forwarding = settings.forwarding()
+        self.forwarding = settings.forwarding
         return Discovery(self.options, settings, self._known)
 
     def _seed_login(self, is_read_only: bool) -> None:
@@ -2761,15 +2758,13 @@ class Providers:
 
         It is for containers.
         """
-        seed = self._environ.get("QWEN_CLI_AUTH")
-        path = os.path.join(self.home, "oauth_creds.json")
+        seed, path = self._environ.get("QWEN_CLI_AUTH"), os.path.join(self.home, "oauth_creds.json")
         if not seed or os.path.lexists(path):
             return
         try:
-            login = Login(loads(seed))
             own = CliSettings(self.home, self._environ, self._folder).login_at(path)
             use = own.adopt if is_read_only else own.replace
-            use(login)
+            use(Login(loads(seed)))
             self._known[path] = own
         except CredentialError as error:
             log.warning("QWEN_CLI_AUTH is ignored: %s", error.message)
@@ -10164,10 +10159,19 @@ def build_parser() -> argparse.ArgumentParser:
     others.add_argument("--no-browser", action="store_true", help="login: print the address only")
     others.add_argument("--json", action="store_true", help="status, usage: print JSON")
     others.add_argument("--offline", action="store_true", help="status: ask nobody")
-    days = "usage: how far back, today included (default: 30)"
-    others.add_argument("--days", type=int, metavar="N", default=30, help=days)
-    by = "usage: what a line counts (default: day)"
-    others.add_argument("--by", choices=tuple(GROUPS), default="day", help=by)
+    others.add_argument(
+        "--days",
+        type=int,
+        metavar="N",
+        default=30,
+        help="usage: how far back, today included (default: 30)",
+    )
+    others.add_argument(
+        "--by",
+        choices=tuple(GROUPS),
+        default="day",
+        help="usage: what a line counts (default: day)",
+    )
     return parser
 
 
@@ -10500,11 +10504,10 @@ def cmd_login(options: Options, parsed: argparse.Namespace) -> int:
     import webbrowser
 
     home = qwen_home(os.environ, options.qwen_home)
-    path = os.path.join(home, "oauth_creds.json")
-    credentials = CliSettings(home, os.environ, home).login_at(path)
+    settings = CliSettings(home, os.environ, home)
+    credentials = settings.login_at(os.path.join(home, "oauth_creds.json"))
 
     def show(device: DeviceAuthorization) -> None:
-        """Tell the person where to approve the log-in."""
         minutes = f"{device.expires_in / 60:.0f} minutes"
         say(f"Open this address and approve the log-in, within {minutes}:", "")
         say(f"    {device.verification_uri}", "")
@@ -10537,9 +10540,6 @@ def span_of(seconds: float) -> str:
     return f"in {words}" if seconds >= 0 else f"{words} ago"
 
 
-OK, NO, NOT_CHECKED = "ok", "no", "not checked"
-
-
 def cmd_status(options: Options, parsed: argparse.Namespace) -> int:
     """Say what would happen to a request now; returns 0 only for 'ok'. Spends no quota."""
     try:
@@ -10549,7 +10549,7 @@ def cmd_status(options: Options, parsed: argparse.Namespace) -> int:
         return 2
     facts = status_facts(providers, parsed.offline)
     tell(json.dumps(facts, indent=2) if parsed.json else "\n".join(status_lines(facts)))
-    return 0 if facts["status"] == OK else 1
+    return 0 if facts["status"] == "ok" else 1
 
 
 def tell(text: str) -> None:
@@ -10609,7 +10609,7 @@ def status_facts(providers: Providers, is_offline: bool) -> Json:
     discovery = providers.current()
     facts: Json = {
         "version": __version__,
-        "status": NO,
+        "status": "no",
         "problem": discovery.advice,
         "qwen_home": providers.home,
         "settings": discovery.settings_files,
@@ -10650,11 +10650,11 @@ def checked_provider(
     """
     problem, oauth = provider.problem(), provider.oauth
     if problem:
-        return NO, problem
+        return "no", problem
     if is_offline:
-        return NOT_CHECKED, "--offline asks nobody"
+        return "not checked", "--offline asks nobody"
     if oauth and not os.path.lexists(oauth.path):
-        return NOT_CHECKED, f"QWEN_CLI_AUTH is written to {oauth.path} at the start"
+        return "not checked", f"QWEN_CLI_AUTH is written to {oauth.path} at the start"
     try:
         headers = {
             "Authorization": f"Bearer {provider.credentials.access_token()}",
@@ -10666,10 +10666,10 @@ def checked_provider(
             text = response.read(ModelLists.SIZE).decode("utf-8", "replace")
             return judged(provider, model, response.getcode(), text)
     except ProxyError as error:
-        return NO, error.message
+        return "no", error.message
     except (OSError, http.client.HTTPException, ValueError) as error:
         host = host_of(provider.base_url, with_port=True)
-        return NO, f"{host} cannot be asked: {reason_of(error)}"
+        return "no", f"{host} cannot be asked: {reason_of(error)}"
 
 
 def judged(provider: Provider, model: str, status: int, text: str) -> tuple[str, str]:
@@ -10677,16 +10677,16 @@ def judged(provider: Provider, model: str, status: int, text: str) -> tuple[str,
     family, refusal = provider.family, Refusal.read(status, text)
     is_refused = status in (401, 403, *range(300, 400)) or status >= 500
     if provider.oauth:
-        return NO if is_refused else NOT_CHECKED, FREE_TIER_ENDED
+        return "no" if is_refused else "not checked", FREE_TIER_ENDED
     if is_refused:
-        return NO, to_upstream_error(refusal, family).message
+        return "no", to_upstream_error(refusal, family).message
     listed = [dig(entry, "id") for entry in as_list(dig(loads(text), "data"))]
     if status != 200 or not family.has_list or "open-list" in family.traits:
         words = "its list of models proves nothing" if status == 200 else f"HTTP {status}"
-        return NOT_CHECKED, f"only a request would tell, and cost quota ({words})"
+        return "not checked", f"only a request would tell, and cost quota ({words})"
     if model not in listed:
-        return NOT_CHECKED, f"the upstream does not list the model {model}"
-    return OK, ""
+        return "not checked", f"the upstream does not list the model {model}"
+    return "ok", ""
 
 
 def server_facts(options: Options) -> Json:
@@ -10713,7 +10713,7 @@ def status_lines(facts: Json) -> list[str]:
     if provider:
         words["provider"] = f"{provider['name']} ({provider['family']}), from {provider['source']}"
         words["base URL"] = provider["base_url"] or "none"
-        words["login"] = login_lines(provider["login"], facts["status"] != NO)
+        words["login"] = login_lines(provider["login"], facts["status"] != "no")
         words["models"] = ", ".join(provider["models"]) or "whatever the upstream lists"
     words["model"] = facts["model"]
     words["also usable"] = [
@@ -10732,7 +10732,7 @@ def status_lines(facts: Json) -> list[str]:
     return lines
 
 
-def login_lines(login: Json, is_good: bool = True) -> list[str]:
+def login_lines(login: Json, is_good: bool) -> list[str]:
     """Return what is to be said of a login: where it is, until when, and permissions."""
     if "path" not in login:
         return [f"key in {login['source']}"]
