@@ -2105,6 +2105,13 @@ class CliSettings:
         SECRETS.add_settings(self.values)
         SECRETS.add_settings(self.variables)
         self.forwarding = Forwarding(self.variable, self.values.get("proxy"))
+        # For what has none of its own, by the name of each.
+        self.base_urls = {
+            "OPENAI_BASE_URL": self.variable("OPENAI_BASE_URL"),
+            "security.auth.baseUrl in settings.json": dig(
+                self.values, "security", "auth", "baseUrl"
+            ),
+        }
 
     def variable(self, name: str) -> str:
         """Return a variable without blanks around it; '' when it is unset or empty."""
@@ -2331,11 +2338,7 @@ class SettingsProviders:
 
     def _base_url(self, entry: Json) -> tuple[str, str]:
         """Return an entry's base URL and '', or what it says and why that is none."""
-        urls = {
-            "baseUrl": entry.get("baseUrl"),
-            "OPENAI_BASE_URL": self._settings.variable("OPENAI_BASE_URL"),
-            "security.auth.baseUrl": dig(self._settings.values, "security", "auth", "baseUrl"),
-        }
+        urls = {"baseUrl": entry.get("baseUrl"), **self._settings.base_urls}
         for name, url in urls.items():
             if url and str(url).strip():
                 base_url = url.strip().rstrip("/") if isinstance(url, str) else url
@@ -2509,13 +2512,9 @@ class Discovery:
         return at_url or self._first.get((self._wanted, ""))
 
     def _by_environment(self) -> Provider | None:
-        url = self._settings.variable("OPENAI_BASE_URL")
-        if url:
-            return environment_provider(self._settings, url, "OPENAI_BASE_URL")
-        stored = dig(self._settings.values, "security", "auth", "baseUrl")
-        if stored not in (None, ""):
-            source = "security.auth.baseUrl in settings.json"
-            return environment_provider(self._settings, stored, source)
+        for source, url in self._settings.base_urls.items():
+            if url not in (None, ""):
+                return environment_provider(self._settings, url, source)
         # The CLI would send this key for such a model to a host that it guesses.
         has_key = self._settings.variable("OPENAI_API_KEY")
         return self._by_lone_key() if self._wanted and has_key and self._listed else None
@@ -10598,9 +10597,8 @@ def usage_table(names: tuple[str, ...], rows: list[Json]) -> list[str]:
         texts = [public(row[name] or "none") for name in names]
         lines.append(texts + [f"{row[name] or 0:,.0f}" for name in columns])
     widths = [max(map(len, cells)) for cells in zip(*lines)]
-    template = "  ".join(
-        f"{{:{'<' if place < len(names) else '>'}{width}}}" for place, width in enumerate(widths)
-    )
+    sides = ["<"] * len(names) + [">"] * len(columns)
+    template = "  ".join(f"{{:{side}{width}}}" for side, width in zip(sides, widths))
     return [template.format(*line).rstrip() for line in lines] + [""]
 
 
