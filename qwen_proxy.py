@@ -4681,20 +4681,31 @@ def with_flat_content(message: Json) -> Json:
 def chat_part(part: Json) -> Json:
     """Return a part of a message as chat completions have it; as it is where it is unknown.
 
-    Those of the Responses API stand in histories that clients keep.
+    Those of the Responses API and of Anthropic's messages stand in histories that clients keep.
     """
     kind = as_text(part.get("type"))
     if kind in ("input_text", "output_text", "summary_text", "reasoning_text", "refusal"):
         text = as_text(part.get("refusal" if kind == "refusal" else "text"))
         return stated({"type": "text", "text": text, "cache_control": part.get("cache_control")})
-    if kind == "input_image" and part.get("image_url"):
-        image, detail = part["image_url"], part.get("detail") or None
-        image = image if isinstance(image, dict) else {"url": image}
-        return {"type": "image_url", "image_url": stated({"detail": detail, **image})}
+    if kind in ("image", "input_image"):
+        return image_part(part)
     if kind == "input_file" and (part.get("file_data") or part.get("file_url")):
         names = ("filename", "file_data", "file_url")
         return {"type": "file", "file": {name: part[name] for name in names if part.get(name)}}
     return part
+
+
+def image_part(part: Json) -> Json:
+    """Return an image of the Responses API or Anthropic's as chat completions have it."""
+    image, source = part.get("image_url"), part.get("source")
+    if isinstance(source, dict):
+        data = f"data:{source.get('media_type')};base64,{source.get('data')}"
+        image = source.get("url") or data
+    if not image:
+        return part
+    image = image if isinstance(image, dict) else {"url": image}
+    detail = part.get("detail") or None
+    return {"type": "image_url", "image_url": stated({"detail": detail, **image})}
 
 
 def latest_question(messages: list[Json]) -> range:
