@@ -4563,7 +4563,7 @@ class Rewrite:
     def _ask(self, asked: Thinking, dialect: Dialect) -> None:
         effort, levels = asked.effort or "", dialect.efforts
         budget = asked.budget or dialect.budgets.get(effort)
-        level = "" if levels is None else levels.get(effort, effort)
+        level = "" if levels is None else self._nearest(levels.get(effort, effort))
         # Each of OpenRouter's fields switches thinking on by itself.
         switch = {} if dialect.is_nested else dialect.on
         if self.mode == "none":
@@ -4591,6 +4591,14 @@ class Rewrite:
             fields = {**fields, "chat_template_kwargs.enable_thinking": fields["enable_thinking"]}
         for path, value in fields.items():
             put(self.body, path, value)
+
+    def _nearest(self, level: str) -> str:
+        """Return a level, or of those that the settings list for the model the nearest one."""
+        listed = [each for each in as_list(self.profile.get("efforts")) if each in EFFORTS]
+        if level not in EFFORTS or not listed or level in listed:
+            return level
+        wanted = EFFORTS.index(level) + 0.1
+        return str(min(listed, key=lambda each: abs(EFFORTS.index(each) - wanted)))
 
     def _thinks(self) -> bool:
         """Return whether the model will think about this body."""
