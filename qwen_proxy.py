@@ -6950,8 +6950,12 @@ class ResponseRequest:
         return {"role": role, "content": content}
 
     def _call(self, item: Json) -> Json:
-        is_search = item["type"] == "tool_search_call"
-        name = "tool_search" if is_search else self.tools.flat(item)
+        if item["type"] == "tool_search_call":
+            item = {**item, "name": "tool_search"}
+        name = self.tools.flat(item)
+        # Codex has tools that it offers no more, such as those that are left to its search by now.
+        told = {"name": item.get("name"), "namespace": item.get("namespace")}
+        self.tools.told.setdefault(name, stated({"type": "function_call", **told}))
         if item["type"] == "custom_tool_call":
             call = {"type": "custom", "name": name, "input": item.get("input")}
         else:
