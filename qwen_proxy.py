@@ -94,7 +94,7 @@ import urllib.parse
 import urllib.request
 import zlib
 from email.utils import formatdate, parsedate_to_datetime
-from typing import AbstractSet, Any, Callable, Dict, Iterable, Iterator, Mapping, NamedTuple
+from typing import AbstractSet, Any, Callable, Dict, Iterable, Iterator, Mapping, NamedTuple, Tuple
 
 __version__: str = "1.0.0"  # qwen_proxy.py needs Python 3.8 or newer
 __all__ = ["make_server", "ProxyServer", "ProxyError", "CredentialError", "UpstreamError", "main"]
@@ -7591,11 +7591,13 @@ def read_counts(
         }
 
 
-class Counters(Dict[Any, "collections.Counter[Any]"]):
-    """A counter for each key, made when it is first asked for."""
+class Rows(Dict[Any, Tuple[Any, ...]]):
+    """Rows of counts by their keys."""
 
-    def __missing__(self, key: Any) -> collections.Counter[Any]:
-        return self.setdefault(key, collections.Counter())
+    def add(self, key: Any, counts: tuple[Any, ...]) -> None:
+        """Add counts to the row of a key."""
+        row = self.get(key)
+        self[key] = tuple(map(operator.add, row, counts)) if row else counts
 
 
 class Ledger:
@@ -7610,6 +7612,8 @@ class Ledger:
         f"POST {path}"
         for path in ("/chat/completions", "/completions", "/embeddings", "/responses")
     )
+    # Of the totals.
+    SUMS = (*CountsFile.SUMS, "errors")
     # Between looks for what is to be written, and after a write that failed.
     PAUSE, RETRY = 1.0, 30.0
     # Names come from outside: so many of a kind, then 'other'; their length.
@@ -7617,8 +7621,8 @@ class Ledger:
     # That are not in the file; the oldest give way.
     MOST_ROWS = 50_000
     HISTOGRAMS = {
-        "first_ms": ("first_byte_seconds", "first byte"),
-        "whole_ms": ("duration_seconds", "end"),
+        "first_ms": ("first_byte_seconds", "Time to the first byte of the answer."),
+        "whole_ms": ("duration_seconds", "Time to the end of the answer."),
     }
     # Of the histograms, in seconds.
     BOUNDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -7627,11 +7631,12 @@ class Ledger:
     def __init__(self, path: str | None = None):
         self.path, self.problem = path, ""
         self._lock, self._file_lock = threading.Lock(), threading.Lock()
-        # Of KEYS: SUMS, in their order.
-        self._pending = Counters()
-        # Of route, provider, model and class of status: SUMS, errors, and how many spans have each
-        # bound as their next.
-        self._totals = Counters()
+        # Of the file's KEYS: its SUMS.
+        self._pending = Rows()
+        # Of route, provider, model and class of status: SUMS. And of these, the name of a span and
+        # the place of the next bound: how many there were.
+        self._totals = Rows()
+        self._spans: collections.Counter[Any] = collections.Counter()
         self._names: list[dict[str, str]] = [{}, {}, {}]
         self._file, self._end = CountsFile(path or ""), threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -7644,7 +7649,7 @@ class Ledger:
         names: tuple[str, str, str],
         outcome: int,
         tokens: tuple[int, ...] = (0, 0, 0, 0),
-        spans: tuple[float | None, ...] = (),
+        spans: tuple[float | None, ...] = (None, None),
     ) -> None:
         """Count a request.
 
@@ -7652,18 +7657,16 @@ class Ledger:
         first byte of the answer and to its end, None where there was none.
         """
         bucket = int(time.time()) // CountsFile.BUCKET * CountsFile.BUCKET
-        times = [round(1000 * (seconds or 0)) for seconds in spans] or [0, 0]
-        sums = dict(zip(CountsFile.SUMS, (1, *tokens, *times)))
+        sums = (1, *tokens, *[round(1000 * (seconds or 0)) for seconds in spans])
         with self._lock:
             provider, model, client = map(self._bounded, self._names, names)
-            total = self._totals[route, provider, model, f"{outcome // 100}xx"]
-            total.update(sums)
-            total["errors"] += outcome >= 400 and outcome != 499
+            key = route, provider, model, f"{outcome // 100}xx"
+            self._totals.add(key, (*sums, outcome >= 400 and outcome != 499))
             for name, seconds in zip(self.HISTOGRAMS, spans):
                 if seconds is not None:
-                    total[name, bisect.bisect_left(self.BOUNDS, seconds)] += 1
+                    self._spans[key, name, bisect.bisect_left(self.BOUNDS, seconds)] += 1
             if route in self.ROUTES:
-                self._pending[bucket, route, provider, model, client, outcome].update(sums)
+                self._pending.add((bucket, route, provider, model, client, outcome), sums)
                 if len(self._pending) > self.MOST_ROWS:
                     del self._pending[next(iter(self._pending))]
 
@@ -7690,14 +7693,14 @@ class Ledger:
     def _write(self) -> None:
         with self._file_lock:
             with self._lock:
-                pending, self._pending = self._pending, Counters()
+                pending, self._pending = self._pending, Rows()
             try:
-                self._file.add([(*key, *sums.values()) for key, sums in pending.items()])
+                self._file.add([(*key, *sums) for key, sums in pending.items()])
                 self.problem = ""
             except Exception as error:
                 with self._lock:
                     for key, sums in pending.items():
-                        self._pending[key].update(sums)
+                        self._pending.add(key, sums)
                 if not self.problem:
                     log.warning("%s: %s; usage is counted in memory", self.path, reason_of(error))
                 self.problem = reason_of(error)
@@ -7711,7 +7714,7 @@ class Ledger:
         # Not in the middle of a write: a count would be in both places, or in none.
         with self._file_lock:
             with self._lock:
-                rows = [(*key, *sums.values()) for key, sums in self._pending.items()]
+                rows = [(*key, *sums) for key, sums in self._pending.items()]
             # What is in memory is told, too, if the file cannot be read.
             for path in (self.path, None):
                 try:
@@ -7730,11 +7733,10 @@ class Ledger:
 
     def since_start(self) -> Json:
         """Return the sums since the start."""
-        sums: collections.Counter[Any] = collections.Counter()
-        for (route, *_), row in self._snapshot().items():
-            if route in self.ROUTES:
-                sums.update(row)
-        return {name: sums[name] for name in ("requests", *CountsFile.TOKENS, "errors")}
+        with self._lock:
+            rows = [row for (route, *_), row in self._totals.items() if route in self.ROUTES]
+        sums = dict(zip(self.SUMS, map(sum, zip(*rows))))
+        return {name: sums.get(name, 0) for name in ("requests", *CountsFile.TOKENS, "errors")}
 
     def summary(self) -> str:
         """Return the sums since the start as the last words of the program."""
@@ -7745,15 +7747,13 @@ class Ledger:
             f"tokens ({sums['cached_tokens']:,} cached), {counted(sums['errors'], 'error')}"
         )
 
-    def _snapshot(self) -> Counters:
-        with self._lock:
-            return Counters({key: row.copy() for key, row in sorted(self._totals.items())})
-
     def metrics(self, gauges: Iterable[tuple[str, str, float]]) -> str:
         """Return the text of /metrics; gauges are name, help and value."""
-        requests, tokens = self._snapshot(), Counters()
-        for (_, provider, model, _), row in requests.items():
-            tokens[provider, model].update({name: row[name] for name in CountsFile.TOKENS})
+        with self._lock:
+            requests, spans = sorted(self._totals.items()), self._spans.copy()
+        tokens = Rows()
+        for (_, provider, model, _), row in requests:
+            tokens.add((provider, model), row[1:5])
         # Name, type, help, labels, samples; see metric().
         metrics: list[tuple[Any, ...]] = [
             (
@@ -7761,7 +7761,7 @@ class Ledger:
                 "counter",
                 "Requests, one for each provider that was asked.",
                 self.LABELS,
-                [("", key, row["requests"]) for key, row in requests.items()],
+                [("", key, row[0]) for key, row in requests],
             ),
             (
                 "tokens_total",
@@ -7771,24 +7771,26 @@ class Ledger:
                 [
                     ("", (*key, name.partition("_")[0]), count)
                     for key, row in tokens.items()
-                    for name, count in row.items()
-                    if any(row.values())
+                    for name, count in zip(CountsFile.TOKENS, row)
+                    if any(row)
                 ],
             ),
         ]
-        for span, (name, end) in self.HISTOGRAMS.items():
-            text, samples = f"Time to the {end} of the answer.", self._histogram(requests, span)
+        for span, (name, text) in self.HISTOGRAMS.items():
+            samples = self._histogram(requests, spans, span)
             metrics.append((name, "histogram", text, self.LABELS, samples))
         metrics += [(name, "gauge", text, (), [("", (), value)]) for name, text, value in gauges]
         return "".join(metric(*each) for each in metrics)
 
-    def _histogram(self, rows: Counters, span: str) -> Iterator[tuple[str, tuple[Any, ...], float]]:
-        for key, row in rows.items():
+    def _histogram(
+        self, rows: list[tuple[Any, Any]], spans: Mapping[Any, int], name: str
+    ) -> Iterator[tuple[str, tuple[Any, ...], float]]:
+        for key, row in rows:
             count = 0
             for place, bound in enumerate((*self.BOUNDS, "+Inf")):
-                count += row[span, place]
+                count += spans[key, name, place]
                 yield "_bucket", (*key, bound), count
-            yield "_sum", key, row[span] / 1000
+            yield "_sum", key, row[self.SUMS.index(name)] / 1000
             yield "_count", key, count
 
 
@@ -9075,7 +9077,7 @@ class Exchange:
         for target, outcome in {**self.outcomes, self.target: self.status}.items():
             names = (target.provider.name, target.model) if target else ("", "")
             tokens = self.tokens.get(target, (0, 0, 0, 0))
-            spans = (first, self.ended - self.started) if target is self.target else ()
+            spans = (first, self.ended - self.started) if target is self.target else (None, None)
             ledger.add(route, (*names, self.client), outcome, tokens, spans)
 
     def user_agent(self) -> str:
