@@ -7408,6 +7408,15 @@ def counts_path(options: Options, environ: Mapping[str, str]) -> str:
     return options.usage_file or os.path.join(home, "qwen_proxy.sqlite3")
 
 
+# What `usage` and /usage can group by.
+GROUPS = {
+    "day": "date(bucket, 'unixepoch', 'localtime')",
+    "model": "model",
+    "provider": "provider",
+    "client": "client",
+}
+
+
 class CountsFile:
     """The SQLite file of counts: buckets of ten minutes, and of days once they are old.
 
@@ -7453,25 +7462,31 @@ class CountsFile:
         "INSERT INTO buckets SELECT * FROM old",
     )
 
-    def __init__(self, path: str):
+    # What is shown of a group. A client that left, 499, is no error.
+    MEASURES = {
+        "requests": "sum(requests)",
+        **{name: f"sum({name})" for name in TOKENS},
+        "errors": "sum(requests * (outcome >= 400 AND outcome <> 499))",
+        "tokens_per_second": "round(1000.0 * sum(output_tokens * (outcome < 400)) / "
+        "sum((whole_ms - first_ms) * (outcome < 400)), 1)",
+    }
+    # The spans of time that plans are sold by.
+    WINDOWS = {"last 5 hours": 5 * 3600, "7 days": 7 * DAY, "30 days": 30 * DAY}
+
+    def __init__(self, path: str = ""):
         self.path, self._next_merge = path, 0.0
 
     def add(self, rows: Iterable[tuple[Any, ...]]) -> None:
         """Add rows of KEYS and SUMS; raises sqlite3.Error and others, and adds none then."""
-        # Here, since it costs every start some milliseconds, and some Pythons have none.
-        import sqlite3
-
         os.makedirs(os.path.dirname(os.path.abspath(self.path)), 0o700, exist_ok=True)
         # SQLite would follow the umask.
         with contextlib.suppress(FileExistsError):
             os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-        self.check_regular(self.path)
-        connection = sqlite3.connect(self.path, timeout=self.BUSY, isolation_level=None)
         # Opened for each write, which takes a millisecond: the file may be deleted meanwhile.
-        with contextlib.closing(connection):
+        with contextlib.closing(self._open(self.path)) as connection:
             self._prepare(connection)
             # SQLite waits for no other process with this: the next opening does it then.
-            with contextlib.suppress(sqlite3.OperationalError):
+            with contextlib.suppress(connection.OperationalError):
                 connection.execute("PRAGMA journal_mode = WAL")
             # With WAL the program's end loses nothing so, that of the machine the last moments.
             connection.execute("PRAGMA synchronous = NORMAL")
@@ -7483,7 +7498,7 @@ class CountsFile:
 
     def _prepare(self, connection: Any) -> None:
         """Make the table if the file is new; raises ValueError for one that is not ours."""
-        if self.is_empty(connection):
+        if self._is_empty(connection):
             connection.executescript(
                 f"BEGIN IMMEDIATE; CREATE {self.TABLE}; PRAGMA user_version = {self.VERSION}; "
                 f"PRAGMA application_id = {self.APPLICATION_ID}; COMMIT"
@@ -7491,19 +7506,22 @@ class CountsFile:
         # A table with other columns ends here, before anything is changed.
         connection.execute("SELECT max(bucket) FROM buckets")
 
-    @staticmethod
-    def check_regular(path: str) -> None:
-        """Raise ValueError for a pipe, which SQLite would wait for, and for what is no file."""
-        if not os.path.isfile(path):
-            raise ValueError("it is not a regular file")
+    def _open(self, path: str) -> Any:
+        """Return a connection to a file or to memory; raises ValueError for a pipe and the like."""
+        # Here, since it costs every start some milliseconds, and some Pythons have none.
+        import sqlite3
 
-    @classmethod
-    def is_empty(cls, connection: Any) -> bool:
+        # SQLite would wait for a pipe.
+        if os.path.lexists(path) and not os.path.isfile(path):
+            raise ValueError("it is not a regular file")
+        return sqlite3.connect(path, timeout=self.BUSY, isolation_level=None)
+
+    def _is_empty(self, connection: Any) -> bool:
         """Return whether nothing is in a file yet; raises ValueError for one that is not ours."""
-        number, version, tables = connection.execute(cls.LOOK).fetchone()
-        if (tables or version) and number != cls.APPLICATION_ID:
+        number, version, tables = connection.execute(self.LOOK).fetchone()
+        if (tables or version) and number != self.APPLICATION_ID:
             raise ValueError("it is another program's")
-        if version > cls.VERSION:
+        if version > self.VERSION:
             raise ValueError("a newer qwen_proxy has written it")
         return not tables
 
@@ -7518,77 +7536,45 @@ class CountsFile:
             connection.execute(statement, values)
         self._next_merge = time.monotonic() + self.DAY
 
+    def read(self, by: Iterable[str], days: int, rows: Iterable[tuple[Any, ...]] = ()) -> Json:
+        """Return the counts of the file, if there is one, and of rows that are not in it yet.
 
-# What `usage` and /usage can group by, and what they show of a group. A client that left, 499, is
-# no error.
-GROUPS = {
-    "day": "date(bucket, 'unixepoch', 'localtime')",
-    "model": "model",
-    "provider": "provider",
-    "client": "client",
-}
-MEASURES = {
-    **{name: f"sum({name})" for name in ("requests", *CountsFile.TOKENS)},
-    "errors": "sum(requests * (outcome >= 400 AND outcome <> 499))",
-    "tokens_per_second": "round(1000.0 * sum(output_tokens * (outcome < 400)) / "
-    "sum((whole_ms - first_ms) * (outcome < 400)), 1)",
-}
-# The spans of time that plans are sold by.
-WINDOWS = {
-    "last 5 hours": 5 * 3600,
-    "7 days": 7 * CountsFile.DAY,
-    "30 days": 30 * CountsFile.DAY,
-}
+        groups are those of the last days, today included; windows those of each provider in
+        WINDOWS. Raises ValueError for a file that is not ours, sqlite3.Error, ImportError.
+        """
+        # Not read-only, which cannot read what a program left that was killed while it wrote.
+        path = self.path if os.path.exists(self.path) else ":memory:"
+        with contextlib.closing(self._open(path)) as connection:
+            in_file = [] if self._is_empty(connection) else ["main.buckets"]
+            # A temporary table hides the file's of the same name.
+            connection.execute(f"CREATE TEMP {self.TABLE}")
+            connection.executemany(self.ADD, rows)
+            tables = " UNION ALL SELECT * FROM ".join(["temp.buckets", *in_file])
+            connection.execute(f"CREATE TEMP VIEW counts AS SELECT * FROM {tables}")
 
+            def select(names: Iterable[str], where: str, **values: float) -> list[Json]:
+                columns = {**{name: GROUPS[name] for name in names}, **self.MEASURES}
+                keys = ", ".join(GROUPS[name] for name in names)
+                sql = f"SELECT {', '.join(columns.values())} FROM counts WHERE {where}"
+                found = connection.execute(f"{sql} GROUP BY {keys} ORDER BY {keys}", values)
+                return [dict(zip(columns, row)) for row in found]
 
-def read_counts(
-    path: str | None, by: Iterable[str], days: int, rows: Iterable[tuple[Any, ...]] = ()
-) -> Json:
-    """Return the counts of a file, if there is one, and of rows that are in none yet.
-
-    groups are those of the last days, today included; windows those of each provider in WINDOWS.
-    Raises ValueError for a file that is not ours, sqlite3.Error, ImportError.
-    """
-    import sqlite3
-
-    source = ":memory:"
-    if path and os.path.exists(path):
-        CountsFile.check_regular(path)
-        # Not mode=ro, which cannot read what a program left that was killed while it wrote.
-        source = f"file:{urllib.request.pathname2url(os.path.abspath(path))}?mode=rw"
-    opened = sqlite3.connect(source, timeout=CountsFile.BUSY, uri=True)
-    with contextlib.closing(opened) as connection:
-        in_file = [] if CountsFile.is_empty(connection) else ["main.buckets"]
-        # A temporary table hides the file's of the same name.
-        connection.execute(f"CREATE TEMP {CountsFile.TABLE}")
-        connection.executemany(CountsFile.ADD, rows)
-        connection.commit()
-        union = " UNION ALL ".join(f"SELECT * FROM {table}" for table in ("temp.buckets", *in_file))
-        connection.execute(f"CREATE TEMP VIEW counts AS {union}")
-
-        def select(names: Iterable[str], where: str, **values: float) -> list[Json]:
-            columns = {**{name: GROUPS[name] for name in names}, **MEASURES}
-            keys = ", ".join(GROUPS[name] for name in names)
-            sql = f"SELECT {', '.join(columns.values())} FROM counts WHERE {where}"
-            found = connection.execute(f"{sql} GROUP BY {keys} ORDER BY {keys}", values)
-            return [dict(zip(columns, row)) for row in found]
-
-        now = time.time()
-        windows = [
-            {"provider": row["provider"], "window": window, **row}
-            for window, seconds in WINDOWS.items()
-            # A bucket that only reaches into the window counts: better too early than too late.
-            for row in select(
-                ["provider"],
-                "bucket > :start AND bucket <= :now AND provider <> ''",
-                start=now - seconds - CountsFile.BUCKET,
-                now=now,
-            )
-        ]
-        return {
-            "groups": select(by, f"bucket >= {CountsFile.MIDNIGHT}", now=now, days=1 - days),
-            "windows": sorted(windows, key=lambda row: str(row["provider"])),
-        }
+            now = time.time()
+            windows = [
+                {"provider": row["provider"], "window": window, **row}
+                for window, seconds in self.WINDOWS.items()
+                # A bucket that only reaches into the window counts: better too early than too late.
+                for row in select(
+                    ["provider"],
+                    "bucket > :start AND bucket <= :now AND provider <> ''",
+                    start=now - seconds - self.BUCKET,
+                    now=now,
+                )
+            ]
+            return {
+                "groups": select(by, f"bucket >= {self.MIDNIGHT}", now=now, days=1 - days),
+                "windows": sorted(windows, key=lambda row: str(row["provider"])),
+            }
 
 
 class Rows(Dict[Any, Tuple[Any, ...]]):
@@ -7716,9 +7702,9 @@ class Ledger:
             with self._lock:
                 rows = [(*key, *sums) for key, sums in self._pending.items()]
             # What is in memory is told, too, if the file cannot be read.
-            for path in (self.path, None):
+            for file in (self._file, CountsFile()):
                 try:
-                    counts = counts or read_counts(path, by, days, rows)
+                    counts = counts or file.read(by, days, rows)
                 except Exception as error:
                     problem = problem or reason_of(error)
         return {
@@ -10592,7 +10578,7 @@ def cmd_usage(options: Options, parsed: argparse.Namespace) -> int:
         say("--days must be at least 1")
         return 2
     try:
-        counts = read_counts(path, [by], days)
+        counts = CountsFile(path).read([by], days)
     except Exception as error:
         say(f"{path} cannot be read: {reason_of(error)}")
         return 1

@@ -4431,7 +4431,7 @@ def test_each_outcome_counts(counted, upstream, home, caplog, script, route, ask
     until(lambda: requests_of(server) == 1)
     expected = (1, *tokens, int(status >= 400))
     report = usage(server, "?by=client,day")
-    names = list(qp.MEASURES)[:6]
+    names = list(qp.CountsFile.MEASURES)[:6]
     for found in (report["since_start"], *report["groups"]):
         assert tuple(found[each] for each in names) == expected
     assert [group["client"] for group in report["groups"]] == ["codex_cli_rs"]
@@ -4604,7 +4604,7 @@ def test_several_processes_and_a_reader_share_one_file(home):
     processes = [load(path, 2000) for _ in range(3)]
     seen = []
     while any(process.poll() is None for process in processes):
-        groups = qp.read_counts(str(path), ["day"], 2)["groups"]
+        groups = qp.CountsFile(str(path)).read(["day"], 2)["groups"]
         seen.append(sum(group["requests"] for group in groups))
     said = [process.communicate()[1] for process in processes]
     assert said == [b""] * 3 and seen == sorted(seen)
@@ -4623,7 +4623,8 @@ def test_counts_are_read_after_a_death_in_the_middle_of_writing(home):
         writer.executemany(qp.CountsFile.ADD, [(number, *facts) for number in range(2000)])
         for suffix in ("", "-journal"):
             shutil.copy(f"{path}{suffix}", f"{left}{suffix}")
-    assert [group["requests"] for group in qp.read_counts(str(left), ["model"], 2)["groups"]] == [1]
+    groups = qp.CountsFile(str(left)).read(["model"], 2)["groups"]
+    assert [group["requests"] for group in groups] == [1]
 
 
 @posix
@@ -4636,7 +4637,7 @@ def test_a_killed_writer_leaves_a_good_file(home, after):
         process.kill()
     process.communicate()
     if path.exists():
-        counts = qp.read_counts(str(path), ["model"], 2)["groups"]
+        counts = qp.CountsFile(str(path)).read(["model"], 2)["groups"]
         assert all(group["requests"] * 2 == group["output_tokens"] for group in counts)
         assert in_file(path, "PRAGMA integrity_check") in (("ok",), (None, None))
     ledger = qp.Ledger(str(path))
