@@ -7740,16 +7740,15 @@ class Ledger:
         tokens = Rows()
         for (_, provider, model, _), row in requests:
             tokens.add((provider, model), row[1:5])
-        # Name, type, help, labels, samples; see metric().
-        metrics: list[tuple[Any, ...]] = [
-            (
+        metrics = [
+            self.metric(
                 "requests_total",
                 "counter",
                 "Requests, one for each provider that was asked.",
                 self.LABELS,
                 [("", key, row[0]) for key, row in requests],
             ),
-            (
+            self.metric(
                 "tokens_total",
                 "counter",
                 "Tokens as the upstream counts them; cached is in input, reasoning in output.",
@@ -7764,9 +7763,10 @@ class Ledger:
         ]
         for span, (name, text) in self.HISTOGRAMS.items():
             samples = self._histogram(requests, spans, span)
-            metrics.append((name, "histogram", text, self.LABELS, samples))
-        metrics += [(name, "gauge", text, (), [("", (), value)]) for name, text, value in gauges]
-        return "".join(metric(*each) for each in metrics)
+            metrics.append(self.metric(name, "histogram", text, self.LABELS, samples))
+        for name, text, value in gauges:
+            metrics.append(self.metric(name, "gauge", text, (), [("", (), value)]))
+        return "".join(metrics)
 
     def _histogram(
         self, rows: list[tuple[Any, Any]], spans: Mapping[Any, int], name: str
@@ -7779,25 +7779,25 @@ class Ledger:
             yield "_sum", key, row[self.SUMS.index(name)] / 1000
             yield "_count", key, count
 
+    @staticmethod
+    def metric(
+        name: str,
+        kind: str,
+        text: str,
+        labels: tuple[str, ...],
+        samples: Iterable[tuple[str, tuple[Any, ...], float]],
+    ) -> str:
+        """Return a metric in Prometheus' text format; samples are suffix, labels, value.
 
-def metric(
-    name: str,
-    kind: str,
-    text: str,
-    labels: tuple[str, ...],
-    samples: Iterable[tuple[str, tuple[Any, ...], float]],
-) -> str:
-    """Return a metric in Prometheus' text format; samples are suffix, labels, value.
-
-    >>> metric("n", "gauge", "Help.", ("a",), [("", ('x"y',), 1)]).splitlines()[-1]
-    'qwen_proxy_n{a="x\\\\"y"} 1'
-    """
-    lines = [f"# HELP qwen_proxy_{name} {text}", f"# TYPE qwen_proxy_{name} {kind}"]
-    for suffix, values, value in samples:
-        escaped = (str(each).replace("\\", "\\\\").replace('"', '\\"') for each in values)
-        inner = ",".join(f'{label}="{each}"' for label, each in zip(labels, escaped))
-        lines.append(f"qwen_proxy_{name}{suffix}{f'{{{inner}}}' if inner else ''} {value}")
-    return "\n".join([*lines, ""])
+        >>> Ledger.metric("n", "gauge", "Help.", ("a",), [("", ('x"y',), 1)]).splitlines()[-1]
+        'qwen_proxy_n{a="x\\\\"y"} 1'
+        """
+        lines = [f"# HELP qwen_proxy_{name} {text}", f"# TYPE qwen_proxy_{name} {kind}"]
+        for suffix, values, value in samples:
+            escaped = (str(each).replace("\\", "\\\\").replace('"', '\\"') for each in values)
+            inner = ",".join(f'{label}="{each}"' for label, each in zip(labels, escaped))
+            lines.append(f"qwen_proxy_{name}{suffix}{f'{{{inner}}}' if inner else ''} {value}")
+        return "\n".join([*lines, ""])
 
 
 # ------------------------------------------------------------------------------------------------
