@@ -6636,8 +6636,9 @@ class ResponseMemory:
     DECODED = 4
 
     def __init__(self, limit: int = LIMIT):
-        self.size, self._limit, self._lock = 0, limit, threading.Lock()
-        # The JSON of a response without its output, of its output, of what the model was given.
+        self.size, self._limit, self._lock = 0, limit, threading.RLock()
+        # By id and owner, the JSON of a response without its output, of its output, and of what the
+        # model was given.
         self._responses: collections.OrderedDict[tuple[str, str], tuple[list[bytes], ...]] = (
             collections.OrderedDict()
         )
@@ -6654,15 +6655,15 @@ class ResponseMemory:
             return
         with self._lock:
             stored = tuple([*map(self._use, part)] for part in encoded)
-            self._responses[owner, response["id"]] = stored
+            self._responses[response["id"], owner] = stored
             for item, kept in zip(response["output"], stored[1]):
-                self._by_id[owner, item["id"]] = kept
+                self._by_id[item["id"], owner] = kept
             while self.size > self._limit:
-                self._forget(next(iter(self._responses)))
+                self.delete(*next(iter(self._responses)))
 
     def get(self, response_id: str, owner: str = "") -> tuple[Json, list[Json]] | None:
         """Return the owner's response of that id, and the items that the model was given for it."""
-        stored = self._responses.get((owner, response_id))
+        stored = self._responses.get((response_id, owner))
         if stored is None:
             return None
         (response,), output, context = ([*map(json.loads, part)] for part in stored)
@@ -6670,13 +6671,23 @@ class ResponseMemory:
 
     def item(self, item_id: str, owner: str = "") -> Json | None:
         """Return the owner's item of that id, of the output of a response that is still here."""
-        encoded = self._by_id.get((owner, item_id))
+        encoded = self._by_id.get((item_id, owner))
         return as_object(json.loads(encoded)) if encoded else None
 
     def delete(self, response_id: str, owner: str = "") -> bool:
         """Forget a response; returns whether it was here."""
         with self._lock:
-            return self._forget((owner, response_id))
+            head, output, context = self._responses.pop((response_id, owner), ([], [], []))
+            for encoded in output:
+                self._by_id.pop((as_text(json.loads(encoded).get("id")), owner), None)
+            for encoded in (*head, *output, *context):
+                entry = self._items[encoded]
+                entry[1] -= 1
+                self.size -= self.USE_COST
+                if not entry[1]:
+                    del self._items[encoded]
+                    self.size -= len(encoded) + self.ITEM_COST
+            return bool(head)
 
     def _use(self, encoded: bytes) -> bytes:
         """Count one more use of an item; returns the object that stands for it."""
@@ -6684,19 +6695,6 @@ class ResponseMemory:
         self.size += self.USE_COST + (0 if entry[1] else len(encoded) + self.ITEM_COST)
         entry[1] += 1
         return bytes(entry[0])
-
-    def _forget(self, key: tuple[str, str]) -> bool:
-        head, output, context = self._responses.pop(key, ([], [], []))
-        for encoded in output:
-            self._by_id.pop((key[0], as_text(json.loads(encoded).get("id"))), None)
-        for encoded in (*head, *output, *context):
-            entry = self._items[encoded]
-            entry[1] -= 1
-            self.size -= self.USE_COST
-            if not entry[1]:
-                del self._items[encoded]
-                self.size -= len(encoded) + self.ITEM_COST
-        return bool(head)
 
 
 def listed_items(items: list[Json]) -> list[Json]:
@@ -7764,8 +7762,9 @@ class Ledger:
         for span, (name, text) in self.HISTOGRAMS.items():
             samples = self._histogram(requests, spans, span)
             metrics.append(self.metric(name, "histogram", text, self.LABELS, samples))
-        for name, text, value in gauges:
-            metrics.append(self.metric(name, "gauge", text, (), [("", (), value)]))
+        metrics += [
+            self.metric(name, "gauge", text, (), [("", (), value)]) for name, text, value in gauges
+        ]
         return "".join(metrics)
 
     def _histogram(
