@@ -6607,16 +6607,6 @@ class EmbeddingsApi(ChatApi):
 # OpenAI reference, Responses. What is remembered is what came from client and model, before any
 # rule for Qwen.
 
-# Before the text that encrypted_content carries for us to the next request.
-CARRIED = "qwen_proxy:"
-
-
-def carried_text(value: Any) -> str:
-    """Return the text that encrypted_content carries; empty for what another server made."""
-    before, _, text = as_text(value).partition(CARRIED)
-    return "" if before else text
-
-
 FORGETS = "This server keeps the latest responses in memory and forgets them when it restarts."
 
 
@@ -6804,6 +6794,8 @@ class ResponseRequest:
         "nothing but your summary: the task, what was decided and found out, which files and "
         "commands matter, what is left to do."
     )
+    # Before the text that encrypted_content carries for us to the next request.
+    CARRIED = "qwen_proxy:"
     # Fields without a counterpart, and what of theirs means nothing.
     LOST: Mapping[str, tuple[Any, ...]] = {
         "context_management": (None, []),
@@ -6982,15 +6974,20 @@ class ResponseRequest:
 
     def _reasoning(self, item: Json) -> Json | None:
         parts = as_list(item.get("content")) or as_list(item.get("summary"))
-        thoughts = carried_text(item.get("encrypted_content")) or text_of(parts)
+        thoughts = self._carried(item) or text_of(parts)
         # A list, since any number of items may belong to one message.
         message = {"role": "assistant", "content": "", "reasoning_content": [thoughts]}
         return message if thoughts else None
 
     def _compaction(self, item: Json) -> Json | None:
-        summary = carried_text(item.get("encrypted_content"))
+        summary = self._carried(item)
         content = f"The conversation so far, in summary:\n\n{summary}"
         return {"role": "user", "content": content} if summary else None
+
+    def _carried(self, item: Json) -> str:
+        """Return the text that encrypted_content carries; empty for what another server made."""
+        before, _, text = as_text(item.get("encrypted_content")).partition(self.CARRIED)
+        return "" if before else text
 
     # None: the model cannot use it.
     ITEMS: Mapping[str, Callable[[ResponseRequest, Json], Json | None] | None] = {
@@ -7049,63 +7046,6 @@ class ResponseRequest:
         )
 
 
-# How the output items of one type are told: the prefix of their ids, their fields at first, the
-# fields that are different when they are whole, and by their names the events around their text:
-# when the item is added, for each piece, and when all is there. See fill() for $text and the like.
-_SUMMARY = {"type": "summary_text", "text": "$text"}
-# The AI SDK and LangChain JS need its annotations.
-_OUTPUT_TEXT = {"type": "output_text", "text": "$text", "annotations": [], "logprobs": []}
-_CALL = {"status": "in_progress", "call_id": "", "name": ""}
-# Thoughts go out as a reasoning summary, since openai-node fails on reasoning_text and Codex and
-# the AI SDK do not show it. The input of a custom tool is known at its end, since it comes in JSON.
-OUTPUT_ITEMS: Mapping[str, Json] = {
-    "reasoning": {
-        "prefix": "rs_",
-        "first": {"summary": []},
-        "whole": {"summary": [_SUMMARY]},
-        "added": {"reasoning_summary_part.added": {"summary_index": 0, "part": _SUMMARY}},
-        "piece": {"reasoning_summary_text.delta": {"summary_index": 0, "delta": "$text"}},
-        "done": {
-            "reasoning_summary_text.done": {"summary_index": 0, "text": "$text"},
-            "reasoning_summary_part.done": {"summary_index": 0, "part": _SUMMARY},
-        },
-    },
-    "message": {
-        "prefix": "msg_",
-        "first": {"status": "in_progress", "role": "assistant", "content": []},
-        "whole": {"status": "$status", "content": [_OUTPUT_TEXT]},
-        "added": {"content_part.added": {"content_index": 0, "part": _OUTPUT_TEXT}},
-        "piece": {"output_text.delta": {"content_index": 0, "delta": "$text", "logprobs": []}},
-        "done": {
-            "output_text.done": {"content_index": 0, "text": "$text", "logprobs": []},
-            "content_part.done": {"content_index": 0, "part": _OUTPUT_TEXT},
-        },
-    },
-    "function_call": {
-        "prefix": "fc_",
-        "first": {**_CALL, "arguments": ""},
-        "whole": {"status": "$status", "arguments": "$text"},
-        "piece": {"function_call_arguments.delta": {"delta": "$text"}},
-        "done": {"function_call_arguments.done": {"name": "$name", "arguments": "$text"}},
-    },
-    "custom_tool_call": {
-        "prefix": "ctc_",
-        "first": {**_CALL, "input": ""},
-        "whole": {"status": "$status", "input": "$text"},
-        "done": {
-            "custom_tool_call_input.delta": {"delta": "$text"},
-            "custom_tool_call_input.done": {"input": "$text"},
-        },
-    },
-    "tool_search_call": {
-        "prefix": "tsc_",
-        "first": {"status": "in_progress", "call_id": "", "execution": "client", "arguments": {}},
-        "whole": {"status": "$status", "arguments": "$object"},
-    },
-    "compaction": {"prefix": "cmp_", "first": {"encrypted_content": ""}, "whole": {}},
-}
-
-
 def fill(template: Any, values: Json) -> Any:
     """Return a copy of a JSON value in which each string that is a name of the values is replaced.
 
@@ -7122,9 +7062,70 @@ def fill(template: Any, values: Json) -> Any:
 class OutputItem:
     """One item of a response's output while it grows; item is what the client was told of it."""
 
+    SUMMARY = {"type": "summary_text", "text": "$text"}
+    # The AI SDK and LangChain JS need its annotations.
+    TEXT = {"type": "output_text", "text": "$text", "annotations": [], "logprobs": []}
+    CALL = {"status": "in_progress", "call_id": "", "name": ""}
+    # How items of one type are told: the prefix of their ids, their fields at first, those that are
+    # different when they are whole, and by their names the events around their text: when the item
+    # is added, for each piece, and when all is there. See fill() for $text and the like. Thoughts
+    # go out as a reasoning summary, since openai-node fails on reasoning_text, and Codex and the AI
+    # SDK do not show it. The input of a custom tool is known at its end, since it comes in JSON.
+    KINDS: Mapping[str, Json] = {
+        "reasoning": {
+            "prefix": "rs_",
+            "first": {"summary": []},
+            "whole": {"summary": [SUMMARY]},
+            "added": {"reasoning_summary_part.added": {"summary_index": 0, "part": SUMMARY}},
+            "piece": {"reasoning_summary_text.delta": {"summary_index": 0, "delta": "$text"}},
+            "done": {
+                "reasoning_summary_text.done": {"summary_index": 0, "text": "$text"},
+                "reasoning_summary_part.done": {"summary_index": 0, "part": SUMMARY},
+            },
+        },
+        "message": {
+            "prefix": "msg_",
+            "first": {"status": "in_progress", "role": "assistant", "content": []},
+            "whole": {"status": "$status", "content": [TEXT]},
+            "added": {"content_part.added": {"content_index": 0, "part": TEXT}},
+            "piece": {"output_text.delta": {"content_index": 0, "delta": "$text", "logprobs": []}},
+            "done": {
+                "output_text.done": {"content_index": 0, "text": "$text", "logprobs": []},
+                "content_part.done": {"content_index": 0, "part": TEXT},
+            },
+        },
+        "function_call": {
+            "prefix": "fc_",
+            "first": {**CALL, "arguments": ""},
+            "whole": {"status": "$status", "arguments": "$text"},
+            "piece": {"function_call_arguments.delta": {"delta": "$text"}},
+            "done": {"function_call_arguments.done": {"name": "$name", "arguments": "$text"}},
+        },
+        "custom_tool_call": {
+            "prefix": "ctc_",
+            "first": {**CALL, "input": ""},
+            "whole": {"status": "$status", "input": "$text"},
+            "done": {
+                "custom_tool_call_input.delta": {"delta": "$text"},
+                "custom_tool_call_input.done": {"input": "$text"},
+            },
+        },
+        "tool_search_call": {
+            "prefix": "tsc_",
+            "first": {
+                "status": "in_progress",
+                "call_id": "",
+                "execution": "client",
+                "arguments": {},
+            },
+            "whole": {"status": "$status", "arguments": "$object"},
+        },
+        "compaction": {"prefix": "cmp_", "first": {"encrypted_content": ""}, "whole": {}},
+    }
+
     def __init__(self, index: int, budget: Budget, fields: Json):
         self.index, self.text = index, LongText(budget)
-        self.kind = OUTPUT_ITEMS[fields["type"]]
+        self.kind = self.KINDS[fields["type"]]
         item_id = self.kind["prefix"] + secrets.token_hex(12)
         self.item = {"id": item_id, "type": fields["type"], **self.kind["first"], **fields}
 
@@ -7296,7 +7297,7 @@ class ResponsesWriter(Writer):
         included = as_list(self._request.asked.get("include"))
         is_wanted = whole["type"] == "reasoning" and "reasoning.encrypted_content" in included
         if is_wanted or whole["type"] == "compaction":
-            whole["encrypted_content"] = CARRIED + text
+            whole["encrypted_content"] = ResponseRequest.CARRIED + text
         return whole
 
     # -- the items of the output -----------------------------------------------------------------
@@ -7322,7 +7323,7 @@ class ResponsesWriter(Writer):
         self._emit("response.output_item.done", output_index=item.index, item=self._whole(item))
 
     def _tell(self, item: OutputItem, moment: str, text: str) -> None:
-        """Write the events about the text of an item at a moment of OUTPUT_ITEMS."""
+        """Write the events about the text of an item at a moment of its kind."""
         values = {"$text": text, "$name": item.item.get("name")}
         for kind, fields in item.kind.get(moment, {}).items():
             told = {"item_id": item.item["id"], "output_index": item.index, **fill(fields, values)}
@@ -8270,7 +8271,6 @@ PAGE_HEADERS = (
     ("Cache-Control", "no-store"),
     ("Vary", "Accept"),
 )
-VERDICTS = {"ok": "Ready", "refused": "Refused", "no_login": "Not ready"}
 
 
 def page_for(status: Json, facts: Mapping[str, str], nonce: str, has_keys: bool) -> str:
@@ -9699,6 +9699,7 @@ class ProxyServer:
     LAST_WORDS = 1.5
     # What the page and browsers ask for by themselves has no line in the log.
     QUIET = ("GET /status", "GET /usage", "GET /favicon.ico")
+    VERDICTS = {"ok": "Ready", "refused": "Refused", "no_login": "Not ready"}
 
     def __init__(self, options: Options, environ: Mapping[str, str] | None = None):
         self.options, self.access = options, AccessPolicy(options)
@@ -9952,7 +9953,7 @@ class ProxyServer:
         ]
         return {
             **health,
-            "verdict": VERDICTS[health["status"]],
+            "verdict": self.VERDICTS[health["status"]],
             "problem": "\n".join(public(note) for note in dict.fromkeys(notes) if note),
             "facts": {name: public(text) for name, text in facts.items()},
             "model": public(discovery.model),
@@ -10046,7 +10047,7 @@ class DemoUpstream(http.server.BaseHTTPRequestHandler):
         # The proxy may leave in the middle of an answer.
         with contextlib.suppress(OSError):
             self._send(200, "text/event-stream")
-            for chunk in demo_chunks(request):
+            for chunk in self._chunks(request):
                 self.wfile.write(encode_event(encode_json({**common, **chunk})))
                 time.sleep(self.PAUSE)
             self.wfile.write(encode_event(DONE))
@@ -10061,58 +10062,56 @@ class DemoUpstream(http.server.BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         log.debug(format, *args)
 
+    @classmethod
+    def start(cls) -> str:
+        """Start the stand-in on a free port of loopback; returns its base URL."""
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), cls)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{server.server_port}/compatible-mode/v1"
 
-def demo_chunks(request: Json) -> Iterator[Json]:
-    """Yield the chunks of an answer of the demo, each with what is its own.
+    def _chunks(self, request: Json) -> Iterator[Json]:
+        """Yield the chunks of an answer of the demo, each with what is its own.
 
-    First come some thoughts, then a tool call if tools are offered, else text.
-    """
-    messages, tools = request["messages"], as_list(request.get("tools"))
-    has_result = any(message["role"] == "tool" for message in messages)
-    calls = bool(tools) and not has_result
-    deltas: list[Json] = [
-        {"reasoning_content": f"{word} "}
-        for word in "The user tries the demo, so I say that I am one.".split()
-    ]
-    if calls:
-        function = as_object(dig(tools[0], "function"))
-        arguments = json.dumps(demo_arguments(as_object(function.get("parameters"))))
-        first = {"name": function.get("name", "tool"), "arguments": ""}
-        pieces = [{"arguments": piece} for piece in re.findall(".{1,8}", arguments)]
-        call = {"index": 0, "id": "call_demo", "type": "function"}
-        deltas += [{"tool_calls": [{**call, "function": each}]} for each in (first, *pieces)]
-    else:
-        asked = text_of(messages[-1].get("content"))[:200]
-        said = "The tool answered" if has_result else "You said"
-        text = f"This is the demo of qwen_proxy, not a model. {said}: {asked}"
-        deltas += [{"content": word} for word in re.findall(r"\S+\s*", text)]
-    for delta in deltas:
-        yield {"choices": [{"index": 0, "delta": delta}]}
-    reason = "tool_calls" if calls else "stop"
-    size = len(json.dumps(messages)) // 4
-    yield {
-        "choices": [{"index": 0, "delta": {}, "finish_reason": reason}],
-        "usage": {"prompt_tokens": size, "completion_tokens": 40, "total_tokens": size + 40},
-    }
+        First come some thoughts, then a tool call if tools are offered, else text.
+        """
+        messages, tools = request["messages"], as_list(request.get("tools"))
+        has_result = any(message["role"] == "tool" for message in messages)
+        calls = bool(tools) and not has_result
+        deltas: list[Json] = [
+            {"reasoning_content": f"{word} "}
+            for word in "The user tries the demo, so I say that I am one.".split()
+        ]
+        if calls:
+            function = as_object(dig(tools[0], "function"))
+            arguments = json.dumps(self._arguments(as_object(function.get("parameters"))))
+            first = {"name": function.get("name", "tool"), "arguments": ""}
+            pieces = [{"arguments": piece} for piece in re.findall(".{1,8}", arguments)]
+            call = {"index": 0, "id": "call_demo", "type": "function"}
+            deltas += [{"tool_calls": [{**call, "function": each}]} for each in (first, *pieces)]
+        else:
+            asked = text_of(messages[-1].get("content"))[:200]
+            said = "The tool answered" if has_result else "You said"
+            text = f"This is the demo of qwen_proxy, not a model. {said}: {asked}"
+            deltas += [{"content": word} for word in re.findall(r"\S+\s*", text)]
+        for delta in deltas:
+            yield {"choices": [{"index": 0, "delta": delta}]}
+        reason = "tool_calls" if calls else "stop"
+        size = len(json.dumps(messages)) // 4
+        yield {
+            "choices": [{"index": 0, "delta": {}, "finish_reason": reason}],
+            "usage": {"prompt_tokens": size, "completion_tokens": 40, "total_tokens": size + 40},
+        }
 
-
-def demo_arguments(schema: Json) -> Json:
-    """Return arguments that fit a tool's parameters, as far as a demo needs it."""
-    samples: Json = {"integer": 1, "number": 1.5, "boolean": True, "array": [], "object": {}}
-    properties = as_object(schema.get("properties"))
-    required = as_list(schema.get("required", list(properties)))
-    return {
-        name: [*as_list(dig(part, "enum")), samples.get(str(dig(part, "type")), "demo")][0]
-        for name, part in properties.items()
-        if name in required
-    }
-
-
-def start_demo() -> str:
-    """Start the stand-in on a free port of loopback; returns its base URL."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), DemoUpstream)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    return f"http://127.0.0.1:{server.server_port}/compatible-mode/v1"
+    def _arguments(self, schema: Json) -> Json:
+        """Return arguments that fit a tool's parameters, as far as a demo needs it."""
+        samples: Json = {"integer": 1, "number": 1.5, "boolean": True, "array": [], "object": {}}
+        properties = as_object(schema.get("properties"))
+        required = as_list(schema.get("required", list(properties)))
+        return {
+            name: [*as_list(dig(part, "enum")), samples.get(str(dig(part, "type")), "demo")][0]
+            for name, part in properties.items()
+            if name in required
+        }
 
 
 # ------------------------------------------------------------------------------------------------
@@ -10349,7 +10348,7 @@ def server_for(options: Options, environ: Mapping[str, str] | None = None) -> Pr
         return ProxyServer(options, environ)
     home = os.path.join(tempfile.gettempdir(), f"qwen_proxy-demo-{secrets.token_hex(8)}")
     options = options._replace(
-        base_url=start_demo(),
+        base_url=DemoUpstream.start(),
         provider=None,
         model=options.model or DEMO_MODEL,
         qwen_home=home,
