@@ -10032,10 +10032,6 @@ class DemoUpstream(http.server.BaseHTTPRequestHandler):
     # Between chunks: about the pace of a model.
     PAUSE = 0.03
 
-    def do_GET(self) -> None:
-        model = {"id": DEMO_MODEL, "object": "model", "created": 1, "owned_by": "demo"}
-        self._send(200, "application/json", encode_json({"object": "list", "data": [model]}))
-
     def do_POST(self) -> None:
         """Answer a chunk at a time, as a model would."""
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
