@@ -6761,11 +6761,10 @@ class ResponseTools:
 
     def fields(self, choice: Any) -> Json:
         """Return tools, tool_choice and web_search_options of the chat request, some null."""
-        chosen = self._chosen(choice)
         searches = choice != "none" and any(kind.startswith("web_search") for kind in self.others)
         return {
             "tools": list(self.offered.values()) or None,
-            "tool_choice": chosen or None if self.offered else None,
+            "tool_choice": (self._chosen(choice) or None) if self.offered else None,
             "web_search_options": {} if searches else None,
         }
 
@@ -6822,7 +6821,7 @@ class ResponseRequest:
         messages = self._read_messages(self.items)
         if self.is_compaction:
             messages.append({"role": "user", "content": self.COMPACTION})
-        same = {name: self.asked[name] for name in self.asked if name not in self.ONLY_HERE}
+        same = without_keys(self.asked, self.ONLY_HERE)
         self.chat = stated({**same, "messages": messages, **self._options()})
 
     def given_up(self) -> str:
@@ -7136,9 +7135,9 @@ class ResponsesWriter(Writer):
     The events come in the order that all clients take: one item is done before the next begins.
     """
 
-    # Types of items by the field of a delta that they come in; those of a compaction.
-    TEXTS = {"reasoning": "reasoning_content", "message": "content"}
-    SUMMARY = {"compaction": "content"}
+    # Types of items, and the field of a delta that each comes in; those of a compaction.
+    TEXTS = (("reasoning", "reasoning_content"), ("message", "content"))
+    SUMMARY = (("compaction", "content"),)
     # Error codes that Codex knows.
     CODES = ("context_length_exceeded", "insufficient_quota", "rate_limit_exceeded")
     # What a response repeats of its request, and what it says where that has none. Every field of
@@ -7199,7 +7198,7 @@ class ResponsesWriter(Writer):
         for choice in chunk["choices"][:1]:
             delta = choice["delta"]
             self._finish_reason = choice["finish_reason"] or self._finish_reason
-            for kind, field in (self.SUMMARY if is_summary else self.TEXTS).items():
+            for kind, field in self.SUMMARY if is_summary else self.TEXTS:
                 if delta.get(field):
                     self._add(kind, {"type": kind}, delta[field])
             for call in [] if is_summary else delta.get("tool_calls") or []:
