@@ -6712,13 +6712,12 @@ class ResponseTools:
 
     # Model Studio, 'Function calling'.
     LONGEST = 64
-    # Of the two kinds of tools that a client runs, which chat completions have, too: their fields,
-    # and the type of a call.
-    FIELDS = {
-        "function": ("description", "parameters", "strict"),
-        "custom": ("description", "format"),
+    # Of the two kinds of tools that a client runs, which chat completions have, too: the type of a
+    # call, and the fields of the tool.
+    KINDS = {
+        "function": ("function_call", ("description", "parameters", "strict")),
+        "custom": ("custom_tool_call", ("description", "format")),
     }
-    CALLS = {"function": "function_call", "custom": "custom_tool_call"}
 
     def __init__(self) -> None:
         self.offered: dict[str, Json] = {}
@@ -6732,20 +6731,25 @@ class ResponseTools:
             if kind == "namespace" and "namespace" not in tool:
                 inner = map(as_object, as_list(tool.get("tools")))
                 self.add([{**each, "namespace": as_text(name)} for each in inner])
-            elif kind in self.FIELDS and isinstance(name, str):
-                flat, space = self.flat(tool), as_text(tool.get("namespace")) or None
-                fields = stated({each: tool.get(each) for each in self.FIELDS[kind]})
-                told = {"name": flat, **fields}
-                self.offered[flat] = {"type": kind, **(told if kind == "custom" else {kind: told})}
-                # Codex takes a flattened name for unknown.
-                called = {"type": self.CALLS[kind], "name": name, "namespace": space}
-                self.told[flat] = stated(called)
+            elif kind in self.KINDS and isinstance(name, str):
+                flat, (call, names) = self.flat(tool), self.KINDS[kind]
+                shown = {"name": flat, **stated({each: tool.get(each) for each in names})}
+                self.offered[flat] = (
+                    {"type": kind, **shown} if kind == "custom" else {"type": kind, kind: shown}
+                )
+                self.told[flat] = self.call_of(tool, call)
             elif kind == "tool_search" and tool.get("execution") == "client":
                 # Codex has its deferred tools found by this one, those of MCP among them.
                 self.add([{**tool, "type": "function", "name": kind}])
                 self.told[kind] = {"type": "tool_search_call"}
             else:
                 self.others.append(kind)
+
+    @staticmethod
+    def call_of(named: Json, kind: str = "function_call") -> Json:
+        """Return what a call tells of its tool: Codex takes a flattened name for unknown."""
+        space = as_text(named.get("namespace")) or None
+        return stated({"type": kind, "name": named.get("name"), "namespace": space})
 
     @classmethod
     def flat(cls, named: Any) -> str:
@@ -6775,7 +6779,7 @@ class ResponseTools:
         if choice.get("type") == "allowed_tools":
             tools = as_list(choice.get("tools"))
             return {**choice, "tools": [{"name": self.flat(tool)} for tool in tools]}
-        is_named = as_text(choice.get("type")) in self.FIELDS and as_text(choice.get("name"))
+        is_named = as_text(choice.get("type")) in self.KINDS and as_text(choice.get("name"))
         named = {"type": "function", "function": {"name": self.flat(choice)}}
         return named if is_named else "auto"
 
@@ -6943,8 +6947,7 @@ class ResponseRequest:
             item = {**item, "name": "tool_search"}
         name = self.tools.flat(item)
         # Codex has tools that it offers no more, such as those that are left to its search by now.
-        told = {"name": item.get("name"), "namespace": item.get("namespace")}
-        self.tools.told.setdefault(name, stated({"type": "function_call", **told}))
+        self.tools.told.setdefault(name, self.tools.call_of(item))
         if item["type"] == "custom_tool_call":
             call = {"type": "custom", "name": name, "input": item.get("input")}
         else:
