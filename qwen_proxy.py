@@ -6732,7 +6732,8 @@ class ResponseTools:
                 inner = map(as_object, as_list(tool.get("tools")))
                 self.add([{**each, "namespace": as_text(name)} for each in inner])
             elif kind in self.KINDS and isinstance(name, str):
-                flat, (call, names) = self.flat(tool), self.KINDS[kind]
+                flat = self.flat(tool)
+                call, names = self.KINDS[kind]
                 shown = {"name": flat, **stated({each: tool.get(each) for each in names})}
                 self.offered[flat] = (
                     {"type": kind, **shown} if kind == "custom" else {"type": kind, kind: shown}
@@ -6759,9 +6760,10 @@ class ResponseTools:
         """
         name, space = as_text(dig(named, "name")), as_text(dig(named, "namespace"))
         flat = f"{space}__{name}" if space else name
+        if not space or len(flat) <= cls.LONGEST:
+            return flat
         digest = hashlib.sha256(flat.encode("utf-8", "replace")).hexdigest()
-        is_short = not space or len(flat) <= cls.LONGEST
-        return flat if is_short else f"{flat[: cls.LONGEST - 9]}_{digest[:8]}"
+        return f"{flat[: cls.LONGEST - 9]}_{digest[:8]}"
 
     def fields(self, choice: Any) -> Json:
         """Return tools, tool_choice and web_search_options of the chat request, some null."""
