@@ -3621,12 +3621,13 @@ class Event(NamedTuple):
 class EventDecoder:
     r"""Bytes in, events out; the bytes may be cut anywhere, also in a character or a line end.
 
-    A byte order mark at their beginning is taken off before.
+    A byte order mark at their beginning is taken off before. A blank line brings out what a stream
+    ends with if its last one is missing.
 
     >>> decoder = EventDecoder()
     >>> decoder.feed(b'data: a\r\ndata:b\r') + decoder.feed(b'\n\r\n: note\n\ndata: c')
     [Event(data=b'a\nb', name='', status=0)]
-    >>> decoder.close()
+    >>> decoder.feed(b'\n\n')
     [Event(data=b'c', name='', status=0)]
     """
 
@@ -3651,10 +3652,6 @@ class EventDecoder:
         complete = bytes(self._buffer[:end])
         del self._buffer[: end + 2]
         return self._events(complete)
-
-    def close(self) -> list[Event]:
-        """Return what the stream ended with, if its last blank line is missing."""
-        return self._events(bytes(self._buffer))
 
     def _events(self, blocks: bytes) -> list[Event]:
         return list(filter(None, map(self._parse, blocks.split(b"\n\n"))))
@@ -6065,7 +6062,7 @@ class ChatDecoder:
             self.is_done = True
             return
         try:
-            for event in self._events.close():
+            for event in self._events.feed(b"\n\n"):
                 self._feed_event(event)
         except UpstreamError as error:
             # An event that is cut is no loss once the finish reason is there.

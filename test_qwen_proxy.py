@@ -2859,8 +2859,7 @@ TRICKY_EVENTS += [(b"", "", 0), (b"{}", "error", 429), (b'{"bare":1}', "", 0), (
 
 def events_of(pieces):
     decoder = qp.EventDecoder()
-    found = [event for piece in pieces for event in decoder.feed(piece)]
-    return [tuple(event) for event in found + decoder.close()]
+    return [tuple(event) for piece in [*pieces, b"\n\n"] for event in decoder.feed(piece)]
 
 
 def test_events_are_the_same_however_the_bytes_are_cut():
