@@ -3684,8 +3684,6 @@ def encode_event(data: bytes, name: str = "") -> bytes:
     return b"data: " + data + b"\n\n"
 
 
-# Never ': ping': Continue takes that for the end of the stream.
-KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"[DONE]"
 
 
@@ -6322,7 +6320,8 @@ class Writer:
 
     def heartbeat(self) -> None:
         """Write a sign of life while the upstream is silent."""
-        self._out.write_events([KEEP_ALIVE])
+        # Never ': ping': Continue takes that for the end of the stream.
+        self._out.write_events([b": keep-alive\n\n"])
 
     def close(self, usage: Json | None) -> None:
         """Write the end."""
