@@ -2773,13 +2773,11 @@ class Providers:
 # Upstream
 # ------------------------------------------------------------------------------------------------
 
-# select() fails from descriptor 1024 on; poll() is not there on Windows.
-Selector: Any = getattr(selectors, "PollSelector", selectors.SelectSelector)
-
 
 def selector_of(connection: socket.socket, event: int) -> Any:
     """Return a selector for whether a socket can be read, or takes bytes."""
-    selector = Selector()
+    # select() fails from descriptor 1024 on; poll() is not there on Windows.
+    selector = getattr(selectors, "PollSelector", selectors.SelectSelector)()
     selector.register(connection.fileno(), event)
     return selector
 
