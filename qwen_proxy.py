@@ -3446,11 +3446,13 @@ class Call:
             except UpstreamError as error:
                 self.close()
                 if error.code == "invalid_api_key" and isinstance(credentials, OAuthCredentials):
-                    self._check_rejection(credentials, access_token, rejected, error)
-                    rejected = access_token
-                    access_token = credentials.access_token(rejected, self.waiter.sleep)
+                    token = self._refreshed(credentials, access_token, rejected, error)
+                    access_token, rejected = token, access_token
                     continue
-                if repairs and self._repair(error):
+                how = self._api.repair(self._body, error) if repairs else ""
+                if how:
+                    log.info("upstream rejected the request (%s); retrying %s", error.message, how)
+                    self.notes.append(how)
                     repairs -= 1
                     continue
                 if error.code == "upstream_unreachable" and not is_last:
@@ -3464,13 +3466,12 @@ class Call:
             retries, delay = retries - 1, delay * 2
             self.waiter.sleep(pause)
 
-    @staticmethod
-    def _check_rejection(
-        credentials: OAuthCredentials, access_token: str, rejected: str, error: UpstreamError
-    ) -> None:
-        """Raise for a token that was refused although it is new: no refresh would help."""
+    def _refreshed(
+        self, credentials: OAuthCredentials, access_token: str, rejected: str, error: UpstreamError
+    ) -> str:
+        """Return a token for a refused one; raises if that was new: no refresh would help."""
         if not rejected and access_token != credentials.rejected_token:
-            return
+            return credentials.access_token(access_token, self.waiter.sleep)
         credentials.rejected_token = access_token
         raise UpstreamError(
             f"{error.message.rstrip('.')}. {FREE_TIER_ENDED}.",
@@ -3507,13 +3508,6 @@ class Call:
         if log.isEnabledFor(logging.DEBUG):
             rules, text = ", ".join(fired) or "none", excerpt(self._body)
             log.debug("rules: %s; to %s: %s", rules, target.provider.name, text)
-
-    def _repair(self, error: UpstreamError) -> bool:
-        how: str = self._api.repair(self._body, error)
-        if how:
-            self.notes.append(how)
-            log.info("upstream rejected the request (%s); retrying %s", error.message, how)
-        return bool(how)
 
 
 def excerpt(value: Any, longest: int = 200) -> str:
