@@ -2980,7 +2980,7 @@ class UpstreamResponse:
         self.source, self._waiter, self._keep = source, waiter, keep
         # What has come and is not decoded yet, and what is decoded and not unpacked yet.
         self.received = self._packed = b""
-        self._is_full = self._is_closed = False
+        self._is_full = self._is_kept = False
         self._inflater: Any = None
         # Until begin() has read the head.
         self.status = 0
@@ -3104,9 +3104,9 @@ class UpstreamResponse:
         return content or (None if packed else b"")
 
     def read(self, limit: int) -> bytes:
-        """Return the body up to a limit, or what arrived of it before the connection broke."""
+        """Return the body up to a limit, or what arrived before the connection broke, and close."""
         body, piece = bytearray(), None
-        with contextlib.suppress(UpstreamError):
+        with contextlib.closing(self), contextlib.suppress(UpstreamError):
             while piece != b"" and len(body) <= limit:
                 self.wait()
                 piece = self.receive_now()
@@ -3114,13 +3114,11 @@ class UpstreamResponse:
         return bytes(body[:limit])
 
     def close(self) -> None:
-        """End the response, once: keep the connection if the body is at its end, else close it."""
-        if self._is_closed:
-            return
-        self._is_closed = True
+        """End the response: keep the connection if the body is at its end, else close it."""
         if self._closes or not self._body.is_done or self.received or self._body.rest:
             self.source.close()
-        else:
+        elif not self._is_kept:
+            self._is_kept = True
             self._keep(self.source)
 
     def drain(self) -> None:
@@ -3488,8 +3486,7 @@ class Call:
             target, self._api.path, body, access_token, self.waiter, self._headers
         )
         if not 200 <= response.status < 300:
-            with contextlib.closing(response):
-                text = response.read(MAX_ERROR_BODY).decode("utf-8", "replace")
+            text = response.read(MAX_ERROR_BODY).decode("utf-8", "replace")
             shown = shorten(text, 2000)
             log.debug("HTTP %d from %s: %s", response.status, target.provider.name, shown)
             raise self._api.refusal(response.status, text, response.headers, target)
@@ -3582,8 +3579,8 @@ class ModelLists:
         try:
             token = provider.credentials.access_token()
             response = self._upstream.send(target, "/models", None, token, waiter, headers)
-            with contextlib.closing(response):
-                answer = loads(response.read(self.SIZE)) if response.status == 200 else None
+            body = response.read(self.SIZE)
+            answer = loads(body) if response.status == 200 else None
         except (ProxyError, ShuttingDown) as error:
             log.debug("%s has no list of models: %s", provider.name, error)
         finally:
