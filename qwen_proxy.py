@@ -3163,8 +3163,6 @@ class Upstream(urllib.request.AbstractHTTPHandler):
     ) -> UpstreamResponse:
         """POST a body (GET without one) to a path below the provider's base URL."""
         own = {"Authorization": f"Bearer {access_token}", **headers, **self.custom_headers(target)}
-        if body is not None:
-            own["Content-Type"] = "application/json"
         # It is an http or https URL with a host: base_url_fault() has looked at it.
         request: Any = urllib.request.Request(target.provider.base_url + path, body, own)
         request.waiter = waiter
@@ -3391,7 +3389,11 @@ class Call:
     ):
         self._upstream, self._api, self._request = upstream, api, request
         self.waiter, self._retries = waiter, retries
-        self._headers = {"Accept": api.accept, "User-Agent": user_agent}
+        self._headers = {
+            "Content-Type": "application/json",
+            "Accept": api.accept,
+            "User-Agent": user_agent,
+        }
         self._body: Json = {}
         self.notes: list[str] = []
         self.target: Target | None = None
