@@ -3309,23 +3309,23 @@ class Answer:
 
     def __init__(self, response: UpstreamResponse, target: Target, decoder: Any, waiter: Waiter):
         self.response, self.target, self.decoder, self.waiter = response, target, decoder, waiter
-        self._chunks: list[tuple[Any, Any]] = []
-        decoder.sink = self._chunks.append
+        # The answer has begun with the first one: until then an error is an HTTP status.
+        self.chunks: list[tuple[Any, Any]] = []
+        decoder.sink = self.chunks.append
         self._feed: Callable[[Any, Any], None] | None = None
         # An error behind chunks that have not been delivered yet.
         self._failure: UpstreamError | None = None
-        # has_begun: the first chunk is there, or the end; until then an error is an HTTP status.
         # is_heavy: the next step may take long.
-        self.has_begun = self.is_over = self.is_heavy = False
+        self.is_over = self.is_heavy = False
         # Bytes that have come since the last chunk.
         self._kept = 0
 
     def deliver(self, feed: Callable[[Any, Any], None]) -> None:
         """Give the chunks that are there, and all that follow, to a writer."""
         self._feed = feed
-        for chunk, raw in self._chunks:
+        for chunk, raw in self.chunks:
             feed(chunk, raw)
-        self._chunks.clear()
+        self.chunks.clear()
         if self._failure:
             raise self._failure
 
@@ -3343,16 +3343,15 @@ class Answer:
         try:
             self.decoder.feed(piece)
             if not piece or self.decoder.is_done:
-                self.is_over = self.has_begun = True
+                self.is_over = True
                 self.decoder.close()
         except UpstreamError as error:
-            if not self._chunks:
+            if not self.chunks:
                 raise
             self._failure = error
-        self._kept = 0 if self._chunks else self._kept + len(piece)
+        self._kept = 0 if self.chunks else self._kept + len(piece)
         self.is_heavy = self._kept > self.HEAVY
-        if self._chunks:
-            self.has_begun = True
+        if self.chunks:
             self.waiter.last_progress = time.monotonic()
             if self._feed:
                 self.deliver(self._feed)
@@ -3439,7 +3438,7 @@ class Call:
         while True:
             try:
                 answer = self._attempt(target, access_token)
-                while not answer.has_begun:
+                while not (answer.chunks or answer.is_over):
                     answer.response.wait()
                     answer.pump()
                 return answer
