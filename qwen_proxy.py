@@ -3543,8 +3543,6 @@ class ModelLists:
         self._upstream, self._lock = upstream, threading.Lock()
         self._executor = concurrent.futures.ThreadPoolExecutor(4)
         self._lists: dict[tuple[str, str], list[str]] = {}
-        # One object: what is made from lists is made again when one of them is another object.
-        self._empty: list[str] = []
         # The latest request for each list, and when the next one is due.
         self._asked: dict[tuple[str, str], concurrent.futures.Future[None]] = {}
         self._due: dict[tuple[str, str], float] = {}
@@ -3554,24 +3552,21 @@ class ModelLists:
         """Return the list of each provider, after at most so long; with 0 no upstream is asked."""
         keys = [(provider.name, provider.host) for provider in providers]
         if seconds:
-            for provider, key in zip(providers, keys):
-                if provider.family.has_list:
-                    self._refresh(provider, key)
-            missing = [key for key in keys if key in self._asked and key not in self._lists]
+            with self._lock, contextlib.suppress(RuntimeError):
+                for provider, key in zip(providers, keys):
+                    if provider.family.has_list and time.monotonic() >= self._due.get(key, 0.0):
+                        self._due[key] = time.monotonic() + self.AGE
+                        self._asked[key] = self._executor.submit(self._ask, provider, key)
+            missing = [key for key in keys if key in self._asked and not self._lists.get(key)]
             concurrent.futures.wait([self._asked[key] for key in missing], seconds)
-        return [self._lists.get(key, self._empty) for key in keys]
+        # Always one object: what is made from lists is made again when one of them is another.
+        return [self._lists.setdefault(key, []) for key in keys]
 
     def close(self) -> None:
         """End the requests that are running."""
         for waiter in list(self._waiters):
             waiter.is_stopping = True
         self._executor.shutdown(wait=False)
-
-    def _refresh(self, provider: Provider, key: tuple[str, str]) -> None:
-        with self._lock, contextlib.suppress(RuntimeError):
-            if time.monotonic() >= self._due.get(key, 0.0):
-                self._due[key] = time.monotonic() + self.AGE
-                self._asked[key] = self._executor.submit(self._ask, provider, key)
 
     def _ask(self, provider: Provider, key: tuple[str, str]) -> None:
         target, waiter, answer = Target(provider, ""), Waiter(timeout=self.TIMEOUT), None
