@@ -3007,8 +3007,11 @@ class UpstreamResponse:
         self.status, self.received = int(line.group(2)), self.received[end:]
         self._coding = self.headers.get("content-encoding", "").strip().lower()
         self._body = BodyDecoder(self.status, self.headers)
-        closes = line.group(1) == b"0" or "close" in self.headers.get("connection", "").lower()
-        self._closes = closes or self._body.ends_with_connection
+        self._closes = (
+            line.group(1) == b"0"
+            or "close" in self.headers.get("connection", "").lower()
+            or self._body.ends_with_connection
+        )
 
     def _read_head(self) -> tuple[re.Match[bytes], int]:
         """Receive the head; returns the status line, and where the head ends."""
@@ -3038,8 +3041,7 @@ class UpstreamResponse:
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return None
         # Of TLS no more than one record is read at once.
-        is_record = isinstance(self.source, ssl.SSLSocket) and bool(received)
-        self._is_full = is_record or len(received) == PIECE
+        self._is_full = len(received) == PIECE or isinstance(self.source, ssl.SSLSocket)
         return received
 
     @property
@@ -3069,9 +3071,9 @@ class UpstreamResponse:
                 content = None if arrived is None else self._body.feed(arrived)
                 content = content or (b"" if self._body.is_done else None)
         except (OSError, ValueError) as error:
-            reason = reason_of(error)
             raise UpstreamError(
-                f"the upstream broke off in the middle of its answer ({reason}); try again",
+                "the upstream broke off in the middle of its answer "
+                f"({reason_of(error)}); try again",
                 code="upstream_cut",
             ) from error
         is_plain = self._coding in ("", "identity")
