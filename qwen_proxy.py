@@ -3021,7 +3021,7 @@ class UpstreamResponse:
             if end:
                 line = self._STATUS_LINE.match(self.received, start)
                 if not line:
-                    raise http.client.BadStatusLine("")
+                    raise http.client.HTTPException("what it sent is no HTTP/1.1")
                 if not line.group(2).startswith(b"1"):
                     return line, end.end()
                 # 100 Continue, 103 Early Hints: the response is still to come.
@@ -3208,10 +3208,8 @@ class Upstream(urllib.request.AbstractHTTPHandler):
                 return response
             except (OSError, http.client.HTTPException) as error:
                 if is_new or response.received:
-                    is_closed = isinstance(error, http.client.HTTPException)
-                    reason = "it closed the connection" if is_closed else reason_of(error)
                     raise UpstreamError(
-                        f"{request.host} gave no answer ({reason}); try again",
+                        f"{request.host} gave no answer ({reason_of(error)}); try again",
                         code="upstream_cut",
                         moves_on=not response.received,
                     ) from error
