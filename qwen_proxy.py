@@ -3626,19 +3626,16 @@ class EventDecoder:
         if b"\r" in piece:
             self._after_cr = piece[-1:] == b"\r"
             piece = piece.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        if not self._buffer and piece[-2:] == b"\n\n":
-            return self._events(piece[:-2])
-        self._buffer += piece
-        end = self._buffer.rfind(b"\n\n", -len(piece) - 1)
-        if end < 0:
-            if len(self._buffer) > MAX_EVENT:
+        blocks = piece[:-2]
+        if self._buffer or piece[-2:] != b"\n\n":
+            self._buffer += piece
+            end = self._buffer.rfind(b"\n\n", -len(piece) - 1)
+            if end < 0:
+                if len(self._buffer) <= MAX_EVENT:
+                    return []
                 raise UpstreamError(f"the upstream sent an event of more than {MAX_EVENT} bytes")
-            return []
-        complete = bytes(self._buffer[:end])
-        del self._buffer[: end + 2]
-        return self._events(complete)
-
-    def _events(self, blocks: bytes) -> list[Event]:
+            blocks = bytes(self._buffer[:end])
+            del self._buffer[: end + 2]
         return list(filter(None, map(self._parse, blocks.split(b"\n\n"))))
 
     @staticmethod
