@@ -2881,7 +2881,6 @@ class Waiter:
             except OSError:
                 # Never as an error of what is waited for, such as the lock.
                 raise ClientGone from None
-            self.last_sign = now
 
     def _pause(self, deadline: float) -> float:
         """Return the seconds until the deadline or the next look, after the one that is due."""
