@@ -3092,7 +3092,7 @@ class UpstreamResponse:
             is_bare = self._coding == "deflate" and packed[:1] and packed[0] & 15 != 8
             self._inflater = zlib.decompressobj(-zlib.MAX_WBITS if is_bare else zlib.MAX_WBITS | 32)
         try:
-            content: bytes = self._inflater.decompress(packed, self.MAX_INFLATED)
+            content = self._inflater.decompress(packed, self.MAX_INFLATED)
         except zlib.error:
             raise UpstreamError(
                 f"the upstream's answer is said to be {self._coding}, and is not; try again",
@@ -3531,7 +3531,7 @@ class ModelLists:
     choice.
     """
 
-    # A list is asked for again after this long, and after this long if there was none to be had.
+    # A list is asked for again after so long, and sooner if there was none to be had.
     AGE, AGE_FAILED = 300.0, 30.0
     # GET /v1/models waits no longer for one: LibreChat gives it 5 s, Claude Code 3.
     WAIT = 0.8
@@ -3621,7 +3621,8 @@ class EventDecoder:
     def feed(self, piece: bytes) -> list[Event]:
         """Return the events that are complete with this piece."""
         if self._after_cr and piece:
-            piece, self._after_cr = piece[1:] if piece[:1] == b"\n" else piece, False
+            self._after_cr = False
+            piece = piece[1:] if piece[:1] == b"\n" else piece
         if b"\r" in piece:
             self._after_cr = piece[-1:] == b"\r"
             piece = piece.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
