@@ -9640,14 +9640,13 @@ class Listener(http.server.ThreadingHTTPServer):
                 time.sleep(0.1)
             raise
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Start a thread for the connection, unless there are far too many."""
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Return whether the connection gets a thread; it is closed if there are far too many."""
         limit = self.proxy.options.max_connections + self.MAX_REJECTIONS
-        if len(self.proxy.exchanges) < limit:
-            super().process_request(request, client_address)
-            return
-        log.warning("%d connections; one more was closed", limit)
-        self.shutdown_request(request)
+        is_within = len(self.proxy.exchanges) < limit
+        if not is_within:
+            log.warning("%d connections; one more was closed", limit)
+        return is_within
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.error("a connection ended in %s", shorten(repr(sys.exc_info()[1]), 200))
