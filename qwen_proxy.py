@@ -9741,32 +9741,29 @@ class ProxyServer:
             return self._listen()
 
     def __enter__(self) -> ProxyServer:
-        """Serve in a thread of its own, until the with statement ends.
+        """Serve in threads of its own, until the with statement ends.
 
         Raises RuntimeError for a server that was stopped.
         """
         if self.is_stopping:
             raise RuntimeError("a server that was stopped cannot start again; make another one")
         self._is_serving = True
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        for listener in self._listeners:
+            threading.Thread(target=listener.serve_forever, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.shutdown()
+        if not self._stopped.is_set():
+            self.shutdown()
 
     def serve_forever(self) -> None:
-        """Serve until shutdown() is called from another thread."""
-        self._is_serving = True
-        first, *others = self._listeners
-        for listener in others:
-            threading.Thread(target=listener.serve_forever, daemon=True).start()
-        try:
-            first.serve_forever()
-        except BaseException:
-            # Ctrl-C in a program that vendors this file.
-            self.shutdown()
-            raise
-        self._stopped.wait()
+        """Serve until Ctrl-C, or until shutdown() is called from another thread."""
+        # A signal may have come before.
+        if not self.is_stopping:
+            with self:
+                # On Windows no signal ends a wait that has no limit.
+                while not self._stopped.wait(0.5):
+                    pass
 
     def shutdown(self, grace: float | None = None) -> None:
         """Accept no more, let running answers end, tell the rest, close the ports.

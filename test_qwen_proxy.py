@@ -519,21 +519,15 @@ def login(home, upstream):
 @pytest.fixture()
 def serve():
     """Start servers; they are stopped at the end."""
-    running = []
+    with contextlib.ExitStack() as stack:
 
-    def start(**arguments):
-        arguments.setdefault("port", 0)
-        server = qp.make_server(**arguments)
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        running.append((server, thread))
-        return server
+        def start(**arguments):
+            arguments.setdefault("port", 0)
+            server = stack.enter_context(qp.make_server(**arguments))
+            stack.callback(server.shutdown, grace=0)
+            return server
 
-    yield start
-    for server, thread in running:
-        server.shutdown(grace=0)
-        thread.join(WAIT)
-        assert not thread.is_alive()
+        yield start
 
 
 @pytest.fixture()
