@@ -8683,8 +8683,9 @@ class Exchange:
         self.started = self.ended = time.monotonic()
         self.began: float | None = None
         self.closes = True
-        self.is_busy = self._is_http_1_0 = self._is_chunked = self._unread = False
-        self._head_sent = self.is_on_loop = False
+        self.is_busy = self.is_on_loop = False
+        self._is_http_1_0 = self._is_chunked = self._unread = False
+        # status: none until the head of the answer is sent.
         self._length = self.status = 0
         # No secret, and os.urandom is a system call.
         self._request_id = f"req_{random.getrandbits(96):024x}"
@@ -8908,7 +8909,7 @@ class Exchange:
             lines.append("Transfer-Encoding: chunked")
         if self.closes:
             lines.append("Connection: close")
-        self._head_sent, self.status = True, status
+        self.status = status
         # One line each, whatever a header's value holds, and nothing secret in them.
         lines = lines if "".join(lines).isprintable() else [*map(public, lines)]
         head = (SECRETS.mask("\r\n".join(lines)) + "\r\n\r\n").encode("latin-1", "replace")
@@ -8928,7 +8929,7 @@ class Exchange:
         The head goes out with the first ones. Behind the last ones the body ends as it should, so
         that the connection can be used again.
         """
-        if not self._head_sent:
+        if not self.status:
             self.send(200, self.STREAM_HEADERS, None)
         if not self._is_http_1_0:
             events = [b"%x\r\n%s\r\n" % (len(event), event) for event in events]
@@ -8976,7 +8977,7 @@ class Exchange:
             error = fault_of_ours(error)
         self.error = error
         self._adopt_request_id(error.request_id)
-        if not self._head_sent:
+        if not self.status:
             self.send_json(error.status, error.body(), error.headers)
         else:
             self.status = error.status
