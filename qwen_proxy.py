@@ -8684,7 +8684,7 @@ class Exchange:
         self.began: float | None = None
         self.closes = True
         self.is_busy = self.is_on_loop = False
-        self._is_http_1_0 = self._is_chunked = self._unread = False
+        self._is_http_1_0 = self._is_chunked = self.is_unread = False
         # status: none until the head of the answer is sent.
         self._length = self.status = 0
         # No secret, and os.urandom is a system call.
@@ -8774,12 +8774,12 @@ class Exchange:
                 raise BadRequest(
                     f"the transfer coding {shorten(coding, 40)!r} is not supported; use chunked"
                 )
-            self._is_chunked = self._unread = True
+            self._is_chunked = self.is_unread = True
         elif length is not None:
             if not re.match(r"[0-9]{1,18}\Z", length):
                 raise BadRequest("Content-Length must be digits")
             self._length = int(length)
-            self._unread = self._length > 0
+            self.is_unread = self._length > 0
 
     def _find_route(self) -> None:
         """Take /v1 off the path, what clients get wrong in a base URL, and the id."""
@@ -8797,8 +8797,8 @@ class Exchange:
 
     def read_json(self) -> Any:
         """Return the JSON of the body; raises BadRequest."""
-        body = self._read_body(self._max_body, self.BODY_TIMEOUT, self.BODY_RATE)
-        body = self._decoded(body)
+        packed = self._read_body(self._max_body, self.BODY_TIMEOUT, self.BODY_RATE)
+        body = self._decoded(packed)
         # 64 MiB of empty lists would become 1.3 GiB.
         if size_of_json(body) > max(8 * self._max_body, 64 << 20):
             raise BadRequest("the body holds too many values", 413, "request_too_large")
@@ -8808,7 +8808,7 @@ class Exchange:
         if self._length > limit:
             raise self._too_large()
         self._reader.rate, self._reader.deadline = rate, time.monotonic() + seconds
-        if self.headers.get("expect", "").lower() == "100-continue" and self._unread:
+        if self.headers.get("expect", "").lower() == "100-continue" and self.is_unread:
             self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
         # Where a broken body ends, and the next request begins, is not known (RFC 9112 9.2).
         closes, self.closes = self.closes, True
@@ -8818,7 +8818,7 @@ class Exchange:
             body = self._rfile.read(self._length)
             if len(body) < self._length:
                 raise BadRequest(f"the body ended after {len(body)} of {self._length} bytes")
-        self._unread, self.closes = False, closes
+        self.is_unread, self.closes = False, closes
         return body
 
     def _read_chunked(self, limit: int) -> bytes:
@@ -8864,7 +8864,6 @@ class Exchange:
         return decoded
 
     def _too_large(self) -> BadRequest:
-        self.closes = True
         message = f"the body is larger than {self._max_body >> 20} MiB; --max-body allows more"
         return BadRequest(message, 413, "request_too_large")
 
@@ -8873,12 +8872,10 @@ class Exchange:
         if "expect" not in self.headers and not self.closes:
             with contextlib.suppress(BadRequest, OSError):
                 self._read_body(self.SMALL_BODY, self.DROP_TIMEOUT, 0)
-        self.closes = self.closes or self._unread
+        self.closes = self.closes or self.is_unread
 
     def linger(self) -> None:
         """Take in some of a refused body: closing on unread bytes resets the answer away."""
-        if not self._unread:
-            return
         with contextlib.suppress(BadRequest, OSError):
             self.connection.shutdown(socket.SHUT_WR)
             self._reader.rate, self._reader.deadline = 0, time.monotonic() + 2
@@ -8901,7 +8898,7 @@ class Exchange:
         if self.target and not self.error:
             lines.append(f"x-qwen-provider: {self.target.provider.name}")
         lines += [f"Date: {http_date(int(time.time()))}", f"X-Request-Id: {self._request_id}"]
-        if self._unread and body is not None:
+        if self.is_unread and body is not None:
             self._drop_body()
         if body is not None:
             lines += [f"Content-Length: {len(body)}"] if status != 204 else []
@@ -9348,7 +9345,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             # They lead back to the exchange, which would wait for the garbage collector.
             exchange.is_busy, exchange.writer, exchange.waiter = False, None, None
             self.close_connection = exchange.closes or self.proxy.is_stopping
-            if self.close_connection:
+            if exchange.is_unread:
                 exchange.linger()
             self.proxy.exchanges.discard(exchange)
 
