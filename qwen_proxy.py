@@ -8446,7 +8446,6 @@ class AccessPolicy:
         self._origins = {
             re.sub(r"(?<![/:])/\Z", "", origin).lower() for origin in options.allow_origin
         }
-        self.has_keys = bool(options.api_key)
         self._keys = [key.encode() for key in options.api_key]
         # An address cannot be rebound; where the server is open to a network it is reached by one.
         # A name may lead anywhere.
@@ -9558,7 +9557,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def get_root(self, exchange: Exchange) -> None:
         """Answer GET /: the page for a browser, a short text for others."""
         headers, status = exchange.headers, self.proxy.status()
-        has_keys, origin = self.proxy.access.has_keys, self.proxy.access.origin_of(headers)
+        has_keys, origin = bool(self.proxy.options.api_key), AccessPolicy.origin_of(headers)
         facts = {
             "Base URL": f"{origin}/v1" if "host" in headers else self.proxy.url,
             "API key": "one of --api-key" if has_keys else "anything",
@@ -10462,7 +10461,7 @@ def banner(server: ProxyServer) -> list[str]:
     status, models = server.status(), [model["id"] for model in server.models(0)]
     label = "note" if status["status"] == "ok" else "warning"
     shown = ", ".join(models[:12]) or "unknown until there is a login"
-    key = "-H 'Authorization: Bearer YOUR_KEY' " if server.access.has_keys else ""
+    key = "-H 'Authorization: Bearer YOUR_KEY' " if server.options.api_key else ""
     message = {"role": "user", "content": "Hello"}
     body = json.dumps({"model": status["model"], "messages": [message]})
     curl = f"curl {server.url}/chat/completions {key}-H 'Content-Type: application/json'"
