@@ -8370,27 +8370,23 @@ def is_loopback(name: str) -> bool:
         return False
 
 
-def listed(values: Iterable[str] | str) -> tuple[str, ...]:
-    """Return the values; a string is one value, not one for each of its characters."""
-    return (values,) if isinstance(values, str) else tuple(values)
-
-
-def checked_keys(keys: Iterable[str] | str, source: str = "--api-key") -> tuple[str, ...]:
+def checked_keys(keys: Iterable[str], source: str = "--api-key") -> tuple[str, ...]:
     """Return the keys that clients may present, without blanks around them.
 
     An empty key is mostly a variable that was not set: to serve without a key then would open the
     door. Raises ValueError for one that is no key.
     """
     checked = []
-    for stated in listed(keys):
+    for stated in keys:
         key = stated.strip() if isinstance(stated, str) else ""
+        fault = key_fault(key, source)
         if len(key) < 2 or not key.isprintable():
-            raise ValueError(
+            fault = (
                 f"{source}: a key must have at least 2 characters, none of them a control "
                 "character; is the variable that should hold it set?"
             )
-        if key_fault(key, source):
-            raise ValueError(key_fault(key, source))
+        if fault:
+            raise ValueError(fault)
         SECRETS.add(key)
         checked.append(key)
     return tuple(checked)
@@ -9971,8 +9967,13 @@ def checked_options(values: Mapping[str, Any]) -> Options:
 
     Raises ValueError that names an option whose value cannot be meant.
     """
-    lists = [name for name, value in Options._field_defaults.items() if isinstance(value, tuple)]
-    options = Options(**{**values, **{name: listed(values.get(name, ())) for name in lists}})
+    lists = {
+        # A string is one value, not one for each of its characters.
+        name: (value,) if isinstance(value, str) else tuple(value)
+        for name, value in values.items()
+        if isinstance(Options._field_defaults[name], tuple)
+    }
+    options = Options(**{**values, **lists})
     for name in OPTIONS:
         fault = option_fault(name, getattr(options, name))
         if fault:
