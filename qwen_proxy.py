@@ -8544,7 +8544,13 @@ class AccessPolicy:
             )
 
     @staticmethod
-    def _is_harmless(method: str, headers: Mapping[str, str]) -> bool:
+    def declares_json(headers: Mapping[str, str]) -> bool:
+        """Return whether a body is declared as JSON."""
+        content_type = headers.get("content-type", "").partition(";")[0]
+        return content_type.strip().lower() == "application/json"
+
+    @classmethod
+    def _is_harmless(cls, method: str, headers: Mapping[str, str]) -> bool:
         """Return whether a request is a visit by link, or of an app that has web security off.
 
         Browsers send Origin with every cross-site request in mode cors (Fetch, 'append a request
@@ -8552,7 +8558,7 @@ class AccessPolicy:
         """
         mode = headers.get("sec-fetch-mode")
         is_visit = mode == "navigate" and method == "GET"
-        return is_visit or mode == "cors" and (method != "POST" or declares_json(headers))
+        return is_visit or mode == "cors" and (method != "POST" or cls.declares_json(headers))
 
     def check_key(self, headers: Mapping[str, str]) -> str:
         """Return the name of the key that is presented, '' where none is needed.
@@ -8588,18 +8594,6 @@ class AccessPolicy:
             for key in self._keys
         ]
         return matches.index(True) + 1 if any(matches) else 0
-
-
-@functools.lru_cache(maxsize=1)
-def http_date(second: int) -> str:
-    """Return a time as the header Date has it; made once for all answers of a second."""
-    return formatdate(second, usegmt=True)
-
-
-def declares_json(headers: Mapping[str, str]) -> bool:
-    """Return whether a body is declared as JSON."""
-    content_type = headers.get("content-type", "").partition(";")[0]
-    return content_type.strip().lower() == "application/json"
 
 
 class ClientReader(io.RawIOBase):
@@ -8892,7 +8886,7 @@ class Exchange:
         lines += [f"{name}: {value}" for name, value in (*headers, *self.cors)]
         if self.target and not self.error:
             lines.append(f"x-qwen-provider: {self.target.provider.name}")
-        lines += [f"Date: {http_date(int(time.time()))}", f"X-Request-Id: {self._request_id}"]
+        lines += [f"Date: {self._http_date(int(time.time()))}", f"X-Request-Id: {self._request_id}"]
         if self.is_unread and body is not None:
             self._drop_body()
         if body is not None:
@@ -9048,6 +9042,12 @@ class Exchange:
         client = self.headers.get("user-agent", "")
         client = client if client.isascii() and client.isprintable() else ""
         return f"{client[:200]} qwen_proxy/{__version__}".strip()
+
+    @staticmethod
+    @functools.lru_cache(maxsize=1)
+    def _http_date(second: int) -> str:
+        """Return a time as the header Date has it; made once for all answers of a second."""
+        return formatdate(second, usegmt=True)
 
     def _adopt_request_id(self, request_id: str | None) -> None:
         """Answer with the upstream's own handle, if it fits into a header."""
@@ -9371,7 +9371,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         access, headers = self.proxy.access, exchange.headers
         access.check_host(headers)
         exchange.cors = access.check_origin(exchange.method, headers)
-        if exchange.cors and exchange.method == "POST" and not declares_json(headers):
+        if exchange.cors and exchange.method == "POST" and not access.declares_json(headers):
             raise BadRequest(
                 "a request from a web page must be declared as Content-Type: application/json", 415
             )
