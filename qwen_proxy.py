@@ -9278,7 +9278,7 @@ def relay(answer: Answer, exchange: Exchange, loop: StreamLoop) -> None:
 
 
 # Path (without /v1), method: the class of an API, or the method of Handler.
-ENDPOINTS: dict[str, dict[str, Any]] = {
+ENDPOINTS: dict[str, dict[str, type[ChatApi] | str]] = {
     "/chat/completions": {"POST": ChatRouteApi},
     "/completions": {"POST": TextApi},
     "/embeddings": {"POST": EmbeddingsApi},
@@ -9421,8 +9421,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if isinstance(endpoint, str):
             getattr(self, endpoint)(exchange)
             return None
-        api: ChatApi = endpoint(self.proxy.memory, exchange.key)
-        return api
+        return endpoint(self.proxy.memory, exchange.key)
 
     def _unknown_route(self, exchange: Exchange) -> BadRequest:
         known = ", ".join(
@@ -9546,9 +9545,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def get_metrics(self, exchange: Exchange) -> None:
         """Answer GET /metrics."""
-        text = self.proxy.ledger.metrics(self.proxy.gauges())
-        headers = [("Content-Type", "text/plain; version=0.0.4; charset=utf-8")]
-        exchange.send(200, headers, text.encode())
+        exchange.send(
+            200,
+            [("Content-Type", "text/plain; version=0.0.4; charset=utf-8")],
+            self.proxy.ledger.metrics(self.proxy.gauges()).encode(),
+        )
 
     def get_root(self, exchange: Exchange) -> None:
         """Answer GET /: the page for a browser, a short text for others."""
