@@ -8489,9 +8489,13 @@ class AccessPolicy:
     def check_origin(self, method: str, headers: Mapping[str, str]) -> list[tuple[str, str]]:
         """Return the CORS headers for the answer; raises ProxyError for a foreign page."""
         origin = headers.get("origin")
-        if origin is None:
-            is_cross_site = headers.get("sec-fetch-site") == "cross-site"
-            if is_cross_site and not self._is_harmless(method, headers):
+        if origin is None and headers.get("sec-fetch-site") == "cross-site":
+            mode = headers.get("sec-fetch-mode")
+            is_visit = mode == "navigate" and method == "GET"
+            # Browsers send Origin in mode cors (Fetch, 'append a request Origin header'); Chatbox
+            # and Cherry Studio have web security off.
+            is_app = mode == "cors" and (method != "POST" or self.declares_json(headers))
+            if not (is_visit or is_app):
                 raise ProxyError(
                     "cross-site request without an Origin header was refused; call from a local "
                     "page, or start with --allow-origin ORIGIN and send Origin",
@@ -8499,6 +8503,7 @@ class AccessPolicy:
                     "origin_not_allowed",
                     "permission_error",
                 )
+        if origin is None:
             return []
         is_allowed = (
             "*" in self._origins or origin.lower() in self._origins or self.is_own_page(headers)
@@ -8548,17 +8553,6 @@ class AccessPolicy:
         """Return whether a body is declared as JSON."""
         content_type = headers.get("content-type", "").partition(";")[0]
         return content_type.strip().lower() == "application/json"
-
-    @classmethod
-    def _is_harmless(cls, method: str, headers: Mapping[str, str]) -> bool:
-        """Return whether a request is a visit by link, or of an app that has web security off.
-
-        Browsers send Origin with every cross-site request in mode cors (Fetch, 'append a request
-        Origin header'); Chatbox and Cherry Studio have web security off.
-        """
-        mode = headers.get("sec-fetch-mode")
-        is_visit = mode == "navigate" and method == "GET"
-        return is_visit or mode == "cors" and (method != "POST" or cls.declares_json(headers))
 
     def check_key(self, headers: Mapping[str, str]) -> str:
         """Return the name of the key that is presented, '' where none is needed.
