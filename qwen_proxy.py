@@ -9177,7 +9177,9 @@ class StreamLoop:
         for stream in due - {None}:
             self._advance(stream, stream.move)
         if time.monotonic() >= self._next_look:
-            self._look_at_all()
+            self._next_look = time.monotonic() + Waiter.LOOK
+            for stream in list(self._streams):
+                self._advance(stream, stream.look)
 
     def _advance(self, stream: Stream, step: Callable[[], None]) -> None:
         """Take a step of a stream, if it is not over; what fails ends it."""
@@ -9207,11 +9209,6 @@ class StreamLoop:
             self._selector.unregister(before)
         self._selector.register(awaited, event, stream)
         stream.awaited, stream.moved = awaited, time.monotonic()
-
-    def _look_at_all(self) -> None:
-        self._next_look = time.monotonic() + Waiter.LOOK
-        for stream in list(self._streams):
-            self._advance(stream, stream.look)
 
     def _end(self, stream: Stream, error: Exception | None = None) -> None:
         self._streams.discard(stream)

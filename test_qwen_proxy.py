@@ -5235,14 +5235,14 @@ def test_a_fault_in_one_stream_ends_no_other(key_server, upstream, monkeypatch):
 
 
 def test_a_fault_of_the_loop_does_not_end_it(key_server, upstream, monkeypatch):
-    look, faults = qp.StreamLoop._look_at_all, [OSError("no more")]
+    turn, faults = qp.StreamLoop._turn, [OSError("no more")]
 
     def fail_once(self):
         if faults and self._streams:
             raise faults.pop()
-        look(self)
+        turn(self)
 
-    monkeypatch.setattr(qp.StreamLoop, "_look_at_all", fail_once)
+    monkeypatch.setattr(qp.StreamLoop, "_turn", fail_once)
     upstream.script.append(stream(HELLO[0], threading.Event()))
     assert b"internal error" in b"".join(lines_of(key_server, CHAT, {"messages": HI}))
     go = threading.Event()
