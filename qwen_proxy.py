@@ -8701,7 +8701,7 @@ class Exchange:
         match = self._REQUEST_LINE.match(line)
         if len(line) > MAX_LINE:
             raise BadRequest("the request line is too long", 414)
-        if line[:2] == b"\x16\x03":
+        if line.startswith(b"\x16\x03"):
             raise BadRequest("TLS on a plain port: the base URL begins with http://, not https://")
         if not match:
             raise BadRequest("the request line is malformed")
@@ -9781,9 +9781,7 @@ class ProxyServer:
         return [*filter(None, [exchange.waiter for exchange in list(self.exchanges)])]
 
     def _wait_until_idle(self, end: float) -> None:
-        while time.monotonic() < end:
-            if not any(exchange.is_busy for exchange in list(self.exchanges)):
-                return
+        while time.monotonic() < end and any(each.is_busy for each in list(self.exchanges)):
             time.sleep(0.02)
 
     def calls(
