@@ -9451,18 +9451,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 "a response that is stored is not streamed here; ask without stream=true",
                 param="stream",
             )
-        found = self.proxy.memory.get(exchange.id, exchange.key)
-        exchange.send_json(200, self._found(found, exchange.id)[0])
+        exchange.send_json(200, self._stored(exchange)[0])
 
     def delete_response(self, exchange: Exchange) -> None:
         """Answer DELETE /v1/responses/{id}."""
-        self._found(self.proxy.memory.delete(exchange.id, exchange.key) or None, exchange.id)
+        self._stored(exchange)
+        self.proxy.memory.delete(exchange.id, exchange.key)
         exchange.send_json(200, {"id": exchange.id, "object": "response", "deleted": True})
 
     def get_input_items(self, exchange: Exchange) -> None:
         """Answer GET /v1/responses/{id}/input_items, a page of them, the latest first."""
-        found = self.proxy.memory.get(exchange.id, exchange.key)
-        items = listed_items(self._found(found, exchange.id)[1])
+        items = listed_items(self._stored(exchange)[1])
         limit, after = as_count(exchange.query("limit") or 20), exchange.query("after")
         order = exchange.query("order") or "desc"
         if limit is None or not 1 <= limit <= 100:
@@ -9486,15 +9485,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             },
         )
 
-    @staticmethod
-    def _found(value: Any, response_id: str) -> Any:
-        if value is None:
+    def _stored(self, exchange: Exchange) -> tuple[Json, list[Json]]:
+        found = self.proxy.memory.get(exchange.id, exchange.key)
+        if found is None:
             raise BadRequest(
-                f"Response with id '{shorten(response_id, 60)}' not found. {FORGETS}",
+                f"Response with id '{shorten(exchange.id, 60)}' not found. {FORGETS}",
                 404,
                 "response_not_found",
             )
-        return value
+        return found
 
     def get_models(self, exchange: Exchange) -> None:
         """Answer GET /v1/models."""
