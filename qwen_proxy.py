@@ -8362,12 +8362,9 @@ def parse_json(body: bytes) -> Any:
 @functools.lru_cache(maxsize=256)
 def is_loopback(name: str) -> bool:
     """Return whether a host name or address can only mean this machine."""
-    if name == "localhost" or name.endswith(".localhost"):
-        return True
-    try:
+    with contextlib.suppress(ValueError):
         return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False
+    return name == "localhost" or name.endswith(".localhost")
 
 
 def checked_keys(keys: Iterable[str], source: str = "--api-key") -> tuple[str, ...]:
@@ -8437,8 +8434,12 @@ class AccessPolicy:
     _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]/\s@]*))(?::\d*)?\Z")
 
     def __init__(self, options: Options):
-        own = {"host.docker.internal", socket.gethostname().lower(), options.host.lower()}
-        self._hosts = {*own, *options.allow_host}
+        self._hosts = {
+            "host.docker.internal",
+            socket.gethostname().lower(),
+            options.host.lower(),
+            *options.allow_host,
+        }
         self._origins = {
             re.sub(r"(?<![/:])/\Z", "", origin).lower() for origin in options.allow_origin
         }
