@@ -8627,9 +8627,10 @@ class Exchange:
     page are made from it. It knows the framing of both directions (RFC 9112).
     """
 
-    # A client's connection between requests; from the first byte of a request to the end of its
-    # headers; for the body, and one second more for so many bytes of it that have come.
-    IDLE_TIMEOUT, HEADER_TIMEOUT = 75.0, 20.0
+    # A client's connection between requests, and one too many before its first; from the first byte
+    # of a request to the end of its headers; for the body, and one second more for so many bytes of
+    # it that have come.
+    IDLE_TIMEOUT, SURPLUS_TIMEOUT, HEADER_TIMEOUT = 75.0, 5.0, 20.0
     BODY_TIMEOUT, BODY_RATE = 60.0, 65_536
     # A client that takes nothing for this long has left.
     WRITE_TIMEOUT = 60.0
@@ -8687,12 +8688,13 @@ class Exchange:
 
     # -- the request -----------------------------------------------------------------------------
 
-    def read_head(self) -> bool:
+    def read_head(self, is_surplus: bool = False) -> bool:
         """Read request line and headers; returns False when the client has closed instead.
 
         Raises BadRequest for what RFC 9112 calls malformed, OSError.
         """
-        self._reader.rate, self._reader.deadline = 0, time.monotonic() + self.IDLE_TIMEOUT
+        idle = self.SURPLUS_TIMEOUT if is_surplus else self.IDLE_TIMEOUT
+        self._reader.rate, self._reader.deadline = 0, time.monotonic() + idle
         if not self._rfile.peek(1):
             return False
         self.is_busy, self.started = True, time.monotonic()
@@ -9316,7 +9318,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         exchange = Exchange(self.connection, self.rfile, self.proxy.options.max_body << 20)
         self.proxy.exchanges.add(exchange)
         try:
-            if exchange.read_head():
+            if exchange.read_head(self._is_surplus):
                 if log.isEnabledFor(logging.DEBUG):
                     path = exchange.path.partition("?")[0]
                     log.debug("%s %s from %s", exchange.method, path, exchange.client)
