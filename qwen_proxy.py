@@ -8652,7 +8652,7 @@ class Exchange:
     _REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) ([\x21-\x7e]+) HTTP/(\d\.\d)\r\n\Z")
     _HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n\Z")
     _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})([ \t]*;[\t\x20-\x7e]*|)\r\n\Z")
-    _ABSOLUTE = re.compile(r"https?://([^/?#@]+)([/?].*|)\Z", re.I)
+    _ABSOLUTE = re.compile(r"https?://([^/?#@]+)(/.*|)\Z", re.I)
     # Base URLs that end in a slash get another one: Jan asks for //models.
     _BASE = re.compile(r"\A/+(v1(/+|\Z))?")
     # The id of a model may hold slashes.
@@ -8661,7 +8661,7 @@ class Exchange:
     def __init__(self, connection: socket.socket, rfile: Any, max_body: int):
         self.connection, self._rfile, self._reader = connection, rfile, rfile.raw
         self._max_body = max_body
-        self.method = self.path = self.key = self.model = ""
+        self.method = self.path = self._query = self.key = self.model = ""
         # The path as ENDPOINTS has it, and the id in it.
         self.route = self.id = ""
         self.headers: dict[str, str] = {}
@@ -8708,7 +8708,8 @@ class Exchange:
             raise BadRequest("TLS on a plain port: the base URL begins with http://, not https://")
         if not match:
             raise BadRequest("the request line is malformed")
-        self.method, self.path, version = map(bytes.decode, match.groups())
+        self.method, target, version = map(bytes.decode, match.groups())
+        self.path, _, self._query = target.partition("?")
         if version not in ("1.0", "1.1"):
             raise BadRequest("unsupported HTTP version; use HTTP/1.1", 505)
         self._is_http_1_0 = version == "1.0"
@@ -8769,8 +8770,7 @@ class Exchange:
 
     def _find_route(self) -> None:
         """Take /v1 off the path, what clients get wrong in a base URL, and the id."""
-        path = self._BASE.sub("/", self.path.partition("?")[0])
-        self.route = path.rstrip("/") or "/"
+        self.route = self._BASE.sub("/", self.path).rstrip("/") or "/"
         match = self._WITH_ID.fullmatch(self.route)
         if match:
             start, end = match.span(match.lastindex or 0)
@@ -8779,7 +8779,7 @@ class Exchange:
 
     def query(self, name: str) -> str:
         """Return a parameter of the query; empty for one that is not there."""
-        return dict(urllib.parse.parse_qsl(self.path.partition("?")[2])).get(name, "")
+        return dict(urllib.parse.parse_qsl(self._query)).get(name, "")
 
     def read_json(self) -> Any:
         """Return the JSON of the body; raises BadRequest."""
@@ -8971,7 +8971,7 @@ class Exchange:
         target, attempt = self.target, self.headers.get("x-stainless-retry-count", "0")
         words = [
             self.method or "?",
-            shorten(self.path.partition("?")[0], 100) or "?",
+            shorten(self.path, 100) or "?",
             str(self.status),
             f"{shorten(target.model, 100)} via {target.provider.name}" if target else "",
             f"{self.ended - self.started:.2f}s",
@@ -9320,8 +9320,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             if exchange.read_head(self._is_surplus):
                 if log.isEnabledFor(logging.DEBUG):
-                    path = exchange.path.partition("?")[0]
-                    log.debug("%s %s from %s", exchange.method, path, exchange.client)
+                    log.debug("%s %s from %s", exchange.method, exchange.path, exchange.client)
                 self.serve(exchange)
         except Exception as error:
             try:
@@ -9424,7 +9423,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             for method in methods
             if route not in self.UNLISTED
         )
-        path = shorten(exchange.path.partition("?")[0], 200)
+        path = shorten(exchange.path, 200)
         return BadRequest(
             f"unknown route {path}. Available routes: {known}, GET /health", 404, "unknown_url"
         )
