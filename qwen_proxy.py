@@ -9858,17 +9858,15 @@ class ProxyServer:
 
     def _model_object(self, name: str, target: Target) -> Json:
         facts = model_facts(target.model)
-        limits = {
-            "context_length": target.config.get("contextWindowSize") or facts.context,
-            "max_output_tokens": facts.output,
-        }
-        return {
+        model = {
             "id": name,
             "object": "model",
             "created": int(self._started),
             "owned_by": target.provider.name,
-            **{key: value for key, value in limits.items() if value},
+            "context_length": target.config.get("contextWindowSize") or facts.context,
+            "max_output_tokens": facts.output,
         }
+        return stated(model)
 
     def health(self) -> Json:
         """Return the object of /health; nothing secret."""
