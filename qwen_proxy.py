@@ -2183,10 +2183,9 @@ class CliSettings:
         defaults = self.environ.get("QWEN_CODE_SYSTEM_DEFAULTS_PATH") or os.path.join(
             os.path.dirname(system), "system-defaults.json"
         )
-        user = os.path.join(self.home, "settings.json")
         project = os.path.join(folder, ".qwen", "settings.json")
         trusted = [project] if self._counts(folder, project) else []
-        for path in [defaults, user, *trusted, system]:
+        for path in [defaults, os.path.join(self.home, "settings.json"), *trusted, system]:
             settings = current_form(self._load(path, parse_settings))
             auth = as_object(dig(settings, "security", "auth"))
             self._stored = auth if auth.get("apiKey") else self._stored
@@ -10156,7 +10155,8 @@ def with_variables(given: Json, environ: Mapping[str, str]) -> Json:
             parts = [part.strip() for each in variables for part in environ[each].split(",")]
             # An empty key is refused: to serve without one would open the door.
             value: Any = [part for part in parts if part or name == "api_key"]
-            variable, options[name] = " and ".join(variables), [*options.get(name, ()), *value]
+            options[name] = [*options.get(name, ()), *value]
+            variable = " and ".join(variables)
         elif name in options or not environ.get(variable):
             continue
         else:
@@ -10224,8 +10224,9 @@ class LogWriter(logging.StreamHandler):  # type: ignore[type-arg]
 
     def __init__(self, stream: Any):
         super().__init__(stream)
-        style = "%(asctime)s %(levelname).1s %(message)s"
-        self.setFormatter(logging.Formatter(style, "%Y-%m-%d %H:%M:%S"))
+        self.setFormatter(
+            logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%Y-%m-%d %H:%M:%S")
+        )
         self.lines: queue.Queue[Any] = queue.Queue(self.MOST)
         threading.Thread(target=self._write, daemon=True).start()
 
@@ -10279,12 +10280,11 @@ def signal_handlers(stop: Callable[[int, Any], None]) -> Iterator[None]:
     One that is ignored, as by nohup, stays so.
     """
     names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     is_main = threading.current_thread() is threading.main_thread()
     before = {
         number: signal.signal(number, stop)
-        for number in numbers
-        if is_main and signal.getsignal(number) is not signal.SIG_IGN
+        for number in signal.Signals
+        if is_main and number.name in names and signal.getsignal(number) is not signal.SIG_IGN
     }
     try:
         yield
