@@ -3840,7 +3840,7 @@ class History:
 
     def repaired(self, messages: list[Json]) -> list[Json]:
         """Return the messages, put right; raises BadRequest if none is left."""
-        for message in itertools.chain.from_iterable(map(self._unpacked, messages)):
+        for message in itertools.chain(*map(self._unpacked, messages)):
             if message["role"] in ("tool", "function"):
                 self._add_result({**message, "role": "tool"})
             elif message["role"] == "assistant":
