@@ -5913,12 +5913,8 @@ class ChatChoice:
         return "function_call" if self._is_legacy else "tool_calls"
 
 
-class TextChoice:
+class TextChoice(ChatChoice):
     """The ChatChoice of text completions: text instead of deltas, no roles, no calls."""
-
-    def __init__(self, index: int):
-        self._index = index
-        self.finish_reason: str | None = None
 
     def feed(self, choice: Json) -> list[Json]:
         """Return the choices to pass on now: the same object where it is right as it came."""
@@ -5954,6 +5950,7 @@ class ChatDecoder:
     """
 
     OBJECT = "chat.completion.chunk"
+    CHOICE = ChatChoice
     MAX_ID = 200
     # Of a choice; OpenAI's n is 128 at most.
     MAX_INDEX = 1024
@@ -5976,9 +5973,9 @@ class ChatDecoder:
         # Otherwise the bytes are of no use.
         self._is_stream = bool(request.get("stream"))
         # By index, and what makes one.
-        self._choices: dict[int, ChatChoice | TextChoice] = {}
-        self._new_choice: Callable[[int], ChatChoice | TextChoice] = functools.partial(
-            ChatChoice,
+        self._choices: dict[int, ChatChoice] = {}
+        self._new_choice = functools.partial(
+            self.CHOICE,
             ToolShapes(request, traits_of(self._family.name, self._model)),
             Budget(),
             is_json=wants_json(request),
@@ -6158,10 +6155,7 @@ class TextDecoder(ChatDecoder):
     """The ChatDecoder of text completions."""
 
     OBJECT = "text_completion"
-
-    def __init__(self, request: Json, target: Target):
-        super().__init__(request, target)
-        self._new_choice = TextChoice
+    CHOICE = TextChoice
 
 
 def clean_usage(usage: Any) -> Json | None:
@@ -6191,9 +6185,6 @@ class CompletionCollector:
 
     # Bytes of memory of a field besides its name and value, about.
     FIELD_COST = 256
-    # Of a chunk, what is not its envelope; with what is the same in all chunks of an answer.
-    OWN = frozenset({"choices", "usage"})
-    NOT_NEW = OWN | {"id", "object", "created", "model"}
     # Strings within objects that come in pieces, as all of a delta itself do.
     GROWING = frozenset({"data", "transcript", "arguments", "input"})
 
@@ -6208,9 +6199,8 @@ class CompletionCollector:
         """Add one chunk."""
         # Most envelopes hold nothing that the first one did not.
         if len(chunk) > 5 or not self._head:
-            passed = self.NOT_NEW if self._head else self.OWN
             for name, value in chunk.items():
-                if name not in passed and self._head.get(name, self) != value:
+                if name not in ("choices", "usage") and self._head.get(name, self) != value:
                     self._keep(self._head, name, value)
         for part in chunk["choices"]:
             index = part["index"]
