@@ -5321,18 +5321,23 @@ ERROR_RULES = (
 )
 
 
-def to_upstream_error(
-    refusal: Refusal, family: Family, headers: Mapping[str, str] = {}
-) -> UpstreamError:
-    """Return the error for the client: by the first of ERROR_RULES, with advice."""
+def error_rule_for(refusal: Refusal, family: Family) -> ErrorRule:
+    """Return the first of ERROR_RULES that matches."""
     text = f"{refusal.code}: {refusal.message}"[:MAX_ERROR_TEXT_SCANNED]
-    rule = next(
+    return next(
         rule
         for rule in ERROR_RULES
         if (not rule.statuses or refusal.status in rule.statuses)
         and (not rule.families or family.name in rule.families)
         and re.search(rule.pattern, text, re.I)
     )
+
+
+def to_upstream_error(
+    refusal: Refusal, family: Family, headers: Mapping[str, str] = {}
+) -> UpstreamError:
+    """Return the error for the client, with advice."""
+    rule = error_rule_for(refusal, family)
     kind = ERROR_KINDS[rule.kind]
     code = rule.code or kind.get("code", refusal.code)
     silence = (

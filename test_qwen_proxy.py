@@ -5896,7 +5896,7 @@ def test_a_refusal_of_a_small_body_keeps_the_connection(
 
 def test_a_body_that_comes_after_its_head_was_read_is_dropped(serve, login, monkeypatch):
     server, parsed, real = serve(), threading.Event(), qp.Exchange.read_head  # B10
-    monkeypatch.setattr(qp.Exchange, "read_head", lambda it: [real(it), parsed.set()][0])
+    monkeypatch.setattr(qp.Exchange, "read_head", lambda *them: [real(*them), parsed.set()][0])
     with socket.create_connection(("127.0.0.1", server.port), timeout=WAIT) as client:
         end_of_head, body = body_of(1000, CHUNKS)
         client.sendall(NOWHERE + end_of_head)
