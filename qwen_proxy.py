@@ -8716,7 +8716,8 @@ class Exchange:
             # RFC 9112 3.2.2: such a target counts, whatever Host says.
             self.headers["host"], rest = absolute.groups()
             self.path = "/" + rest.lstrip("/")
-        if not self.path.startswith("/"):
+        # RFC 9112 3.2.4: OPTIONS * asks about the server as a whole.
+        if not self.path.startswith(("/", "*")):
             raise BadRequest("the request target must be a path, such as /v1/chat/completions")
         self._find_route()
         connection = self.headers.get("connection", "").lower()

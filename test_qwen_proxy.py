@@ -5512,6 +5512,9 @@ absolute, user | HEALTH.replace(b"/health", b"http://u@localhost/health") | 400
 another scheme | HEALTH.replace(b"/health", b"ftp://localhost/health") | 400
 dots | HEALTH.replace(b"/health", b"/v1/%2e%2e/x") | 404
 unknown path | HEALTH.replace(b"/health", b"/x") | 404
+the server as a whole, RFC 9112 3.2.4 | b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\n\r\n" + HEALTH | 204 200
+the same, to read | HEALTH.replace(b"/health", b"*") | 404
+no path | HEALTH.replace(b"/health", b"health") | 400
 wrong method | HEALTH.replace(b"/health", b"/v1/chat/completions") | 405
 zstd | post(b"{}", b"Content-Encoding: zstd\r\nConnection: close\r\n") | 415
 no gzip | post(b"{}", b"Content-Encoding: gzip\r\nConnection: close\r\n") | 400
