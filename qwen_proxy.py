@@ -4741,7 +4741,7 @@ def add_instruction(body: Json, text: str) -> None:
 
 def forces_call(body: Json) -> bool:
     """Return whether a request leaves the model no choice but to call a tool."""
-    return bool(body.get("tools")) and body.get("tool_choice") not in (None, "auto", "none")
+    return bool(body.get("tools")) and (body.get("tool_choice") or "auto") not in ("auto", "none")
 
 
 def ask_for_call(body: Json) -> None:

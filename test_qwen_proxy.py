@@ -3021,6 +3021,8 @@ forced as Anthropic does, client 28 | qwen3.7-plus | tools=[F], tool_choice={"ty
 by name, as Anthropic does, client 28 | qwen3.7-plus | tools=[F], tool_choice={"type": "tool", "name": "f"} | tools=[F], tool_choice=function(), enable_thinking=False
 forced, thinks | qwen3.7-plus | tools=[F, G], tool_choice="required", enable_thinking=True | tools=[F, G], tool_choice="auto", enable_thinking=True, rule="thinking-clash"
 forced by name, thinks | qwen3.7-plus | tools=[F, G], tool_choice=function(), enable_thinking=True | tools=[F], tool_choice="auto", enable_thinking=True, rule="thinking-clash", contents=["Call the tool f now; do not answer in text.", "Hi"]
+an empty choice forces nothing | Qwen/Qwen3-8B@other | tools=[F], tool_choice="" | tools=[F], tool_choice=""
+nor does none | Qwen/QwQ-32B@other | tools=[F], tool_choice=False, **THINKS | tools=[F], tool_choice=False, contents=["Hi"]
 forced, always thinks, client 28 | qwq-plus | tools=[F], tool_choice="required" | tools=[F], tool_choice="auto", rule="thinking-clash", contents=["Call one of the tools now; do not answer in text.", "Hi"]
 JSON and may think | qwen3.7-plus, qwen3-32b | response_format=JSON_OBJECT | response_format=JSON_OBJECT, enable_thinking=False
 JSON by a schema | qwen3.7-plus | response_format=JSON_SCHEMA | response_format=JSON_SCHEMA, enable_thinking=False
