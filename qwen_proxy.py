@@ -4964,8 +4964,8 @@ class Repair(NamedTuple):
 
     pattern: a group with the name of a field holds the number for it; how: for the log; when: what
     the body must ask for; unasked: not if it asks for thinking, or the model always thinks; each:
-    what goes in the place of each message; then: a change that needs messages; sets: what to set,
-    None to leave a field out.
+    what goes in the place of each message; then: a change that needs messages (bool: none); sets:
+    what to set, None to leave a field out.
     """
 
     pattern: str
@@ -4973,7 +4973,7 @@ class Repair(NamedTuple):
     when: Callable[[Json], bool] = bool
     unasked: bool = False
     each: Callable[[Json], Json] | None = None
-    then: Callable[[Json], None] | None = None
+    then: Callable[[Json], object] = bool
     sets: Json = {}
 
 
@@ -5066,7 +5066,7 @@ def repair_request(body: Json, error: UpstreamError) -> str:
     is_asked = is_always or Thinking.read(body).enabled is not None
     for repair in REPAIRS if error.status == 400 else ():
         match = re.search(repair.pattern, error.message[:MAX_ERROR_TEXT_SCANNED], re.S)
-        has_place = repair.then is None or "messages" in body
+        has_place = repair.then is bool or "messages" in body
         if not match or not has_place or not repair.when(body) or (repair.unasked and is_asked):
             continue
         before, limits = dict(body), match.groupdict()
@@ -5074,8 +5074,7 @@ def repair_request(body: Json, error: UpstreamError) -> str:
             body[name] = as_count(limits[name])
         if repair.each:
             body.update(mapped(body, "messages", repair.each))
-        if repair.then:
-            repair.then(body)
+        repair.then(body)
         body.update(repair.sets)
         for name in repair.sets.keys() - stated(repair.sets):
             del body[name]
