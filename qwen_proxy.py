@@ -1100,16 +1100,14 @@ class LockFile:
 
     def _create(self) -> bool:
         try:
-            with open(self.path, "x") as file:
+            with contextlib.suppress(FileExistsError), open(self.path, "x") as file:
                 file.write(self._owner)
-        except FileExistsError:
-            return False
+                return True
         except PermissionError:
             # On Windows another process may just be deleting it.
-            if os.name == "nt" and os.path.exists(self.path):
-                return False
-            raise
-        return True
+            if os.name != "nt" or not os.path.exists(self.path):
+                raise
+        return False
 
     def _is_stale(self, mtime: float, seen_since: float) -> bool:
         """Return whether the lock is too old, or was seen unchanged for long: clocks may jump."""
