@@ -1250,7 +1250,7 @@ class DeadlineSocket(socket.socket):
     deadline = float("inf")
 
     def hurry(self) -> None:
-        """Let what comes next take no longer than until the deadline; raises socket.timeout."""
+        """Give the next call the time until the deadline; raises socket.timeout when it is over."""
         remaining = self.deadline - time.monotonic()
         if remaining <= 0:
             raise socket.timeout("timed out")
