@@ -999,10 +999,21 @@ class Login:
         named = fields.get("resource_url")
         url = PORTAL_RESOURCE_URL if named in (None, "") else named
         SECRETS.add_userinfo(str(url))
-        self.base_url = base_url_of(as_text(url))
-        fault = base_url_fault(self.base_url)
+        self.base_url = self.base_url_of(as_text(url))
+        fault = base_url_fault(self.base_url if isinstance(url, str) else url)
         if fault:
             raise CredentialError(f"its resource_url {fault}")
+
+    @staticmethod
+    def base_url_of(resource_url: str) -> str:
+        """Return the base URL for a resource_url, as the CLI makes it.
+
+        >>> Login.base_url_of("localhost")
+        'https://localhost/v1'
+        """
+        url = resource_url if "://" in resource_url else "https://" + resource_url
+        url = url.rstrip("/")
+        return url if url.endswith("/v1") else url + "/v1"
 
     def is_fresh(self, rejected: str = "") -> bool:
         """Return whether the access token can be used now, and is not the rejected one."""
@@ -1039,17 +1050,6 @@ class Login:
 def seconds_in(value: Any, default: float) -> float:
     """Return a span in seconds that an answer names; the default for what is none."""
     return float(value) if is_number(value) and 0 < value < 1e9 else default
-
-
-def base_url_of(resource_url: str) -> str:
-    """Return the base URL for a resource_url, as the CLI makes it.
-
-    >>> base_url_of("localhost")
-    'https://localhost/v1'
-    """
-    url = resource_url if "://" in resource_url else "https://" + resource_url
-    url = url.rstrip("/")
-    return url if url.endswith("/v1") else url + "/v1"
 
 
 class LockFile:
@@ -1249,6 +1249,19 @@ class DeadlineSocket(socket.socket):
 
     deadline = float("inf")
 
+    def keep_alive(self) -> None:
+        """Let the system probe a silent connection, since the upstream may think for minutes.
+
+        Gateways that forget one then keep it, and one that is lost ends after two minutes.
+        TCP_KEEPALIVE is macOS's name for TCP_KEEPIDLE.
+        """
+        self.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        names = {"TCP_KEEPIDLE": 45, "TCP_KEEPALIVE": 45, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 5}
+        for name, value in names.items():
+            # Each system has some of them.
+            with contextlib.suppress(AttributeError, OSError):
+                self.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
     def hurry(self) -> None:
         """Give the next call the time until the deadline; raises socket.timeout when it is over."""
         remaining = self.deadline - time.monotonic()
@@ -1261,20 +1274,6 @@ class DeadlineSocket(socket.socket):
         return super().recv_into(*arguments)
 
 
-def keep_alive(connection: socket.socket) -> None:
-    """Let the system probe a connection that is silent, since the upstream may think for minutes.
-
-    Gateways that forget one then keep it, and one that is lost ends after two minutes.
-    TCP_KEEPALIVE is macOS's name for TCP_KEEPIDLE.
-    """
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    names = {"TCP_KEEPIDLE": 45, "TCP_KEEPALIVE": 45, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 5}
-    for name, value in names.items():
-        # Each system has some of them.
-        with contextlib.suppress(AttributeError, OSError):
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-
-
 def connect_before(deadline: float, address: tuple[str, int], *_: Any, **__: Any) -> socket.socket:
     """Return a connection to the first address of a name that answers, in one time for all.
 
@@ -1285,7 +1284,7 @@ def connect_before(deadline: float, address: tuple[str, int], *_: Any, **__: Any
     for *kind, _name, place in socket.getaddrinfo(*address, type=socket.SOCK_STREAM):
         connection = DeadlineSocket(*kind)
         try:
-            keep_alive(connection)
+            connection.keep_alive()
             connection.deadline = deadline
             connection.hurry()
             connection.connect(place)
@@ -1317,8 +1316,6 @@ class DeadlineHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         super().__init__(context=context)
 
     def do_open(self, http_class: Any, req: urllib.request.Request, **arguments: Any) -> Any:
-        """Return the response to a request."""
-
         def connection_to(host: str, **more: Any) -> Any:
             connection = http_class(host, **more)
             connection._create_connection = functools.partial(connect_before, self._deadline)

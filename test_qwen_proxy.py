@@ -1145,9 +1145,9 @@ def test_incomplete_login_is_named(text, words):
 
 
 def test_base_url_of_resource_url():
-    assert qp.base_url_of("portal.qwen.ai") == "https://portal.qwen.ai/v1"
-    assert qp.base_url_of("https://x.y/") == "https://x.y/v1"
-    assert qp.base_url_of("http://127.0.0.1:1/v1") == "http://127.0.0.1:1/v1"
+    assert qp.Login.base_url_of("portal.qwen.ai") == "https://portal.qwen.ai/v1"
+    assert qp.Login.base_url_of("https://x.y/") == "https://x.y/v1"
+    assert qp.Login.base_url_of("http://127.0.0.1:1/v1") == "http://127.0.0.1:1/v1"
 
 
 def credentials_of(path, upstream):
