@@ -9379,17 +9379,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         method = "GET" if exchange.method == "HEAD" else exchange.method
         if methods is None or method == "POST" and exchange.id and method not in methods:
             raise self._unknown_route(exchange)
-        is_upgrade = "websocket" in exchange.headers.get("upgrade", "").lower()
-        if method not in methods and method == "GET" and is_upgrade:
-            # Codex asks so for /v1/responses first. On 426 it falls back at once, on 404 only
-            # after six seconds.
-            raise BadRequest(
-                f"there are no WebSockets here; POST to /v1{exchange.route}",
-                426,
-                "upgrade_not_supported",
-                headers=[("Upgrade", "HTTP/1.1")],
-            )
         if method not in methods:
+            if method == "GET" and "websocket" in exchange.headers.get("upgrade", "").lower():
+                # Codex asks so for /v1/responses first. On 426 it falls back at once, on 404 only
+                # after six seconds.
+                raise BadRequest(
+                    f"there are no WebSockets here; POST to /v1{exchange.route}",
+                    426,
+                    "upgrade_not_supported",
+                    headers=[("Upgrade", "HTTP/1.1")],
+                )
             others = ", ".join(methods)
             raise BadRequest(
                 f"method {exchange.method} is not allowed on this route; use {others}",
