@@ -8656,8 +8656,7 @@ class Exchange:
         self.started = self.ended = time.monotonic()
         self.began: float | None = None
         self.closes = True
-        self.is_busy = self.is_on_loop = False
-        self._is_http_1_0 = self._is_chunked = self.is_unread = False
+        self.is_busy = self.is_on_loop = self._is_http_1_0 = self.is_unread = False
         # status: none until the head of the answer is sent.
         self._length = self.status = 0
         # No secret, and os.urandom is a system call.
@@ -8714,8 +8713,7 @@ class Exchange:
         if not self.path.startswith(("/", "*")):
             raise BadRequest("the request target must be a path, such as /v1/chat/completions")
         self._find_route()
-        connection = self.headers.get("connection", "").lower()
-        self.closes = "close" in connection or self._is_http_1_0
+        self.closes = self._is_http_1_0 or "close" in self.headers.get("connection", "").lower()
         return True
 
     def _read_headers(self, headers: dict[str, str], limit: int) -> None:
@@ -8750,7 +8748,7 @@ class Exchange:
                 raise BadRequest(
                     f"the transfer coding {shorten(coding, 40)!r} is not supported; use chunked"
                 )
-            self._is_chunked = self.is_unread = True
+            self.is_unread = True
         elif length is not None:
             if not re.match(r"[0-9]{1,18}\Z", length):
                 raise BadRequest("Content-Length must be digits")
@@ -8787,7 +8785,7 @@ class Exchange:
             self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
         # Where a broken body ends, and the next request begins, is not known (RFC 9112 9.2).
         closes, self.closes = self.closes, True
-        if self._is_chunked:
+        if "transfer-encoding" in self.headers:
             body = self._read_chunked(limit)
         else:
             body = self._rfile.read(self._length)
@@ -9598,8 +9596,9 @@ class Listener(http.server.ThreadingHTTPServer):
     def server_bind(self) -> None:
         """Bind to the address; :: is every address of this machine, those of IPv4 too."""
         if self.address_family == socket.AF_INET6:
-            only = self.server_address[0] != "::"
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only)
+            self.socket.setsockopt(
+                socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, self.server_address[0] != "::"
+            )
         # Not http.server's, which looks up the full name of the host: that may take seconds.
         socketserver.TCPServer.server_bind(self)
 
