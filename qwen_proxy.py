@@ -6685,10 +6685,11 @@ class ResponseTools:
         "custom": ("custom_tool_call", ("description", "format")),
     }
 
-    def __init__(self) -> None:
+    def __init__(self, tools: Any):
         self.offered: dict[str, Json] = {}
         self.told: dict[str, Json] = {}
         self.others: list[str] = []
+        self.add(tools)
 
     def add(self, tools: Any) -> None:
         """Offer the tools of a list, and of the namespaces in it; the last one of a name counts."""
@@ -6785,11 +6786,10 @@ class ResponseRequest:
 
     def __init__(self, request: Any, memory: ResponseMemory, owner: str = ""):
         self.asked: Json = check_object(request, stream=bool)
-        self.tools = ResponseTools()
+        self.tools = ResponseTools(self.asked.get("tools"))
         self.items = self._read_items(memory, owner)
         last = self.items[-1] if self.items else None
         self.is_compaction = dig(last, "type") == "compaction_trigger"
-        self.tools.add(self.asked.get("tools"))
         messages = self._read_messages(self.items)
         if self.is_compaction:
             messages.append({"role": "user", "content": self.COMPACTION})
@@ -6935,9 +6935,8 @@ class ResponseRequest:
 
         Those that the client found in a search are named to the model.
         """
-        found = ResponseTools()
-        for tools in (found, self.tools):
-            tools.add(item.get("tools"))
+        found = ResponseTools(item.get("tools"))
+        self.tools.add(item.get("tools"))
         content = f"Found, and can be called now: {', '.join(found.offered) or 'nothing'}"
         message = {"role": "tool", "tool_call_id": item.get("call_id"), "content": content}
         return message if item["type"] == "tool_search_output" else None
@@ -9985,8 +9984,8 @@ class DemoUpstream(http.server.BaseHTTPRequestHandler):
         """Answer a chunk at a time, as a model would."""
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if not self.path.endswith("/chat/completions"):
-            error = {"message": "the demo answers chat only", "code": "not_in_demo"}
-            self._send(404, "application/json", encode_json({"error": error}))
+            error = b'{"error": {"message": "the demo answers chat only", "code": "not_in_demo"}}'
+            self._send(404, "application/json", error)
             return
         common = {"id": "chatcmpl-demo", "created": int(time.time()), "model": DEMO_MODEL}
         # The proxy may leave in the middle of an answer.
