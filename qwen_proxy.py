@@ -6793,8 +6793,13 @@ class ResponseRequest:
         messages = self._read_messages(self.items)
         if self.is_compaction:
             messages.append({"role": "user", "content": self.COMPACTION})
-        same = without_keys(self.asked, self.ONLY_HERE)
-        self.chat = stated({**same, "messages": messages, **self._options()})
+        self.chat = stated(
+            {
+                **without_keys(self.asked, self.ONLY_HERE),
+                "messages": messages,
+                **self._options(),
+            }
+        )
 
     def given_up(self) -> str:
         """Return what of the request has no counterpart, for the log."""
@@ -7271,7 +7276,7 @@ class ResponsesWriter(Writer):
 
     # -- the items of the output -----------------------------------------------------------------
 
-    def _add(self, key: Any, fields: Json, text: str = "") -> None:
+    def _add(self, key: Any, fields: Json, text: str) -> None:
         """Add a piece of text to the open item of that key, or begin one, which ends the last."""
         if key != self._open:
             self._end()
