@@ -3178,10 +3178,9 @@ class Upstream(urllib.request.AbstractHTTPHandler):
 
         Numbers and switches are text there, as in the CLI.
         """
-        found = as_object(target.config.get("customHeaders"))
         texts = {
             name: (value if isinstance(value, str) else json.dumps(value)).strip()
-            for name, value in found.items()
+            for name, value in as_object(target.config.get("customHeaders")).items()
             if isinstance(value, (str, int, float))
             and cls._HEADER_NAME.match(name)
             and name.lower() not in ("host", "content-type")
@@ -3251,13 +3250,12 @@ class Upstream(urllib.request.AbstractHTTPHandler):
             ) from error
 
     def _connect(self, request: Any) -> socket.socket:
-        seconds = min(request.timeout, self.CONNECT_TIMEOUT)
         try:
             if request.type == "https":
                 connection: Any = http.client.HTTPSConnection(request.host, context=self._context)
             else:
                 connection = http.client.HTTPConnection(request.host)
-            deadline = time.monotonic() + seconds
+            deadline = time.monotonic() + min(request.timeout, self.CONNECT_TIMEOUT)
             connection._create_connection = functools.partial(connect_before, deadline)
             if request._tunnel_host:
                 secret = request.get_header("Proxy-authorization")
@@ -3268,9 +3266,8 @@ class Upstream(urllib.request.AbstractHTTPHandler):
             connected.setblocking(False)
             return connected
         except (OSError, UnicodeError, http.client.HTTPException) as error:
-            host = request._tunnel_host or request.host
             raise UpstreamError(
-                f"{host} cannot be reached: {reason_of(error)}",
+                f"{request._tunnel_host or request.host} cannot be reached: {reason_of(error)}",
                 code="upstream_unreachable",
                 retry=not isinstance(error, (ssl.SSLError, http.client.HTTPException)),
                 moves_on=True,
@@ -3481,8 +3478,9 @@ class Call:
         )
         if not 200 <= response.status < 300:
             text = response.read(MAX_ERROR_BODY).decode("utf-8", "replace")
-            shown = shorten(text, 2000)
-            log.debug("HTTP %d from %s: %s", response.status, target.provider.name, shown)
+            log.debug(
+                "HTTP %d from %s: %s", response.status, target.provider.name, shorten(text, 2000)
+            )
             raise self._api.refusal(response.status, text, response.headers, target)
         decoder = self._api.decoder(self._request, target)
         self.answers.append(Answer(response, target, decoder, self.waiter))
