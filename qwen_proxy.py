@@ -3190,26 +3190,25 @@ class Upstream(urllib.request.AbstractHTTPHandler):
     def http_open(self, request: Any) -> UpstreamResponse:
         """Return the response to a request, over a kept connection or a new one."""
         key = (request.type, request.host, request._tunnel_host)
-        keep, connection = functools.partial(self._keep, key), self._take(key)
+        keep, kept = functools.partial(self._keep, key), self._take(key)
         while True:
-            is_new = connection is None
-            connection = connection or self._connect(request)
+            connection = kept or self._connect(request)
             response = UpstreamResponse(connection, request.waiter, keep)
             try:
                 response.begin(self._head_of(request) + (request.data or b""))
                 return response
             except (OSError, http.client.HTTPException) as error:
-                if is_new or response.received:
+                if not kept or response.received:
                     raise UpstreamError(
                         f"{request.host} gave no answer ({reason_of(error)}); try again",
                         code="upstream_cut",
                         moves_on=not response.received,
                     ) from error
                 log.debug("a kept connection to %s was dead", request.host)
+                kept = None
             finally:
                 if not response.status:
                     connection.close()
-            connection = None
 
     https_open = http_open
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
