@@ -2834,7 +2834,9 @@ class Waiter:
         deadline, selector = time.monotonic() + self.timeout, selector_of(upstream, event)
         while not selector.select(self._pause(deadline)):
             if time.monotonic() >= deadline:
-                raise self.silence("sent" if event == selectors.EVENT_READ else "taken")
+                raise self.silence(
+                    "sent nothing" if event == selectors.EVENT_READ else "taken nothing"
+                )
 
     def sleep(self, seconds: float) -> None:
         """Wait before another attempt."""
@@ -2842,10 +2844,10 @@ class Waiter:
         while time.monotonic() < end:
             time.sleep(self._pause(end))
 
-    def silence(self, verb: str = "sent") -> UpstreamError:
+    def silence(self, what: str = "sent nothing", times: float = 1) -> UpstreamError:
         """Return the error for an upstream that has been silent for too long."""
         return UpstreamError(
-            f"the upstream has {verb} nothing for {self.timeout:g} s; try again, or allow more "
+            f"the upstream has {what} for {self.timeout * times:g} s; try again, or allow more "
             "with --timeout",
             504,
             "upstream_timeout",
@@ -2864,11 +2866,7 @@ class Waiter:
             # It has sent its next request: no end can be seen behind that.
             self._client = None
         if now - self.last_progress > self.timeout * self.PATIENCE:
-            raise UpstreamError(
-                "the upstream has sent bytes but no answer for too long; try again",
-                504,
-                "upstream_timeout",
-            )
+            raise self.silence("sent bytes but no answer", self.PATIENCE)
         if self._heartbeat and now - self.last_sign >= self.HEARTBEAT * 0.99:
             try:
                 self._heartbeat()
