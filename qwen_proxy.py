@@ -3221,7 +3221,7 @@ class Upstream(urllib.request.AbstractHTTPHandler):
 
     def close(self) -> None:
         """Close the connections that are kept."""
-        for connection, _ in itertools.chain.from_iterable(list(self._idle.values())):
+        for connection, _ in itertools.chain(*self._idle.values()):
             connection.close()
 
     def _take(self, key: Any) -> socket.socket | None:
