@@ -5163,8 +5163,16 @@ class Refusal(NamedTuple):
         if isinstance(error, str):
             error = {"message": error, **value, "code": value.get("code") or error}
         error = as_object(error)
-        messages = (error.get("message"), error.get("detail"), value.get("detail"))
-        message = first_of(str, *messages, value.get("message")) or ""
+        message = (
+            first_of(
+                str,
+                error.get("message"),
+                error.get("detail"),
+                value.get("detail"),
+                value.get("message"),
+            )
+            or ""
+        )
         codes = (error.get("code"), error.get("type"))
         names = [str(code) for code in codes if isinstance(code, (str, int))]
         # No status, and no message, which has blanks.
@@ -5215,6 +5223,8 @@ ERROR_KINDS: dict[str, Json] = {
         "type": "insufficient_quota",
         "code": "insufficient_quota",
         "moves_on": True,
+        # openai-python and -node would retry a 429 otherwise.
+        "headers": (("x-should-retry", "false"),),
     },
     "rate": {
         "status": 429,
@@ -5353,9 +5363,6 @@ def to_upstream_error(
         seconds = max(5 if retry_after is None else retry_after, 1)
         # openai-node sleeps any Retry-After, openai-python none above 60.
         error.headers.append(("Retry-After", str(int(min(seconds, 60)))))
-    if rule.kind == "quota":
-        # openai-python and -node would retry a 429 otherwise.
-        error.headers.append(("x-should-retry", "false"))
     return error
 
 
@@ -5739,9 +5746,7 @@ class ToolCalls:
 
     def feed(self, entries: Any) -> list[Json]:
         """Return the deltas to pass on now, with the tool_calls of one upstream delta."""
-        for entry in as_list(entries):
-            if not isinstance(entry, dict):
-                continue
+        for entry in map(as_object, as_list(entries)):
             function = as_object(entry.get("function"))
             name = as_text(function.get("name"))[: ToolCall.MAX_NAME]
             arguments = function.get("arguments")
@@ -5815,9 +5820,9 @@ class ChatChoice:
             return [choice] if delta["content"] else []
         if not isinstance(delta, dict):
             whole = as_object(choice.get("message"))
-            calls = enumerate(as_list(whole.get("tool_calls")))
+            calls = enumerate(map(as_object, as_list(whole.get("tool_calls"))))
             # Each call of a whole message is one of its own.
-            entries = [{"index": place, **call} for place, call in calls if isinstance(call, dict)]
+            entries = [{"index": place, **call} for place, call in calls]
             delta = {**whole, "tool_calls": entries}
         is_known = choice.keys() <= self.KNOWN
         others = {} if is_known else stated(without_keys(choice, self.KNOWN))
@@ -5863,8 +5868,9 @@ class ChatChoice:
 
     def _deltas(self, delta: Json) -> list[Json]:
         """Return the clean deltas for one of the upstream's."""
-        reasoning = as_text(delta.get("reasoning_content") or delta.get("reasoning"))
-        reasoning = self._reasoning.feed(reasoning)
+        reasoning = self._reasoning.feed(
+            as_text(delta.get("reasoning_content") or delta.get("reasoning"))
+        )
         text, calls = text_of(delta.get("content")), delta.get("tool_calls")
         thoughts, content = self._content.feed(self._text.feed(text)) if text else ("", "")
         if calls:
