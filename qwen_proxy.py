@@ -5710,8 +5710,7 @@ class ToolCall:
         has_arguments = bool(arguments.strip())
         if not call_id:
             return (has_arguments or not self._repeats_name) and self.is_whole()
-        is_new = has_arguments and not self._is_all(name, arguments)
-        return is_new and self.arguments.is_whole()
+        return has_arguments and self.arguments.is_whole() and not self._is_all(name, arguments)
 
     def _is_all(self, name: str, arguments: str) -> bool:
         """Return whether these are all of the arguments once more, perhaps in other blanks."""
@@ -5733,11 +5732,12 @@ class ToolCalls:
     Seen from upstreams: no index, index from 1, one index for two calls, id "" or null or repeated
     or missing, name repeated, arguments null or an object or before the name. Out comes OpenAI's
     shape: index from 0 without holes, ids unique, one entry a delta, one call after the other:
-    LlamaIndex loses calls whose deltas alternate.
+    LlamaIndex loses calls whose deltas alternate. is_legacy: the first of them as function_call,
+    for a client that sent functions.
     """
 
-    def __init__(self, shapes: ToolShapes, budget: Budget) -> None:
-        self._shapes, self._budget = shapes, budget
+    def __init__(self, shapes: ToolShapes, budget: Budget, is_legacy: bool) -> None:
+        self._shapes, self._budget, self.is_legacy = shapes, budget, is_legacy
         # Those that the client gets to know, by index, and how many of them it knows whole.
         self.named: list[ToolCall] = []
         self._done = 0
@@ -5765,15 +5765,17 @@ class ToolCalls:
 
     def told(self, is_end: bool = False) -> list[Json]:
         """Return the deltas that can go out: those of a call when the one before it is whole."""
-        deltas, is_done = [], True
+        calls, is_done = [], True
         while is_done and self._done < len(self.named):
             call = self.named[self._done]
             is_done = is_end or call is not self.named[-1] and call.arguments.is_whole()
             if is_done:
                 call.close()
                 self._done += 1
-            deltas += call.told()
-        return deltas
+            calls += call.told()
+        if self.is_legacy:
+            return [{"function_call": call["function"]} for call in calls if call["index"] == 0]
+        return [{"tool_calls": [call]} for call in calls]
 
     def _call_for(self, index: int | None, call_id: str, name: str, arguments: str) -> ToolCall:
         """Return the call that a delta belongs to."""
@@ -5808,7 +5810,7 @@ class ChatChoice:
             Increments(),
             ContentFilter(is_json),
         )
-        self._tools, self._is_legacy = ToolCalls(shapes, budget), is_legacy
+        self._tools = ToolCalls(shapes, budget, is_legacy)
         self._index, self._has_role = index, False
         # The upstream's; ours goes out at the end, as more may follow it.
         self.finish_reason: str | None = None
@@ -5838,12 +5840,11 @@ class ChatChoice:
 
     def close(self) -> list[Json]:
         """Return what was kept back, then the choice that finishes this one."""
-        reasoning = self._reasoning.close()
         thoughts, content = self._content.close(self._text.close())
-        kept: list[Json] = [{"reasoning_content": reasoning + thoughts}, {"content": content}]
+        kept = {"reasoning_content": self._reasoning.close() + thoughts, "content": content}
+        deltas: list[Json] = [{name: text} for name, text in kept.items() if text]
         was_whole = all(call.is_whole() for call in self._tools.named[-1:])
-        deltas = [delta for delta in kept if any(delta.values())]
-        outputs = self._outputs(deltas + self._tool_deltas(self._tools.told(is_end=True)), True)
+        outputs = self._outputs(deltas + self._tools.told(is_end=True), True)
         # [DONE] without a reason: it is whole, and opencode loops without one.
         reason = self.finish_reason or "stop"
         if reason in ("stop", "function_call", "tool_calls", "length"):
@@ -5885,12 +5886,7 @@ class ChatChoice:
                 rest[name] = value
         if rest:
             deltas.append(rest)
-        return deltas + self._tool_deltas(self._tools.feed(calls)) if calls else deltas
-
-    def _tool_deltas(self, calls: list[Json]) -> list[Json]:
-        if not self._is_legacy:
-            return [{"tool_calls": [call]} for call in calls]
-        return [{"function_call": call["function"]} for call in calls if call["index"] == 0]
+        return deltas + self._tools.feed(calls) if calls else deltas
 
     def _outputs(self, deltas: list[Json], role_came: bool) -> list[Json]:
         """Return a choice for each delta, the role in the first."""
@@ -5910,7 +5906,7 @@ class ChatChoice:
         are_whole = all(call.arguments.is_whole() for call in called)
         if not are_whole or reason == "length" and not was_whole:
             return "length"
-        return "function_call" if self._is_legacy else "tool_calls"
+        return "function_call" if self._tools.is_legacy else "tool_calls"
 
 
 class TextChoice(ChatChoice):
@@ -6206,8 +6202,9 @@ class CompletionCollector:
             index = part["index"]
             if index not in self._choices:
                 is_chat = chunk["object"] == ChatDecoder.OBJECT
-                message = {"role": "assistant", "content": None}
-                self._choices[index] = {"message": message} if is_chat else {}
+                self._choices[index] = (
+                    {"message": {"role": "assistant", "content": None}} if is_chat else {}
+                )
             self._add(self._choices[index], part)
 
     def completion(self, usage: Json | None) -> Json:
