@@ -5826,8 +5826,7 @@ class ChatChoice:
             # Each call of a whole message is one of its own.
             entries = [{"index": place, **call} for place, call in calls]
             delta = {**whole, "tool_calls": entries}
-        is_known = choice.keys() <= self.KNOWN
-        others = {} if is_known else stated(without_keys(choice, self.KNOWN))
+        others = {} if choice.keys() <= self.KNOWN else stated(without_keys(choice, self.KNOWN))
         deltas = self._deltas(delta) or ([{}] if others else [])
         outputs = self._outputs(deltas, isinstance(delta.get("role"), str))
         if others:
