@@ -5549,7 +5549,9 @@ class Budget:
 
     def take(self, value: Any) -> None:
         """Count a value that is kept."""
-        if isinstance(value, (str, list, dict)):
+        if isinstance(value, str):
+            self.count(len(value))
+        elif isinstance(value, (list, dict)):
             self.count(size_of_json(encode_json(value)))
 
     def count(self, size: int) -> None:

@@ -3171,6 +3171,13 @@ Anthropic's off, own server | Qwen/Qwen3-8B@other | thinking={"type": "disabled"
 forced tool, own server | Qwen/Qwen3-8B@other; everywhere | tools=[F], tool_choice="required" | tools=[F], tool_choice="required", **SILENT
 JSON, own server | Qwen/Qwen3-8B@other; everywhere | response_format=JSON_OBJECT | response_format=JSON_OBJECT, **SILENT
 entry, off, own server | Qwen/Qwen3-8B@other; everywhere | entry={"reasoning": False} | **SILENT
+entry's profile, effort | m@other | reasoning_effort="medium", entry={"profile": {"profile": "openai-effort", "efforts": ["low", "high"]}} | reasoning_effort="high"
+entry's profile, default effort | m@other | entry={"profile": {"profile": "openai-effort", "defaultEffort": "high"}} | reasoning_effort="high"
+entry's profile, always on | m@other | reasoning_effort="none", entry={"profile": {"profile": "openai-effort", "canDisable": False}} | rule="thinking: thinking stays on, since m always thinks"
+entry's profile, DeepSeek | m@other | reasoning_effort="high", entry={"profile": {"profile": "deepseek-openai"}} | thinking={"type": "enabled"}, reasoning_effort="high"
+entry's profile, template | m@other | **THINKS, entry={"profile": {"profile": "qwen-chat-template"}} | chat_template_kwargs=THINKS
+entry's profile, switch, always on | m@other | enable_thinking=False, entry={"profile": {"profile": "dashscope-thinking"}, "thinkingMandatory": True} |
+entry's profile, OpenRouter | m@other | reasoning_effort="low", entry={"profile": {"profile": "openai-reasoning"}} | reasoning={"effort": "low"}
 
 switch as text, open-webui #16682 | qwen3.7-plus; everywhere | enable_thinking="false" | enable_thinking=False
 switch as number, own server | Qwen/Qwen3-8B@other; everywhere | enable_thinking=0 | **SILENT
@@ -3630,6 +3637,7 @@ role on every delta | *[delta(role="assistant", content=text) for text in WORDS]
 delta and message, client 9 | *[event({"choices": [{"index": 0, "delta": x, "message": x}]}) for x in ({"content": "Hello, "}, {"content": "wörld"})], *END |
 
 a whole completion | whole() |
+whole: blanks before it | b"\r\n \t", whole() |
 whole: id a number, created a string, no object, no model | whole(id=7, created="x", object=ABSENT, model=ABSENT) |
 whole: no index, no role | whole(choices=[{"message": {"content": "Hello, wörld"}, "finish_reason": "stop"}]) |
 whole: content as a list | whole(parts("Hello, wörld")) |
