@@ -916,7 +916,7 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, urllib.error.URLError) and isinstance(error.reason, BaseException):
         error = error.reason
     reason, system = getattr(error, "reason", None), as_text(getattr(error, "strerror", None))
-    # The first that fits and has words.
+    # The first that applies and has a text counts.
     kinds = (
         (socket.timeout, "timed out"),
         (socket.gaierror, "the host name cannot be resolved"),
@@ -1056,8 +1056,9 @@ class LockFile:
     """The CLI's own lock on oauth_creds.json: a file that exists while a process refreshes.
 
     Qwen Code, sharedTokenManager.ts: created exclusively with a random UUID in it (any text that
-    nobody else has will do); while it exists the others try again after 100 ms, each time half as
-    long again, up to 2 s; one older than 35 s is renamed away. An flock would not keep the CLI out.
+    no other process has will do); while it exists the others try again after 100 ms, each time half
+    as long again, up to 2 s; one older than 35 s is renamed away. An flock would not keep the CLI
+    out.
     """
 
     STALE = 35.0
@@ -3736,7 +3737,7 @@ class Dialect(NamedTuple):
     is_default: bool = False
 
 
-# By the family of the endpoint where that has words of its own, else by the model (see ModelFacts);
+# By the family of the endpoint where that has its own fields, else by the model (see ModelFacts);
 # 'own ...' at hosts that are not Alibaba's. Model Studio, 'Deep thinking': tokens per level; above,
 # the model's maximum. DeepSeek's and Z.AI's reference: reasoning_effort. Levels of models: Qwen
 # Code 0.24.4, models.dev, QwenLM/Qwen3.8 #217.
@@ -3816,7 +3817,8 @@ class History:
         self._shapes, self._splits_media = shapes, splits_media
         # Each message but the results, with the results of its calls behind it.
         self._turns: list[list[Json]] = []
-        # What the assistant has just said, each a turn, and where it goes if a result follows.
+        # What the assistant said last, a list for each message, and where it goes if a result
+        # follows.
         self._said: list[list[Json]] = []
         self._before: list[Json] = []
         # By call id: the turns and places of calls that wait for a result; the last one is next.
@@ -5625,7 +5627,7 @@ class JsonText(LongText):
 
 
 class ToolCall:
-    """One tool call of an answer: what came of it, and what of that has not been told yet."""
+    """One tool call of an answer: what has arrived, and what of that was not passed on yet."""
 
     MAX_NAME = 256
     # Arguments that say nothing, and what may become such.
@@ -7570,7 +7572,7 @@ class Ledger:
         f"POST {path}"
         for path in ("/chat/completions", "/completions", "/embeddings", "/responses")
     )
-    # Of the totals.
+    # What the totals in memory count.
     SUMS = (*CountsFile.SUMS, "errors")
     # Between looks for what is to be written, and after a write that failed.
     PAUSE, RETRY = 1.0, 30.0
@@ -8190,7 +8192,7 @@ function showModels() {
   $("model-ids").replaceChildren(...models.slice(0, 300).map((one) => new Option("", one.id)));
 }
 
-// Nothing is asked for while nobody looks, and little while nothing happens.
+// Nothing is asked for while the page is hidden, and little while nothing happens.
 async function poll() {
   if (document.hidden || needsKey && !sessionStorage.getItem("key")) return;
   try {
@@ -10114,7 +10116,7 @@ def build_parser() -> argparse.ArgumentParser:
     others = parser.add_argument_group("login, status and usage")
     others.add_argument("--no-browser", action="store_true", help="login: print the address only")
     others.add_argument("--json", action="store_true", help="status, usage: print JSON")
-    others.add_argument("--offline", action="store_true", help="status: ask nobody")
+    others.add_argument("--offline", action="store_true", help="status: connect to nothing")
     others.add_argument(
         "--days",
         type=int,
@@ -10608,7 +10610,7 @@ def checked_provider(
     if problem:
         return "no", problem
     if is_offline:
-        return "not checked", "--offline asks nobody"
+        return "not checked", "--offline connects to nothing"
     if oauth and not os.path.lexists(oauth.path):
         return "not checked", f"QWEN_CLI_AUTH is written to {oauth.path} at the start"
     try:
@@ -10657,7 +10659,7 @@ def server_facts(options: Options) -> Json:
 
 
 def status_lines(facts: Json) -> list[str]:
-    """Return the facts of `status` in words, a label before each."""
+    """Return the lines of `status`, each behind a label."""
     provider, server = as_object(facts["provider"]), facts["server"]
     words: Json = {
         "status": facts["status"] + (f": {facts['problem']}" if facts["problem"] else ""),
