@@ -5344,7 +5344,7 @@ def to_upstream_error(
     silence = (
         f"returned HTTP {refusal.status} with an empty body"
         if refusal.status
-        else "answered with no completion, and with no error message"
+        else "gave neither a completion nor an error message"
     )
     message = rule.message or refusal.message or f"the upstream {silence}"
     advice = {
@@ -7154,6 +7154,8 @@ class ResponsesWriter(Writer):
         self._items: list[OutputItem] = []
         # What the last one is while it grows: text or thoughts by their type, a call by its index.
         self._open: Any = None
+        # Text and thoughts, by their types, that came in the middle of a call: they go behind it.
+        self._late: list[tuple[str, str]] = []
         self._finish_reason: str | None = None
 
     def start(self) -> None:
@@ -7176,16 +7178,19 @@ class ResponsesWriter(Writer):
             self._finish_reason = choice["finish_reason"] or self._finish_reason
             for kind, field in self.SUMMARY if is_summary else self.TEXTS:
                 if delta.get(field):
-                    self._add(kind, {"type": kind}, delta[field])
+                    self._add_text(kind, delta[field])
             for call in [] if is_summary else delta.get("tool_calls") or []:
                 name, arguments = map(call["function"].get, ("name", "arguments"))
                 told = self._request.tools.told.get(name, {"type": "function_call", "name": name})
+                if call["index"] != self._open:
+                    self._add_late()
                 self._add(call["index"], {"call_id": call.get("id"), **told}, arguments or "")
 
     def close(self, usage: Json | None) -> None:
         """Write the end, whole or cut by its length or a filter, and remember the output."""
         if self._request.is_compaction and not any(str(item.text).strip() for item in self._items):
             raise UpstreamError("the model gave no summary of the conversation; try again")
+        self._add_late()
         self._end()
         is_cut = self._finish_reason in ("length", "content_filter")
         self._finish(self._response("incomplete" if is_cut else "completed", usage))
@@ -7276,6 +7281,20 @@ class ResponsesWriter(Writer):
         return whole
 
     # -- the items of the output -----------------------------------------------------------------
+
+    def _add_text(self, kind: str, text: str) -> None:
+        """Add a piece of text or thoughts, or keep it while a call is not whole."""
+        is_call = isinstance(self._open, int)
+        if self._late or is_call and loads(str(self._items[-1].text)) is None:
+            self._budget.count(len(text))
+            self._late.append((kind, text))
+        else:
+            self._add(kind, {"type": kind}, text)
+
+    def _add_late(self) -> None:
+        late, self._late = self._late, []
+        for kind, text in late:
+            self._add(kind, {"type": kind}, text)
 
     def _add(self, key: Any, fields: Json, text: str) -> None:
         """Add a piece of text to the open item of that key, or begin one, which ends the last."""

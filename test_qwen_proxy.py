@@ -3727,6 +3727,8 @@ search_info beside an empty delta | *DELTAS, chunk({}, **INFO), *END | more=INFO
 search_info first | delta(role="assistant", content=""), *texts("Hello, wörld", **INFO), *END | more=INFO
 search_info behind the finish chunk | *DELTAS, chunk({}, "stop"), chunk({"content": ""}, **INFO), chunk(usage=USAGE), DONE | more=INFO
 
+text in the middle of calls by turns | tool(0, "c", "f"), tool(1, "d", "g"), tool(0, "", None, FIRST_A), tool(1, "", None, FIRST_A), tool(0, "", None, REST_A), *texts("Hel", "lo"), tool(1, "", None, REST_A), *END | **{**BOTH_CALLED, "content": "Hello"}
+text behind a call without arguments | tool(0, "c", "f", ""), *texts("Hi"), *END | calls=[("f", {})], **{**CALLED, "content": "Hi"}
 two calls by turns, LlamaIndex | tool(0, "c", "f"), tool(1, "d", "g"), tool(0, "", None, FIRST_A), tool(1, "", None, FIRST_A), tool(0, "", None, REST_A),
     tool(1, "", None, REST_A), *END | **BOTH_CALLED
 the second whole before the first | tool(0, "c", "f", FIRST_A), tool(1, "d", "g", '{"a": 1}'), tool(0, "", None, REST_A), *END | **BOTH_CALLED
